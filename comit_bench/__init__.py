@@ -1,0 +1,34 @@
+"""comit_bench: what do the tokens of 1D discrete image tokenizers mean?
+
+The public Python surface is three functions, imported on first use so that ``--help`` stays fast:
+
+- :func:`load_tokenizer`: name, hub id or directory -> tokenizer;
+- :func:`evaluate`: tokenizer x tasks -> records;
+- :func:`build_table`: records -> table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "build_table", "evaluate", "load_tokenizer"]
+
+if TYPE_CHECKING:
+    from comit_bench.results.tables import build_table as build_table
+    from comit_bench.run import evaluate as evaluate
+    from comit_bench.tokenizers.loading import load_tokenizer as load_tokenizer
+
+_LAZY = {
+    "build_table": "comit_bench.results.tables",
+    "evaluate": "comit_bench.run",
+    "load_tokenizer": "comit_bench.tokenizers.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'comit_bench' has no attribute {name!r}")

@@ -1,0 +1,46 @@
+"""Errors a person can act on. Each carries the exit code the command line ends with.
+
+A message says three things: which file or value, what was expected, how to mend it.
+Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class BenchError(Exception):
+    """Base of all errors that are reported as one message, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(BenchError, ValueError):
+    """A wrong argument, option, name or recipe (exit code 2)."""
+
+    exit_code = 2
+
+
+class MissingError(BenchError, FileNotFoundError):
+    """Data or weights that are not on this machine (exit code 3)."""
+
+    exit_code = 3
+
+
+class CorruptFileError(BenchError, ValueError):
+    """A file that exists but cannot be what it claims to be (exit code 1)."""
+
+
+class UnsupportedOperation(BenchError, RuntimeError):
+    """The tokenizer cannot do this, by design (for example decode)."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """Return ``" Did you mean 'a' or 'b'?"``, or the whole list when nothing is near."""
+    names = sorted(set(known))
+    lowered = {n.lower(): n for n in names}
+    near = [lowered[m] for m in get_close_matches(name.lower(), list(lowered), n=count, cutoff=0.5)]
+    if near:
+        return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
+    return f" Known: {', '.join(names)}." if names else ""

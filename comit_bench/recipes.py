@@ -1,0 +1,266 @@
+"""Recipes: find, read and validate the YAML under ``probes/`` and ``datasets/``.
+
+Recipes are data, never code. Three places are searched, later ones only add: the ones that ship
+with the package, those of installed plugins (entry-point group ``comit_bench.recipes``, each a
+directory), and ``--include-path DIR``. Taking an existing name twice is an error unless
+``allow_override`` is set; every recipe remembers where it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from comit_bench.errors import MissingError, UsageError, did_you_mean
+
+Kind = Literal["probes", "datasets", "results"]
+RECIPE_FILE = {"probes": "task.yaml", "datasets": "dataset.yaml"}
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ProbeSpec(_Spec):
+    """The probe network and its fit (paper, Appendix B.2).
+
+    ``batch_size`` is global. One epoch is one pass over the training messages.
+    """
+
+    width: Annotated[int, Field(gt=0)] = 768
+    depth: Annotated[int, Field(gt=0)] = 2
+    heads: Annotated[int, Field(gt=0)] = 8
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    batch_size: Annotated[int, Field(gt=0)] = 256
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_epochs: Annotated[int, Field(gt=0)] = 100
+    patience: Annotated[int, Field(gt=0)] = 10
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ProbeSpec:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
+class EarlyStopSpec(_Spec):
+    """Where early stopping looks: a share held out of ``source``, or ``source`` itself when 1.0.
+
+    The share is taken by a hash of the sample id, so it depends on nothing else.
+    """
+
+    source: str = "train"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+class SplitSpec(_Spec):
+    train: str = "train"
+    report: str = "val"
+    early_stop: EarlyStopSpec = EarlyStopSpec()
+
+
+class AttributesSpec(_Spec):
+    """Parts of a class name that get their own accuracy, e.g. ``red_3`` -> colour, digit."""
+
+    separator: str = "_"
+    fields: tuple[str, ...]
+
+
+class TaskSpec(_Spec):
+    """One ``probes/<name>/task.yaml``. Bump ``version`` whenever a score may change."""
+
+    name: str
+    version: Annotated[int, Field(ge=1)]
+    title: str
+    kind: Literal["classification"]
+    suite: Literal["scenes", "paper", "extra"]
+    dataset: str
+    split: SplitSpec = SplitSpec()
+    probe: ProbeSpec = ProbeSpec()
+    seeds: Annotated[int, Field(ge=1)] = 3
+    main_metric: str = "top1"
+    attributes: AttributesSpec | None = None
+
+
+class GeneratorSpec(_Spec):
+    """How an embedded dataset is made (``comit_bench.data.scenes``)."""
+
+    name: Literal["scenes"] = "scenes"
+    layout: Literal["recognition", "pairs", "relations", "objectness"]
+    variant: Literal["default", "hard"] = "default"
+    seed: int = 0
+    image_size: Annotated[int, Field(ge=16)] = 32
+    train: Annotated[int, Field(ge=0)] = 4000
+    val: Annotated[int, Field(ge=1)] = 1000
+
+
+class DatasetSpec(_Spec):
+    """One ``datasets/<name>/dataset.yaml``.
+
+    ``folder`` names the directory under the data root (or, with a generator, under the cache).
+    ``splits`` maps a split name to candidate sub-directories or files, first one found wins.
+    """
+
+    name: str
+    version: Annotated[int, Field(ge=1)]
+    title: str
+    reader: Literal["class-folders", "coco", "visual-genome", "saliency"]
+    folder: str
+    splits: dict[str, tuple[str, ...]] = {}
+    class_list: str | None = None
+    labels: dict[str, tuple[str, ...]] = {}
+    generator: GeneratorSpec | None = None
+    checksum: str | None = None
+    licence: str
+    homepage: str | None = None
+    obtain: str | None = None
+    max_broken: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+
+S = TypeVar("S", bound=_Spec)
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[S]):
+    """A validated recipe and where it came from."""
+
+    spec: S
+    path: Path
+    origin: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the resolved values: comments and key order do not matter."""
+        text = json.dumps(self.spec.model_dump(mode="json"), sort_keys=True)
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    def sibling(self, name: str) -> Path:
+        """A file beside the recipe, e.g. its class list."""
+        return self.path.parent / name
+
+
+def recipe_root(kind: Kind) -> Path:
+    """Where the built-in recipes lie: inside a wheel, or beside the package in a checkout.
+
+    Raises:
+        MissingError: This installation has lost them.
+    """
+    package = Path(str(files("comit_bench")))
+    for root in (package / "_recipes" / kind, package.parent / kind):
+        if root.is_dir():
+            return root
+    raise MissingError(f"{kind} recipes are missing from this installation of comit_bench: reinstall it")
+
+
+def _plugin_roots() -> list[tuple[str, Path]]:
+    roots = []
+    for point in entry_points(group="comit_bench.recipes"):
+        value = point.load()
+        roots.append((f"plugin:{point.name}", Path(value() if callable(value) else value)))
+    return roots
+
+
+def _search_roots(kind: Kind, include: tuple[Path, ...]) -> list[tuple[str, Path]]:
+    roots = [("builtin", recipe_root(kind))]
+    roots += [(origin, root / kind) for origin, root in _plugin_roots()]
+    for directory in include:
+        if not directory.is_dir():
+            raise UsageError(f"--include-path {directory}: not a directory")
+        nested = directory / kind
+        roots.append((str(directory), nested if nested.is_dir() else directory))
+    return roots
+
+
+def _nearest_key(error: dict[str, Any], model: type[BaseModel]) -> str:
+    """For an unknown key, walk to the model it sits in and suggest a known key."""
+    fields: dict[str, Any] = dict(model.model_fields)
+    for part in error["loc"][:-1]:
+        annotation = getattr(fields.get(str(part)), "annotation", None)
+        for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                fields = dict(candidate.model_fields)
+    return did_you_mean(str(error["loc"][-1]), fields)
+
+
+def parse_recipe(path: Path, model: type[S]) -> S:
+    """Read one YAML file into ``model``.
+
+    Raises:
+        UsageError: Names the file, the key, the value and the nearest valid key or value.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
+    try:
+        return model.model_validate(raw)
+    except ValidationError as failure:
+        lines = []
+        for error in failure.errors():
+            where = ".".join(str(part) for part in error["loc"]) or "(top level)"
+            if error["type"] == "extra_forbidden":
+                lines.append(f"  {where}: unknown key.{_nearest_key(dict(error), model)}")
+            elif error["type"] == "missing":
+                lines.append(f"  {where}: required key is missing")
+            else:
+                lines.append(f"  {where} = {error['input']!r}: {error['msg']}")
+        raise UsageError(f"{path}: not a valid {model.__name__}\n" + "\n".join(lines)) from failure
+
+
+def _discover(
+    kind: Kind, model: type[S], include: tuple[Path, ...], allow_override: bool
+) -> dict[str, Recipe[S]]:
+    found: dict[str, Recipe[S]] = {}
+    for origin, root in _search_roots(kind, include):
+        for path in sorted(root.glob(f"*/{RECIPE_FILE[kind]}")):
+            spec = parse_recipe(path, model)
+            name = str(getattr(spec, "name", ""))
+            if name != path.parent.name:
+                raise UsageError(f"{path}: name is {name!r} but its folder is {path.parent.name!r}")
+            if name in found and not allow_override:
+                raise UsageError(
+                    f"{path}: {name!r} is already defined by {found[name].path}. "
+                    "Rename it, or pass --allow-override to replace the other."
+                )
+            found[name] = Recipe(spec, path, origin)
+    return found
+
+
+@lru_cache(maxsize=8)
+def find_tasks(
+    include: tuple[Path, ...] = (), *, allow_override: bool = False
+) -> dict[str, Recipe[TaskSpec]]:
+    """All task recipes by name."""
+    return _discover("probes", TaskSpec, include, allow_override)
+
+
+@lru_cache(maxsize=8)
+def find_datasets(
+    include: tuple[Path, ...] = (), *, allow_override: bool = False
+) -> dict[str, Recipe[DatasetSpec]]:
+    """All dataset recipes by name."""
+    return _discover("datasets", DatasetSpec, include, allow_override)
+
+
+def pick(name: str, known: dict[str, Recipe[S]], what: str) -> Recipe[S]:
+    """Look a name up.
+
+    Raises:
+        UsageError: Unknown name; suggests the nearest.
+    """
+    if name not in known:
+        raise UsageError(f"unknown {what} {name!r}.{did_you_mean(name, known)}")
+    return known[name]

@@ -1,0 +1,152 @@
+"""The tokenizer contract. Adapters satisfy it by shape; nothing inherits from it.
+
+Shape legend: ``B`` batch, ``K`` message length, ``d`` code dimension, ``H W`` image sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+# Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
+# image then never depends on how many others were handed over, so ids are the same bits for every
+# --batch-size (matrix kernels and vector tails may differ between batch sizes in the last place,
+# which is enough to flip a token at a rounding boundary).
+TILE = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerInfo:
+    """What a table prints about a tokenizer and what a cache key needs to know.
+
+    Attributes:
+        name: Name used in tables, e.g. ``comit-l``.
+        family: Adapter family, e.g. ``comit``.
+        kind: ``learned``, ``baseline`` (no learned network) or ``reference`` (brackets scores).
+        revision: Hub commit, or None.
+        weights: ``sha256:<hex>``, ``random:<seed>``, ``fitted:<hex>`` or ``none``.
+        parameters: Number of weights of the tokenizer itself (without a frozen VAE).
+        message_length: Tokens per image, K.
+        vocab_size: Number of distinct ids, or None for continuous codes.
+        code_dim: Length of one code vector, d.
+        resolution: Side of the square uint8 image that ``encode`` takes, in pixels.
+        preprocessing: Declared string, see ``comit_bench.data.images.preprocess``.
+        trained: False for random weights; such rows carry a mark in every table.
+        training_data: What the weights were trained or fitted on.
+        code_licence: Licence of the code that computes the tokens.
+        weights_licence: Licence of the weights.
+        options: Every setting that can change ids (mask mode, posterior, ...). Part of the protocol.
+    """
+
+    name: str
+    family: str
+    kind: str
+    revision: str | None = None
+    weights: str
+    parameters: int
+    message_length: int
+    vocab_size: int | None
+    code_dim: int
+    resolution: int
+    preprocessing: str
+    trained: bool = True
+    training_data: str = "unknown"
+    code_licence: str = "Apache-2.0"
+    weights_licence: str = "unknown"
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The messages of a batch.
+
+    Attributes:
+        ids: int64 [B, K], or None when the tokenizer is continuous.
+        codes: float32 [B, K, d], the vectors as they re-enter the decoder; what probes read.
+        offsets: float32 [B, 2] decoding offset (COMiT), or None.
+    """
+
+    ids: Tensor | None
+    codes: Tensor
+    offsets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.codes.shape[0])
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Anything that maps uint8 RGB images to a message and, if it can, back."""
+
+    @property
+    def info(self) -> TokenizerInfo: ...
+
+    def encode(
+        self,
+        images_u8: Tensor,
+        *,
+        policy: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tokens:
+        """Tokenize uint8 [B, 3, S, S] (S = ``info.resolution``).
+
+        Args:
+            images_u8: RGB images, already preprocessed as ``info.preprocessing`` says.
+            policy: Cropping policy for tokenizers that look at crops; None is their default.
+            generators: One CPU generator per image, used for everything random about it.
+        """
+        ...
+
+    def codes_from_ids(self, ids: Tensor) -> Tensor:
+        """Look up codes: int [..., K] -> float32 [..., K, d]. Continuous tokenizers raise."""
+        ...
+
+    def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """Reconstruct uint8 [B, 3, S, S]; one noise seed per image.
+
+        Raises:
+            UnsupportedOperation: When the tokenizer has no decoder.
+        """
+        ...
+
+
+def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int = TILE) -> Tokens:
+    """Call ``function`` on slices of exactly ``tile`` rows; the last one is padded by repetition.
+
+    Args:
+        function: Takes one slice of every batch, returns Tokens with ``tile`` rows.
+        *batches: Tensors with equal first dimension B >= 1.
+        tile: Rows per call.
+    """
+    total = batches[0].shape[0]
+    parts: list[Tokens] = []
+    for start in range(0, total, tile):
+        index = torch.arange(start, start + tile).clamp_(max=total - 1)
+        parts.append(function(*(b[index.to(b.device)] for b in batches)))
+
+    def join(values: list[Tensor | None]) -> Tensor | None:
+        tensors = [v for v in values if v is not None]
+        return torch.cat(tensors)[:total] if tensors else None
+
+    codes = join([p.codes for p in parts])
+    assert codes is not None
+    return Tokens(join([p.ids for p in parts]), codes, join([p.offsets for p in parts]))
+
+
+def check_images(images_u8: Tensor, info: TokenizerInfo) -> None:
+    """Refuse anything but uint8 [B, 3, S, S] at the tokenizer's resolution.
+
+    Raises:
+        ValueError: Names the shape and type that came and those expected.
+    """
+    side = info.resolution
+    if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[1:] != (3, side, side):
+        raise ValueError(
+            f"{info.name} takes uint8 images of shape [B, 3, {side}, {side}], got "
+            f"{str(images_u8.dtype).removeprefix('torch.')} {list(images_u8.shape)}. "
+            f"Preprocess them first: comit_bench.data.images.preprocess(image, {info.preprocessing!r})."
+        )
