@@ -209,14 +209,14 @@ def parse_recipe(path: Path, model: type[S]) -> S:
         return model.model_validate(raw)
     except ValidationError as failure:
         lines = []
-        for error in failure.errors():
-            where = ".".join(str(part) for part in error["loc"]) or "(top level)"
-            if error["type"] == "extra_forbidden":
-                lines.append(f"  {where}: unknown key.{_nearest_key(dict(error), model)}")
-            elif error["type"] == "missing":
+        for problem in failure.errors():
+            where = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"  {where}: unknown key.{_nearest_key(dict(problem), model)}")
+            elif problem["type"] == "missing":
                 lines.append(f"  {where}: required key is missing")
             else:
-                lines.append(f"  {where} = {error['input']!r}: {error['msg']}")
+                lines.append(f"  {where} = {problem['input']!r}: {problem['msg']}")
         raise UsageError(f"{path}: not a valid {model.__name__}\n" + "\n".join(lines)) from failure
 
 

@@ -1,0 +1,1 @@
+"""Networks and their mathematics. No files, no printing, no imports of ours but models."""

@@ -1,0 +1,1 @@
+"""One adapter per tokenizer family; ``loading.load_tokenizer`` is the one way in."""

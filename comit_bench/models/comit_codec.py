@@ -1,0 +1,439 @@
+"""COMiT in use: images -> crops -> message, and message -> image. Sections (b), (d), (e) of the spec.
+
+Results are those of the released program; the work is not. A fixed policy sends all its crops through
+the VAE in one batch; an adaptive policy continues from the message it already has instead of encoding
+the sequence again after every choice; the conditional and unconditional velocities of guidance share
+one batch; nothing is embedded twice in a sampling run.
+
+Randomness is explicit everywhere: a :data:`NoiseSource` is asked for every Gaussian tensor.
+
+Shape legend: ``B`` batch, ``M`` message length, ``d`` code dimension, ``C h w`` latent, ``S`` image
+side, ``K`` crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from comit_bench.models.comit import AttentionProbe, Comit, Condition
+from comit_bench.models.crops import (
+    CELLS,
+    GLOBAL,
+    CropPolicy,
+    encoding_offsets,
+    select_cells,
+)
+from comit_bench.models.flow import Guidance, ProjectedGuidance, integrate
+from comit_bench.models.vae import LatentCodec
+
+# (what, crop step, image indices in the batch, shape of one image's noise) -> [len(images), *shape]
+NoiseSource = Callable[[Literal["latent", "adaptive"], int, Sequence[int], tuple[int, ...]], Tensor]
+# {latent side: (image indices, latents)} of one crop step: one entry unless an explicit order mixes
+# global and local crops at the same step
+Latents = dict[int, tuple[Tensor, Tensor]]
+CENTRE = CELLS // 2
+
+
+def noise_from_generators(generators: Sequence[torch.Generator]) -> NoiseSource:
+    """Every image draws from its own CPU generator, so noise does not depend on the batch."""
+
+    def draw(what: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=generators[i]) for i in images])
+
+    return draw
+
+
+def noise_from_tensors(
+    *, adaptive: Tensor | None = None, latent: Sequence[Tensor] | None = None
+) -> NoiseSource:
+    """Stored noise: ``adaptive`` [K, B, C, h, w]; ``latent[k]`` [B, C, h', w'] for crop k."""
+
+    def draw(what: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        stored = adaptive if what == "adaptive" else latent
+        if stored is None:
+            raise ValueError(f"{what} noise is needed but was not given")
+        return stored[step][list(images)]
+
+    return draw
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeStep:
+    """What happened at one crop.
+
+    Attributes:
+        cells: int64 [B], 0..8 or ``GLOBAL``.
+        offsets: [B, 2], fed with the crop.
+        prequant: [B, M, d] message before quantization.
+        codes: [B, M, d].
+        scores: [B, 3, 3] error map that chose the next crop (adaptive, not after the last crop).
+    """
+
+    cells: Tensor
+    offsets: Tensor
+    prequant: Tensor
+    codes: Tensor
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A finished message.
+
+    Attributes:
+        ids: int64 [B, M].
+        codes: float32 [B, M, d] in [-1, 1].
+        offset: [B, 2] decoding offset: minus the location of the last crop.
+        steps: One entry per crop.
+    """
+
+    ids: Tensor
+    codes: Tensor
+    offset: Tensor
+    steps: list[EncodeStep]
+
+
+def _codec(model: Comit) -> LatentCodec:
+    return cast(LatentCodec, model.vae)
+
+
+def locate(model: Comit, cells: Tensor, side: int) -> Tensor:
+    """Locations of cells int64 [...] -> [..., 2]; the global crop sits at (0, 0)."""
+    table = torch.cat([torch.zeros(1, 2), model.spec.geometry.locations(side)])
+    return table.to(cells.device)[cells + 1]
+
+
+def _sample_posterior(posterior: str, model: Comit) -> bool:
+    if posterior not in ("mode", "sample"):
+        raise ValueError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
+    return posterior == "sample" and _codec(model).stochastic
+
+
+def crop_latents(
+    model: Comit,
+    images: Tensor,
+    table: Tensor,
+    *,
+    first_step: int = 0,
+    noise: NoiseSource | None = None,
+) -> list[Latents]:
+    """VAE latents of crops, all local ones in one batch and all global ones in another.
+
+    Args:
+        images: [B, 3, S, S] in [-1, 1].
+        table: int64 [K, B] of cells.
+        first_step: Step number of ``table[0]`` for the noise source.
+        noise: Sample the posterior with this; None takes its mode.
+
+    Returns:
+        One :data:`Latents` per step.
+    """
+    codec = _codec(model)
+    steps: list[Latents] = [{} for _ in range(table.shape[0])]
+    for is_global in (True, False):
+        mask = (table == GLOBAL) if is_global else (table != GLOBAL)
+        where = mask.nonzero()  # [n, 2] of (step, image), ordered by step
+        if where.shape[0] == 0:
+            continue
+        step, image = where.unbind(1)
+        source = image if is_global else image * CELLS + table[step, image]
+        if noise is None:
+            source, inverse = torch.unique(source, return_inverse=True)  # repeated crops are encoded once
+        pixels = images if is_global else model.spec.geometry.local_crops(images).flatten(0, 1)
+        pixels = pixels[source]
+        drawn = None
+        if noise is not None:
+            shape = (model.spec.in_channels, *(n // codec.factor for n in pixels.shape[-2:]))
+            parts = [
+                noise("latent", first_step + k, where[step == k, 1].tolist(), shape)
+                for k in range(table.shape[0])
+                if bool(mask[k].any())
+            ]
+            drawn = torch.cat(parts).to(images)
+        latents = codec.encode(pixels, drawn)
+        if noise is None:
+            latents = latents[inverse]
+        for k in range(table.shape[0]):
+            if mask[k].any():
+                chosen = step == k
+                steps[k][latents.shape[-1]] = (image[chosen], latents[chosen])
+    return steps
+
+
+def update(model: Comit, latents: Latents, message: Tensor, offsets: Tensor) -> Tensor:
+    """One encoding step: pre-quantization message [B, M, d] after a crop.
+
+    ``message`` is codes [B, M, d], or [1, 1, d] for the prior, whose positions are all equal.
+    """
+    predictor = model.predictor
+    time = predictor.state_at(1.0, offsets.device)
+    out: Tensor | None = None
+    for images, x in latents.values():
+        everything = images.shape[0] == offsets.shape[0]
+        r = message if everything or message.shape[0] == 1 else message[images]
+        o = offsets if everything else offsets[images]
+        z = predictor(x, predictor.condition(r, o), time, read="message").message
+        if everything:
+            return cast(Tensor, z)
+        out = z.new_empty(offsets.shape[0], *z.shape[1:]) if out is None else out
+        out[images] = z
+    assert out is not None
+    return out
+
+
+def _result(model: Comit, steps: list[EncodeStep], locations: Tensor) -> Encoded:
+    codes = steps[-1].codes
+    return Encoded(model.quantizer.ids(codes), codes, -locations, steps)
+
+
+def encode_sequence(model: Comit, latents: Sequence[Latents], cells: Tensor, locations: Tensor) -> Encoded:
+    """Run the message through crops whose latents are known.
+
+    Args:
+        latents: One entry per step, as :func:`crop_latents` returns them.
+        cells: int64 [K, B], kept in the trace.
+        locations: [K, B, 2].
+    """
+    message = model.prior(1, locations.device)[:, :1]
+    steps = []
+    for x, cell, offset in zip(latents, cells, encoding_offsets(locations), strict=True):
+        prequant = update(model, x, message, offset)
+        message = model.quantizer(prequant)
+        steps.append(EncodeStep(cell, offset, prequant, message))
+    return _result(model, steps, locations[-1])
+
+
+def encode(
+    model: Comit,
+    images: Tensor,
+    policy: CropPolicy,
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+    noise: NoiseSource | None = None,
+    posterior: Literal["mode", "sample"] = "mode",
+) -> Encoded:
+    """Tokenize images under a cropping policy.
+
+    Args:
+        images: float32 [B, 3, S, S] in [-1, 1].
+        policy: Which crops, in which order.
+        generators: One CPU generator per image for random orders, and for noise unless ``noise`` is given.
+        noise: Explicit noise for adaptive policies and posterior sampling.
+        posterior: ``mode`` (deterministic) or ``sample`` (released) VAE latents.
+
+    Raises:
+        ValueError: A random or adaptive policy without a source of randomness, or a bad order.
+    """
+    if noise is None and generators is not None:
+        noise = noise_from_generators(generators)
+    sampled = _sample_posterior(posterior, model)
+    if sampled and noise is None:
+        raise ValueError("posterior='sample' needs generators or explicit noise")
+    latent_noise = noise if sampled else None
+    if policy.adaptive:
+        if noise is None:
+            raise ValueError("an adaptive policy needs generators or explicit noise")
+        return _encode_adaptive(model, images, policy, noise, latent_noise)
+    cells = policy.indices(images.shape[0], generators).to(images.device)
+    latents = crop_latents(model, images, cells, noise=latent_noise)
+    return encode_sequence(model, latents, cells, locate(model, cells, images.shape[-1]))
+
+
+def encode_crops(
+    model: Comit,
+    crops: Sequence[Tensor],
+    locations: Sequence[Tensor],
+    policy: CropPolicy,
+    *,
+    noise: NoiseSource | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Encoded:
+    """Tokenize crops that are already extracted: lists of [B, 3, h, w] and of locations [B, 2].
+
+    With a null VAE the crops are latents. Only the order and truncation of the policy apply: with
+    ``global_crop`` entry 0 counts as the global crop for ``random``; explicit indices name entries.
+
+    Raises:
+        ValueError: An adaptive policy, lists of different length, or an index beyond the list.
+    """
+    if policy.adaptive:
+        raise ValueError("an adaptive policy chooses its own crops: pass images, not extracted crops")
+    if len(crops) != len(locations) or not crops:
+        raise ValueError(f"got {len(crops)} crops and {len(locations)} locations: expected equally many")
+    batch = crops[0].shape[0]
+    if policy.order == "raster":
+        order = torch.arange(len(crops))[:, None].expand(-1, batch)[: policy.num_crops]
+    elif policy.order == "random":
+        if generators is None:
+            raise ValueError("a random policy needs one generator per image")
+        fixed = int(policy.global_crop)
+        draws = [torch.randperm(len(crops) - fixed, generator=g) + fixed for g in generators]
+        order = torch.stack([torch.cat([torch.arange(fixed), d]) for d in draws], dim=1)[: policy.num_crops]
+    else:
+        order = policy.indices(batch) + int(policy.global_crop)
+    if int(order.max()) >= len(crops):
+        raise ValueError(f"the order names crop {int(order.max())}, but only {len(crops)} were given")
+    codec, places = _codec(model), torch.stack(list(locations))
+    encoded: dict[int, Tensor] = {}
+    for index in torch.unique(order).tolist():
+        shape = (model.spec.in_channels, *(n // codec.factor for n in crops[index].shape[-2:]))
+        drawn = None if noise is None else noise("latent", index, range(batch), shape).to(crops[index])
+        encoded[index] = codec.encode(crops[index], drawn)
+    latents: list[Latents] = []
+    for row in order:
+        by_side: dict[int, list[tuple[int, Tensor]]] = {}
+        for image, index in enumerate(row.tolist()):
+            x = encoded[index]
+            by_side.setdefault(x.shape[-1], []).append((image, x[image]))
+        latents.append(
+            {
+                side: (torch.tensor([i for i, _ in pairs]), torch.stack([x for _, x in pairs]))
+                for side, pairs in by_side.items()
+            }
+        )
+    return encode_sequence(model, latents, order, places[order, torch.arange(batch)])
+
+
+def one_step_decode(model: Comit, codes: Tensor, offset: Tensor, noise: Tensor) -> Tensor:
+    """One Euler step from noise without guidance: the latent y + v(0, y), [B, C, h, w]."""
+    predictor = model.predictor
+    time = predictor.state_at(0.0, codes.device)
+    v = predictor(noise, predictor.condition(codes, offset), time, read="velocity").velocity
+    return noise + cast(Tensor, v)
+
+
+def _encode_adaptive(
+    model: Comit,
+    images: Tensor,
+    policy: CropPolicy,
+    noise: NoiseSource,
+    latent_noise: NoiseSource | None,
+) -> Encoded:
+    batch, side = images.shape[0], images.shape[-1]
+    if side != model.spec.image_size:
+        raise ValueError(
+            f"an adaptive policy compares with decoded images of {model.spec.image_size} px, got {side} px"
+        )
+    shape = (model.spec.in_channels, model.spec.max_input_size, model.spec.max_input_size)
+    first = GLOBAL if policy.global_crop else CENTRE
+    cells = torch.full((batch,), first, device=images.device)
+    forbidden = torch.zeros(batch, CELLS, dtype=torch.bool, device=images.device)
+    if first == CENTRE:
+        forbidden[:, CENTRE] = True
+    message = model.prior(1, images.device)[:, :1]
+    location = locate(model, cells, side)
+    offsets = torch.zeros_like(location)
+    steps: list[EncodeStep] = []
+    for k in range(cast(int, policy.num_crops)):
+        latents = crop_latents(model, images, cells[None], first_step=k, noise=latent_noise)[0]
+        prequant = update(model, latents, message, offsets)
+        message = model.quantizer(prequant)
+        if k + 1 == policy.num_crops:
+            steps.append(EncodeStep(cells, offsets, prequant, message))
+            break
+        y = noise("adaptive", k, range(batch), shape).to(images)
+        decoded = _codec(model).decode(one_step_decode(model, message, -location, y))
+        scores = model.spec.geometry.error_map(decoded, images)
+        steps.append(EncodeStep(cells, offsets, prequant, message, scores))
+        cells, forbidden = select_cells(scores, forbidden, shared=policy.shared)
+        new_location = locate(model, cells, side)
+        offsets, location = new_location - location, new_location
+    return _result(model, steps, location)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionRequest:
+    """Attention maps wanted from a decoding run.
+
+    Attributes:
+        layer: Zero-based block.
+        time: The first evaluation with t >= time is used.
+        path: ``hard`` runs every conditional evaluation with the hard mask, as the released program
+            does when it extracts maps; ``model`` leaves the model as it always runs.
+        softmax: Attention weights instead of logits.
+    """
+
+    layer: int
+    time: float = 0.5
+    path: Literal["hard", "model"] = "hard"
+    softmax: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A sampled latent [B, C, h, w] and the message-to-image maps [B, H, M, h/P, w/P], if any."""
+
+    latents: Tensor
+    attention: Tensor | None = None
+
+
+def decode(
+    model: Comit,
+    codes: Tensor,
+    offset: Tensor,
+    noise: Tensor,
+    *,
+    steps: int = 10,
+    solver: str = "euler",
+    guidance: Guidance | None = None,
+    attention: AttentionRequest | None = None,
+) -> Decoded:
+    """Sample a latent from a message.
+
+    Args:
+        codes: [B, M, d].
+        offset: [B, 2] decoding offset of the message.
+        noise: [B, C, h, w], the latent at t = 0.
+        steps: Grid intervals.
+        solver: ``euler`` or ``midpoint``.
+        guidance: None is ``Guidance()``: weight 7.5, momentum -0.5.
+        attention: Also return attention maps.
+
+    Raises:
+        ValueError: Unknown solver, steps below 1, or a layer that does not exist.
+    """
+    settings = guidance or Guidance()
+    predictor = model.predictor
+    if attention is not None and not 0 <= attention.layer < model.spec.depth:
+        raise ValueError(f"attention layer must be 0..{model.spec.depth - 1}, got {attention.layer}")
+    conditional = predictor.condition(codes, offset)
+    both = prior = None
+    if settings.active:
+        prior = predictor.condition(model.prior(1, codes.device)[:, :1], offset)
+        message = torch.cat([conditional.message, prior.message.expand_as(conditional.message)])
+        both = Condition(message, torch.cat([conditional.offset, prior.offset]))
+    combine = ProjectedGuidance(settings)
+    probe: AttentionProbe | None = None
+    hard: dict[str, Any] = {"mask_mode": "hard"} if attention and attention.path == "hard" else {}
+
+    def velocity(time: float, y: Tensor) -> Tensor:
+        nonlocal probe
+        state = predictor.state_at(time, y.device)
+        if attention is None and both is not None:
+            joint = predictor(torch.cat([y, y]), both, state, read="velocity").velocity
+            return combine(*cast(Tensor, joint).chunk(2))
+        asked = None
+        if attention is not None and probe is None and time >= attention.time:
+            probe = asked = AttentionProbe(attention.layer, softmax=attention.softmax)
+        v = cast(Tensor, predictor(y, conditional, state, read="velocity", probe=asked, **hard).velocity)
+        if prior is None:
+            return v
+        return combine(v, cast(Tensor, predictor(y, prior, state, read="velocity").velocity))
+
+    latents = integrate(velocity, noise, steps=steps, solver=solver)
+    maps = None if probe is None or probe.maps is None else probe.maps
+    if maps is not None:
+        rows = noise.shape[-2] // model.spec.patch_size
+        maps = rearrange(maps, "b heads m (h w) -> b heads m h w", h=rows)
+    return Decoded(latents, maps)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] floats -> uint8: clamp, (x + 1) * 127.5, truncate."""
+    return images.clamp(-1, 1).add(1).mul(127.5).to(torch.uint8)

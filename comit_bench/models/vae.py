@@ -1,0 +1,119 @@
+"""Image autoencoders that COMiT's flow runs in: SD-VAE, none, and the parity stand-in.
+
+All map images [B, 3, S, S] in [-1, 1] to latents [B, C, S/f, S/f] and back; none is trained here.
+The random part of encoding is explicit: pass ``noise`` of the latent's shape to sample the posterior,
+or nothing for its mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SD_SCALE = 0.18215
+
+
+class LatentCodec(Protocol):
+    """What COMiT asks of an autoencoder; ``factor`` is pixels per latent cell."""
+
+    factor: int
+    stochastic: bool
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class IdentityVae(nn.Module):
+    """A null VAE: the latent is the image itself."""
+
+    factor = 1
+    stochastic = False
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[B, C, S, S] -> the same."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, S, S] -> the same."""
+        return latents
+
+
+class StandInVae(nn.Module):
+    """The linear VAE of the parity cases: average pooling by f and a 3 -> 4 map, and back."""
+
+    stochastic = False
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.enc_weight = nn.Parameter(torch.zeros(4, 3))
+        self.enc_bias = nn.Parameter(torch.zeros(4))
+        self.dec_weight = nn.Parameter(torch.zeros(3, 4))
+        self.dec_bias = nn.Parameter(torch.zeros(3))
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[B, 3, S, S] -> [B, 4, S/f, S/f]."""
+        pooled = F.avg_pool2d(images, self.factor)
+        return F.conv2d(pooled, self.enc_weight[:, :, None, None], self.enc_bias)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 4, h, w] -> [B, 3, h*f, w*f], every value repeated f x f."""
+        pixels = F.conv2d(latents, self.dec_weight[:, :, None, None], self.dec_bias)
+        return F.interpolate(pixels, scale_factor=self.factor, mode="nearest")
+
+
+SD_CONFIG: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 256,
+    "scaling_factor": SD_SCALE,
+}
+
+
+class SDVae(nn.Module):
+    """The Stable Diffusion 1 KL autoencoder (diffusers ``AutoencoderKL``), scaled by 0.18215."""
+
+    factor = 8
+    stochastic = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        self.vae: Any = AutoencoderKL.from_config(SD_CONFIG)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[B, 3, S, S] -> [B, 4, S/8, S/8]: mean of the posterior, or mean + std * noise."""
+        posterior = self.vae.encode(images).latent_dist
+        latents: Tensor = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return latents * SD_SCALE
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 4, h, w] -> [B, 3, 8h, 8w], not clamped."""
+        images: Tensor = self.vae.decode(latents / SD_SCALE).sample
+        return images
+
+
+def build_vae(kind: str, factor: int = 8) -> IdentityVae | StandInVae | SDVae:
+    """Make an autoencoder with untrained weights: ``none``, ``stand-in`` or ``sd``.
+
+    Raises:
+        ValueError: Unknown kind.
+    """
+    if kind == "none":
+        return IdentityVae()
+    if kind == "stand-in":
+        return StandInVae(factor)
+    if kind == "sd":
+        return SDVae()
+    raise ValueError(f"unknown VAE kind {kind!r}: expected none, stand-in or sd")

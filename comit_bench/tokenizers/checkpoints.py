@@ -1,0 +1,123 @@
+"""Reading released checkpoints: find the files, check every key and shape, then load.
+
+safetensors only. A checkpoint that does not fit is refused with a list of what is missing, unexpected
+or of another shape, before anything is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from comit_bench.errors import CorruptFileError, MissingError, UsageError
+from comit_bench.files import atomic_path
+
+WEIGHT_FILES = ("model.safetensors", "weights.safetensors")
+SHOWN = 8
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint directory.
+
+    Raises:
+        MissingError: No such file.
+        CorruptFileError: Not a JSON object.
+    """
+    import json
+
+    path = directory / "config.json"
+    if not path.is_file():
+        raise MissingError(
+            f"{path}: not found. A checkpoint directory holds config.json and {WEIGHT_FILES[0]}."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{path}: not valid JSON ({error}). Download it again.") from error
+    if not isinstance(config, dict):
+        raise CorruptFileError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def weight_file(directory: Path) -> Path:
+    """The weights of a checkpoint directory.
+
+    Raises:
+        MissingError: None of the accepted names exists.
+    """
+    for name in WEIGHT_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    raise MissingError(f"{directory}: found neither {' nor '.join(WEIGHT_FILES)}")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CorruptFileError: Truncated, empty or not a safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, EOFError) as error:
+        raise CorruptFileError(
+            f"{path}: not a readable safetensors file ({error}). It is truncated or of another format: "
+            "download or export it again."
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
+
+
+def _some(items: list[str]) -> str:
+    more = f" … and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def load_checked(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: Path, *, optional: tuple[str, ...] = ()
+) -> None:
+    """Load ``tensors`` into ``module`` (which may be on the meta device) as float32.
+
+    Args:
+        module: Network whose state dict names the expected keys.
+        tensors: The checkpoint.
+        source: File named in the error.
+        optional: Prefixes of keys that may be absent (they must be initialised already).
+
+    Raises:
+        UsageError: Lists missing keys, unexpected keys and shapes that differ.
+    """
+    expected = module.state_dict()
+    missing = [k for k in expected if k not in tensors and not k.startswith(optional or ("\0",))]
+    unexpected = [k for k in tensors if k not in expected]
+    shapes = [
+        f"{k} {list(tensors[k].shape)} instead of {list(v.shape)}"
+        for k, v in expected.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    if missing or unexpected or shapes:
+        lines = [
+            f"{source}: this checkpoint does not fit {type(module).__name__} as config.json describes it"
+        ]
+        for title, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)):
+            if items:
+                lines.append(f"  {title} ({len(items)}): {_some(items)}")
+        lines.append("Check that config.json and the weights belong together.")
+        raise UsageError("\n".join(lines))
+    module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False, assign=True)

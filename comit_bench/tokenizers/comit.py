@@ -1,0 +1,473 @@
+"""Adapter for COMiT: released files <-> model, uint8 images <-> messages.
+
+A checkpoint is a directory with ``config.json`` (top-level nodes ``predictor``, ``quantizer``, ``vae``,
+each with a class path and keyword arguments; classes are matched by the last part of the path) and
+``model.safetensors`` under the released key names. What :func:`save` writes loads in the original
+program and vice versa; settings that the original does not know (mask mode, crop geometry of small
+images) stand in an extra node ``comit_bench`` that it never reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.files import sha256_file, write_atomic
+from comit_bench.models.comit import PRESETS, Comit, ComitSpec
+from comit_bench.models.comit_codec import AttentionRequest, Encoded, decode, encode, to_uint8
+from comit_bench.models.crops import CropGeometry, CropPolicy, parse_policy
+from comit_bench.models.flow import Guidance
+from comit_bench.models.vae import build_vae
+from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.checkpoints import (
+    load_checked,
+    read_config,
+    read_tensors,
+    weight_file,
+    write_tensors,
+)
+
+HUB = {name: f"cvg-unibe/{name}" for name in ("comit-b", "comit-l", "comit-xl")}
+VAE_HUB = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+UNUSED = ("predictor.y_pos_offset", "predictor.c_final_layer.")  # in released files, never read
+PREFIX = "comit.components"  # class paths as in the reference cases; only the last part is matched
+
+PREDICTOR_DEFAULTS: dict[str, Any] = {
+    "max_input_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "hidden_size": 1152,
+    "depth": 28,
+    "num_heads": 16,
+    "mlp_ratio": 4.0,
+    "num_msg_tokens": 16,
+    "msg_tokens_dim": 64,
+    "representation_layer": 8,
+}
+
+
+def _class_name(node: dict[str, Any]) -> str:
+    return str(node.get("_target_", "")).rsplit(".", 1)[-1]
+
+
+def _node(config: dict[str, Any], key: str, expected: str, source: Path) -> dict[str, Any]:
+    node = config.get(key)
+    if not isinstance(node, dict) or _class_name(node) != expected:
+        raise UsageError(
+            f"{source}: node {key!r} should be a {expected}, found {node!r}. Is this a COMiT checkpoint? "
+            f"Its config.json has the nodes predictor, quantizer and vae."
+        )
+    return node
+
+
+def spec_from_config(config: dict[str, Any], source: Path) -> ComitSpec:
+    """Read a released (or our own) ``config.json``.
+
+    Raises:
+        UsageError: A node is missing, of another class, or its values contradict each other.
+    """
+    predictor = {**PREDICTOR_DEFAULTS, **_node(config, "predictor", "RuledDiT", source)}
+    levels = tuple(_node(config, "quantizer", "FSQ", source).get("levels") or ())
+    if predictor["msg_tokens_dim"] != len(levels):
+        raise UsageError(
+            f"{source}: predictor.msg_tokens_dim is {predictor['msg_tokens_dim']}, but quantizer.levels "
+            f"{list(levels)} has {len(levels)} entries"
+        )
+    vae = config.get("vae")
+    kind, factor = "none", 1
+    if vae is not None:
+        name = _class_name(vae)
+        if name == "SDAutoencoderKL":
+            kind, factor = f"sd-{vae.get('model_type')}", 8
+            if kind not in VAE_HUB:
+                raise UsageError(
+                    f"{source}: vae.model_type must be 'mse' or 'ema', got {vae.get('model_type')!r}"
+                )
+        elif name == "stand_in_vae":
+            kind, factor = "stand-in", int(vae["factor"])
+        else:
+            raise UsageError(f"{source}: unknown vae class {name!r}: expected SDAutoencoderKL or null")
+    extra = dict(config.get("comit_bench", {}))
+    geometry = extra.pop("geometry", None)
+    try:
+        return ComitSpec(
+            depth=predictor["depth"],
+            width=predictor["hidden_size"],
+            heads=predictor["num_heads"],
+            message_length=predictor["num_msg_tokens"],
+            fsq_levels=levels,
+            mlp_ratio=predictor["mlp_ratio"],
+            max_input_size=predictor["max_input_size"],
+            patch_size=predictor["patch_size"],
+            in_channels=predictor["in_channels"],
+            out_channels=predictor["out_channels"],
+            representation_layer=predictor["representation_layer"],
+            mask_mode=extra.get("mask_mode", "additive"),
+            vae=kind,
+            vae_factor=factor,
+            geometry=CropGeometry(**geometry) if geometry else CropGeometry(),
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{source}: {error}") from error
+
+
+def config_from_spec(spec: ComitSpec) -> dict[str, Any]:
+    """The inverse of :func:`spec_from_config`, in the released layout."""
+    vae: dict[str, Any] | None = None
+    if spec.vae in VAE_HUB:
+        vae = {"_target_": f"{PREFIX}.vae.SDAutoencoderKL", "model_type": spec.vae.removeprefix("sd-")}
+    elif spec.vae == "stand-in":
+        vae = {"_target_": "stand_in_vae", "factor": spec.vae_factor}
+    config: dict[str, Any] = {
+        "predictor": {
+            "_target_": f"{PREFIX}.predictor.RuledDiT",
+            "max_input_size": spec.max_input_size,
+            "patch_size": spec.patch_size,
+            "in_channels": spec.in_channels,
+            "out_channels": spec.out_channels,
+            "hidden_size": spec.width,
+            "depth": spec.depth,
+            "num_heads": spec.heads,
+            "mlp_ratio": spec.mlp_ratio,
+            "num_msg_tokens": spec.message_length,
+            "msg_tokens_dim": spec.code_dim,
+            "representation_layer": spec.representation_layer,
+        },
+        "quantizer": {"_target_": f"{PREFIX}.quantizer.FSQ", "levels": list(spec.fsq_levels)},
+        "vae": vae,
+    }
+    extra: dict[str, Any] = {}
+    if spec.mask_mode != "additive":
+        extra["mask_mode"] = spec.mask_mode
+    if spec.geometry != CropGeometry():
+        extra["geometry"] = {"crop": spec.geometry.crop, "half": spec.geometry.half}
+    if extra:
+        config["comit_bench"] = extra
+    return config
+
+
+def save(model: Comit, directory: Path, *, config: dict[str, Any] | None = None) -> None:
+    """Write ``config.json`` and ``model.safetensors`` in the released layout.
+
+    Args:
+        model: The network; its VAE is written under ``vae.`` as the original does.
+        directory: Made if absent.
+        config: Written verbatim when given (to keep a released config as it was).
+    """
+    write_tensors(directory / "model.safetensors", model.state_dict())
+    write_atomic(
+        directory / "config.json", json.dumps(config or config_from_spec(model.spec), indent=1) + "\n"
+    )
+
+
+def build(spec: ComitSpec, *, empty: bool = False) -> Comit:
+    """Make the network; ``empty`` leaves the weights on the meta device, to be loaded."""
+    kind = "sd" if spec.vae in VAE_HUB else spec.vae
+    with torch.device("meta") if empty else nullcontext():
+        return Comit(spec, build_vae(kind, spec.vae_factor))
+
+
+def _fill_unused(model: Comit, tensors: dict[str, Tensor]) -> None:
+    for key, value in model.state_dict().items():
+        if key.startswith(UNUSED) and key not in tensors:
+            tensors[key] = torch.zeros(value.shape)
+
+
+def load_directory(
+    directory: Path, *, vae: Path | None = None, offline: bool = False
+) -> tuple[Comit, dict[str, Any]]:
+    """Load a checkpoint directory into an evaluating float32 network on the CPU.
+
+    Args:
+        directory: Holds config.json and model.safetensors (or weights.safetensors).
+        vae: Directory of the SD-VAE; by default ``directory/vae``, then the hub. Only used when the
+            checkpoint has no ``vae.`` weights of its own.
+        offline: Never ask the hub.
+
+    Returns:
+        The network and its raw config.
+
+    Raises:
+        MissingError: Files or VAE weights are not here.
+        CorruptFileError: A file cannot be read.
+        UsageError: The weights do not fit the config.
+    """
+    config = read_config(directory)
+    spec = spec_from_config(config, directory / "config.json")
+    path = weight_file(directory)
+    tensors = read_tensors(path)
+    model = build(spec, empty=True)
+    if spec.vae in VAE_HUB and not any(key.startswith("vae.") for key in tensors):
+        tensors.update(_sd_vae_tensors(spec.vae, vae or directory / "vae", offline=offline))
+    if spec.vae == "none":
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
+    _fill_unused(model, tensors)
+    load_checked(model, tensors, path)
+    return model.eval(), config
+
+
+def _sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor]:
+    from comit_bench.tokenizers.hub import fetch
+
+    repository = VAE_HUB[kind]
+    directory = local
+    if not (local / VAE_FILES[1]).is_file():
+        directory = fetch(repository, VAE_FILES, offline=offline, hint=f"or put them into {local}")
+    tensors = read_tensors(directory / VAE_FILES[1])
+    renamed = {}
+    for key, value in tensors.items():
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+            key = key.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
+        squeezed = value[:, :, 0, 0] if ".attentions." in key and value.ndim == 4 else value
+        renamed[f"vae.vae.{key}"] = squeezed
+    return renamed
+
+
+class ComitTokenizer:
+    """COMiT behind the tokenizer contract.
+
+    Args:
+        model: Network in eval mode.
+        info: Its description.
+        device: Where it runs.
+        posterior: ``mode`` (default) or ``sample`` (released).
+        steps: Solver steps of ``decode``.
+        solver: ``euler`` or ``midpoint``.
+        guidance: Guidance weight of ``decode``.
+        momentum: Guidance momentum of ``decode``.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA.
+    """
+
+    default_policy = "global"
+
+    def __init__(
+        self,
+        model: Comit,
+        info: TokenizerInfo,
+        *,
+        device: torch.device,
+        posterior: Literal["mode", "sample"] = "mode",
+        steps: int = 10,
+        solver: str = "euler",
+        guidance: float = 7.5,
+        momentum: float = -0.5,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model.to(device).requires_grad_(False).eval()
+        self.device = device
+        self.posterior = posterior
+        self.steps, self.solver = steps, solver
+        self.guidance = Guidance(weight=guidance, momentum=momentum)
+        self.dtype = dtype
+        options = {"mask_mode": model.spec.mask_mode, "posterior": posterior, "vae": model.spec.vae}
+        self.info = replace(info, options={**info.options, **options, "dtype": str(dtype).split(".")[-1]})
+
+    def policy(self, name: str | None) -> CropPolicy:
+        """Parse a policy name; None is the default.
+
+        Raises:
+            UsageError: Not a policy.
+        """
+        try:
+            return parse_policy(name or self.default_policy)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def _pixels(self, images_u8: Tensor) -> Tensor:
+        return images_u8.to(self.device, torch.float32).div(255).sub(0.5).div(0.5)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def messages(
+        self, images_u8: Tensor, policy: CropPolicy, generators: Sequence[torch.Generator] | None
+    ) -> Encoded:
+        """One un-tiled encoding with its trace, for figures and inspection."""
+        with torch.inference_mode(), self._autocast():
+            return encode(
+                self.model, self._pixels(images_u8), policy, generators=generators, posterior=self.posterior
+            )
+
+    def encode(
+        self,
+        images_u8: Tensor,
+        *,
+        policy: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tokens:
+        """Tokenize uint8 [B, 3, S, S]; see the contract.
+
+        With a ``-shared`` policy the "batch" that shares a map is one tile of 8 images.
+
+        Raises:
+            ValueError: Wrong shape or type, or randomness is needed and no generators were given.
+            UsageError: Unknown policy.
+        """
+        check_images(images_u8, self.info)
+        parsed = self.policy(policy)
+
+        def tile(images: Tensor, index: Tensor) -> Tokens:
+            own = None
+            if generators is not None:  # clones: a padded row must not advance its original's stream
+                own = [generators[i].clone_state() for i in index.tolist()]
+            done = self.messages(images, parsed, own)
+            return Tokens(done.ids, done.codes, done.offset)
+
+        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), tile=TILE)
+
+    def codes_from_ids(self, ids: Tensor) -> Tensor:
+        """int [..., K] -> float32 [..., K, d].
+
+        Raises:
+            ValueError: An id outside the vocabulary.
+        """
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.model.quantizer.vocab_size):
+            raise ValueError(f"ids must lie in 0..{self.model.quantizer.vocab_size - 1}")
+        return self.model.quantizer.codes(ids.to(self.device))
+
+    def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """Messages -> uint8 [B, 3, S, S], one noise seed per image."""
+        if tokens.offsets is None:
+            raise ValueError("COMiT decodes from codes and their decoding offsets; these tokens have none")
+        noise = torch.stack([self._noise(seed) for seed in seeds])
+
+        def tile(codes: Tensor, offsets: Tensor, y: Tensor) -> Tokens:
+            with torch.inference_mode(), self._autocast():
+                latents = decode(
+                    self.model,
+                    codes.to(self.device),
+                    offsets.to(self.device),
+                    y.to(self.device),
+                    steps=self.steps,
+                    solver=self.solver,
+                    guidance=self.guidance,
+                ).latents
+                return Tokens(None, to_uint8(cast(Any, self.model.vae).decode(latents)))
+
+        return in_tiles(tile, tokens.codes, tokens.offsets, noise).codes
+
+    def _noise(self, seed: int) -> Tensor:
+        spec = self.model.spec
+        shape = (spec.in_channels, spec.max_input_size, spec.max_input_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def attention(self, tokens: Tokens, request: AttentionRequest, *, seeds: Sequence[int]) -> Tensor:
+        """Message-to-image maps [B, H, M, h, w] recorded while decoding."""
+        if tokens.offsets is None:
+            raise ValueError("COMiT decodes from codes and their decoding offsets; these tokens have none")
+        noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
+        with torch.inference_mode(), self._autocast():
+            out = decode(
+                self.model,
+                tokens.codes.to(self.device),
+                tokens.offsets.to(self.device),
+                noise,
+                steps=self.steps,
+                solver=self.solver,
+                guidance=self.guidance,
+                attention=request,
+            )
+        if out.attention is None:
+            raise ValueError(f"no evaluation has t >= {request.time} with {self.steps} {self.solver} steps")
+        return out.attention
+
+    def save(self, directory: Path) -> None:
+        """Export ``config.json`` and ``model.safetensors`` in the released layout."""
+        save(self.model, directory)
+
+
+def _info(
+    model: Comit, name: str, weights: str, *, trained: bool, training_data: str, licence: str
+) -> TokenizerInfo:
+    spec = model.spec
+    return TokenizerInfo(
+        name=name,
+        family="comit",
+        kind="learned",
+        weights=weights,
+        parameters=sum(p.numel() for p in model.predictor.parameters()),
+        message_length=spec.message_length,
+        vocab_size=model.quantizer.vocab_size,
+        code_dim=spec.code_dim,
+        resolution=spec.image_size,
+        preprocessing=f"center_crop|resize({spec.image_size},bilinear)",
+        trained=trained,
+        training_data=training_data,
+        weights_licence=licence,
+    )
+
+
+def load(
+    name: str,
+    *,
+    weights: str | None = None,
+    device: torch.device,
+    offline: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> ComitTokenizer:
+    """Load a COMiT tokenizer by preset name or directory.
+
+    Args:
+        name: ``comit-b`` … ``comit-nano``, a hub id, or a checkpoint directory.
+        weights: Checkpoint directory, ``random`` (untrained), or None: the directory or the hub.
+        device: Where it runs.
+        offline: Never ask the hub.
+        seed: Of random weights.
+        **options: Passed to :class:`ComitTokenizer`.
+
+    Raises:
+        MissingError: No weights on this machine and the hub is out of reach.
+        UsageError: Unknown name or option, or a checkpoint that does not fit.
+    """
+    from comit_bench.tokenizers.hub import fetch
+
+    known = {"posterior", "steps", "solver", "guidance", "momentum", "dtype"}
+    for option in options.keys() - known:
+        raise UsageError(f"COMiT has no option {option!r}.{did_you_mean(option, known)}")
+    preset = name.lower()
+    if weights == "random":
+        if preset not in PRESETS:
+            raise UsageError(f"--weights random needs a preset, not {name!r}.{did_you_mean(preset, PRESETS)}")
+        model = build(PRESETS[preset])
+        generator = torch.Generator().manual_seed(seed)
+        model.predictor.init_weights(generator, zero_gates=False)
+        info = _info(model, preset, f"random:{seed}", trained=False, training_data="none", licence="none")
+        return ComitTokenizer(model, info, device=device, **options)
+    local = Path(weights) if weights else Path(name)
+    if not local.is_dir():
+        if weights:
+            raise MissingError(
+                f"--weights {weights}: no such directory. Give one with config.json and model.safetensors, or 'random'."
+            )
+        if preset in PRESETS and preset not in HUB:
+            raise MissingError(
+                f"{preset}: no trained weights ship with this version. Use --weights random (marked untrained) "
+                "or --weights DIR."
+            )
+        repository = HUB.get(preset, name)
+        local = fetch(
+            repository, ("config.json", "model.safetensors"), offline=offline, hint="or pass --weights DIR"
+        )
+    model, config = load_directory(local, offline=offline)
+    label = preset if preset in PRESETS else (name if not Path(name).is_dir() else Path(name).resolve().name)
+    extra = dict(config.get("comit_bench", {}))
+    info = _info(
+        model,
+        label,
+        sha256_file(weight_file(local)),
+        trained=bool(extra.get("trained", True)),
+        training_data=str(extra.get("training_data", "ImageNet-1k" if preset in HUB else "unknown")),
+        licence=str(extra.get("weights_licence", "see the hub page" if preset in HUB else "unknown")),
+    )
+    return ComitTokenizer(model, info, device=device, **options)
