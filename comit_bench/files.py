@@ -63,7 +63,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BenchError:
         raise
     except OSError as error:

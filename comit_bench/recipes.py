@@ -65,6 +65,8 @@ class EarlyStopSpec(_Spec):
 
 
 class SplitSpec(_Spec):
+    """Which split plays which role."""
+
     train: str = "train"
     report: str = "val"
     early_stop: EarlyStopSpec = EarlyStopSpec()

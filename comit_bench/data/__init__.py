@@ -1,0 +1,1 @@
+"""Readers of official dataset formats, the embedded scenes, and the token store."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -61,7 +61,7 @@ class ComitSpec:
     mask_mode: MaskMode = "additive"
     vae: str = "sd-mse"
     vae_factor: int = 8
-    geometry: CropGeometry = CropGeometry()
+    geometry: CropGeometry = field(default_factory=CropGeometry)
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.width % 4:
@@ -452,7 +452,7 @@ class Predictor(nn.Module):
         if torch.is_grad_enabled():
             return self.time_state(torch.tensor([time], device=device))
         weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
-        stamp = (weights, torch.is_autocast_enabled(device.type))
+        stamp = (weights, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"))
         if stamp != self._times_stamp:
             self._times.clear()
             self._times_stamp = stamp

@@ -157,8 +157,10 @@ _PATTERN = re.compile(
 
 
 def parse_policy(text: str) -> CropPolicy:
-    """Read a policy name: ``global``, ``[global+](raster|random|adaptive)[-shared]:N``,
-    ``[global+]order:i,j,…``. N counts the global crop.
+    """Read a policy name.
+
+    The names are ``global``, ``[global+](raster|random|adaptive)[-shared]:N`` and
+    ``[global+]order:i,j,…``; N counts the global crop.
 
     Raises:
         ValueError: Not such a name, or a count that the policy cannot give.

@@ -1,0 +1,1 @@
+"""The probe, its fit, tokenization, and one executor per kind of task."""

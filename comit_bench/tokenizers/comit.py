@@ -10,6 +10,7 @@ images) stand in an extra node ``comit_bench`` that it never reads.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -39,6 +40,7 @@ HUB = {name: f"cvg-unibe/{name}" for name in ("comit-b", "comit-l", "comit-xl")}
 VAE_HUB = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 UNUSED = ("predictor.y_pos_offset", "predictor.c_final_layer.")  # in released files, never read
+_log = logging.getLogger(__name__)
 PREFIX = "comit.components"  # class paths as in the reference cases; only the last part is matched
 
 PREDICTOR_DEFAULTS: dict[str, Any] = {
@@ -326,7 +328,7 @@ class ComitTokenizer:
         return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), tile=TILE)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """int [..., K] -> float32 [..., K, d].
+        """Integers [..., K] -> float32 [..., K, d].
 
         Raises:
             ValueError: An id outside the vocabulary.
@@ -436,6 +438,9 @@ def load(
     for option in options.keys() - known:
         raise UsageError(f"COMiT has no option {option!r}.{did_you_mean(option, known)}")
     preset = name.lower()
+    if weights is None and preset in PRESETS and preset not in HUB and not Path(name).is_dir():
+        _log.warning("%s: this version ships no trained weights; using random ones, marked untrained", preset)
+        weights = "random"
     if weights == "random":
         if preset not in PRESETS:
             raise UsageError(f"--weights random needs a preset, not {name!r}.{did_you_mean(preset, PRESETS)}")
@@ -448,12 +453,8 @@ def load(
     if not local.is_dir():
         if weights:
             raise MissingError(
-                f"--weights {weights}: no such directory. Give one with config.json and model.safetensors, or 'random'."
-            )
-        if preset in PRESETS and preset not in HUB:
-            raise MissingError(
-                f"{preset}: no trained weights ship with this version. Use --weights random (marked untrained) "
-                "or --weights DIR."
+                f"--weights {weights}: no such directory. Give one with config.json and "
+                "model.safetensors, or 'random'."
             )
         repository = HUB.get(preset, name)
         local = fetch(

@@ -274,7 +274,9 @@ class ComitCase:
             want = io["attn.logits_msg_to_image"]
             seen.append(expect("attn.logits_msg_to_image", rows, want, tolerance=FLOAT))
         run = arguments["detok"]
-        assert set(run) == {"num_steps", "cfg_weight", "apg_momentum", "attn_weights_time"}, f"attn.detok: {run}"
+        assert set(run) == {"num_steps", "cfg_weight", "apg_momentum", "attn_weights_time"}, (
+            f"attn.detok: {run}"
+        )
         out = decode(
             model,
             io["dec.msgs"],
@@ -289,7 +291,9 @@ class ComitCase:
         return [
             *seen,
             expect("attn.detok.latents", out.latents, io["attn.detok.latents"], tolerance=SAMPLED),
-            expect("attn.detok.logits_msg_to_image", maps, io["attn.detok.logits_msg_to_image"], tolerance=FLOAT),
+            expect(
+                "attn.detok.logits_msg_to_image", maps, io["attn.detok.logits_msg_to_image"], tolerance=FLOAT
+            ),
         ]
 
     def internals(self) -> list[str]:
@@ -338,4 +342,3 @@ class ComitCase:
                 part = caught[int(match[1])].split(sizes, dim=1)[list(groups).index(match[2])]
                 seen.append(expect(name, part, io[name], tolerance=FLOAT))
         return seen
-

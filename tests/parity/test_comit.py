@@ -39,7 +39,9 @@ def cases() -> list[Path]:
 
 CASES = {str(folder): ComitCase(folder) for folder in cases()}
 CHECKS = [
-    pytest.param(key, name, id=f"{Path(key).name}-{name}") for key, case in CASES.items() for name in case.checks()
+    pytest.param(key, name, id=f"{Path(key).name}-{name}")
+    for key, case in CASES.items()
+    for name in case.checks()
 ]
 
 

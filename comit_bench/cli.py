@@ -1,0 +1,241 @@
+"""The command line: ``comit-bench run | ls | doctor | validate | table``.
+
+Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from comit_bench import __version__
+from comit_bench.errors import BenchError, UsageError, did_you_mean
+
+app = typer.Typer(
+    name="comit-bench",
+    help="What do the tokens of 1D discrete image tokenizers mean? From images to a table.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+TokenizerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tokenizer",
+        "-t",
+        help="Name, hub id or checkpoint directory; may be repeated. See `comit-bench ls`.",
+    ),
+]
+OVERWRITE = ("always", "never", "only-missing")
+
+
+def _number_or_auto(value: str, automatic: int, option: str) -> int:
+    if value == "auto":
+        return automatic
+    if not value.isdigit():
+        raise UsageError(f"{option} {value!r}: expected a number or auto")
+    return int(value)
+
+
+def run(
+    tokenizer: TokenizerOption = None,
+    suite: Annotated[
+        str | None, typer.Option(help="scenes (embedded) or paper. [default: paper with a data root]")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated task names. [default: all of the suite]")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Images per split; records are marked incomplete.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")] = "float32",
+    batch_size: Annotated[
+        str, typer.Option(help="Images per encoding call, or auto; no score depends on it.")
+    ] = "auto",
+    num_workers: Annotated[str, typer.Option(help="Image-reading processes, or auto.")] = "auto",
+    output: Annotated[Path, typer.Option(help="Records and tables go here.")] = Path("results"),
+    overwrite: Annotated[
+        str,
+        typer.Option(
+            help="Finished records: only-missing keeps them, always replaces, never refuses to touch."
+        ),
+    ] = "only-missing",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue; the same as --overwrite only-missing.")
+    ] = False,
+    control: Annotated[str | None, typer.Option(help="permute-labels: scores must fall to chance.")] = None,
+    references: Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")] = True,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    include_path: Annotated[
+        list[Path] | None, typer.Option(help="Directory with more recipes; may be repeated.")
+    ] = None,
+    allow_override: Annotated[
+        bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")] = False,
+) -> None:
+    """Tokenize, probe, print a table. Without arguments: the embedded suite, a few minutes on two cores."""
+    from comit_bench.console import set_up_logging
+    from comit_bench.evaluation import Settings
+    from comit_bench.run import data_root_from, run_command
+
+    set_up_logging(verbose=verbose)
+    if overwrite not in OVERWRITE:
+        raise UsageError(
+            f"--overwrite {overwrite!r}: not one of {', '.join(OVERWRITE)}."
+            f"{did_you_mean(overwrite, OVERWRITE)}"
+        )
+    if resume and overwrite != "only-missing":
+        raise UsageError(f"--resume continues and --overwrite {overwrite} does not: give one of them")
+    settings = Settings(
+        output=output,
+        data_root=data_root_from(data_root),
+        policy=policy,
+        weights=weights,
+        limit=limit,
+        seeds=seeds,
+        device=device,
+        dtype=dtype,
+        batch_size=_number_or_auto(batch_size, 64, "--batch-size"),
+        num_workers=_number_or_auto(num_workers, _auto_workers(), "--num-workers"),
+        overwrite=overwrite,  # type: ignore[arg-type]  # checked above
+        control=control,
+        offline=offline,
+        include=tuple(include_path or ()),
+        allow_override=allow_override,
+        progress=not quiet,
+    )
+    names = [part.strip() for part in tasks.split(",") if part.strip()] if tasks is not None else None
+    if tasks is not None and not names:
+        raise UsageError("--tasks is empty: give task names separated by commas, see `comit-bench ls tasks`")
+    code = run_command(
+        tokenizer or [], names, suite=suite, settings=settings, dry_run=dry_run, references=references
+    )
+    raise typer.Exit(code)
+
+
+def _auto_workers() -> int:
+    """Workers cost a torch import each; they pay where there are cores to spare."""
+    import os
+
+    cores = os.cpu_count() or 1
+    return 0 if cores <= 4 else min(8, cores // 2)
+
+
+app.command(name="run")(run)
+
+
+@app.command(name="ls")
+def ls(
+    what: Annotated[str, typer.Argument(help="tokenizers, tasks or datasets.")] = "tokenizers",
+    names: Annotated[bool, typer.Option("--names", help="Only the names, one per line.")] = False,
+    include_path: Annotated[list[Path] | None, typer.Option(help="Directory with more recipes.")] = None,
+) -> None:
+    """List what can be named on the command line."""
+    from comit_bench.listing import list_things
+
+    list_things(what, names_only=names, include=tuple(include_path or ()))
+
+
+@app.command(name="doctor")
+def doctor(
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")
+    ] = None,
+) -> None:
+    """Say what is installed, found and missing, and how to get what is missing."""
+    from comit_bench.listing import examine
+    from comit_bench.run import data_root_from
+
+    raise typer.Exit(examine(data_root_from(data_root)))
+
+
+@app.command(name="validate")
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Recipes (.yaml) or records (.json).")],
+) -> None:
+    """Check recipe and record files; exit code 2 when one is wrong."""
+    from comit_bench.listing import validate_files
+
+    raise typer.Exit(validate_files(files))
+
+
+@app.command(name="table")
+def table(
+    records: Annotated[
+        list[Path] | None, typer.Argument(help="Directories of records. [default: results/records]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write table.csv, table.md, table.tex here.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Only tasks of this suite.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Only these tasks, comma-separated, in this order.")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="Only these metrics, comma-separated.")] = None,
+) -> None:
+    """Rebuild the table from records alone."""
+    from comit_bench.listing import rebuild_table
+
+    split: Callable[[str | None], list[str] | None] = lambda text: text.split(",") if text else None  # noqa: E731
+    rebuild_table(
+        records or [Path("results/records")],
+        output=output,
+        suite=suite,
+        tasks=split(tasks),
+        metrics=split(metrics),
+    )
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+def _guarded(command: Callable[[], Any]) -> None:
+    """Run a command; an error of ours is one message and its exit code."""
+    try:
+        command()
+    except BenchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped. Everything finished is kept; the same command continues from here.\n")
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _guarded(lambda: app(standalone_mode=True))
+
+
+def main_run() -> None:
+    """Entry point of ``python -m comit_bench.run``."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command()(run)
+    _guarded(lambda: single(prog_name="python -m comit_bench.run"))
+
+
+if __name__ == "__main__":
+    main()

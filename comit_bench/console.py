@@ -1,0 +1,78 @@
+"""What a person sees while the bench works: messages and progress bars, all on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+
+def say(text: str) -> None:
+    """Write a message to stderr."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.flush()
+
+
+class _Handler(logging.Handler):
+    """Log lines that do not tear progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        with tqdm.external_write_mode(file=sys.stderr):
+            say(prefix + self.format(record))
+
+
+def set_up_logging(*, verbose: bool = False) -> None:
+    """Warnings (or everything of ours, when verbose) go to stderr as plain lines."""
+    logger = logging.getLogger("comit_bench")
+    logger.handlers = [_Handler()]
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.propagate = False
+
+
+class Bars:
+    """One progress bar at a time. Use as a context manager, so that none is left on the screen."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.bar: Any = None
+
+    def start(self, what: str, total: int) -> Callable[[int], None]:
+        """Show a bar; returns the function that advances it."""
+        from tqdm import tqdm
+
+        self.stop()
+        self.bar = tqdm(
+            total=total,
+            desc=what,
+            unit="",
+            file=sys.stderr,
+            disable=not self.enabled,
+            leave=False,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        bar = self.bar
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        return advance
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

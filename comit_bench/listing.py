@@ -1,0 +1,206 @@
+"""``ls``, ``doctor``, ``validate`` and ``table``: looking at what there is. Results go to stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean
+from comit_bench.files import cache_root
+from comit_bench.recipes import DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, parse_recipe
+from comit_bench.registry import tokenizers
+
+THINGS = ("tokenizers", "tasks", "datasets")
+
+
+def _out(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...] = ()) -> None:
+    """Print tokenizers, tasks or datasets.
+
+    Raises:
+        UsageError: Something else was asked for.
+    """
+    if what not in THINGS:
+        raise UsageError(f"cannot list {what!r}: one of {', '.join(THINGS)}.{did_you_mean(what, THINGS)}")
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    if what == "tokenizers":
+        entries = tokenizers()
+        head = ("name", "params", "tokens", "vocabulary", "weights", "origin")
+        rows = [
+            (
+                entry.name,
+                "-" if entry.parameters is None else f"{entry.parameters:g} M",
+                str(entry.message_length or "-"),
+                str(entry.vocab_size or "continuous"),
+                entry.source,
+                entry.origin,
+            )
+            for entry in entries.values()
+        ]
+    elif what == "tasks":
+        head = ("name", "version", "kind", "suite", "dataset", "title")
+        rows = [_task_row(recipe) for recipe in find_tasks(include).values()]
+    else:
+        head = ("name", "version", "reader", "made or read", "licence")
+        rows = [_dataset_row(recipe) for recipe in find_datasets(include).values()]
+    if names_only:
+        _out("\n".join(row[0] for row in rows))
+    else:
+        _print_rows(head, rows)
+
+
+def _task_row(recipe: Recipe[TaskSpec]) -> tuple[str, ...]:
+    spec = recipe.spec
+    return (spec.name, str(spec.version), spec.kind, spec.suite, spec.dataset, spec.title)
+
+
+def _dataset_row(recipe: Recipe[DatasetSpec]) -> tuple[str, ...]:
+    spec = recipe.spec
+    made = "made on first use" if spec.generator else f"read from {spec.folder}/ under the data root"
+    return (spec.name, str(spec.version), spec.reader, made, spec.licence)
+
+
+def _packages() -> list[str]:
+    lines = []
+    for requirement in requires("comit-bench") or []:
+        if "extra ==" in requirement:
+            continue
+        name = requirement
+        for sign in "<>=!~ ;[":
+            name = name.split(sign)[0]
+        try:
+            lines.append(f"  ok       {name} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"  MISSING  {name}: pip install '{requirement}'")
+    return lines
+
+
+def _hub_state(repository: str, names: Sequence[str]) -> str:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [name for name in names if isinstance(try_to_load_from_cache(repository, name), str)]
+    if len(found) == len(names):
+        return "ok       in the hub cache"
+    missing = " ".join(name for name in names if name not in found)
+    return f"missing  huggingface-cli download {repository} {missing}"
+
+
+def examine(data_root: Path | None) -> int:
+    """Print the state of the installation; returns 0, or 3 when a required package is missing."""
+    import torch
+
+    from comit_bench.data.datasets import open_dataset
+    from comit_bench.tokenizers.comit import HUB, VAE_FILES, VAE_HUB
+
+    packages = _packages()
+    _out("packages")
+    _out("\n".join(packages))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: runs on the CPU"
+    _out(f"device\n  {device}; {torch.get_num_threads()} CPU threads")
+    _out(f"cache\n  {cache_root()} ({'exists' if cache_root().exists() else 'made on first use'})")
+    _out("weights")
+    for name, repository in HUB.items():
+        _out(f"  {name}: {_hub_state(repository, ('config.json', 'model.safetensors'))}")
+    for name, repository in VAE_HUB.items():
+        _out(f"  {name} VAE: {_hub_state(repository, VAE_FILES)}")
+    _out(f"data (data root: {data_root or 'not given: --data-root DIR or COMIT_BENCH_DATA'})")
+    for name, recipe in find_datasets().items():
+        spec = recipe.spec
+        if spec.generator is not None:
+            there = (cache_root() / "datasets" / spec.folder / "scenes.json").is_file()
+            _out(f"  {name}: {'ok       made before' if there else 'ok       made on first use'}")
+            continue
+        try:
+            data: Any = open_dataset(recipe, data_root=data_root, cache=cache_root(), progress=False)
+            _out(f"  {name}: ok       {', '.join(f'{k} {len(v):,}' for k, v in data.splits.items())}")
+        except MissingError as error:
+            _out(f"  {name}: missing  {error}")
+        except BenchError as error:
+            _out(f"  {name}: broken   {error}")
+    return MissingError.exit_code if any("MISSING" in line for line in packages) else 0
+
+
+def _validate(path: Path) -> str:
+    if path.suffix in (".yaml", ".yml"):
+        kinds: dict[str, Any] = {"task.yaml": TaskSpec, "dataset.yaml": DatasetSpec}
+        if path.name not in kinds:
+            raise UsageError(
+                f"{path}: recipes are called task.yaml or dataset.yaml, in a folder of their name"
+            )
+        spec = parse_recipe(path, kinds[path.name])
+        if spec.name != path.resolve().parent.name:
+            raise UsageError(
+                f"{path}: name is {spec.name!r} but its folder is {path.resolve().parent.name!r}"
+            )
+        if isinstance(spec, TaskSpec) and spec.dataset not in find_datasets():
+            raise UsageError(
+                f"{path}: unknown dataset {spec.dataset!r}.{did_you_mean(spec.dataset, find_datasets())}"
+            )
+        return f"{type(spec).__name__} {spec.name} version {spec.version}"
+    if path.suffix == ".json":
+        from comit_bench.results.records import validate_record_file
+
+        record = validate_record_file(path)
+        return f"record of {record.tokenizer.name} on {record.task.name}"
+    raise UsageError(f"{path}: expected a recipe (task.yaml, dataset.yaml) or a record (.json)")
+
+
+def validate_files(paths: Sequence[Path]) -> int:
+    """Check files one by one; returns 0 or the exit code of the worst."""
+    worst = 0
+    for path in paths:
+        try:
+            if not path.is_file():
+                raise UsageError(f"{path}: no such file")
+            _out(f"ok  {path}: {_validate(path)}")
+        except BenchError as error:
+            _out(f"BAD {error}")
+            worst = UsageError.exit_code
+    return worst
+
+
+def rebuild_table(
+    directories: Sequence[Path],
+    *,
+    output: Path | None,
+    suite: str | None,
+    tasks: Sequence[str] | None,
+    metrics: Sequence[str] | None,
+) -> None:
+    """Print the table of all records below ``directories``, and write it when ``output`` is given.
+
+    Raises:
+        MissingError: There are no records.
+    """
+    from comit_bench.results.records import load_records
+    from comit_bench.results.tables import build_table, print_table, write_tables
+
+    records = [record for directory in directories for record in load_records(directory)]
+    if not records:
+        raise MissingError(
+            f"no records under {', '.join(str(d) for d in directories)}. `comit-bench run` makes them; "
+            "name their directory if they lie elsewhere."
+        )
+    table = build_table(records, metrics=metrics, suite=suite, tasks=tasks)
+    print_table(table)
+    if output is not None:
+        for path in write_tables(table, output):
+            sys.stderr.write(f"{path}\n")

@@ -1,0 +1,181 @@
+"""What a run is going to do and what it will cost, before any of it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from comit_bench.errors import BenchError, MissingError
+from comit_bench.evaluation import Job, Settings
+from comit_bench.recipes import DatasetSpec, Recipe
+from comit_bench.registry import MAJORITY
+
+PROBE_EFFICIENCY = 0.25  # share of the matrix-product rate that small probes reach on a CPU
+ENCODE_EFFICIENCY = 0.5
+PNG_SECONDS = 0.0004  # reading one small image; large JPEGs take about 10 ms
+JPEG_SECONDS = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """Cost of one job. ``images`` counts those that must be read; seconds are a rough estimate."""
+
+    job: Job
+    images: int
+    messages_bytes: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class Plan:
+    """All jobs with their costs, the state of the data, and everything that is missing."""
+
+    jobs: list[JobPlan] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)
+    missing: list[MissingError] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of everything."""
+        return sum(part.seconds for part in self.jobs)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the token stores."""
+        return sum(part.messages_bytes for part in self.jobs)
+
+
+def matmul_rate() -> float:
+    """float32 FLOP per second of this machine, measured in about 50 ms."""
+    import torch
+
+    a = torch.randn(512, 512)
+    a @ a
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.05:
+        a @ a
+        count += 1
+    return 2 * 512**3 * count / (time.perf_counter() - started)
+
+
+def data_state(recipe: Recipe[DatasetSpec], settings: Settings) -> tuple[str, dict[str, int]]:
+    """Whether a data set is there, and images per split, without reading or making any.
+
+    Raises:
+        MissingError: It is neither here nor made here.
+    """
+    spec = recipe.spec
+    if spec.generator is not None:
+        folder = settings.cache_dir / "datasets" / spec.folder
+        there = (folder / "scenes.json").is_file()
+        counts = {"train": spec.generator.train, "val": spec.generator.val}
+        return ("made before" if there else "will be made now, seeded"), counts
+    from comit_bench.data.datasets import open_dataset
+
+    data = open_dataset(recipe, data_root=settings.data_root, cache=settings.cache_dir, progress=False)
+    return f"found in {data.folder}", {name: len(split) for name, split in data.splits.items()}
+
+
+def make_plan(jobs: Sequence[Job], settings: Settings, load: Callable[[Job], object]) -> Plan:
+    """Look at data and weights of every job.
+
+    Args:
+        jobs: From :func:`comit_bench.evaluation.make_jobs`.
+        settings: The run's settings.
+        load: Loads a job's tokenizer (its weights are checked now rather than hours later).
+    """
+    from comit_bench.tokenizers.base import Tokenizer
+
+    plan, rate = Plan(), matmul_rate()
+    counts: dict[str, dict[str, int]] = {}
+    for job in jobs:
+        name = job.dataset.spec.name
+        if name not in counts:
+            try:
+                plan.data[name], counts[name] = data_state(job.dataset, settings)
+            except MissingError as error:
+                plan.data[name], counts[name] = "missing", {}
+                plan.missing.append(error)
+        split = job.task.spec.split
+        used = [
+            counts[name].get(s, 0)
+            for s in dict.fromkeys((split.train, split.report, split.early_stop.source))
+        ]
+        images = sum(min(n, settings.limit or n) for n in used)
+        if job.label == MAJORITY:
+            plan.jobs.append(JobPlan(job, 0, 0, 0.0))
+            continue
+        try:
+            tokenizer = load(job)
+        except MissingError as error:
+            if str(error) not in {str(e) for e in plan.missing}:
+                plan.missing.append(error)
+            continue
+        except BenchError:
+            if not counts[name]:
+                continue
+            raise
+        length, code_dim, wide = 16, 192, 0
+        flops = 0.0
+        if isinstance(tokenizer, Tokenizer):
+            info = tokenizer.info
+            length, code_dim = info.message_length, info.code_dim
+            wide = 0 if info.vocab_size else 4 * code_dim
+            estimate = getattr(tokenizer, "encode_flops", None)
+            flops = estimate(settings.policy) if estimate else 2.0 * info.parameters * length
+        per_id = wide or 2
+        train = min(counts[name].get(split.train, 0), settings.limit or 10**12)
+        probe = job.task.spec.probe
+        epochs = probe.max_epochs * (settings.seeds or job.task.spec.seeds)
+        probe_flops = 6.0 * (length + 1) * (12 * probe.width**2 * probe.depth + code_dim * probe.width)
+        read = PNG_SECONDS if job.dataset.spec.generator else JPEG_SECONDS
+        seconds = images * (read + flops / (rate * ENCODE_EFFICIENCY))
+        seconds += train * epochs * probe_flops / (rate * PROBE_EFFICIENCY)
+        plan.jobs.append(JobPlan(job, images, images * length * per_id, seconds))
+    return plan
+
+
+def human_bytes(count: float) -> str:
+    """1.5 MB, 12 kB, ..."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    """40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe(plan: Plan, settings: Settings, *, suite: str, why: str) -> list[str]:
+    """The plan as lines of text."""
+    lines = [f"suite {suite} ({why})"]
+    lines += [f"  data   {name}: {state}" for name, state in plan.data.items()]
+    for part in plan.jobs:
+        task = part.job.task.spec
+        seeds = settings.seeds or task.seeds
+        if part.job.label == MAJORITY:
+            lines.append(f"  {task.name}: {part.job.label} (labels only)")
+            continue
+        cost = f"{part.images:,} images, {seeds} probe seeds, about {human_seconds(part.seconds)}"
+        lines.append(f"  {task.name}: {part.job.label}: {cost}")
+    lines.append(
+        f"  in all about {human_seconds(plan.seconds)} at most; token cache {human_bytes(plan.cache_bytes)} "
+        f"in {_short(settings.cache_dir)}; results in {_short(settings.output)}"
+    )
+    if settings.limit is not None:
+        lines.append(f"  --limit {settings.limit}: records will be marked incomplete")
+    return lines
+
+
+def _short(path: Path) -> str:
+    try:
+        return "~/" + str(path.resolve().relative_to(Path.home()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,150 @@
+"""Names -> tokenizers: the built-in ones and those of installed plugins, without importing any of them.
+
+A plugin is a wheel with an entry point in the group ``comit_bench.tokenizers``; the entry point's name
+is the tokenizer's name and its object is ``load(name, *, weights, device, offline, seed, **options)``
+returning something that satisfies :class:`comit_bench.tokenizers.base.Tokenizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from comit_bench.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerEntry:
+    """One line of ``comit-bench ls tokenizers``.
+
+    Attributes:
+        name: Lower-case name.
+        family: Adapter family.
+        target: ``module:function`` of the loader.
+        parameters: Millions of parameters as published, or None.
+        message_length: K, or None when it depends on options.
+        vocab_size: Distinct ids, or None for continuous codes.
+        source: Where weights come from.
+        fitted: Whether it is fitted on the train split of each data set.
+        origin: ``builtin`` or ``plugin:<distribution>``.
+        takes_weights: Whether ``--weights`` and ``--dtype`` mean anything to it.
+        paper_options: Options for tasks on full-size images, where the embedded defaults are too small.
+    """
+
+    name: str
+    family: str
+    target: str
+    parameters: float | None = None
+    message_length: int | None = None
+    vocab_size: int | None = None
+    source: str = ""
+    fitted: bool = False
+    origin: str = "builtin"
+    paper_options: tuple[tuple[str, int], ...] = ()
+    takes_weights: bool = True
+
+    def loader(self) -> Callable[..., Any]:
+        """Import and return the loader."""
+        module, _, function = self.target.partition(":")
+        loader: Callable[..., Any] = getattr(import_module(module), function)
+        return loader
+
+
+_COMIT = "comit_bench.tokenizers.comit:load"
+_KMEANS = "comit_bench.tokenizers.kmeans:load"
+_PIXELS = "comit_bench.tokenizers.pixels:load"
+BUILTIN = (
+    TokenizerEntry(
+        name="comit-b",
+        family="comit",
+        target=_COMIT,
+        parameters=173.84,
+        message_length=256,
+        vocab_size=64000,
+        source="hub cvg-unibe/comit-b",
+    ),
+    TokenizerEntry(
+        name="comit-l",
+        family="comit",
+        target=_COMIT,
+        parameters=610.85,
+        message_length=256,
+        vocab_size=64000,
+        source="hub cvg-unibe/comit-l",
+    ),
+    TokenizerEntry(
+        name="comit-xl",
+        family="comit",
+        target=_COMIT,
+        parameters=900.38,
+        message_length=256,
+        vocab_size=64000,
+        source="hub cvg-unibe/comit-xl",
+    ),
+    TokenizerEntry(
+        name="comit-nano",
+        family="comit",
+        target=_COMIT,
+        parameters=0.98,
+        message_length=16,
+        vocab_size=1000,
+        source="untrained (--weights random) or --weights DIR",
+    ),
+    TokenizerEntry(
+        name="kmeans-patch",
+        family="kmeans-patch",
+        target=_KMEANS,
+        message_length=16,
+        vocab_size=1024,
+        source="fitted on the train split",
+        fitted=True,
+        takes_weights=False,
+        paper_options=(("resolution", 256), ("patch", 16)),
+    ),
+    TokenizerEntry(
+        name="pixel-oracle",
+        family="pixel-oracle",
+        target=_PIXELS,
+        parameters=0.0,
+        message_length=16,
+        source="none needed",
+        takes_weights=False,
+        paper_options=(("resolution", 256), ("patch", 16)),
+    ),
+)
+# Not a tokenizer: the row that knows the label frequencies and nothing of the image.
+MAJORITY = "majority-class"
+
+
+def tokenizers() -> dict[str, TokenizerEntry]:
+    """All known tokenizers by lower-case name; built-in names cannot be taken by plugins."""
+    found = {entry.name: entry for entry in BUILTIN}
+    for point in entry_points(group="comit_bench.tokenizers"):
+        name = point.name.lower()
+        if name in found or name == MAJORITY:
+            raise UsageError(
+                f"plugin {point.value!r} takes the name {name!r}, which exists already. Rename it."
+            )
+        origin = f"plugin:{point.dist.name}" if point.dist else "plugin"
+        found[name] = TokenizerEntry(
+            name=name, family=name, target=point.value, source="plugin", origin=origin
+        )
+    return found
+
+
+def find_tokenizer(name: str) -> TokenizerEntry:
+    """Look a name up, case-insensitively.
+
+    Raises:
+        UsageError: Unknown; suggests the nearest names.
+    """
+    known = tokenizers()
+    if name.lower() not in known:
+        raise UsageError(
+            f"unknown tokenizer {name!r}.{did_you_mean(name, [*known, MAJORITY])} A directory with "
+            "config.json and model.safetensors, or a hub id such as cvg-unibe/comit-l, works as well."
+        )
+    return known[name.lower()]

@@ -1,0 +1,447 @@
+"""Tables: views over records, and over nothing else.
+
+A row is a tokenizer, a column is one metric of one task under one protocol. The rules:
+
+- two protocols never share a column: a difference in the task's side of the protocol (control and
+  ``--limit`` included), in the task's version or in the data opens new columns, and the header
+  says what differs; a difference on the tokenizer's side opens a new row;
+- what was not measured is a dash; nothing is averaged over tasks, hence never over missing cells;
+- best and second-best are taken among complete rows that are no reference, at the printed
+  precision (what looks equal shares its rank), and never in the columns of a control;
+- the result does not depend on the order in which records come.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.files import digest_json, write_atomic
+from comit_bench.results.records import Metric, Record, TokenizerRow
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+UNTRAINED, INCOMPLETE, PUBLISHED = "†", "‡", "§"
+MARKS = {
+    UNTRAINED: "untrained: random weights",
+    INCOMPLETE: "incomplete: only part of the data was used (--limit); not ranked",
+    PUBLISHED: "published number, not measured here",
+}
+SECTIONS = ("reference", "baseline", "learned")
+
+_log = logging.getLogger(__name__)
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring columns that share a task and the task's side of the protocol.
+
+    Attributes:
+        digest: Identifies task, version, data and protocol.
+        variant: What tells this group from others of the same task; empty when it is alone.
+    """
+
+    task: str
+    version: int
+    suite: str
+    title: str
+    control: str | None
+    digest: str
+    variant: str = ""
+
+    @property
+    def subtitle(self) -> str:
+        """Second line of the header: version, control, variant."""
+        control = f"control {self.control}" if self.control else ""
+        return ", ".join(part for part in (f"v{self.version}", control, self.variant) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One metric of one group; ``decimals`` is the printed precision."""
+
+    group: Group
+    metric: str
+    unit: str
+    higher_is_better: bool
+    chance: float | None
+    decimals: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One number, the record it is from, and how it is set."""
+
+    metric: Metric
+    record: Record
+    marks: str = ""
+    rank: Literal["best", "second"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tokenizer; marks that hold for all of its cells stand at its label."""
+
+    label: str
+    tokenizer: TokenizerRow
+    origin: str
+    marks: str
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows in order of ``SECTIONS``; ``footnotes`` explain the marks that occur."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    footnotes: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups in order of their columns."""
+        return tuple(dict.fromkeys(column.group for column in self.columns))
+
+
+def build_table(
+    records: Iterable[Record],
+    *,
+    metrics: Sequence[str] | None = None,
+    suite: str | None = None,
+    tasks: Sequence[str] | None = None,
+) -> Table:
+    """Arrange records as a table.
+
+    Args:
+        records: In any order; of two for the same cell the one created last is shown.
+        metrics: Names to show, in this order; default all, in the order of the records.
+        suite: Only tasks of this suite.
+        tasks: Only these tasks, in this order; default all, by suite and name.
+
+    Raises:
+        UsageError: A filter names what no record has; suggests the nearest. Or two records
+            disagree on the unit or direction of a metric.
+    """
+    chosen, older = _newest(_filter(sorted(records, key=_record_order), suite, tasks))
+    by_group: dict[str, list[Record]] = defaultdict(list)
+    for record in chosen:
+        by_group[_group_digest(record)].append(record)
+    members = sorted(by_group.values(), key=lambda group: _group_order(group, tasks))
+    groups = _named_groups(members)
+    columns = [
+        column
+        for group, group_records in zip(groups, members, strict=True)
+        for column in _columns(group, group_records, metrics)
+    ]
+    shown = {column.metric for column in columns}
+    if metrics is not None and (unknown := [m for m in metrics if m not in shown]) and chosen:
+        names = {name for record in chosen for name in record.metrics}
+        raise UsageError(f"no record has a metric {unknown[0]!r}.{did_you_mean(unknown[0], names)}")
+    rows = _ranked(_rows(chosen, columns), columns)
+    return Table(tuple(columns), tuple(rows), _footnotes(rows), _notes(rows, groups, members, older))
+
+
+def write_tables(table: Table, directory: Path) -> list[Path]:
+    """Write ``table.csv``, ``table.md`` and ``table.tex``, each whole or not at all.
+
+    Returns:
+        The three paths.
+
+    Raises:
+        BenchError: Disk full or not writable.
+    """
+    from comit_bench.results.render import to_csv, to_latex, to_markdown
+
+    contents = {"table.csv": to_csv, "table.md": to_markdown, "table.tex": to_latex}
+    texts = {directory / name: render(table) for name, render in contents.items()}
+    for path, text in texts.items():
+        write_atomic(path, text)
+    return list(texts)
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """Print the table on stdout, or on ``console``; plain text when that is no terminal."""
+    from comit_bench.results.terminal import print_terminal
+
+    print_terminal(table, console)
+
+
+def format_number(value: float, decimals: int) -> str:
+    """Fixed decimals; huge values in scientific notation; never ``-0.0``."""
+    if abs(value) >= 1e7:
+        return f"{value:.2e}"
+    text = f"{value:.{decimals}f}"
+    return text.removeprefix("-") if not text.strip("-0.") else text
+
+
+def _filter(records: list[Record], suite: str | None, tasks: Sequence[str] | None) -> list[Record]:
+    if not records:
+        return records
+    if suite is not None:
+        suites = {record.task.suite for record in records}
+        if suite not in suites:
+            raise UsageError(f"no record belongs to suite {suite!r}.{did_you_mean(suite, suites)}")
+        records = [record for record in records if record.task.suite == suite]
+    if tasks is not None:
+        names = {record.task.name for record in records}
+        for task in tasks:
+            if task not in names:
+                raise UsageError(f"no record belongs to task {task!r}.{did_you_mean(task, names)}")
+        records = [record for record in records if record.task.name in tasks]
+    return records
+
+
+def _record_order(record: Record) -> tuple[Any, ...]:
+    """Total order: newest last, contents decide between equals."""
+    return (record.created, record.to_json())
+
+
+def _group_digest(record: Record) -> str:
+    data = record.task.dataset.model_dump(mode="json")
+    return digest_json([record.task.name, record.task.version, data, record.task_protocol])
+
+
+def _group_order(records: list[Record], tasks: Sequence[str] | None) -> tuple[Any, ...]:
+    """Real before control, complete before limited, measured before published."""
+    newest = records[-1]
+    task = newest.task
+    position = list(tasks).index(task.name) if tasks is not None else 0
+    complete = any(record.complete for record in records)
+    where = (position, task.suite, task.name, -task.version)
+    return (*where, newest.control or "", not complete, _published(records), _group_digest(newest))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``, digests shortened."""
+    if isinstance(value, dict) and value:
+        parts = [_flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
+        return {key: text for part in parts for key, text in part.items()}
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    scheme, colon, rest = text.partition(":")
+    return {prefix: rest[:8] if colon and scheme in ("sha256", "fitted") else text}
+
+
+def _tell_apart(
+    sides: dict[K, dict[str, str]], first: Sequence[str], *, width: int = 28
+) -> tuple[dict[K, str], list[str]]:
+    """Find a short label for each of several mappings.
+
+    Args:
+        sides: The mappings, by key.
+        first: Names to prefer when they differ.
+        width: Longest label; longer ones become the key's digest.
+
+    Returns:
+        Labels, pairwise distinct unless there is only one; and all names that differ.
+    """
+    names = sorted({name for side in sides.values() for name in side})
+    differing = [n for n in names if len({side.get(n) for side in sides.values()}) > 1]
+    differing.sort(key=lambda n: (first.index(n) if n in first else len(first), n))
+    used: list[str] = []
+    told: set[tuple[str | None, ...]] = {()}
+    for name in differing:
+        now = {tuple(side.get(n) for n in (*used, name)) for side in sides.values()}
+        if len(now) > len(told):
+            used, told = [*used, name], now
+    labels = {
+        key: ", ".join(f"{n}={side[n]}" for n in used if side.get(n, "null") != "null")
+        for key, side in sides.items()
+    }
+    for key, label in list(labels.items()):
+        if len(label) > width or list(labels.values()).count(label) > 1:
+            labels[key] = digest_json(sides[key])[7:15]
+    return labels, differing
+
+
+def _named_groups(members: list[list[Record]]) -> list[Group]:
+    groups = []
+    for records in members:
+        task = records[-1].task
+        digest = _group_digest(records[-1])
+        groups.append(Group(task.name, task.version, task.suite, task.title, records[-1].control, digest))
+    rivals: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        rivals[group.task, group.version, group.control, _published(members[index])].append(index)
+    for (*_, published), indices in rivals.items():
+        labels, _ = _tell_apart({i: _task_side(members[i][-1]) for i in indices}, ["limit", "seeds"])
+        for index in indices:
+            variant = f"published {labels[index]}".strip() if published else labels[index]
+            groups[index] = replace(groups[index], variant=variant)
+    return groups
+
+
+def _published(records: list[Record]) -> bool:
+    return all(record.origin == "paper" for record in records)
+
+
+def _task_side(record: Record) -> dict[str, str]:
+    data = record.task.dataset.model_dump(mode="json")
+    return _flat({**record.task_protocol, "data": data})
+
+
+def _columns(group: Group, records: list[Record], metrics: Sequence[str] | None) -> list[Column]:
+    found: dict[str, list[tuple[Record, Metric]]] = defaultdict(list)
+    for record in records:
+        for name, metric in record.metrics.items():
+            found[name].append((record, metric))
+    columns = []
+    for name in found if metrics is None else [m for m in dict.fromkeys(metrics) if m in found]:
+        record, first = found[name][0]
+        for other, metric in found[name]:
+            if (metric.unit, metric.higher_is_better) != (first.unit, first.higher_is_better):
+                raise UsageError(
+                    f"{record.tokenizer.name} and {other.tokenizer.name} disagree on the unit or direction "
+                    f"of {name!r} in task {group.task!r}: measure one of them again"
+                )
+        chances = {metric.chance for _, metric in found[name]}
+        decimals = _decimals(first.unit, [metric.value for _, metric in found[name]])
+        chance = chances.pop() if len(chances) == 1 else None
+        columns.append(Column(group, name, first.unit, first.higher_is_better, chance, decimals))
+    return columns
+
+
+def _decimals(unit: str, values: list[float]) -> int:
+    known = {"%": 1, "dB": 2}
+    if unit in known:
+        return known[unit]
+    largest = max(abs(value) for value in values)
+    return 3 if largest < 10 else 2 if largest < 100 else 1
+
+
+def _row_key(record: Record) -> tuple[str, ...]:
+    tokenizer = record.tokenizer
+    side = digest_json(record.tokenizer_protocol)
+    return (tokenizer.name, record.origin, tokenizer.weights, tokenizer.revision or "", side)
+
+
+def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:
+    tokenizer = newest.tokenizer
+    section = SECTIONS.index(tokenizer.kind)
+    return (section, tokenizer.family.lower(), tokenizer.parameters or 0, key)
+
+
+def _newest(records: list[Record]) -> tuple[list[Record], int]:
+    """One record per row and group, the last one; and how many others gave way."""
+    kept: dict[tuple[tuple[str, ...], str], Record] = {}
+    older = 0
+    for record in records:
+        key = _row_key(record), _group_digest(record)
+        older += key in kept and kept[key] != record
+        kept[key] = record
+    return sorted(kept.values(), key=_record_order), older
+
+
+def _rows(records: list[Record], columns: list[Column]) -> list[Row]:
+    """Rows in their order, without ranks."""
+    cells: dict[tuple[str, ...], dict[str, Record]] = defaultdict(dict)
+    newest: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        key, digest = _row_key(record), _group_digest(record)
+        cells[key][digest] = newest[key] = record
+    labels = _row_labels(newest)
+    rows = []
+    for key in sorted(cells, key=lambda key: _row_order(key, newest[key])):
+        row_cells = tuple(_cell(cells[key].get(column.group.digest), column.metric) for column in columns)
+        if any(row_cells):
+            rows.append(_row(labels[key], newest[key], row_cells))
+    return rows
+
+
+def _row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], str]:
+    """Names; where two rows would bear the same name and marks, what differs in brackets."""
+    labels = {key: record.tokenizer.name for key, record in rows.items()}
+    namesakes: dict[tuple[str, bool, bool], list[tuple[str, ...]]] = defaultdict(list)
+    for key, record in rows.items():
+        namesakes[record.tokenizer.name, record.tokenizer.trained, record.origin == "paper"].append(key)
+    for keys in namesakes.values():
+        if len(keys) > 1:
+            sides = {
+                key: _flat(
+                    {
+                        **rows[key].tokenizer_protocol,
+                        "weights": rows[key].tokenizer.weights,
+                        "revision": rows[key].tokenizer.revision,
+                        "record": rows[key].origin,
+                    }
+                )
+                for key in keys
+            }
+            told, _ = _tell_apart(sides, ["weights", "policy", "record", "revision"])
+            labels.update({key: f"{labels[key]} ({told[key]})" for key in keys if told[key]})
+    return labels
+
+
+def _cell(record: Record | None, metric: str) -> Cell | None:
+    if record is None or metric not in record.metrics:
+        return None
+    marks = (INCOMPLETE if not record.complete else "") + (PUBLISHED if record.origin == "paper" else "")
+    return Cell(record.metrics[metric], record, marks)
+
+
+def _row(label: str, newest: Record, cells: tuple[Cell | None, ...]) -> Row:
+    present = [cell for cell in cells if cell is not None]
+    shared = [mark for mark in (INCOMPLETE, PUBLISHED) if all(mark in cell.marks for cell in present)]
+    for mark in shared:
+        cells = tuple(c and replace(c, marks=c.marks.replace(mark, "")) for c in cells)
+    marks = ("" if newest.tokenizer.trained else UNTRAINED) + "".join(shared)
+    return Row(label, newest.tokenizer, newest.origin, marks, cells)
+
+
+def _ranked(rows: list[Row], columns: list[Column]) -> list[Row]:
+    """Mark best and second-best; a column with a single candidate has neither."""
+    grid = [list(row.cells) for row in rows]
+    for index, column in enumerate(columns):
+        candidates: dict[int, float] = {}
+        for position, row in enumerate(rows):
+            cell = row.cells[index]
+            if cell is not None and cell.record.complete and row.tokenizer.kind != "reference":
+                candidates[position] = float(format_number(cell.metric.value, column.decimals))
+        if len(candidates) < 2 or column.group.control is not None:
+            continue
+        order = sorted(set(candidates.values()), reverse=column.higher_is_better)
+        for position, value in candidates.items():
+            cell = grid[position][index]
+            if cell is not None and value in order[:2]:
+                grid[position][index] = replace(cell, rank="best" if value == order[0] else "second")
+    return [replace(row, cells=tuple(cells)) for row, cells in zip(rows, grid, strict=True)]
+
+
+def _footnotes(rows: list[Row]) -> tuple[tuple[str, str], ...]:
+    used = "".join(row.marks + "".join(cell.marks for cell in row.cells if cell) for row in rows)
+    return tuple((mark, text) for mark, text in MARKS.items() if mark in used)
+
+
+def _notes(rows: list[Row], groups: list[Group], members: list[list[Record]], older: int) -> tuple[str, ...]:
+    if not rows:
+        return ("No records.",)
+    notes = []
+    seeds = sorted(
+        {len(c.metric.per_seed) for row in rows for c in row.cells if c and c.metric.std is not None}
+    )
+    seeds = [count for count in seeds if count]
+    if seeds:
+        counts = " or ".join(str(count) for count in seeds)
+        notes.append(f"± is the sample standard deviation over {counts} seeds.")
+    sides: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    for group, records in zip(groups, members, strict=True):
+        if not _published(records):
+            name = f"{group.task} v{group.version}" + (f", {group.control}" if group.control else "")
+            sides[name][group.digest] = _task_side(records[-1])
+    for task, by_digest in sides.items():
+        _, differing = _tell_apart(by_digest, ["limit", "seeds"])
+        if not differing:
+            continue
+        rest = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
+        notes.append(f"The protocols of {task} differ in {', '.join(differing[:6])}{rest}.")
+    if older:
+        notes.append(f"{older} older record(s) of the same tokenizer, task and protocol left out.")
+    return tuple(notes)

@@ -1,0 +1,165 @@
+"""``python -m comit_bench.run``: images in on one side, a table out on the other. Read this file first.
+
+parse -> plan -> tokenize -> probe -> record -> table
+
+    dataset    comit_bench/data/         official formats, or embedded scenes that are made on the spot
+    tokenizer  comit_bench/tokenizers/   uint8 images -> message (ids, codes)
+    tokens     comit_bench/data/store.py computed once, kept on disk
+    probe      comit_bench/tasks/        a small transformer that reads the message
+    record     comit_bench/results/      one JSON file per tokenizer x task x protocol
+    table      comit_bench/results/      a view over records
+
+The work itself is in ``evaluation.py``; what it will cost is in ``plan.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comit_bench.errors import MissingError, UsageError
+from comit_bench.evaluation import Bench, Job, Outcome, Reporter, Settings, do_jobs, make_jobs
+from comit_bench.recipes import find_tasks
+from comit_bench.registry import MAJORITY
+
+if TYPE_CHECKING:
+    from comit_bench.results.schema import Record
+    from comit_bench.tokenizers.base import Tokenizer
+
+DATA_VARIABLE = "COMIT_BENCH_DATA"
+DEFAULT_TOKENIZERS = ("kmeans-patch", "comit-nano")
+SUITES = ("scenes", "paper")
+
+
+def choose_suite(suite: str | None, data_root: Path | None) -> tuple[str, str]:
+    """The suite and the reason for it.
+
+    Raises:
+        UsageError: Unknown suite.
+    """
+    from comit_bench.errors import did_you_mean
+
+    if suite is not None:
+        if suite not in SUITES:
+            raise UsageError(f"unknown suite {suite!r}.{did_you_mean(suite, SUITES)}")
+        return suite, "as --suite says"
+    if data_root is not None:
+        return "paper", f"because a data root is given: {data_root}"
+    return "scenes", f"embedded data; give --data-root or set {DATA_VARIABLE} for the paper suite"
+
+
+def suite_tasks(suite: str, settings: Settings) -> list[str]:
+    """All tasks of a suite, by name."""
+    recipes = find_tasks(settings.include, allow_override=settings.allow_override)
+    return [name for name, recipe in recipes.items() if recipe.spec.suite == suite]
+
+
+def with_references(tokenizers: Sequence[str | Tokenizer], suite: str) -> list[str | Tokenizer]:
+    """Add the rows that bracket every score: the majority class and, on scenes, the pixels themselves."""
+    references = [MAJORITY] + (["pixel-oracle"] if suite == "scenes" else [])
+    named = {t.lower() for t in tokenizers if isinstance(t, str)}
+    return [*(name for name in references if name not in named), *tokenizers]
+
+
+def evaluate(
+    tokenizer: str | Tokenizer | Sequence[str | Tokenizer],
+    tasks: Sequence[str] | None = None,
+    *,
+    suite: str | None = None,
+    references: bool = True,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> list[Record]:
+    """Measure tokenizers on tasks; what the command line calls.
+
+    Args:
+        tokenizer: Name, hub id, directory or object satisfying the tokenizer contract; or several.
+        tasks: Task names; None is all of the suite.
+        suite: ``scenes`` or ``paper``; None is ``paper`` when ``data_root`` is given, else ``scenes``.
+        references: Also measure the reference rows.
+        reporter: Progress hooks.
+        **settings: See :class:`comit_bench.evaluation.Settings`.
+
+    Returns:
+        One record per tokenizer and task, in order; each is on disk already.
+
+    Raises:
+        BenchError: A job failed. All others were done first, and their records are kept.
+    """
+    chosen = Settings(**{"progress": False, **settings})
+    several = (
+        [tokenizer] if isinstance(tokenizer, str) or not isinstance(tokenizer, Sequence) else [*tokenizer]
+    )
+    name, _ = choose_suite(suite, chosen.data_root)
+    rows = with_references(several, name) if references else several
+    jobs = make_jobs(rows, tasks or suite_tasks(name, chosen), chosen)
+    outcome = do_jobs(jobs, Bench(chosen, reporter=reporter))
+    if outcome.failures:
+        raise outcome.failures[0][1]
+    return outcome.records
+
+
+def run_command(
+    tokenizers: Sequence[str],
+    tasks: Sequence[str] | None,
+    *,
+    suite: str | None,
+    settings: Settings,
+    dry_run: bool,
+    references: bool = True,
+) -> int:
+    """Plan, do, print; returns the exit code (0 done, 1 a task failed, 3 data or weights missing)."""
+    from comit_bench.console import Bars, say
+    from comit_bench.plan import describe, make_plan
+
+    name, why = choose_suite(suite, settings.data_root)
+    chosen: list[str | Tokenizer] = list(tokenizers or DEFAULT_TOKENIZERS)
+    rows = with_references(chosen, name) if references else chosen
+    jobs = make_jobs(rows, tasks or suite_tasks(name, settings), settings)
+    bench = Bench(settings)
+    plan = make_plan(jobs, settings, bench.peek)
+    say("\n".join(describe(plan, settings, suite=name, why=why)))
+    if plan.missing:
+        say("\n".join(f"missing: {error}" for error in plan.missing))
+        return MissingError.exit_code
+    if dry_run:
+        return 0
+    with Bars(enabled=settings.progress) as bars:
+        bench.reporter = Reporter(bars.start, bars.stop)
+        outcome = do_jobs(jobs, bench)
+    return finish(outcome, jobs, settings)
+
+
+def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
+    """Write and print the tables of this run's tasks; tell what failed."""
+    from comit_bench.console import say
+    from comit_bench.results.records import load_records
+    from comit_bench.results.tables import build_table, print_table, write_tables
+
+    tasks = list(dict.fromkeys(job.task.spec.name for job in jobs))
+    records = load_records(settings.records)
+    if records:
+        table = build_table(records, tasks=tasks)
+        print_table(table)
+        files = write_tables(table, settings.output / "tables")
+        say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
+    for job, error in outcome.failures:
+        say(f"failed: {job.label} on {job.task.spec.name}: {error}")
+    if not outcome.failures:
+        return 0
+    missing = all(isinstance(error, MissingError) for _, error in outcome.failures)
+    return MissingError.exit_code if missing and not outcome.records else 1
+
+
+def data_root_from(option: Path | None) -> Path | None:
+    """``--data-root``, else the environment."""
+    value = os.environ.get(DATA_VARIABLE)
+    return option or (Path(value).expanduser() if value else None)
+
+
+if __name__ == "__main__":
+    from comit_bench.cli import main_run
+
+    main_run()
