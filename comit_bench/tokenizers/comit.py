@@ -285,6 +285,24 @@ class ComitTokenizer:
         except ValueError as error:
             raise UsageError(str(error)) from error
 
+    def encode_flops(self, policy: str | None) -> float:
+        """FLOPs per image of the backbone under a policy, for estimates (attention and linear layers)."""
+        spec, parsed = self.model.spec, self.policy(policy)
+        width, length = spec.width, spec.message_length
+
+        def call(image_tokens: int, buffer: bool) -> float:
+            n = 1 + image_tokens + length * (2 if buffer else 1)
+            return spec.depth * (2 * n * width**2 * (4 + 2 * spec.mlp_ratio) + 4 * n**2 * width)
+
+        whole = (spec.max_input_size // spec.patch_size) ** 2
+        local = (spec.geometry.crop // spec.vae_factor // spec.patch_size) ** 2
+        crops = len(parsed.indices(1, [torch.Generator()])) if not parsed.adaptive else parsed.num_crops or 1
+        globals_ = int(parsed.global_crop)
+        flops = globals_ * call(whole, True) + max(crops - globals_, 0) * call(local, True)
+        if parsed.adaptive:
+            flops += (crops - 1) * call(whole, spec.mask_mode == "additive")
+        return flops
+
     def _pixels(self, images_u8: Tensor) -> Tensor:
         return images_u8.to(self.device, torch.float32).div(255).sub(0.5).div(0.5)
 
