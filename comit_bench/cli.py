@@ -24,74 +24,71 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-TokenizerOption = Annotated[
+Tokenizers = Annotated[
     list[str] | None,
-    typer.Option(
-        "--tokenizer",
-        "-t",
-        help="Name, hub id or checkpoint directory; may be repeated. See `comit-bench ls`.",
-    ),
+    typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory; may be repeated."),
 ]
+Suite = Annotated[
+    str | None,
+    typer.Option(help="scenes (embedded) or paper. [default: paper with a data root, else scenes]"),
+]
+Tasks = Annotated[str | None, typer.Option(help="Comma-separated task names. [default: all of the suite]")]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ... [default: global]"),
+]
+Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
+DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
+Limit = Annotated[int | None, typer.Option(help="Images per split; records are marked incomplete.")]
+Seeds = Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")]
+BatchSize = Annotated[str, typer.Option(help="Images per encoding call, or auto; no score depends on it.")]
+NumWorkers = Annotated[str, typer.Option(help="Image-reading processes, or auto.")]
+Output = Annotated[Path, typer.Option(help="Records and tables go here.")]
+Overwrite = Annotated[
+    str,
+    typer.Option(help="Finished records: only-missing keeps them, always replaces them, never stops there."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue; the same as --overwrite only-missing.")]
+Control = Annotated[str | None, typer.Option(help="permute-labels: scores must fall to chance.")]
+References = Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Include = Annotated[list[Path] | None, typer.Option(help="Directory with more recipes; may be repeated.")]
+AllowOverride = Annotated[
+    bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")]
+INTERRUPTED = 130
 OVERWRITE = ("always", "never", "only-missing")
 
 
-def _number_or_auto(value: str, automatic: int, option: str) -> int:
-    if value == "auto":
-        return automatic
-    if not value.isdigit():
-        raise UsageError(f"{option} {value!r}: expected a number or auto")
-    return int(value)
-
-
 def run(
-    tokenizer: TokenizerOption = None,
-    suite: Annotated[
-        str | None, typer.Option(help="scenes (embedded) or paper. [default: paper with a data root]")
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated task names. [default: all of the suite]")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")
-    ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Images per split; records are marked incomplete.")
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")] = "float32",
-    batch_size: Annotated[
-        str, typer.Option(help="Images per encoding call, or auto; no score depends on it.")
-    ] = "auto",
-    num_workers: Annotated[str, typer.Option(help="Image-reading processes, or auto.")] = "auto",
-    output: Annotated[Path, typer.Option(help="Records and tables go here.")] = Path("results"),
-    overwrite: Annotated[
-        str,
-        typer.Option(
-            help="Finished records: only-missing keeps them, always replaces, never refuses to touch."
-        ),
-    ] = "only-missing",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue; the same as --overwrite only-missing.")
-    ] = False,
-    control: Annotated[str | None, typer.Option(help="permute-labels: scores must fall to chance.")] = None,
-    references: Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")] = True,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    include_path: Annotated[
-        list[Path] | None, typer.Option(help="Directory with more recipes; may be repeated.")
-    ] = None,
-    allow_override: Annotated[
-        bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")] = False,
+    tokenizer: Tokenizers = None,
+    suite: Suite = None,
+    tasks: Tasks = None,
+    policy: Policy = None,
+    weights: Weights = None,
+    data_root: DataRoot = None,
+    limit: Limit = None,
+    seeds: Seeds = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = "auto",
+    num_workers: NumWorkers = "auto",
+    output: Output = Path("results"),
+    overwrite: Overwrite = "only-missing",
+    resume: Resume = False,
+    control: Control = None,
+    references: References = True,
+    offline: Offline = False,
+    dry_run: DryRun = False,
+    include_path: Include = None,
+    allow_override: AllowOverride = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Tokenize, probe, print a table. Without arguments: the embedded suite, a few minutes on two cores."""
     from comit_bench.console import set_up_logging
@@ -99,13 +96,6 @@ def run(
     from comit_bench.run import data_root_from, run_command
 
     set_up_logging(verbose=verbose)
-    if overwrite not in OVERWRITE:
-        raise UsageError(
-            f"--overwrite {overwrite!r}: not one of {', '.join(OVERWRITE)}."
-            f"{did_you_mean(overwrite, OVERWRITE)}"
-        )
-    if resume and overwrite != "only-missing":
-        raise UsageError(f"--resume continues and --overwrite {overwrite} does not: give one of them")
     settings = Settings(
         output=output,
         data_root=data_root_from(data_root),
@@ -117,20 +107,50 @@ def run(
         dtype=dtype,
         batch_size=_number_or_auto(batch_size, 64, "--batch-size"),
         num_workers=_number_or_auto(num_workers, _auto_workers(), "--num-workers"),
-        overwrite=overwrite,  # type: ignore[arg-type]  # checked above
+        overwrite=_checked_overwrite(overwrite, resume),
         control=control,
         offline=offline,
         include=tuple(include_path or ()),
         allow_override=allow_override,
         progress=not quiet,
     )
-    names = [part.strip() for part in tasks.split(",") if part.strip()] if tasks is not None else None
-    if tasks is not None and not names:
-        raise UsageError("--tasks is empty: give task names separated by commas, see `comit-bench ls tasks`")
-    code = run_command(
-        tokenizer or [], names, suite=suite, settings=settings, dry_run=dry_run, references=references
-    )
+    names = _names(tasks)
+    try:
+        code = run_command(
+            tokenizer or [], names, suite=suite, settings=settings, dry_run=dry_run, references=references
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped. Everything finished is kept; the same command continues from here.\n")
+        code = INTERRUPTED
     raise typer.Exit(code)
+
+
+def _names(text: str | None) -> list[str] | None:
+    """Comma-separated names; None stays None."""
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise UsageError("an empty list of names: give names separated by commas, see `comit-bench ls`")
+    return names
+
+
+def _checked_overwrite(value: str, resume: bool) -> Any:
+    if value not in OVERWRITE:
+        raise UsageError(
+            f"--overwrite {value!r}: not one of {', '.join(OVERWRITE)}.{did_you_mean(value, OVERWRITE)}"
+        )
+    if resume and value != "only-missing":
+        raise UsageError(f"--resume continues and --overwrite {value} does not: give one of them")
+    return value
+
+
+def _number_or_auto(value: str, automatic: int, option: str) -> int:
+    if value == "auto":
+        return automatic
+    if not value.isdigit():
+        raise UsageError(f"{option} {value!r}: expected a number or auto")
+    return int(value)
 
 
 def _auto_workers() -> int:
@@ -196,13 +216,12 @@ def table(
     """Rebuild the table from records alone."""
     from comit_bench.listing import rebuild_table
 
-    split: Callable[[str | None], list[str] | None] = lambda text: text.split(",") if text else None  # noqa: E731
     rebuild_table(
         records or [Path("results/records")],
         output=output,
         suite=suite,
-        tasks=split(tasks),
-        metrics=split(metrics),
+        tasks=_names(tasks),
+        metrics=_names(metrics),
     )
 
 
@@ -220,9 +239,6 @@ def _guarded(command: Callable[[], Any]) -> None:
     except BenchError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped. Everything finished is kept; the same command continues from here.\n")
-        raise SystemExit(130) from None
 
 
 def main() -> None:

@@ -114,11 +114,16 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
     """Resolve names into jobs, task by task.
 
     Raises:
-        UsageError: An unknown task or data set, with the nearest names.
+        UsageError: An unknown tokenizer, task or data set, with the nearest names.
     """
+    from comit_bench.tokenizers.loading import entry_for
+
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
     datasets = find_datasets(settings.include, allow_override=settings.allow_override)
     chosen = [pick(name, recipes, "task") for name in dict.fromkeys(tasks)]
+    for tokenizer in tokenizers:
+        if isinstance(tokenizer, str) and tokenizer != MAJORITY:
+            entry_for(tokenizer)
     data = [pick(task.spec.dataset, datasets, "dataset") for task in chosen]
     return [Job(t, task, d) for task, d in zip(chosen, data, strict=True) for t in tokenizers]
 
@@ -416,8 +421,8 @@ class Bench:
             return found
         if found is not None and self.settings.overwrite == "never":
             raise UsageError(
-                f"{job.label} on {job.task.spec.name} has a record already and --overwrite never protects "
-                "it. Use --overwrite only-missing to keep it and continue, or --overwrite always to replace it."
+                f"{job.label} on {job.task.spec.name} has a record already, and --overwrite never stops "
+                "there. Use only-missing to keep it and go on, or always to replace it."
             )
         messages = self.messages(job, tokenizer)
         tokenized = time.perf_counter()

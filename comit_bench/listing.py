@@ -80,7 +80,11 @@ def _dataset_row(recipe: Recipe[DatasetSpec]) -> tuple[str, ...]:
 
 def _packages() -> list[str]:
     lines = []
-    for requirement in requires("comit-bench") or []:
+    try:
+        requirements = requires("comit-bench") or []
+    except PackageNotFoundError:
+        return ["  MISSING  comit-bench itself is not installed here: pip install -e ."]
+    for requirement in requirements:
         if "extra ==" in requirement:
             continue
         name = requirement

@@ -86,8 +86,11 @@ def evaluate(
         One record per tokenizer and task, in order; each is on disk already.
 
     Raises:
+        UsageError, MissingError: Unknown names, wrong settings, absent data or weights: before any work.
         BenchError: A job failed. All others were done first, and their records are kept.
     """
+    from comit_bench.plan import make_plan
+
     chosen = Settings(**{"progress": False, **settings})
     several = (
         [tokenizer] if isinstance(tokenizer, str) or not isinstance(tokenizer, Sequence) else [*tokenizer]
@@ -95,7 +98,10 @@ def evaluate(
     name, _ = choose_suite(suite, chosen.data_root)
     rows = with_references(several, name) if references else several
     jobs = make_jobs(rows, tasks or suite_tasks(name, chosen), chosen)
-    outcome = do_jobs(jobs, Bench(chosen, reporter=reporter))
+    bench = Bench(chosen, reporter=reporter)
+    for error in make_plan(jobs, chosen, bench.peek).missing:
+        raise error
+    outcome = do_jobs(jobs, bench)
     if outcome.failures:
         raise outcome.failures[0][1]
     return outcome.records

@@ -120,8 +120,15 @@ def shard_bytes(tensors: dict[str, Array], broken: Mapping[int, str], *, store: 
         "broken": json.dumps({str(row): broken[row] for row in sorted(broken)}),
     }
     metadata["sha256"] = _checksum(metadata, tensors)
-    content: bytes = save(tensors, metadata)
-    return content
+    return _sorted_header(save(tensors, metadata))
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with its header keys in order: equal tokens are equal bytes."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def _map_file(path: Path) -> NDArray[np.uint8]:

@@ -427,6 +427,15 @@ def _info(
     )
 
 
+def _load_random(preset: str, device: torch.device, seed: int, options: dict[str, Any]) -> ComitTokenizer:
+    if preset not in PRESETS:
+        raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
+    model = build(PRESETS[preset])
+    model.predictor.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
+    info = _info(model, preset, f"random:{seed}", trained=False, training_data="none", licence="none")
+    return ComitTokenizer(model, info, device=device, **options)
+
+
 def load(
     name: str,
     *,
@@ -460,13 +469,7 @@ def load(
         _log.warning("%s: this version ships no trained weights; using random ones, marked untrained", preset)
         weights = "random"
     if weights == "random":
-        if preset not in PRESETS:
-            raise UsageError(f"--weights random needs a preset, not {name!r}.{did_you_mean(preset, PRESETS)}")
-        model = build(PRESETS[preset])
-        generator = torch.Generator().manual_seed(seed)
-        model.predictor.init_weights(generator, zero_gates=False)
-        info = _info(model, preset, f"random:{seed}", trained=False, training_data="none", licence="none")
-        return ComitTokenizer(model, info, device=device, **options)
+        return _load_random(preset, device, seed, options)
     local = Path(weights) if weights else Path(name)
     if not local.is_dir():
         if weights:
