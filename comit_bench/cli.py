@@ -38,6 +38,12 @@ Policy = Annotated[
     typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ... [default: global]"),
 ]
 Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", help="KEY=VALUE for learned tokenizers, e.g. posterior=sample; may be repeated."
+    ),
+]
 DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
 Limit = Annotated[int | None, typer.Option(help="Images per split; records are marked incomplete.")]
 Seeds = Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")]
@@ -71,6 +77,7 @@ def run(
     tasks: Tasks = None,
     policy: Policy = None,
     weights: Weights = None,
+    option: Option = None,
     data_root: DataRoot = None,
     limit: Limit = None,
     seeds: Seeds = None,
@@ -101,6 +108,7 @@ def run(
         data_root=data_root_from(data_root),
         policy=policy,
         weights=weights,
+        options=_options(option or []),
         limit=limit,
         seeds=seeds,
         device=device,
@@ -133,6 +141,22 @@ def _names(text: str | None) -> list[str] | None:
     if not names:
         raise UsageError("an empty list of names: give names separated by commas, see `comit-bench ls`")
     return names
+
+
+def _options(pairs: list[str]) -> dict[str, str | int | float]:
+    """KEY=VALUE texts as a mapping; values that look like numbers become numbers."""
+    options: dict[str, str | int | float] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key or not value:
+            raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. posterior=sample")
+        for kind in (int, float, str):
+            try:
+                options[key.replace("-", "_")] = kind(value)
+                break
+            except ValueError:
+                continue
+    return options
 
 
 def _checked_overwrite(value: str, resume: bool) -> Any:

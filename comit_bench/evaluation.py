@@ -47,6 +47,7 @@ class Settings:
         cache: Token stores, fits and embedded data; None is ``$COMIT_BENCH_CACHE`` or the platform's.
         policy: Cropping policy of tokenizers that have one; None is theirs.
         weights: Directory of weights or ``random``, for learned tokenizers.
+        options: Options of learned tokenizers, e.g. ``{"posterior": "sample"}``.
         limit: Use this many images of each split; marks records incomplete.
         seeds: Number of probe seeds; None is the recipe's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
@@ -66,6 +67,7 @@ class Settings:
     cache: Path | None = None
     policy: str | None = None
     weights: str | None = None
+    options: Mapping[str, str | int | float] = field(default_factory=dict)
     limit: int | None = None
     seeds: int | None = None
     device: str = "auto"
@@ -207,7 +209,7 @@ class Bench:
                     device=self.settings.device,
                     dtype=self.settings.dtype if entry.takes_weights else "float32",
                     offline=self.settings.offline,
-                    **options,
+                    **({**options, **self.settings.options} if entry.takes_weights else options),
                 )
         return self._tokenizers[key]
 

@@ -25,7 +25,7 @@ from comit_bench.files import sha256_file, write_atomic
 from comit_bench.models.comit import PRESETS, Comit, ComitSpec
 from comit_bench.models.comit_codec import AttentionRequest, Encoded, decode, encode, to_uint8
 from comit_bench.models.crops import CropGeometry, CropPolicy, parse_policy
-from comit_bench.models.flow import Guidance
+from comit_bench.models.flow import SOLVERS, Guidance
 from comit_bench.models.vae import build_vae
 from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
 from comit_bench.tokenizers.checkpoints import (
@@ -265,6 +265,12 @@ class ComitTokenizer:
         momentum: float = -0.5,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if posterior not in ("mode", "sample"):
+            raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
+        if solver not in SOLVERS or steps < 1:
+            raise UsageError(
+                f"solver {solver!r} with {steps} steps: expected {' or '.join(SOLVERS)}, 1 or more"
+            )
         self.model = model.to(device).requires_grad_(False).eval()
         self.device = device
         self.posterior = posterior

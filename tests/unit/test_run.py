@@ -202,6 +202,9 @@ def test_policy_is_part_of_the_protocol(bench: Bench) -> None:
         (["--limit", "0"], 2, "at least 1"),
         (["--control", "shuffle"], 2, "permute-labels"),
         (["--tasks", ","], 2, "empty"),
+        (["--option", "posterior"], 2, "KEY=VALUE"),
+        (["--option", "postrior=mode"], 2, "Did you mean 'posterior'"),
+        (["--option", "posterior=median"], 2, "'mode' or 'sample'"),
         (["--include-path", "/nonexistent/recipes"], 2, "not a directory"),
         (["--weights", "/nonexistent/weights"], 3, "no such directory"),
         (["--tokenizer", "comit-l", "--offline"], 3, "cvg-unibe/comit-l"),
@@ -214,6 +217,15 @@ def test_wrong_arguments_end_before_any_work(
     got, out, err = command("run", *bench.arguments(), "-q", *arguments)
     assert (got, out) == (code, "") and says in err and "Traceback" not in err
     assert not (bench.root / "out").exists() and not (bench.root / "cache" / "tokens").exists()
+
+
+def test_options_reach_the_tokenizer_and_its_protocol(bench: Bench, command: Command) -> None:
+    code, *_ = command(
+        "run", *bench.arguments(), "-q", "--tokenizer", "comit-nano", "--option", "posterior=sample"
+    )
+    assert code == 0
+    side: Any = bench.records()["comit-nano"].protocol["tokenizer"]
+    assert side["options"]["posterior"] == "sample"
 
 
 def test_paper_suite_on_an_empty_root_lists_what_is_missing(tmp_path: Path, command: Command) -> None:
