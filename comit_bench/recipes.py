@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -241,7 +240,6 @@ def _discover(
     return found
 
 
-@lru_cache(maxsize=8)
 def find_tasks(
     include: tuple[Path, ...] = (), *, allow_override: bool = False
 ) -> dict[str, Recipe[TaskSpec]]:
@@ -249,7 +247,6 @@ def find_tasks(
     return _discover("probes", TaskSpec, include, allow_override)
 
 
-@lru_cache(maxsize=8)
 def find_datasets(
     include: tuple[Path, ...] = (), *, allow_override: bool = False
 ) -> dict[str, Recipe[DatasetSpec]]:
