@@ -1,0 +1,247 @@
+"""Classification: which of C classes is in the image, read from its message by the probe.
+
+Metrics, all in percent on the report split: ``top1``; ``top5`` from ten classes on; and, when the
+recipe names parts of the class names (``red_3`` -> colour, digit), how often the part of the most
+likely class is right. Ties between outputs go to the lower class number.
+
+Two yardsticks: ``chance`` beside every metric is the expected value of a uniform guess over the
+classes; :func:`majority_metrics` is the row of a reader that never looks. The control
+``permute-labels`` trains on shuffled labels and must land at chance, or the report set leaks. Under it
+a part that is plain to see spreads widely over the seeds: images of one colour get one arbitrary
+answer, so the colours come out right or wrong in tens of percent. Compare with the standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.recipes import AttributesSpec, TaskSpec
+from comit_bench.tasks.fit import FitResult, FitTask, ProgressCallback, Split
+from comit_bench.tasks.pool import ProbePool, fit_seeds
+from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
+
+Control = Literal["permute-labels"]
+TOP5_FROM = 10  # with fewer classes the top five say little
+
+
+def class_parts(class_names: Sequence[str], attributes: AttributesSpec | None) -> dict[str, Tensor]:
+    """Number the parts of the class names.
+
+    Args:
+        class_names: C names, e.g. ``red_3``.
+        attributes: Separator and the names of the parts, or None.
+
+    Returns:
+        Field name -> int64 [C], equal numbers for equal parts, numbered by first appearance.
+
+    Raises:
+        UsageError: A name has another number of parts than the recipe says.
+    """
+    if attributes is None:
+        return {}
+    split = [name.split(attributes.separator) for name in class_names]
+    for name, parts in zip(class_names, split, strict=True):
+        if len(parts) != len(attributes.fields):
+            raise UsageError(
+                f"class {name!r} has {len(parts)} parts between {attributes.separator!r}, but the recipe's "
+                f"attributes.fields name {len(attributes.fields)}: {', '.join(attributes.fields)}"
+            )
+    table: dict[str, Tensor] = {}
+    for position, field in enumerate(attributes.fields):
+        numbers: dict[str, int] = {}
+        column = [numbers.setdefault(parts[position], len(numbers)) for parts in split]
+        table[field] = torch.tensor(column)
+    return table
+
+
+def _rank(outputs: Tensor, labels: Tensor) -> Tensor:
+    """int64 [n]: how many classes come before the true one; equal outputs rank by class number."""
+    truth = outputs.gather(1, labels[:, None])  # [n, 1]
+    lower = torch.arange(outputs.shape[1]) < labels[:, None]
+    return ((outputs > truth) | ((outputs == truth) & lower)).sum(dim=1)
+
+
+def _percent(right: Tensor) -> float:
+    return 100.0 * int(right.sum()) / right.shape[0]
+
+
+def score_outputs(outputs: Tensor, labels: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics of one fitted probe, in percent.
+
+    Args:
+        outputs: float [n, C].
+        labels: int64 [n], class numbers below C.
+        parts: From :func:`class_parts`.
+    """
+    rank = _rank(outputs, labels)
+    scores = {"top1": _percent(rank < 1)}
+    if outputs.shape[1] >= TOP5_FROM:
+        scores["top5"] = _percent(rank < 5)
+    guess = outputs.argmax(dim=1)
+    for field, numbers in parts.items():
+        scores[field] = _percent(numbers[guess] == numbers[labels])
+    return scores
+
+
+def chance_levels(labels: Tensor, classes: int, parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Expected metrics of a uniform guess over the classes, in percent, exact for these labels.
+
+    Args:
+        labels: int64 [n] of the report split.
+        classes: C.
+        parts: From :func:`class_parts`.
+    """
+    levels = {"top1": 100.0 / classes}
+    if classes >= TOP5_FROM:
+        levels["top5"] = 500.0 / classes
+    for field, numbers in parts.items():
+        share = numbers.bincount().double() / classes  # [parts]
+        levels[field] = 100.0 * float(share[numbers[labels]].mean())
+    return levels
+
+
+def _most_frequent(labels: Tensor, classes: int) -> Tensor:
+    """Class numbers from the most to the least frequent; ties by lower number."""
+    return torch.argsort(torch.bincount(labels, minlength=classes), descending=True, stable=True)
+
+
+def majority_metrics(
+    train_labels: Tensor,
+    report_labels: Tensor,
+    class_names: Sequence[str],
+    attributes: AttributesSpec | None = None,
+) -> dict[str, MetricResult]:
+    """The reference row of a reader that never looks at the image.
+
+    For each metric it answers what was most frequent in training: a class (``top1``), the five most
+    frequent classes (``top5``), a part (each attribute). Ties go to the lowest number.
+
+    Args:
+        train_labels: int64 [N].
+        report_labels: int64 [n].
+        class_names: C names.
+        attributes: As in the recipe.
+    """
+    classes, parts = len(class_names), class_parts(class_names, attributes)
+    train, report = _checked("training", train_labels, classes), _checked("report", report_labels, classes)
+    order, levels = _most_frequent(train, classes), chance_levels(report, classes, parts)
+    scores = {"top1": _percent(report == order[0])}
+    if classes >= TOP5_FROM:
+        scores["top5"] = _percent(torch.isin(report, order[:5]))
+    for field, numbers in parts.items():
+        favourite = _most_frequent(numbers[train], int(numbers.max()) + 1)[0]
+        scores[field] = _percent(numbers[report] == favourite)
+    return {name: over_seeds([value], len(report), chance=levels[name]) for name, value in scores.items()}
+
+
+def _checked(name: str, labels: Tensor, classes: int) -> Tensor:
+    """Labels as int64 on the CPU.
+
+    Raises:
+        UsageError: There are none.
+        ValueError: A label is no class number.
+    """
+    if labels.numel() == 0:
+        raise UsageError(f"the {name} set is empty. Use more images (a larger --limit).")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"{name} labels must lie in 0..{classes - 1}, found {low}..{high}")
+    return labels.long().cpu()
+
+
+def _fit_details(results: Sequence[FitResult]) -> dict[str, list[float] | list[int]]:
+    """How the fits went, one entry per seed; accuracies (in percent) are those of the best epoch.
+
+    Train accuracy is a running mean over the epoch, so it lags behind the weights.
+    """
+    best = [r.history[r.best_epoch - 1] for r in results]
+    return {
+        "seeds": [r.seed for r in results],
+        "best_epoch": [r.best_epoch for r in results],
+        "epochs_run": [len(r.history) for r in results],
+        "seconds": [r.seconds for r in results],
+        "train_top1": [100.0 * log.train_score for log in best],
+        "early_stop_top1": [100.0 * log.stop_score for log in best],
+    }
+
+
+def _check_names(spec: TaskSpec, metrics: Mapping[str, float], control: str | None) -> None:
+    """Refuse a main metric or a control that does not exist.
+
+    Raises:
+        UsageError: Names the nearest that does.
+    """
+    if spec.main_metric not in metrics:
+        raise UsageError(
+            f"recipe {spec.name!r}: main_metric {spec.main_metric!r} is not measured by this task."
+            f"{did_you_mean(spec.main_metric, metrics)}"
+        )
+    if control not in (None, "permute-labels"):
+        raise UsageError(f"unknown control {control!r}.{did_you_mean(str(control), ['permute-labels'])}")
+
+
+def run_classification(
+    spec: TaskSpec,
+    class_names: Sequence[str],
+    *,
+    train: Split,
+    early_stop: Split,
+    report: Split,
+    seeds: Sequence[int],
+    control: Control | None = None,
+    device: str | torch.device = "cpu",
+    bf16: bool = False,
+    pool: ProbePool | None = None,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> TaskResult:
+    """Fit one probe per seed and measure it on the report split.
+
+    Args:
+        spec: The recipe.
+        class_names: C names in the order of the class numbers.
+        train: Messages and class numbers to learn from.
+        early_stop: The same for early stopping.
+        report: The same for the reported numbers.
+        seeds: Probe seeds.
+        control: ``permute-labels`` shuffles the labels of ``train`` and ``early_stop`` together, for every
+            seed in another way.
+        device: Where the probes are fitted.
+        bf16: Autocast to bfloat16; CUDA only.
+        pool: Worker processes, started once for many tasks.
+        workers: Without ``pool``: number of processes, None is one per usable core.
+        progress: Called after every epoch of every seed.
+
+    Returns:
+        Metrics with chance levels; ``extra`` tells per seed how the fit went.
+
+    Raises:
+        UsageError: An empty split, or a name in recipe or classes that does not fit.
+        BenchError: A loss is not finite, or a worker was killed.
+    """
+    classes, parts = len(class_names), class_parts(class_names, spec.attributes)
+    labels = _checked("report", report.chosen(), classes)
+    _checked("training", train.chosen(), classes)
+    _checked("early-stop", early_stop.chosen(), classes)
+    levels = chance_levels(labels, classes, parts)
+    _check_names(spec, levels, control)
+    task = FitTask(
+        spec=spec.probe,
+        outputs=classes,
+        train=train,
+        early_stop=early_stop,
+        report=report,
+        permute_targets=control is not None,
+        bf16=bf16,
+    )
+    results = fit_seeds(task, seeds, device=device, pool=pool, workers=workers, progress=progress)
+    scores = [score_outputs(r.outputs, labels, parts) for r in results if r.outputs is not None]
+    assert len(scores) == len(seeds)
+    n = len(labels)
+    metrics = {k: over_seeds([one[k] for one in scores], n, chance=level) for k, level in levels.items()}
+    return TaskResult(metrics=metrics, extra=dict(_fit_details(results)))

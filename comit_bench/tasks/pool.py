@@ -1,0 +1,290 @@
+"""Fits of several seeds, side by side in processes that are started once and used for many tasks.
+
+A worker is a spawned process with one torch thread. Data travel in a safetensors file, small messages
+through a pipe. Workers neither run the caller's script again nor hear Ctrl-C: whoever started them
+ends them, also when this process is killed (the pipe breaks, and the worker leaves).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+from comit_bench.errors import BenchError
+from comit_bench.files import atomic_path
+from comit_bench.tasks.fit import (
+    FitProgress,
+    FitResult,
+    FitTask,
+    MessageSource,
+    ProgressCallback,
+    Split,
+    fit_probe,
+)
+
+_SPLITS = ("train", "early_stop", "report")
+_PATIENCE = 5.0  # seconds a worker gets to end before it is killed
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One seed of one task; ``task`` carries no data, they lie in ``path``."""
+
+    path: Path
+    settings: dict[str, Any]
+    seed: int
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _save(task: FitTask, path: Path) -> dict[str, Any]:
+    """Write the data of a task that is in memory; return its other fields."""
+    arrays = {}  # as NumPy arrays: splits may share memory, which safetensors refuses for tensors
+    for name in _SPLITS:
+        split: Split | None = getattr(task, name)
+        if split is not None and split.messages.codes is not None:
+            arrays[f"{name}.codes"] = split.messages.codes.contiguous().numpy()
+            arrays[f"{name}.targets"] = split.targets.contiguous().numpy()
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary)
+    return {field.name: getattr(task, field.name) for field in fields(task) if field.name not in _SPLITS}
+
+
+def _load(job: _Job) -> FitTask:
+    tensors = load_file(job.path)
+    splits: dict[str, Any] = {
+        name: Split(MessageSource(codes=tensors[f"{name}.codes"]), tensors[f"{name}.targets"])
+        for name in _SPLITS
+        if f"{name}.codes" in tensors
+    }
+    return FitTask(**splits, **job.settings)
+
+
+def _serve(pipe: Connection) -> None:
+    """Life of a worker: take a job, report epochs, answer; leave when the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def send(kind: str, value: object) -> None:
+        # Plain pickle copies tensors; Connection.send would hand over file descriptors instead.
+        pipe.send_bytes(pickle.dumps((kind, value)))
+
+    while True:
+        try:
+            job = pickle.loads(pipe.recv_bytes())
+            try:
+                send(
+                    "done", fit_probe(_load(job), seed=job.seed, progress=lambda event: send("epoch", event))
+                )
+            except BenchError as error:
+                send("refused", error)
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                return
+            except Exception:
+                send("failed", traceback.format_exc())
+        except (EOFError, OSError):
+            return
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Processes started inside the block do not import the caller's script and do not get SIGINT."""
+    script = sys.modules["__main__"]
+    block = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if block else set()
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+        if block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Worker:
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with _apart():
+            self.process.start()
+        theirs.close()
+        self.job: int | None = None
+
+    def give(self, number: int, job: _Job) -> None:
+        self.job = number
+        self.pipe.send_bytes(pickle.dumps(job))
+
+    def hear(self) -> tuple[str, Any]:
+        kind, value = pickle.loads(self.pipe.recv_bytes())
+        return kind, value
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join(_PATIENCE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.pipe.close()
+
+
+class ProbePool:
+    """Worker processes for probe fits on the CPU. Use it as a context manager, for many tasks.
+
+    Args:
+        workers: Number of processes; None is one per usable core. With 1, fits run in this process.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.workers = workers if workers is not None else usable_cores()
+        self._running: list[_Worker] = []
+
+    def __enter__(self) -> ProbePool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers; the next use starts new ones."""
+        running, self._running = self._running, []
+        for worker in running:
+            worker.end()
+
+    def start(self, count: int | None = None) -> None:
+        """Start workers without waiting for them: importing torch takes seconds, best beside other work.
+
+        Args:
+            count: How many are wanted; never more than ``workers``, which is the default.
+        """
+        wanted = self.workers if count is None else min(count, self.workers)
+        while self.workers > 1 and len(self._running) < wanted:
+            self._running.append(_Worker())
+
+    def fit(
+        self, task: FitTask, seeds: Sequence[int], *, progress: ProgressCallback | None = None
+    ) -> list[FitResult]:
+        """Fit every seed of a task whose splits are in memory; results come in the order of ``seeds``.
+
+        Raises:
+            UsageError: A split is empty.
+            BenchError: A loss is not finite, or a worker was killed. All workers have ended by then.
+        """
+        task.check()
+        with tempfile.TemporaryDirectory(prefix="comit-bench-probe-") as folder:
+            path = Path(folder) / "data.safetensors"
+            settings = _save(task, path)
+            jobs = [_Job(path, settings, seed) for seed in seeds]
+            try:
+                self.start(len(jobs))
+                return self._work(jobs, progress)
+            except BaseException:
+                self.close()
+                raise
+
+    def _work(self, jobs: Sequence[_Job], progress: ProgressCallback | None) -> list[FitResult]:
+        results: dict[int, FitResult] = {}
+        todo = list(range(len(jobs)))
+        while len(results) < len(jobs):
+            for worker in self._running:
+                if worker.job is None and todo:
+                    number = todo.pop(0)
+                    self._guard(worker, lambda w=worker, n=number: w.give(n, jobs[n]))
+            busy = {worker.pipe: worker for worker in self._running if worker.job is not None}
+            for pipe in wait(list(busy)):
+                worker = busy[pipe]  # type: ignore[index]
+                kind, value = self._guard(worker, worker.hear)
+                if kind == "epoch":
+                    assert isinstance(value, FitProgress)
+                    if progress is not None:
+                        progress(value)
+                elif kind == "done":
+                    assert isinstance(value, FitResult) and worker.job is not None
+                    results[worker.job], worker.job = value, None
+                elif kind == "refused":
+                    raise value
+                else:
+                    raise RuntimeError(f"a probe worker failed:\n{value}")
+        return [results[number] for number in range(len(jobs))]
+
+    @staticmethod
+    def _guard(worker: _Worker, talk: Any) -> Any:
+        """Talk to a worker.
+
+        Raises:
+            BenchError: It is gone; says how it ended and what to do.
+        """
+        try:
+            return talk()
+        except (EOFError, OSError) as error:
+            worker.process.join(_PATIENCE)
+            raise BenchError(
+                f"a probe worker process ended before its fit was done (exit code {worker.process.exitcode}; "
+                "-9 usually means that memory ran out). Finished tasks are kept: run the same command again, "
+                "with fewer workers if it happens twice."
+            ) from error
+
+
+def fit_seeds(
+    task: FitTask,
+    seeds: Sequence[int],
+    *,
+    device: str | torch.device = "cpu",
+    pool: ProbePool | None = None,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> list[FitResult]:
+    """Fit one probe per seed; the numbers are the same with any number of workers.
+
+    Seeds run side by side on the CPU when there are several seeds, several workers and enough memory
+    to hold the codes; otherwise one after the other in this process.
+
+    Args:
+        task: What to fit.
+        seeds: Probe seeds; results come in this order.
+        device: Where to compute.
+        pool: Workers to use; None starts some for this call only.
+        workers: Without ``pool``: number of processes, None is one per usable core.
+        progress: Called in this process after every epoch of every seed.
+
+    Raises:
+        UsageError: A split is empty, or there are no seeds.
+        BenchError: A loss is not finite, or a worker was killed.
+    """
+    if not seeds:
+        raise ValueError("fit_seeds needs at least one seed")
+    task.check()
+    held = {name: split.in_memory() for name in _SPLITS if (split := getattr(task, name)) is not None}
+    small = replace(task, **{name: split for name, split in held.items() if split is not None})
+    count = min(len(seeds), pool.workers if pool else (workers or usable_cores()))
+    if torch.device(device).type != "cpu" or count == 1 or any(split is None for split in held.values()):
+        return [fit_probe(small, seed=seed, device=device, progress=progress) for seed in seeds]
+    if pool is not None:
+        return pool.fit(small, seeds, progress=progress)
+    with ProbePool(count) as own:
+        return own.fit(small, seeds, progress=progress)

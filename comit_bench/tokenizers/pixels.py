@@ -1,0 +1,172 @@
+"""``pixel-oracle``: the raw patches of an image as its "tokens". A reference, not a tokenizer to beat.
+
+It loses nothing, so a probe on it shows what the probe, the data and the budget can read at all: every
+score of a real tokenizer lies between the majority class and this row. Unusual: there is no vocabulary
+(``ids`` is None), and ``decode`` is the exact inverse of ``encode``.
+
+Shape legend: ``B`` batch, ``K`` patches per image in raster order, ``p`` patch side, ``S`` image side,
+``d`` = 3 p p, the values of one patch ordered (channel, row, column).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from comit_bench.errors import UnsupportedOperation, UsageError, did_you_mean
+from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images
+
+
+def check_grid(resolution: int, patch: int) -> int:
+    """Patches per side of a square image.
+
+    Raises:
+        UsageError: The patches do not tile the image; names the nearest sizes that they do tile.
+    """
+    if patch < 1 or resolution < patch or resolution % patch:
+        if patch < 1:
+            raise UsageError(f"patch {patch}: expected a side of at least 1 pixel")
+        lower = resolution // patch * patch
+        near = " or ".join(str(side) for side in (lower, lower + patch) if side > 0)
+        sides = [str(p) for p in range(1, resolution + 1) if resolution % p == 0]
+        raise UsageError(
+            f"resolution {resolution} is not a multiple of patch {patch}: take resolution {near}, "
+            f"or one of the patches that tile {resolution} pixels: {', '.join(sides) or 'none'}"
+        )
+    return resolution // patch
+
+
+def to_patches(images: Tensor, patch: int) -> Tensor:
+    """Cut [B, 3, S, S] into [B, K, d], raster order."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def from_patches(patches: Tensor, patch: int) -> Tensor:
+    """Inverse of :func:`to_patches` for square images: [B, K, d] -> [B, 3, S, S]."""
+    side = round(patches.shape[1] ** 0.5)
+    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=side, w=side, p=patch, q=patch)
+
+
+def to_codes(values_u8: Tensor) -> Tensor:
+    """Map 0..255 to float32 in [-1, 1].
+
+    The subtraction is exact and the division correctly rounded, so the result has the same bits for
+    every batch size and device.
+    """
+    return (values_u8.float() - 127.5) / 127.5
+
+
+def from_codes(codes: Tensor) -> Tensor:
+    """Inverse of :func:`to_codes`; values beyond [-1, 1] are clipped."""
+    return (codes.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def warn_policy(name: str, policy: str | None) -> None:
+    """Say that a cropping policy has no effect on a tokenizer that reads whole images."""
+    if policy not in (None, "global"):
+        warnings.warn(f"{name} reads whole images: policy {policy!r} has no effect on it", stacklevel=3)
+
+
+class PixelOracleTokenizer:
+    """Raw patches as continuous codes in [-1, 1].
+
+    Args:
+        resolution: Side of the images, in pixels; a multiple of ``patch``.
+        patch: Side of one patch, in pixels.
+        device: Where codes are returned.
+
+    Raises:
+        UsageError: The patches do not tile the image.
+    """
+
+    def __init__(self, *, resolution: int = 32, patch: int = 8, device: torch.device | str = "cpu") -> None:
+        grid = check_grid(resolution, patch)
+        self.patch = patch
+        self.device = torch.device(device)
+        self.info = TokenizerInfo(
+            name="pixel-oracle",
+            family="pixel-oracle",
+            kind="reference",
+            weights="none",
+            parameters=0,
+            message_length=grid * grid,
+            vocab_size=None,
+            code_dim=3 * patch * patch,
+            resolution=resolution,
+            preprocessing=f"center_crop|resize({resolution},bilinear)",
+            training_data="none",
+            weights_licence="none",
+            options={"patch": str(patch)},
+        )
+
+    def encode(
+        self,
+        images_u8: Tensor,
+        *,
+        policy: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tokens:
+        """Cut uint8 [B, 3, S, S] into codes [B, K, d]; nothing about it is random.
+
+        Raises:
+            ValueError: Another type or shape.
+        """
+        check_images(images_u8, self.info)
+        warn_policy(self.info.name, policy)
+        return Tokens(None, to_codes(to_patches(images_u8.to(self.device), self.patch)))
+
+    def codes_from_ids(self, ids: Tensor) -> Tensor:
+        """Refuse: there is no vocabulary.
+
+        Raises:
+            UnsupportedOperation: Always.
+        """
+        raise UnsupportedOperation(f"{self.info.name} has continuous codes and no ids to look up")
+
+    def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """Paste the patches back: uint8 [B, 3, S, S], exactly the encoded images.
+
+        Raises:
+            ValueError: Codes of another shape.
+        """
+        expected = (self.info.message_length, self.info.code_dim)
+        if tokens.codes.ndim != 3 or tuple(tokens.codes.shape[1:]) != expected:
+            raise ValueError(
+                f"{self.info.name} decodes codes of shape [B, {expected[0]}, {expected[1]}], "
+                f"got {list(tokens.codes.shape)}"
+            )
+        return from_patches(from_codes(tokens.codes.to(self.device)), self.patch)
+
+
+def load(
+    name: str,
+    *,
+    weights: str | None = None,
+    device: torch.device | str = "cpu",
+    offline: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> PixelOracleTokenizer:
+    """Build the oracle (what the registry calls); it has no weights, so most arguments change nothing.
+
+    Args:
+        name: ``pixel-oracle``.
+        weights: Makes no difference.
+        device: Where codes are returned.
+        offline: Makes no difference.
+        seed: Makes no difference.
+        **options: ``patch`` and ``resolution``, in pixels.
+
+    Raises:
+        UsageError: Unknown option, or the patches do not tile the image.
+    """
+    known = ("patch", "resolution")
+    for option in options:
+        if option not in known:
+            raise UsageError(f"{name} has no option {option!r}.{did_you_mean(option, known)}")
+    return PixelOracleTokenizer(device=device, **options)

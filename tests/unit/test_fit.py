@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from comit_bench.errors import BenchError, UsageError
+from comit_bench.recipes import ProbeSpec
+from comit_bench.tasks import fit as fit_module
+from comit_bench.tasks import pool as pool_module
+from comit_bench.tasks.fit import (
+    FitProgress,
+    FitResult,
+    FitTask,
+    MessageSource,
+    Objective,
+    Split,
+    fit_probe,
+    one_thread,
+    permuted,
+    predict,
+)
+from comit_bench.tasks.pool import ProbePool, fit_seeds
+
+SPEC = ProbeSpec(width=16, depth=1, heads=2, batch_size=32, learning_rate=3e-3, max_epochs=3, patience=3)
+CODEBOOK = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
+
+
+def look_up(ids: Tensor) -> Tensor:
+    return CODEBOOK[ids]
+
+
+def split(count: int, seed: int, *, length: int = 4) -> Split:
+    """The class is decided by the first id."""
+    ids = torch.randint(12, (count, length), generator=torch.Generator().manual_seed(seed))
+    return Split(MessageSource(ids=ids, lookup=look_up), ids[:, 0] % 4)
+
+
+def task(**changes: object) -> FitTask:
+    base = FitTask(spec=SPEC, outputs=4, train=split(150, 0), early_stop=split(40, 1), report=split(60, 2))
+    return replace(base, **changes)
+
+
+def with_spec(**changes: object) -> ProbeSpec:
+    return SPEC.model_copy(update=changes)
+
+
+def same(a: FitResult, b: FitResult) -> None:
+    assert a.history == b.history and a.best_epoch == b.best_epoch and a.seed == b.seed
+    assert a.outputs is not None and b.outputs is not None and torch.equal(a.outputs, b.outputs)
+    assert a.state.keys() == b.state.keys()
+    assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProbePool]:
+    with ProbePool(2) as running:
+        running.start()
+        yield running
+    assert not multiprocessing.active_children()
+
+
+def test_learns_what_can_be_learnt() -> None:
+    long = with_spec(max_epochs=15, patience=15, learning_rate=1e-2)
+    result = fit_probe(task(spec=long, train=split(600, 0)), seed=0)
+    assert result.outputs is not None
+    assert (result.outputs.argmax(1) == split(60, 2).targets).float().mean() > 0.95
+    assert result.history[-1].train_loss < result.history[0].train_loss / 3
+
+
+def test_same_seed_same_bits_whatever_the_global_state_and_threads() -> None:
+    first = fit_probe(task(), seed=3)
+    torch.manual_seed(99)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        second = fit_probe(task(), seed=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    same(first, second)
+    assert torch.equal(state, torch.get_rng_state())
+    assert fit_probe(task(), seed=4).history != first.history
+
+
+def test_ids_looked_up_per_batch_give_the_same_bits_as_codes_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = fit_probe(task(), seed=0)
+    shared = split(150, 0)
+    rows = torch.arange(150)
+    padded = Split(
+        MessageSource(codes=torch.cat([torch.zeros(9, 4, 3), shared.messages.take(rows)])),
+        torch.cat([torch.zeros(9, dtype=torch.long), shared.targets]),
+        rows + 9,
+    )
+    same(held, fit_probe(task(train=padded), seed=0))
+    largest = 0
+
+    def watched(ids: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, ids.shape[0])
+        return look_up(ids)
+
+    monkeypatch.setattr(Split, "in_memory", lambda self, limit=0: None)
+    streamed = Split(MessageSource(ids=shared.messages.ids, lookup=watched), shared.targets)
+    same(held, fit_probe(task(train=streamed), seed=0))
+    assert 0 < largest <= SPEC.batch_size
+
+
+def test_in_memory_gathers_rows_and_respects_its_limit() -> None:
+    whole = split(20, 5)
+    part = Split(whole.messages, whole.targets, torch.tensor([7, 3, 3]))
+    held = part.in_memory()
+    assert held is not None and held.messages.codes is not None and held.rows is None
+    assert torch.equal(held.messages.codes, whole.messages.take(torch.tensor([7, 3, 3])))
+    assert torch.equal(held.targets, whole.targets[[7, 3, 3]])
+    assert held.in_memory() is held
+    assert part.in_memory(limit=3 * 4 * 3 * 4) is not None and part.in_memory(limit=3 * 4 * 3 * 4 - 1) is None
+
+
+def test_every_row_counts_once_per_epoch_in_an_order_of_its_own() -> None:
+    seen: list[Tensor] = []
+
+    def record(outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.requires_grad:
+            seen.append(targets)
+        return outputs.square().mean(1)
+
+    score = Objective(record, lambda outputs, targets: torch.zeros(len(targets)))
+    numbered = Split(split(70, 0).messages, torch.arange(70))
+    fit_probe(task(train=numbered, objective=score, spec=with_spec(max_epochs=2)), seed=0)
+    assert [len(t) for t in seen] == [32, 32, 6, 32, 32, 6]
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert torch.equal(first.sort().values, torch.arange(70)) and torch.equal(
+        second.sort().values, torch.arange(70)
+    )
+    assert not torch.equal(first, second)
+
+
+def test_stops_after_patience_and_returns_the_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.2, 0.6, 0.6, 0.5, 0.4])
+    losses = iter([1.0, 0.9, 0.9, 0.1, 0.1])
+    states: list[Tensor] = []
+
+    def judge(self: fit_module._Fit, epoch: int) -> tuple[float, float]:
+        states.append(self.probe.head.weight.detach().clone())
+        return next(losses), next(scores)
+
+    monkeypatch.setattr(fit_module._Fit, "_stop_set", judge)
+    events: list[FitProgress] = []
+    result = fit_probe(task(spec=with_spec(max_epochs=50, patience=3)), seed=0, progress=events.append)
+    assert result.best_epoch == 2 and len(result.history) == 5
+    assert torch.equal(result.state["head.weight"], states[1])
+    assert result.outputs is not None
+    assert torch.equal(predict(task(), result.state, split(60, 2)), result.outputs)
+    assert [e.finished for e in events] == [False] * 4 + [True]
+    assert [e.log.epoch for e in events] == [1, 2, 3, 4, 5] and events[0].max_epochs == 50
+
+
+def test_equal_scores_are_decided_by_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([(1.0, 0.5), (0.8, 0.5), (0.9, 0.5)])
+    monkeypatch.setattr(fit_module._Fit, "_stop_set", lambda self, epoch: next(answers))
+    assert fit_probe(task(), seed=0).best_epoch == 2
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
+    bad = split(150, 0)
+    codes = bad.messages.take(torch.arange(150)).clone()
+    codes[17] = float("nan")
+    with pytest.raises(
+        BenchError, match=r"not finite in epoch 1, step \d of 5 \(seed 0, learning rate 0.003\)"
+    ):
+        fit_probe(task(train=Split(MessageSource(codes=codes), bad.targets)), seed=0)
+    stop = split(40, 1).messages.take(torch.arange(40)).clone()
+    stop[11] = float("inf")
+    with pytest.raises(BenchError, match="epoch 1, early-stop message 12 of 40"):
+        fit_probe(task(early_stop=Split(MessageSource(codes=stop), torch.zeros(40).long())), seed=0)
+
+
+def test_vectors_as_targets() -> None:
+    def multilabel(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(
+            1
+        )
+
+    def exact(outputs: Tensor, targets: Tensor) -> Tensor:
+        return ((outputs > 0) == (targets > 0.5)).all(1).float()
+
+    def hot(part: Split) -> Split:
+        return Split(part.messages, torch.nn.functional.one_hot(part.targets, 4).float())
+
+    result = fit_probe(
+        task(
+            train=hot(split(600, 0)),
+            early_stop=hot(split(40, 1)),
+            objective=Objective(multilabel, exact),
+            spec=with_spec(max_epochs=15, patience=15, learning_rate=1e-2),
+        ),
+        seed=0,
+    )
+    assert result.history[result.best_epoch - 1].stop_score > 0.9
+
+
+def test_permuted_targets_keep_their_frequencies() -> None:
+    train, stop = torch.arange(50), torch.arange(50, 60)
+    a, b = permuted(train, stop, 0)
+    assert len(a) == 50 and torch.equal(torch.cat([a, b]).sort().values, torch.arange(60))
+    assert (a != train).float().mean() > 0.5 and (a >= 50).any()
+    assert torch.equal(a, permuted(train, stop, 0)[0]) and not torch.equal(a, permuted(train, stop, 1)[0])
+
+
+def test_the_control_shuffles_what_the_fit_sees() -> None:
+    long = with_spec(max_epochs=15, patience=15, learning_rate=1e-2)
+    base = task(spec=long, train=split(600, 0), permute_targets=True)
+    before = base.train.targets.clone()
+    result = fit_probe(base, seed=0)
+    assert result.outputs is not None and torch.equal(base.train.targets, before)
+    assert (result.outputs.argmax(1) == split(60, 2).targets).float().mean() < 0.5
+
+
+def test_mistakes_in_the_data_are_named() -> None:
+    with pytest.raises(UsageError, match="early-stop set of the probe is empty"):
+        fit_probe(task(early_stop=Split(split(40, 1).messages, torch.zeros(40), torch.zeros(0))), seed=0)
+    with pytest.raises(ValueError, match="either codes"):
+        MessageSource(ids=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="3 messages but 2 targets"):
+        Split(MessageSource(codes=torch.zeros(3, 2, 1)), torch.zeros(2))
+    with pytest.raises(ValueError, match="at least one seed"):
+        fit_seeds(task(), [])
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        ProbePool(0)
+
+
+def test_one_thread_restores_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise RuntimeError
+    assert torch.get_num_threads() == before
+
+
+def test_processes_give_the_same_bits_as_this_process(pool: ProbePool) -> None:
+    events: list[FitProgress] = []
+    shuffled = task(permute_targets=True)  # settings travel with the data
+    apart = fit_seeds(shuffled, [5, 2, 8], pool=pool, progress=events.append)
+    here = fit_seeds(shuffled, [5, 2, 8], workers=1)
+    for a, b in zip(apart, here, strict=True):
+        same(a, b)
+    assert sorted((e.seed, e.log.epoch) for e in events) == [(s, e) for s in (2, 5, 8) for e in (1, 2, 3)]
+
+
+def test_the_pool_survives_a_refused_fit_and_a_killed_worker(pool: ProbePool) -> None:
+    broken = Split(MessageSource(codes=torch.full((40, 4, 3), float("nan"))), torch.zeros(40).long())
+    with pytest.raises(BenchError, match="not finite in epoch 1"):
+        fit_seeds(task(train=broken), [0, 1], pool=pool)
+    assert not multiprocessing.active_children()
+    victims: list[int] = []
+
+    def kill_once(event: FitProgress) -> None:
+        if not victims:
+            victims.extend(process.pid or 0 for process in multiprocessing.active_children())
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+
+    with pytest.raises(BenchError, match=r"ended before its fit was done \(exit code -9"):
+        fit_seeds(task(spec=with_spec(max_epochs=5000, patience=5000)), [0, 1], pool=pool, progress=kill_once)
+    assert len(victims) == 2 and not multiprocessing.active_children()
+
+
+def test_large_sets_stay_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Split, "in_memory", lambda self, limit=0: None)
+    monkeypatch.setattr(pool_module, "_Worker", None)  # starting one would fail
+    assert len(fit_seeds(task(spec=with_spec(max_epochs=1)), [0, 1], workers=2)) == 2
+
+
+def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"  # no __main__ guard: workers must not run it again
+    script.write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, sys, torch
+            from comit_bench.recipes import ProbeSpec
+            from comit_bench.tasks.fit import FitTask, MessageSource, Split
+            from comit_bench.tasks.pool import ProbePool, fit_seeds
+            data = Split(MessageSource(codes=torch.ones(64, 4, 3)), torch.zeros(64).long())
+            spec = ProbeSpec(width=16, depth=1, heads=2, max_epochs=10**6, patience=10**6)
+            def tell(event):
+                if event.log.epoch == 1:
+                    print("pids", *[p.pid for p in multiprocessing.active_children()], flush=True)
+            try:
+                with ProbePool(2) as pool:
+                    task = FitTask(spec=spec, outputs=4, train=data, early_stop=data)
+                    fit_seeds(task, [0, 1], pool=pool, progress=tell)
+            except KeyboardInterrupt:
+                print("stopped", len(multiprocessing.active_children()), flush=True)
+            """
+        )
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, as a terminal gives
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("pids ")
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert "stopped 0" in output and errors == ""
+    deadline = time.monotonic() + 5
+    for pid in map(int, line.split()[1:]):
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{pid}").exists()
