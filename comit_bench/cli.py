@@ -99,7 +99,7 @@ def run(
 ) -> None:
     """Tokenize, probe, print a table. Without arguments: the embedded suite, a few minutes on two cores."""
     from comit_bench.console import set_up_logging
-    from comit_bench.evaluation import Settings
+    from comit_bench.jobs import Settings
     from comit_bench.run import data_root_from, run_command
 
     set_up_logging(verbose=verbose)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.files import cache_root
-from comit_bench.recipes import DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, pick
+from comit_bench.jobs import Job, Settings
+from comit_bench.recipes import DatasetSpec, Recipe
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
@@ -32,102 +32,8 @@ if TYPE_CHECKING:
     from comit_bench.tasks.result import TaskResult
     from comit_bench.tokenizers.base import Tokenizer
 
-Overwrite = Literal["always", "never", "only-missing"]
 ENCODE_SEED = 0  # of the per-image generators; part of the protocol
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How to evaluate. Every option of the command line that concerns work, and nothing else.
-
-    Attributes:
-        output: Directory of ``records/`` and ``tables/``.
-        data_root: Where real data sets lie.
-        cache: Token stores, fits and embedded data; None is ``$COMIT_BENCH_CACHE`` or the platform's.
-        policy: Cropping policy of tokenizers that have one; None is theirs.
-        weights: Directory of weights or ``random``, for learned tokenizers.
-        options: Options of learned tokenizers, e.g. ``{"posterior": "sample"}``.
-        limit: Use this many images of each split; marks records incomplete.
-        seeds: Number of probe seeds; None is the recipe's.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        dtype: ``float32`` or ``bfloat16``.
-        batch_size: Images per encoding call; no score depends on it.
-        num_workers: Image-reading processes.
-        overwrite: What to do about records that exist.
-        control: None or ``permute-labels``.
-        offline: Never ask a hub.
-        include: Further recipe directories.
-        allow_override: Whether those may replace built-in recipes.
-        progress: Progress bars on stderr.
-    """
-
-    output: Path = Path("results")
-    data_root: Path | None = None
-    cache: Path | None = None
-    policy: str | None = None
-    weights: str | None = None
-    options: Mapping[str, str | int | float] = field(default_factory=dict)
-    limit: int | None = None
-    seeds: int | None = None
-    device: str = "auto"
-    dtype: str = "float32"
-    batch_size: int = 64
-    num_workers: int = 0
-    overwrite: Overwrite = "only-missing"
-    control: str | None = None
-    offline: bool = False
-    include: tuple[Path, ...] = ()
-    allow_override: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name, value in (("limit", self.limit), ("seeds", self.seeds), ("batch-size", self.batch_size)):
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1, got {value}")
-        if self.num_workers < 0:
-            raise UsageError(f"--num-workers must be at least 0, got {self.num_workers}")
-        if self.control not in (None, "permute-labels"):
-            raise UsageError(f"unknown control {self.control!r}: the only one is 'permute-labels'")
-
-    @property
-    def cache_dir(self) -> Path:
-        return self.cache or cache_root()
-
-    @property
-    def records(self) -> Path:
-        return self.output / "records"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One tokenizer on one task. ``tokenizer`` is a name, a directory, a hub id or an object."""
-
-    tokenizer: str | Tokenizer
-    task: Recipe[TaskSpec]
-    dataset: Recipe[DatasetSpec]
-
-    @property
-    def label(self) -> str:
-        return self.tokenizer if isinstance(self.tokenizer, str) else self.tokenizer.info.name
-
-
-def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], settings: Settings) -> list[Job]:
-    """Resolve names into jobs, task by task.
-
-    Raises:
-        UsageError: An unknown tokenizer, task or data set, with the nearest names.
-    """
-    from comit_bench.tokenizers.loading import entry_for
-
-    recipes = find_tasks(settings.include, allow_override=settings.allow_override)
-    datasets = find_datasets(settings.include, allow_override=settings.allow_override)
-    chosen = [pick(name, recipes, "task") for name in dict.fromkeys(tasks)]
-    for tokenizer in tokenizers:
-        if isinstance(tokenizer, str) and tokenizer != MAJORITY:
-            entry_for(tokenizer)
-    data = [pick(task.spec.dataset, datasets, "dataset") for task in chosen]
-    return [Job(t, task, d) for task, d in zip(chosen, data, strict=True) for t in tokenizers]
 
 
 @dataclass(slots=True)
@@ -426,6 +332,8 @@ class Bench:
                 f"{job.label} on {job.task.spec.name} has a record already, and --overwrite never stops "
                 "there. Use only-missing to keep it and go on, or always to replace it."
             )
+        if tokenizer is not None and self.device.type == "cpu":
+            self.pool.start(len(self.seeds(job)))  # the workers get ready while tokens are made
         messages = self.messages(job, tokenizer)
         tokenized = time.perf_counter()
         result = self._majority(job, messages) if tokenizer is None else self._probe(job, tokenizer, messages)

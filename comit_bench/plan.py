@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from comit_bench.errors import BenchError, MissingError
-from comit_bench.evaluation import Job, Settings
+from comit_bench.errors import MissingError
+from comit_bench.jobs import Job, Settings
 from comit_bench.recipes import DatasetSpec, Recipe
 from comit_bench.registry import MAJORITY
+
+if TYPE_CHECKING:
+    from comit_bench.tokenizers.base import Tokenizer
 
 PROBE_EFFICIENCY = 0.25  # share of the matrix-product rate that small probes reach on a CPU
 ENCODE_EFFICIENCY = 0.5
@@ -48,16 +52,16 @@ class Plan:
 
 
 def matmul_rate() -> float:
-    """float32 FLOP per second of this machine, measured in about 50 ms."""
+    """float32 FLOP per second of this machine: the best of a few short products, in under 0.1 s."""
     import torch
 
-    a = torch.randn(512, 512)
-    a @ a
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.05:
+    side = 768
+    a, best = torch.randn(side, side), float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
         a @ a
-        count += 1
-    return 2 * 512**3 * count / (time.perf_counter() - started)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
 
 
 def data_state(recipe: Recipe[DatasetSpec], settings: Settings) -> tuple[str, dict[str, int]]:
@@ -78,16 +82,15 @@ def data_state(recipe: Recipe[DatasetSpec], settings: Settings) -> tuple[str, di
     return f"found in {data.folder}", {name: len(split) for name, split in data.splits.items()}
 
 
-def make_plan(jobs: Sequence[Job], settings: Settings, load: Callable[[Job], object]) -> Plan:
+def make_plan(jobs: Sequence[Job], settings: Settings, load: Callable[[Job], Tokenizer | None]) -> Plan:
     """Look at data and weights of every job.
 
     Args:
-        jobs: From :func:`comit_bench.evaluation.make_jobs`.
+        jobs: From :func:`comit_bench.jobs.make_jobs`.
         settings: The run's settings.
-        load: Loads a job's tokenizer (its weights are checked now rather than hours later).
+        load: Loads a job's tokenizer (its weights are checked now rather than hours later), or returns
+            None when it is fitted later.
     """
-    from comit_bench.tokenizers.base import Tokenizer
-
     plan, rate = Plan(), matmul_rate()
     counts: dict[str, dict[str, int]] = {}
     for job in jobs:
@@ -98,43 +101,41 @@ def make_plan(jobs: Sequence[Job], settings: Settings, load: Callable[[Job], obj
             except MissingError as error:
                 plan.data[name], counts[name] = "missing", {}
                 plan.missing.append(error)
-        split = job.task.spec.split
-        used = [
-            counts[name].get(s, 0)
-            for s in dict.fromkeys((split.train, split.report, split.early_stop.source))
-        ]
-        images = sum(min(n, settings.limit or n) for n in used)
         if job.label == MAJORITY:
             plan.jobs.append(JobPlan(job, 0, 0, 0.0))
             continue
         try:
             tokenizer = load(job)
         except MissingError as error:
-            if str(error) not in {str(e) for e in plan.missing}:
+            if str(error) not in {str(known) for known in plan.missing}:
                 plan.missing.append(error)
             continue
-        except BenchError:
-            if not counts[name]:
-                continue
-            raise
-        length, code_dim, wide = 16, 192, 0
-        flops = 0.0
-        if isinstance(tokenizer, Tokenizer):
-            info = tokenizer.info
-            length, code_dim = info.message_length, info.code_dim
-            wide = 0 if info.vocab_size else 4 * code_dim
-            estimate = getattr(tokenizer, "encode_flops", None)
-            flops = estimate(settings.policy) if estimate else 2.0 * info.parameters * length
-        per_id = wide or 2
-        train = min(counts[name].get(split.train, 0), settings.limit or 10**12)
-        probe = job.task.spec.probe
-        epochs = probe.max_epochs * (settings.seeds or job.task.spec.seeds)
-        probe_flops = 6.0 * (length + 1) * (12 * probe.width**2 * probe.depth + code_dim * probe.width)
-        read = PNG_SECONDS if job.dataset.spec.generator else JPEG_SECONDS
-        seconds = images * (read + flops / (rate * ENCODE_EFFICIENCY))
-        seconds += train * epochs * probe_flops / (rate * PROBE_EFFICIENCY)
-        plan.jobs.append(JobPlan(job, images, images * length * per_id, seconds))
+        plan.jobs.append(_cost(job, settings, counts[name], tokenizer, rate))
     return plan
+
+
+def _cost(
+    job: Job, settings: Settings, counts: dict[str, int], tokenizer: Tokenizer | None, rate: float
+) -> JobPlan:
+    """Images and seconds of one job; a tokenizer that is still to be fitted counts as small."""
+    split, probe = job.task.spec.split, job.task.spec.probe
+    used = {name: counts.get(name, 0) for name in (split.train, split.report, split.early_stop.source)}
+    images = sum(min(n, settings.limit or n) for n in used.values())
+    length, code_dim, per_token, flops = 16, 192, 2, 0.0
+    if tokenizer is not None:
+        info = tokenizer.info
+        length, code_dim = info.message_length, info.code_dim
+        per_token = 2 if info.vocab_size else 4 * code_dim
+        estimate = getattr(tokenizer, "encode_flops", None)
+        flops = estimate(settings.policy) if estimate else 2.0 * info.parameters * length
+    read = PNG_SECONDS if job.dataset.spec.generator else JPEG_SECONDS
+    seconds = images * (read + flops / (rate * ENCODE_EFFICIENCY))
+    train = min(used[split.train], settings.limit or used[split.train])
+    block = (4 + 2 * probe.mlp_ratio) * probe.width**2
+    per_message = 6.0 * (length + 1) * (block * probe.depth + code_dim * probe.width)
+    epochs = probe.max_epochs * (settings.seeds or job.task.spec.seeds)
+    seconds += train * epochs * per_message / (rate * PROBE_EFFICIENCY)
+    return JobPlan(job, images, images * length * per_token, seconds)
 
 
 def human_bytes(count: float) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import MissingError, UsageError
-from comit_bench.evaluation import Bench, Job, Outcome, Reporter, Settings, do_jobs, make_jobs
+from comit_bench.evaluation import Bench, Outcome, Reporter, do_jobs
+from comit_bench.jobs import Job, Settings, make_jobs
 from comit_bench.recipes import find_tasks
 from comit_bench.registry import MAJORITY
 
@@ -80,7 +81,7 @@ def evaluate(
         suite: ``scenes`` or ``paper``; None is ``paper`` when ``data_root`` is given, else ``scenes``.
         references: Also measure the reference rows.
         reporter: Progress hooks.
-        **settings: See :class:`comit_bench.evaluation.Settings`.
+        **settings: See :class:`comit_bench.jobs.Settings`.
 
     Returns:
         One record per tokenizer and task, in order; each is on disk already.

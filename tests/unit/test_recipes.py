@@ -48,7 +48,7 @@ def test_wrong_recipes_name_file_key_and_value(task: Path, changes: dict[str, ob
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "name: [unclosed", "\x00\x01"])
 def test_what_is_no_mapping_is_refused(task: Path, text: str) -> None:
     task.write_text(text)
-    with pytest.raises(UsageError, match="task.yaml"):
+    with pytest.raises(UsageError, match=r"task\.yaml"):
         parse_recipe(task, TaskSpec)
 
 
