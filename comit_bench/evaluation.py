@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from comit_bench.tasks.result import TaskResult
     from comit_bench.tokenizers.base import Tokenizer
 
+SMALL_FLOPS = 2e9  # per image
 ENCODE_SEED = 0  # of the per-image generators; part of the protocol
 _log = logging.getLogger(__name__)
 
@@ -201,20 +203,33 @@ class Bench:
         )
         advance = self.reporter.start(f"{job.label}: {data.name}/{split_name}", len(rows))
         try:
-            store = tokenize_split(
-                tokenizer,
-                split,
-                cache=self.settings.cache_dir,
-                key=key,
-                rows=rows,
-                batch_size=self.settings.batch_size,
-                num_workers=self.settings.num_workers,
-                advance=advance,
-            )
+            with self._threads(tokenizer):
+                store = tokenize_split(
+                    tokenizer,
+                    split,
+                    cache=self.settings.cache_dir,
+                    key=key,
+                    rows=rows,
+                    batch_size=self.settings.batch_size,
+                    num_workers=self.settings.num_workers,
+                    advance=advance,
+                )
         finally:
             self.reporter.stop()
         self._check_broken(job, store, split_name)
         return store
+
+    def _threads(self, tokenizer: Tokenizer) -> AbstractContextManager[None]:
+        """One thread for small networks on the CPU.
+
+        Their products are too small to share: the threads wait for each other, for milliseconds a
+        product as soon as anything else runs on the machine. Tokens are the same bits either way.
+        """
+        from comit_bench.tasks.fit import one_thread
+
+        estimate = getattr(tokenizer, "encode_flops", None)
+        small = estimate is None or estimate(self.settings.policy) < SMALL_FLOPS
+        return one_thread() if small and self.device.type == "cpu" else nullcontext()
 
     def _check_broken(self, job: Job, store: TokenStore, split_name: str) -> None:
         broken = store.broken()

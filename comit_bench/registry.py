@@ -116,7 +116,7 @@ BUILTIN = (
     ),
 )
 # Not a tokenizer: the row that knows the label frequencies and nothing of the image.
-MAJORITY = "majority-class"
+MAJORITY = "majority"
 
 
 def tokenizers() -> dict[str, TokenizerEntry]:

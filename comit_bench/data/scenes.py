@@ -21,7 +21,7 @@ import numpy as np
 from comit_bench.data.scenes_formats import FORMAT, Pixels, contact_sheet, label_files, paint_files
 from comit_bench.data.scenes_painting import Split, check_spec
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.files import digest_json, write_atomic
+from comit_bench.files import atomic_path, digest_json, write_atomic
 from comit_bench.recipes import GeneratorSpec
 
 __all__ = ["CHUNK", "MANIFEST", "contact_sheet", "generate", "verify"]
@@ -126,20 +126,32 @@ def _finished(directory: Path, listing: Path) -> dict[str, Any] | None:
     return cast(dict[str, Any], content)
 
 
+def _write_image(path: Path, data: bytes) -> None:
+    """Whole or not at all. Leaner than ``write_atomic``: a lock keeps others away from the folder."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
 def _write_chunk(
     spec: GeneratorSpec, split: Split, start: int, stop: int, directory: Path, bar: Any
 ) -> dict[str, Any]:
     """Paint and write one chunk, its list last."""
     content: dict[str, Any] = {"files": {}, "records": []}
-    for files, record in paint_files(spec, split, start, stop):
-        for path, pixels in files.items():
-            data = _png(pixels)
-            write_atomic(directory / path, data)
-            content["files"][path] = [_pixel_digest(pixels), len(data)]
-        if record:
-            content["records"].append(record)
-        bar.update()
-    write_atomic(directory / LISTS / f"{split}-{start:06d}.json", json.dumps(content))
+    folders: set[Path] = set()
+    with atomic_path(directory / LISTS / f"{split}-{start:06d}.json") as listing:
+        for files, record in paint_files(spec, split, start, stop):
+            for name, pixels in files.items():
+                path, data = directory / name, _png(pixels)
+                if path.parent not in folders:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    folders.add(path.parent)
+                _write_image(path, data)
+                content["files"][name] = [_pixel_digest(pixels), len(data)]
+            if record:
+                content["records"].append(record)
+            bar.update()
+        listing.write_text(json.dumps(content), encoding="utf-8")
     return content
 
 

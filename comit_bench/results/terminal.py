@@ -30,11 +30,17 @@ if TYPE_CHECKING:
     from comit_bench.results.tables import Row, Table
 
 
+PIPE_WIDTH = 120
+
+
 def print_terminal(table: Table, console: Console | None = None) -> None:
     """Print on ``console`` (default: stdout), in plain ASCII where its encoding has nothing better."""
     from rich.console import Console
 
-    console = console or Console()
+    if console is None:
+        console = Console()
+        if not console.is_terminal:  # a pipe or a file has no width of its own
+            console = Console(width=max(console.width, PIPE_WIDTH))
     for line in terminal_lines(table, console.width, styled=console.is_terminal):
         try:
             line.plain.encode(console.encoding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections import Counter
@@ -28,10 +29,10 @@ INVERSE = {
 # Content of small_spec(layout), seed 0. Another value means other images or labels: raise FORMAT and the
 # versions of the dataset recipes, and renew their checksums.
 DIGESTS = {
-    "recognition": "sha256:d8dfd322e0161693ec4879635abdedd9fc5500507adf40f8dafd7294e4148dbc",
-    "pairs": "sha256:17029ceca58b1d15443af63afb52c6abeb38fccd72de34721530c7af2e99c212",
-    "relations": "sha256:f146096ac2eab24487d71536bd5552dcceac43ecadfdf504211a7d495783f016",
-    "objectness": "sha256:7af02cfec2282951d13bc6bba563c93211897a3c30917f0de5a95cb47a73ceb0",
+    "recognition": "sha256:b8bd18f41b21e4f7579ae5d0a9938c6678738d6bd8a295f43d40fbd31d3e1cf5",
+    "pairs": "sha256:64fe91ac29a8453ce1d32f6c0c9488746b11f4b33055f4b999d0b06945f14790",
+    "relations": "sha256:b8d9397a0177a43deacec707e8682efa7ba79597dd27aaec893c458471a10e04",
+    "objectness": "sha256:4a36a6dc3835c580bd4d97a7eae4e78b029fb531a4d886b07b425e11a03b1a0e",
 }
 
 
@@ -332,24 +333,24 @@ class Killed(BaseException):
 
 def test_an_interrupted_run_continues(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "CHUNK", 10)
-    target, real, written = tmp_path / "x", scenes.write_atomic, []
+    target, real, written = tmp_path / "x", scenes._write_image, []
 
-    def dies(path: Path, content: bytes | str) -> None:
-        if len(written) == 16:  # settings, one chunk of ten with its list, four more images
-            (path.parent / f".{path.name}.abc.part").write_bytes(b"half a file")
+    def dies(path: Path, data: bytes) -> None:
+        if len(written) == 14:  # one chunk of ten and four more images
+            (path.parent / f".{path.name}.part").write_bytes(data[:20])
             raise Killed
         written.append(path)
-        real(path, content)
+        real(path, data)
 
-    monkeypatch.setattr(scenes, "write_atomic", dies)
+    monkeypatch.setattr(scenes, "_write_image", dies)
     with pytest.raises(Killed):
         make(target, "pairs")
     assert not (target / "scenes.json").exists()
     with pytest.raises(MissingError, match=r"scenes\.json"):
         verify(target)
-    kept = written[1:11]
+    kept = written[:10]
     before = {path: path.stat().st_mtime_ns for path in kept}
-    monkeypatch.setattr(scenes, "write_atomic", real)
+    monkeypatch.setattr(scenes, "_write_image", real)
     painted: list[int] = []
     chunk = scenes.paint_files
     monkeypatch.setattr(scenes, "paint_files", lambda *a: painted.append(a[2]) or chunk(*a))
@@ -440,6 +441,25 @@ def test_a_manifest_that_is_none(copied: Path, content: str) -> None:
     (copied / "pairs" / scenes.LISTS / "spec.json").write_text("[]")
     with pytest.raises(CorruptFileError, match=r"spec\.json"):
         make(copied / "pairs", "pairs")
+
+
+def test_a_full_disk_is_explained_and_nothing_finished_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scenes, "CHUNK", 10)
+    real, written = scenes._write_image, []
+
+    def full(path: Path, data: bytes) -> None:
+        if len(written) == 25:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        real(path, data)
+
+    monkeypatch.setattr(scenes, "_write_image", full)
+    with pytest.raises(BenchError, match="disk is full"):
+        make(tmp_path / "x", "recognition")
+    monkeypatch.setattr(scenes, "_write_image", real)
+    assert make(tmp_path / "x", "recognition") == DIGESTS["recognition"]
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
