@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 
@@ -34,11 +36,45 @@ def set_up_logging(*, verbose: bool = False) -> None:
     logger.propagate = False
 
 
-class Bars:
-    """One progress bar at a time. Use as a context manager, so that none is left on the screen."""
+class Interrupts:
+    """Remembers Ctrl-C, because Python loses one that arrives inside a callback of its own."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self) -> None:
+        self.heard = False
+        self._before: Any = None
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.heard = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was one; to be called now and then."""
+        if self.heard:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+class Bars:
+    """One progress bar at a time. Use as a context manager, so that none is left on the screen.
+
+    Args:
+        enabled: Whether bars are shown at all.
+        check: Called at every step; may raise to stop.
+    """
+
+    def __init__(self, *, enabled: bool, check: Callable[[], None] = lambda: None) -> None:
         self.enabled = enabled
+        self.check = check
         self.bar: Any = None
 
     def start(self, what: str, total: int) -> Callable[[int], None]:
@@ -60,6 +96,7 @@ class Bars:
 
         def advance(done: int) -> None:
             bar.update(done)
+            self.check()
 
         return advance
 

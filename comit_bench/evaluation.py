@@ -44,6 +44,7 @@ class Reporter:
 
     start: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda done: None
     stop: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None  # between jobs; may raise KeyboardInterrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,6 +517,7 @@ def do_jobs(jobs: Sequence[Job], bench: Bench) -> Outcome:
     outcome = Outcome()
     try:
         for job in jobs:
+            bench.reporter.check()
             try:
                 outcome.records.append(bench.do(job))
             except BenchError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from comit_bench.registry import MAJORITY
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
 
-PROBE_EFFICIENCY = 0.25  # share of the matrix-product rate that small probes reach on a CPU
+PROBE_EFFICIENCY = 0.35  # share of the matrix-product rate of one core that small probes reach
 ENCODE_EFFICIENCY = 0.5
 PNG_SECONDS = 0.0004  # reading one small image; large JPEGs take about 10 ms
 JPEG_SECONDS = 0.01
@@ -133,8 +135,9 @@ def _cost(
     train = min(used[split.train], settings.limit or used[split.train])
     block = (4 + 2 * probe.mlp_ratio) * probe.width**2
     per_message = 6.0 * (length + 1) * (block * probe.depth + code_dim * probe.width)
-    epochs = probe.max_epochs * (settings.seeds or job.task.spec.seeds)
-    seconds += train * epochs * per_message / (rate * PROBE_EFFICIENCY)
+    cores = os.cpu_count() or 1
+    rounds = math.ceil((settings.seeds or job.task.spec.seeds) / cores)  # seeds are fitted side by side
+    seconds += train * probe.max_epochs * rounds * per_message / (rate / cores * PROBE_EFFICIENCY)
     return JobPlan(job, images, images * length * per_token, seconds)
 
 

@@ -118,7 +118,7 @@ def run_command(
     references: bool = True,
 ) -> int:
     """Plan, do, print; returns the exit code (0 done, 1 a task failed, 3 data or weights missing)."""
-    from comit_bench.console import Bars, say
+    from comit_bench.console import Bars, Interrupts, say
     from comit_bench.plan import describe, make_plan
 
     name, why = choose_suite(suite, settings.data_root)
@@ -133,8 +133,8 @@ def run_command(
         return MissingError.exit_code
     if dry_run:
         return 0
-    with Bars(enabled=settings.progress) as bars:
-        bench.reporter = Reporter(bars.start, bars.stop)
+    with Interrupts() as interrupts, Bars(enabled=settings.progress, check=interrupts.check) as bars:
+        bench.reporter = Reporter(bars.start, bars.stop, interrupts.check)
         outcome = do_jobs(jobs, bench)
     return finish(outcome, jobs, settings)
 

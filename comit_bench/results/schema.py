@@ -233,7 +233,7 @@ class Environment(_Model):
         Args:
             device: Name of the device in words, e.g. ``cpu`` or the name of the GPU.
             dtype: Type the tokenizer computed in.
-            argv: Command line; default ``sys.argv``.
+            argv: Command line; default ``sys.argv``, the program without its folder.
         """
         import platform
 
@@ -245,7 +245,7 @@ class Environment(_Model):
             device=device,
             dtype=dtype,
             git_commit=_git_commit(),
-            argv=tuple(_without_home(a) for a in (sys.argv if argv is None else argv)),
+            argv=tuple(_without_home(a) for a in (_own_argv() if argv is None else argv)),
         )
 
 
@@ -380,6 +380,11 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _own_argv() -> list[str]:
+    """The command line with the bare name of the program: where it is installed is nobody's business."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def _without_home(argument: str) -> str:
