@@ -77,7 +77,7 @@ class Bars:
         self.check = check
         self.bar: Any = None
 
-    def start(self, what: str, total: int) -> Callable[[int], None]:
+    def start(self, what: str, total: int, unit: str) -> Callable[[int], None]:
         """Show a bar; returns the function that advances it."""
         from tqdm import tqdm
 
@@ -85,7 +85,7 @@ class Bars:
         self.bar = tqdm(
             total=total,
             desc=what,
-            unit="",
+            unit=f" {unit}",
             file=sys.stderr,
             disable=not self.enabled,
             leave=False,

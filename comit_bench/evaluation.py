@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Hooks for progress; the defaults are silent."""
 
-    start: Callable[[str, int], Callable[[int], None]] = lambda what, total: lambda done: None
+    start: Callable[[str, int, str], Callable[[int], None]] = lambda what, total, unit: lambda done: None
     stop: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None  # between jobs; may raise KeyboardInterrupt
 
@@ -142,7 +142,7 @@ class Bench:
         preprocessing = f"center_crop|resize({resolution},bilinear)"
 
         def images() -> Any:
-            advance = self.reporter.start(f"fitting {job.label} on {data.name}", len(rows))
+            advance = self.reporter.start(f"fitting {job.label} on {data.name}", len(rows), "images")
             for batch in iterate_images(
                 split.paths,
                 preprocessing,
@@ -202,7 +202,7 @@ class Bench:
             seed=ENCODE_SEED,
             selection=self._selection,
         )
-        advance = self.reporter.start(f"{job.label}: {data.name}/{split_name}", len(rows))
+        advance = self.reporter.start(f"{job.label}: {data.name}/{split_name}", len(rows), "images")
         try:
             with self._threads(tokenizer):
                 store = tokenize_split(
@@ -394,7 +394,7 @@ class Bench:
         }
         seeds, spec = self.seeds(job), job.task.spec
         total = len(seeds) * spec.probe.max_epochs
-        advance = self.reporter.start(f"{job.label}: probing {spec.name}", total)
+        advance = self.reporter.start(f"{job.label}: probing {spec.name}", total, "epochs")
         seen: dict[int, int] = {}
 
         def progress(state: Any) -> None:

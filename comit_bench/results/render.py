@@ -136,7 +136,7 @@ _TEX = {
     INCOMPLETE: r"$^{\ddagger}$",
     PUBLISHED: r"$^{\S}$",
 }
-_TEX_WIDTH = 76
+_TEX_WIDTH = 82
 
 
 def tex_escape(text: str) -> str:
@@ -178,7 +178,7 @@ def to_latex(table: Table, *, caption: str | None = None, label: str = "tab:comi
             f"\\caption{{{tex_escape(caption)}{' (Continued.)' if number > 1 else ''}}}",
             f"\\label{{{label}{f'-{number}' if number > 1 else ''}}}",
             "\\small",
-            "\\setlength{\\tabcolsep}{3.5pt}",
+            "\\setlength{\\tabcolsep}{2.5pt}",
             _latex_block(table, block),
             "",
             "\\smallskip",

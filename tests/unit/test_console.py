@@ -14,7 +14,7 @@ from comit_bench.plan import human_bytes, human_seconds, matmul_rate
 def test_a_lost_ctrl_c_is_raised_at_the_next_check() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Interrupts() as interrupts, Bars(enabled=False, check=interrupts.check) as bars:
-        advance = bars.start("work", 3)
+        advance = bars.start("work", 3, "steps")
         advance(1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)  # as if something swallowed it
@@ -26,7 +26,7 @@ def test_a_lost_ctrl_c_is_raised_at_the_next_check() -> None:
 def test_bars_and_messages_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging()
     with Bars(enabled=True) as bars:
-        advance = bars.start("tokenizing", 4)
+        advance = bars.start("tokenizing", 4, "images")
         logging.getLogger("comit_bench.data").warning("one file is broken")
         logging.getLogger("comit_bench.data").info("not shown")
         advance(4)
