@@ -376,7 +376,9 @@ def _row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], st
                 for key in keys
             }
             told, _ = _tell_apart(sides, ["weights", "policy", "record", "revision"])
-            labels.update({key: f"{labels[key]} ({told[key]})" for key in keys if told[key]})
+            # a policy's name speaks for itself
+            shown = {key: told[key].removeprefix("policy=") for key in keys}
+            labels.update({key: f"{labels[key]} ({shown[key]})" for key in keys if shown[key]})
     return labels
 
 

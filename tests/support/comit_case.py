@@ -115,7 +115,7 @@ class ComitCase:
         latents = [next(iter(step.values()))[1] for step in steps]
         seen = [
             expect("prior.codes", model.prior(batch, torch.device("cpu")), io["prior.codes"]),
-            expect("grid.locations", model.spec.geometry.locations(256), io["grid.locations"]),
+            expect("grid.locations", model.spec.geometry.locations(self.images.shape[-1]), io["grid.locations"]),
             expect("latents.global", latents[0], io["latents.global"], tolerance=FLOAT),
             expect("latents.grid", torch.stack(latents[1:], 1), io["latents.grid"], tolerance=FLOAT),
         ]
@@ -176,7 +176,7 @@ class ComitCase:
             # the released program also reconstructs after the last crop; ours does not need to
             location = torch.cumsum(torch.stack([s.offsets for s in done.steps]), 0)
             if not arguments["global_crop"]:
-                location = location + model.spec.geometry.locations(256)[4]
+                location = location + model.spec.geometry.locations(self.images.shape[-1])[4]
             latents = [
                 one_step_decode(model, step.codes, -place, noise[k])
                 for k, (step, place) in enumerate(zip(done.steps, location, strict=True))

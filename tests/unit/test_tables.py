@@ -172,8 +172,8 @@ def test_tokenizer_side_of_the_protocol_opens_rows_not_columns() -> None:
     table = build_table(records)
     assert len(table.columns) == 1
     assert sorted(row.label for row in table.rows) == [
-        "comit-nano (policy=global)",
-        "comit-nano (policy=raster:9)",
+        "comit-nano (global)",
+        "comit-nano (raster:9)",
     ]
 
 
