@@ -37,15 +37,20 @@ def set_up_logging(*, verbose: bool = False) -> None:
 
 
 class Interrupts:
-    """Remembers Ctrl-C, because Python loses one that arrives inside a callback of its own."""
+    """Remembers Ctrl-C, because Python prints and forgets one that arrives inside a callback of its own."""
 
     def __init__(self) -> None:
         self.heard = False
         self._before: Any = None
+        self._hook: Any = sys.unraisablehook
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard = True
         raise KeyboardInterrupt
+
+    def _unraisable(self, problem: Any) -> None:
+        if problem.exc_type is not KeyboardInterrupt:  # that one comes back at the next check
+            self._hook(problem)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if there was one; to be called now and then."""
@@ -55,6 +60,7 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._hear)
+            sys.unraisablehook = self._unraisable
         return self
 
     def __exit__(
@@ -62,6 +68,7 @@ class Interrupts:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+            sys.unraisablehook = self._hook
 
 
 class Bars:

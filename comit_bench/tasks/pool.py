@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,8 +110,15 @@ def _serve(pipe: Connection) -> None:
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Processes started inside the block do not import the caller's script and do not get SIGINT."""
+    """Processes started inside the block do not import the caller's script and do not get SIGINT.
+
+    A Ctrl-C of the caller waits until the block ends: a process that is left half-started complains.
+    Blocking the signal is not enough, since it may reach Python through another thread.
+    """
     script = sys.modules["__main__"]
+    held: list[int] = []
+    ours = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number)) if ours else None
     block = hasattr(signal, "pthread_sigmask")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if block else set()
     sys.modules["__main__"] = ModuleType("__main__")
@@ -120,6 +128,10 @@ def _apart() -> Iterator[None]:
         sys.modules["__main__"] = script
         if block:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Worker:

@@ -108,14 +108,14 @@ class ComitCase:
 
     def basics(self) -> list[str]:
         model, io = self.model, self.io
-        batch = self.images.shape[0]
+        batch, side = self.images.shape[0], self.images.shape[-1]
         grid = torch.arange(9)[:, None].expand(-1, batch)
         table = torch.cat([torch.full((1, batch), -1), grid])
         steps = crop_latents(model, self.images, table)
         latents = [next(iter(step.values()))[1] for step in steps]
         seen = [
             expect("prior.codes", model.prior(batch, torch.device("cpu")), io["prior.codes"]),
-            expect("grid.locations", model.spec.geometry.locations(self.images.shape[-1]), io["grid.locations"]),
+            expect("grid.locations", model.spec.geometry.locations(side), io["grid.locations"]),
             expect("latents.global", latents[0], io["latents.global"], tolerance=FLOAT),
             expect("latents.grid", torch.stack(latents[1:], 1), io["latents.grid"], tolerance=FLOAT),
         ]

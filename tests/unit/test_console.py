@@ -23,6 +23,18 @@ def test_a_lost_ctrl_c_is_raised_at_the_next_check() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_ctrl_c_inside_a_callback_is_silent_but_not_forgotten(capfd: pytest.CaptureFixture[str]) -> None:
+    class Noisy:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with Interrupts() as interrupts:
+        Noisy()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert capfd.readouterr().err == ""
+
+
 def test_bars_and_messages_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging()
     with Bars(enabled=True) as bars:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -327,3 +328,17 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
         while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not Path(f"/proc/{pid}").exists()
+
+
+def test_ctrl_c_while_a_worker_starts_waits_until_it_has_started() -> None:
+    from comit_bench.tasks.pool import _apart
+
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        with _apart():
+            # as a kernel does that hands the signal to another thread than the one that blocks it
+            threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            time.sleep(0.2)
+            steps.append("started")
+        steps.append("never")
+    assert steps == ["started"]
