@@ -130,6 +130,7 @@ class DatasetSpec(_Spec):
 
 
 S = TypeVar("S", bound=_Spec)
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,11 @@ def _nearest_key(error: dict[str, Any], model: type[BaseModel]) -> str:
     return did_you_mean(str(error["loc"][-1]), fields)
 
 
-def parse_recipe(path: Path, model: type[S]) -> S:
-    """Read one YAML file into ``model``.
+def parse_mapping(path: Path) -> dict[str, Any]:
+    """Read one YAML file as a mapping.
 
     Raises:
-        UsageError: Names the file, the key, the value and the nearest valid key or value.
+        UsageError: Not YAML, or not a mapping.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -206,6 +207,15 @@ def parse_recipe(path: Path, model: type[S]) -> S:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
+    return raw
+
+
+def validate_mapping(raw: dict[str, Any], path: Path, model: type[M]) -> M:
+    """Turn a mapping into ``model``.
+
+    Raises:
+        UsageError: Names the file, the key, the value and the nearest valid key.
+    """
     try:
         return model.model_validate(raw)
     except ValidationError as failure:
@@ -219,6 +229,15 @@ def parse_recipe(path: Path, model: type[S]) -> S:
             else:
                 lines.append(f"  {where} = {problem['input']!r}: {problem['msg']}")
         raise UsageError(f"{path}: not a valid {model.__name__}\n" + "\n".join(lines)) from failure
+
+
+def parse_recipe(path: Path, model: type[M]) -> M:
+    """Read one YAML file into ``model``.
+
+    Raises:
+        UsageError: Names the file, the key, the value and the nearest valid key or value.
+    """
+    return validate_mapping(parse_mapping(path), path, model)
 
 
 def _discover(

@@ -1,0 +1,258 @@
+"""The training configuration: one YAML per preset, ``key=value`` overrides, everything validated first.
+
+Letters in the descriptions say where a default comes from (spec, "Training as the paper describes it"):
+[P] printed in the paper, [I] inferred, [N] not printed: our choice.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.models.comit import PRESETS, ComitSpec
+from comit_bench.models.crops import CropGeometry
+from comit_bench.recipes import parse_mapping
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Config):
+    """The network: a preset name, and what differs from it."""
+
+    preset: str = "comit-nano"
+    mask_mode: Literal["additive", "hard"] | None = None  # None: the preset's
+    message_length: Count | None = None
+    fsq_levels: tuple[int, ...] | None = None
+    vocab_size: Count | None = None  # only checked against the levels
+    depth: Count | None = None
+    width: Count | None = None
+    heads: Count | None = None
+    representation_layer: Annotated[int, Field(ge=0)] | None = None
+    image_size: Count | None = None  # only checked against latent side x VAE factor
+
+    def spec(self) -> ComitSpec:
+        """The network's spec.
+
+        Raises:
+            UsageError: Unknown preset, or values that contradict each other.
+        """
+        from dataclasses import replace
+
+        if self.preset not in PRESETS:
+            raise UsageError(f"model.preset: unknown {self.preset!r}.{did_you_mean(self.preset, PRESETS)}")
+        names = (
+            "mask_mode",
+            "message_length",
+            "fsq_levels",
+            "depth",
+            "width",
+            "heads",
+            "representation_layer",
+        )
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        try:
+            spec = replace(PRESETS[self.preset], **changes)
+        except ValueError as error:
+            raise UsageError(f"model: {error}") from error
+        vocabulary = 1
+        for level in spec.fsq_levels:
+            vocabulary *= level
+        if self.vocab_size is not None and vocabulary != self.vocab_size:
+            raise UsageError(
+                f"model.vocab_size is {self.vocab_size}, but the levels {list(spec.fsq_levels)} make {vocabulary}"
+            )
+        if spec.representation_layer >= spec.depth:
+            raise UsageError(
+                f"model.representation_layer {spec.representation_layer} (zero-based) needs depth "
+                f"{spec.representation_layer + 1} or more, got {spec.depth}"
+            )
+        if self.image_size is not None and self.image_size != spec.image_size:
+            raise UsageError(
+                f"model.image_size is {self.image_size}, but {self.preset} has {spec.image_size}"
+            )
+        return spec
+
+    def geometry(self) -> CropGeometry:
+        """Crop constants of the network."""
+        return self.spec().geometry
+
+
+class CropsConfig(_Config):
+    """Which crops a training sample sees.
+
+    The number of crops is drawn once per step from (seed, step) for the whole global batch, so every
+    rank does the same work: u ~ N(ln(mean) - sigma^2/2, sigma), k = 1 + Poisson(exp(u)), clipped.
+    """
+
+    max_crops: Annotated[int, Field(ge=1, le=9)] = 9  # [P]
+    mean: Positive = 1.0  # rbar of the scheme [N]
+    sigma: NotNegative = 0.5  # [I: the cited work's value]
+    global_first: Share = 0.55  # probability that the first crop is the whole image [I]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # only the global crop before this step [N]
+
+
+class ObjectiveConfig(_Config):
+    """Losses and their weights."""
+
+    skip: Share = 0.18  # probability of the empty message [I]
+    skipped_offset: Literal["last-crop", "zero"] = "last-crop"  # offset of skipped samples [N]
+    srepa_on_skipped: bool = False  # [N]
+    time_mu: float = -0.5  # t = sigmoid(mu + sigma n), mu < 0 is skewed to noise [P: sign, N: value]
+    time_sigma: Positive = 1.0  # [N]
+    backprop_updates: Count = 1  # [P]
+    repa_weight: NotNegative = 0.5  # [N]
+    srepa_weight: NotNegative = 0.5  # [N]
+    alignment_ramp: Annotated[int, Field(ge=0)] = 0  # steps over which both weights rise from 0 [N]
+    projector_width: Count = 768  # [P]
+    projector_layers: Annotated[int, Field(ge=2)] = 3  # [P]
+    message_dropout: Share = 0.0  # share of images whose message skips quantization [N: code default 0]
+
+
+class TeacherConfig(_Config):
+    """Frozen features for the alignment losses; ``none`` needs both weights at 0."""
+
+    name: Literal["none", "dinov2-b", "dinov2-l", "scenes-teacher"] = "none"
+    path: Path | None = None
+    cache: bool = False
+
+
+class DataConfig(_Config):
+    """Images to train on."""
+
+    kind: Literal["scenes", "class-folders", "hf", "webdataset"] = "scenes"
+    source: str | None = None  # directory, hub id or shard pattern; None for scenes
+    split: str = "train"
+    val_split: str = "val"
+    count: Count = 4000  # scenes only
+    max_broken: Share = 0.001
+    workers: Annotated[int, Field(ge=0)] = 0
+
+
+class OptimConfig(_Config):
+    """Adam as printed in the paper."""
+
+    learning_rate: Positive = 3e-4  # [P]
+    warmup_steps: Annotated[int, Field(ge=0)] = 5000  # [P]
+    betas: tuple[float, float] = (0.9, 0.999)  # [P]
+    eps: Positive = 1e-8  # [I]
+    weight_decay: NotNegative = 0.0  # [P]
+    clip: Positive = 1.0  # norm [P, I]
+    ema: Share = 0.999  # [P]
+
+
+class TrainConfig(_Config):
+    """A whole run. ``global_batch`` is per optimizer step over all ranks; the rest is derived."""
+
+    name: str
+    seed: int = 0
+    steps: Count
+    global_batch: Count
+    device_batch: Count | None = None  # None: global_batch over ranks, in one piece
+    output: Path = Path("runs")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    compile: bool = False
+    checkpoint_activations: bool = False
+    log_every: Count = 50
+    validate_every: Count = 1000
+    save_every: Count = 1000
+    keep_last: Count = 3
+    max_bad_steps: Count = 5
+    model: ModelConfig = ModelConfig()
+    crops: CropsConfig = CropsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        weights = self.objective.repa_weight + self.objective.srepa_weight
+        if self.teacher.name == "none" and weights > 0:
+            raise ValueError(
+                "teacher.name is none: set objective.repa_weight and srepa_weight to 0, or name one"
+            )
+        if self.objective.backprop_updates > self.crops.max_crops:
+            raise ValueError("objective.backprop_updates is larger than crops.max_crops")
+        if self.data.kind != "scenes" and self.data.source is None:
+            raise ValueError(f"data.kind {self.data.kind} needs data.source")
+        return self
+
+
+def preset_folder() -> Path:
+    """Where the shipped training presets lie."""
+    return Path(str(files("comit_bench"))) / "train" / "presets"
+
+
+def presets() -> dict[str, Path]:
+    """Shipped training presets by name."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.yaml"))}
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UsageError(
+            f"override {text!r}: expected key=value, e.g. train.steps=50 or optim.learning_rate=1e-3"
+        )
+    parts = key.split(".")
+    if parts[0] == "train":  # train.steps is the same as steps
+        parts = parts[1:]
+    place = raw
+    for part in parts[:-1]:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise UsageError(f"override {text!r}: {part!r} is no section")
+    number = yaml.safe_load(value)
+    if isinstance(number, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            number = float(number)
+        except ValueError:
+            pass
+    place[parts[-1]] = number
+
+
+def load_config(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
+    """Read a preset or file, apply ``key=value`` overrides, validate everything.
+
+    A file may start from a preset with ``extends: NAME`` (one level); sections are merged key by key.
+
+    Raises:
+        UsageError: Unknown preset, file or key (with the nearest valid one), or values that do not fit.
+    """
+    known = presets()
+    path = known.get(name_or_file.lower(), Path(name_or_file))
+    if not path.is_file():
+        raise UsageError(
+            f"--config {name_or_file}: neither a preset nor a file.{did_you_mean(name_or_file, known)}"
+        )
+    raw = parse_mapping(path)
+    base = raw.pop("extends", None)
+    if base is not None:
+        if base not in known:
+            raise UsageError(f"{path}: extends unknown preset {base!r}.{did_you_mean(str(base), known)}")
+        parent = parse_mapping(known[base])
+        if "extends" in parent:
+            raise UsageError(f"{path}: extends goes one level deep, but {base!r} extends another preset")
+        for key, value in raw.items():
+            parent[key] = {**parent.get(key, {}), **value} if isinstance(value, dict) else value
+        raw = parent
+    for text in overrides:
+        _override(raw, text)
+    from comit_bench.recipes import validate_mapping
+
+    config = validate_mapping(raw, path, TrainConfig)
+    config.model.spec()
+    return config
