@@ -1,4 +1,4 @@
-"""The command line: ``comit-bench run | ls | doctor | validate | table``.
+"""The command line: ``comit-bench run | train | ls | doctor | validate | table``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -14,6 +14,7 @@ import typer
 
 from comit_bench import __version__
 from comit_bench.errors import BenchError, UsageError, did_you_mean
+from comit_bench.train.command import train
 
 app = typer.Typer(
     name="comit-bench",
@@ -186,6 +187,7 @@ def _auto_workers() -> int:
 
 
 app.command(name="run")(run)
+app.command(name="train")(train)
 
 
 @app.command(name="ls")

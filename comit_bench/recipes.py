@@ -226,6 +226,8 @@ def validate_mapping(raw: dict[str, Any], path: Path, model: type[M]) -> M:
                 lines.append(f"  {where}: unknown key.{_nearest_key(dict(problem), model)}")
             elif problem["type"] == "missing":
                 lines.append(f"  {where}: required key is missing")
+            elif isinstance(problem["input"], dict):  # a rule about several keys
+                lines.append(f"  {where}: {problem['msg'].removeprefix('Value error, ')}")
             else:
                 lines.append(f"  {where} = {problem['input']!r}: {problem['msg']}")
         raise UsageError(f"{path}: not a valid {model.__name__}\n" + "\n".join(lines)) from failure

@@ -14,6 +14,7 @@ side, ``K`` crops.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -192,19 +193,31 @@ def _result(model: Comit, steps: list[EncodeStep], locations: Tensor) -> Encoded
     return Encoded(model.quantizer.ids(codes), codes, -locations, steps)
 
 
-def encode_sequence(model: Comit, latents: Sequence[Latents], cells: Tensor, locations: Tensor) -> Encoded:
+def encode_sequence(
+    model: Comit,
+    latents: Sequence[Latents],
+    cells: Tensor,
+    locations: Tensor,
+    *,
+    backprop_updates: int | None = None,
+) -> Encoded:
     """Run the message through crops whose latents are known.
 
     Args:
         latents: One entry per step, as :func:`crop_latents` returns them.
         cells: int64 [K, B], kept in the trace.
         locations: [K, B, 2].
+        backprop_updates: Updates before the last this many run without gradient; None keeps all.
     """
     message = model.prior(1, locations.device)[:, :1]
     steps = []
-    for x, cell, offset in zip(latents, cells, encoding_offsets(locations), strict=True):
-        prequant = update(model, x, message, offset)
-        message = model.quantizer(prequant)
+    fixed = 0 if backprop_updates is None else max(len(latents) - backprop_updates, 0)
+    for k, (x, cell, offset) in enumerate(zip(latents, cells, encoding_offsets(locations), strict=True)):
+        if 0 < k == fixed:  # autocast may have kept weights that it cast without gradient
+            torch.clear_autocast_cache()
+        with torch.no_grad() if k < fixed else nullcontext():
+            prequant = update(model, x, message, offset)
+            message = model.quantizer(prequant)
         steps.append(EncodeStep(cell, offset, prequant, message))
     return _result(model, steps, locations[-1])
 

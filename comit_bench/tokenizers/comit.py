@@ -210,7 +210,7 @@ def load_directory(
     tensors = read_tensors(path)
     model = build(spec, empty=True)
     if spec.vae in VAE_HUB and not any(key.startswith("vae.") for key in tensors):
-        tensors.update(_sd_vae_tensors(spec.vae, vae or directory / "vae", offline=offline))
+        tensors.update(sd_vae_tensors(spec.vae, vae or directory / "vae", offline=offline))
     if spec.vae == "none":
         tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
     _fill_unused(model, tensors)
@@ -218,7 +218,17 @@ def load_directory(
     return model.eval(), config
 
 
-def _sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor]:
+def sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor]:
+    """Weights of the SD-VAE under the keys ``vae.vae.…``.
+
+    Args:
+        kind: ``sd-mse`` or ``sd-ema``.
+        local: Directory to look in first.
+        offline: Never ask the hub.
+
+    Raises:
+        MissingError: Neither there nor to be had.
+    """
     from comit_bench.tokenizers.hub import fetch
 
     repository = VAE_HUB[kind]

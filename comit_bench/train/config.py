@@ -6,6 +6,7 @@ Letters in the descriptions say where a default comes from (spec, "Training as t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,6 +42,7 @@ class ModelConfig(_Config):
     heads: Count | None = None
     representation_layer: Annotated[int, Field(ge=0)] | None = None
     image_size: Count | None = None  # only checked against latent side x VAE factor
+    vae_path: Path | None = None  # directory of the SD-VAE; None: the hub
 
     def spec(self) -> ComitSpec:
         """The network's spec.
@@ -71,7 +73,8 @@ class ModelConfig(_Config):
             vocabulary *= level
         if self.vocab_size is not None and vocabulary != self.vocab_size:
             raise UsageError(
-                f"model.vocab_size is {self.vocab_size}, but the levels {list(spec.fsq_levels)} make {vocabulary}"
+                f"model.vocab_size is {self.vocab_size}, but the levels "
+                f"{list(spec.fsq_levels)} make {vocabulary}"
             )
         if spec.representation_layer >= spec.depth:
             raise UsageError(
@@ -125,17 +128,18 @@ class TeacherConfig(_Config):
 
     name: Literal["none", "dinov2-b", "dinov2-l", "scenes-teacher"] = "none"
     path: Path | None = None
-    cache: bool = False
 
 
 class DataConfig(_Config):
     """Images to train on."""
 
-    kind: Literal["scenes", "class-folders", "hf", "webdataset"] = "scenes"
-    source: str | None = None  # directory, hub id or shard pattern; None for scenes
+    kind: Literal["scenes", "class-folders"] = "scenes"
+    source: Path | None = None  # directory of images in any tree; None for scenes
+    title: str | None = None  # name of the data in tables; None: from kind and source
     split: str = "train"
     val_split: str = "val"
     count: Count = 4000  # scenes only
+    val_count: Annotated[int, Field(ge=2)] = 500
     max_broken: Share = 0.001
     workers: Annotated[int, Field(ge=0)] = 0
 
@@ -150,6 +154,7 @@ class OptimConfig(_Config):
     weight_decay: NotNegative = 0.0  # [P]
     clip: Positive = 1.0  # norm [P, I]
     ema: Share = 0.999  # [P]
+    ema_warmup: bool = False  # min(ema, (1 + step) / (10 + step)) for short runs [N]
 
 
 class TrainConfig(_Config):
@@ -162,14 +167,12 @@ class TrainConfig(_Config):
     device_batch: Count | None = None  # None: global_batch over ranks, in one piece
     output: Path = Path("runs")
     precision: Literal["float32", "bfloat16"] = "float32"
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
-    compile: bool = False
-    checkpoint_activations: bool = False
     log_every: Count = 50
     validate_every: Count = 1000
     save_every: Count = 1000
     keep_last: Count = 3
     max_bad_steps: Count = 5
+    weights_licence: str = "unspecified"
     model: ModelConfig = ModelConfig()
     crops: CropsConfig = CropsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -187,7 +190,7 @@ class TrainConfig(_Config):
         if self.objective.backprop_updates > self.crops.max_crops:
             raise ValueError("objective.backprop_updates is larger than crops.max_crops")
         if self.data.kind != "scenes" and self.data.source is None:
-            raise ValueError(f"data.kind {self.data.kind} needs data.source")
+            raise ValueError(f"data.kind {self.data.kind} needs data.source: give data.source=DIR")
         return self
 
 
@@ -217,10 +220,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
             raise UsageError(f"override {text!r}: {part!r} is no section")
     number = yaml.safe_load(value)
     if isinstance(number, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with suppress(ValueError):
             number = float(number)
-        except ValueError:
-            pass
     place[parts[-1]] = number
 
 

@@ -1,0 +1,317 @@
+"""Frozen networks whose features the alignment losses of COMiT's training follow.
+
+``dinov2-b`` and ``dinov2-l`` are timm's DINOv2 (Oquab et al., 2023; weights from the hub or a file);
+``scenes-teacher`` is our own small convolutional network for 32 px scenes, always from a directory.
+Every teacher gives one vector per image and a grid of patch vectors, resized to the token grid of the
+network that is trained. Nothing here is ever trained through: features carry no gradient.
+
+Shape legend: ``B`` images, ``S`` image side, ``g`` grid side, ``X`` = g*g, ``D1`` / ``D2`` vector sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DINOV2 = {
+    "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2-l": "vit_large_patch14_dinov2.lvd142m",
+}
+TEACHERS = ("none", *DINOV2, "scenes-teacher")
+WEIGHTS = "model.safetensors"
+SMALLEST_GRID, LARGEST_GRID = 8, 37  # patches per side that DINOv2 is run on: 112 to 518 px
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherFeatures:
+    """Features of some images: ``cls`` float32 [B, D1], ``patches`` float32 [B, X, D2], row-major."""
+
+    cls: Tensor
+    patches: Tensor
+
+    def to(self, device: torch.device | str) -> TeacherFeatures:
+        """Move both."""
+        return TeacherFeatures(
+            self.cls.to(device, non_blocking=True), self.patches.to(device, non_blocking=True)
+        )
+
+    def select(self, rows: slice | Tensor) -> TeacherFeatures:
+        """The features of some of the images."""
+        return TeacherFeatures(self.cls[rows], self.patches[rows])
+
+
+class Teacher(Protocol):
+    """What training asks of a teacher; ``dims`` is (D1, D2)."""
+
+    dims: tuple[int, int]
+
+    def features(self, images: Tensor) -> TeacherFeatures:
+        """[B, 3, S, S] in [-1, 1] -> features without gradient."""
+        ...
+
+
+def resize_pixels(images: Tensor, side: int) -> Tensor:
+    """[B, 3, S, S] -> [B, 3, side, side], bicubic with antialiasing; unchanged when it fits."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bicubic", antialias=True, align_corners=False)
+
+
+def fit_grid(patches: Tensor, grid: int) -> Tensor:
+    """Patch features on another grid: [B, D, g, g] -> [B, grid*grid, D], bilinear with antialiasing."""
+    if patches.shape[-2:] != (grid, grid):
+        patches = F.interpolate(patches, (grid, grid), mode="bilinear", antialias=True, align_corners=False)
+    return patches.flatten(2).transpose(1, 2)
+
+
+class DinoTeacher:
+    """A timm vision transformer as teacher.
+
+    The input is resized so that the patch grid is the token grid. Outside 8 to 37 patches per side
+    (37 is what the network was trained on last) the nearest of these is run and its patch features
+    are resized.
+
+    Args:
+        network: Made with ``dynamic_img_size=True``; frozen here.
+        grid: Token grid side.
+        device: Where it runs.
+
+    Raises:
+        ValueError: ``grid`` is not positive.
+    """
+
+    def __init__(self, network: Any, *, grid: int, device: torch.device | str = "cpu") -> None:
+        _check_grid(grid)
+        self.network = network.to(device).requires_grad_(False).eval()
+        self.grid = grid
+        self.run_grid = min(max(grid, SMALLEST_GRID), LARGEST_GRID)
+        self.dims = (int(network.num_features), int(network.num_features))
+        self._side = self.run_grid * int(network.patch_embed.patch_size[0])
+        self._prefix = int(network.num_prefix_tokens)
+        self._mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
+        self._std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> TeacherFeatures:
+        """[B, 3, S, S] in [-1, 1] -> features, under the ambient autocast."""
+        pixels = resize_pixels((images + 1) / 2, self._side)
+        tokens = self.network.forward_features((pixels - self._mean) / self._std).float()
+        patches = tokens[:, self._prefix :].transpose(1, 2).unflatten(2, (self.run_grid, self.run_grid))
+        return TeacherFeatures(tokens[:, 0], fit_grid(patches, self.grid))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScenesTeacherSpec:
+    """Everything that determines a :class:`ScenesTeacherNet`; stands in its ``config.json``.
+
+    ``patch`` is the pixels per patch feature, a power of two; ``dim`` the size of both outputs.
+    """
+
+    image_size: int = 32
+    patch: int = 4
+    width: int = 64
+    depth: int = 2
+    dim: int = 128
+
+    def __post_init__(self) -> None:
+        if min(self.image_size, self.patch, self.width, self.dim) < 1 or self.depth < 0:
+            raise ValueError("the sizes of a scenes-teacher must be positive")
+        if self.patch & (self.patch - 1) or self.image_size % (2 * self.patch):
+            raise ValueError(
+                f"patch {self.patch} must be a power of two and twice it must divide {self.image_size}"
+            )
+        if self.width % 8:
+            raise ValueError(f"width {self.width} must be a multiple of 8 (normalisation groups)")
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return out
+
+
+class ScenesTeacherNet(nn.Module):
+    """Small residual convolutional network; group norms, so an image's features are its own.
+
+    Halves the resolution down to one cell per patch (patch features), then once more; the image
+    vector is a linear map of the flattened last grid, because where things are matters in scenes.
+    """
+
+    def __init__(self, spec: ScenesTeacherSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.stem = nn.Conv2d(3, spec.width, 3, padding=1)
+        stages: list[nn.Module] = []
+        for _ in range(int(math.log2(spec.patch))):
+            stages += [nn.Conv2d(spec.width, spec.width, 2, stride=2)]
+            stages += [_Residual(spec.width) for _ in range(spec.depth)]
+        self.trunk = nn.Sequential(*stages)
+        self.to_patches = nn.Sequential(
+            nn.GroupNorm(8, spec.width), nn.SiLU(), nn.Conv2d(spec.width, spec.dim, 1)
+        )
+        self.tail = nn.Sequential(
+            nn.Conv2d(spec.width, spec.width, 2, stride=2),
+            *(_Residual(spec.width) for _ in range(spec.depth)),
+            nn.GroupNorm(8, spec.width),
+            nn.SiLU(),
+        )
+        cells = (spec.image_size // (2 * spec.patch)) ** 2
+        self.to_cls = nn.Linear(spec.width * cells, spec.dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] in [-1, 1] -> image vectors [B, dim] and patches [B, dim, S/patch, S/patch]."""
+        x = self.trunk(self.stem(images))
+        return self.to_cls(self.tail(x).flatten(1)), self.to_patches(x)
+
+
+class ScenesTeacher:
+    """A frozen :class:`ScenesTeacherNet`; other image sizes and grids are resized to and from its own."""
+
+    def __init__(self, network: ScenesTeacherNet, *, grid: int, device: torch.device | str = "cpu") -> None:
+        _check_grid(grid)
+        self.network = network.to(device).requires_grad_(False).eval()
+        self.grid = grid
+        self.dims = (network.spec.dim, network.spec.dim)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> TeacherFeatures:
+        """[B, 3, S, S] in [-1, 1] -> features, under the ambient autocast."""
+        cls, patches = self.network(resize_pixels(images, self.network.spec.image_size))
+        return TeacherFeatures(cls.float(), fit_grid(patches.float(), self.grid))
+
+
+def _check_grid(grid: int) -> None:
+    if grid < 1:
+        raise ValueError(f"the token grid must have at least one row, got {grid}")
+
+
+def load_teacher(
+    name: str, *, path: Path | None, grid: int, device: torch.device | str = "cpu"
+) -> Teacher | None:
+    """Load a teacher.
+
+    Args:
+        name: ``none``, ``dinov2-b``, ``dinov2-l`` or ``scenes-teacher``.
+        path: Weights: for DINOv2 a ``.safetensors`` or ``.pth`` file (timm's or the original release's
+            keys) or a directory that holds one, None asks the hub; for the scenes-teacher a directory
+            with ``config.json`` and ``model.safetensors``.
+        grid: Token grid side of the network to be trained.
+        device: Where it runs.
+
+    Returns:
+        None for ``none``.
+
+    Raises:
+        FileNotFoundError: The weights are not here and cannot be fetched.
+        ValueError: Unknown name, or files that are not such a teacher.
+    """
+    if name == "none":
+        return None
+    if name == "scenes-teacher":
+        return ScenesTeacher(_read_scenes_teacher(path), grid=grid, device=device)
+    if name in DINOV2:
+        return DinoTeacher(_read_dino(name, path), grid=grid, device=device)
+    raise ValueError(f"unknown teacher {name!r}: expected {', '.join(TEACHERS)}")
+
+
+def _read_scenes_teacher(path: Path | None) -> ScenesTeacherNet:
+    if path is None:
+        raise FileNotFoundError(
+            "scenes-teacher: no weights come with the package, so teacher.path must name a directory with "
+            f"config.json and {WEIGHTS}"
+        )
+    config_file, weights = path / "config.json", path / WEIGHTS
+    for file in (config_file, weights):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: not found. A scenes-teacher is config.json and {WEIGHTS}.")
+    try:
+        spec = ScenesTeacherSpec(**json.loads(config_file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        known = ", ".join(asdict(ScenesTeacherSpec()))
+        raise ValueError(f"{config_file}: no scenes-teacher ({error}); its keys are {known}") from error
+    network = ScenesTeacherNet(spec)
+    _load(network, _read_tensors(weights), weights)
+    return network
+
+
+def _read_dino(name: str, path: Path | None) -> nn.Module:
+    import timm
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    weights = _download(DINOV2[name]) if path is None else _weight_file(path)
+    network: nn.Module = timm.create_model(
+        DINOV2[name], pretrained=False, dynamic_img_size=True, num_classes=0
+    )
+    try:
+        tensors = checkpoint_filter_fn(_read_tensors(weights), network)  # type: ignore[arg-type]
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{weights}: not the weights of {DINOV2[name]} ({error})") from error
+    _load(network, tensors, weights)
+    return network
+
+
+def _weight_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted([*path.glob("*.safetensors"), *path.glob("*.pth"), *path.glob("*.bin")])
+    preferred = [p for p in found if p.name == WEIGHTS] or found
+    if not preferred:
+        raise FileNotFoundError(f"{path}: no file and no directory with a .safetensors, .pth or .bin file")
+    if len(preferred) > 1:
+        names = ", ".join(p.name for p in preferred)
+        raise ValueError(f"{path} holds several weight files ({names}): name the one that is meant")
+    return preferred[0]
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository = f"timm/{model}"
+    try:
+        return Path(hf_hub_download(repository, WEIGHTS))
+    except (HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"{WEIGHTS} of {repository} is not on this machine and could not be downloaded "
+            f"({type(error).__name__}). Fetch it where there is a network (huggingface-cli download "
+            f"{repository} {WEIGHTS}) and set teacher.path to the file."
+        ) from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader raises whatever the bytes make of it
+        raise ValueError(f"{path}: not a readable weight file ({type(error).__name__})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path}: expected a flat state dict")
+    return tensors
+
+
+def _load(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the weights do not fit {type(network).__name__}: {error}") from error

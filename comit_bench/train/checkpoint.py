@@ -1,0 +1,252 @@
+"""Checkpoints: one directory each, whole or absent, without pickle.
+
+``step-00001000/`` holds ``model.safetensors`` (network and projection heads), ``ema.safetensors``,
+``optimizer.safetensors`` and ``state.json`` (counters and the configuration). The number of a
+checkpoint is the number of finished optimizer steps. Everything random is a function of the seed and
+the step, so no generator state has to be kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comit_bench.errors import CorruptFileError, MissingError, UsageError
+from comit_bench.files import atomic_path
+from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
+from comit_bench.train.config import TrainConfig
+from comit_bench.train.ema import Ema
+
+FORMAT = 1
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8})")
+# What may differ between a checkpoint and the run that continues from it: nothing here changes a number.
+FREE = frozenset(
+    {
+        "steps", "output", "device_batch", "log_every", "validate_every", "save_every",
+        "keep_last", "max_bad_steps", "weights_licence", "data.workers", "data.max_broken", "data.title",
+        "data.source", "model.vae_path", "teacher.path", "model.image_size", "model.vocab_size",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class Counters:
+    """What a run remembers besides tensors.
+
+    Attributes:
+        step: Finished optimizer steps (skipped ones included).
+        skipped: Steps left out because of a loss or gradient that was not finite.
+        bad_run: How many of them the last steps were, in a row.
+        best_step: Checkpoint with the best validation loss, and
+        best_value: that loss.
+        sums: Sums of the logged values since the last row, over
+        counted: this many steps.
+        seconds: Time spent so far.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    bad_run: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    sums: list[float] = field(default_factory=list)
+    counted: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """The tensors of a run: module (network and heads), averages, optimizer."""
+
+    module: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors of the module without the frozen autoencoder."""
+        return {k: v for k, v in self.module.state_dict().items() if not k.startswith("model.vae.")}
+
+    def moments(self) -> dict[str, Tensor]:
+        """Optimizer state as ``<parameter number>.<name>``."""
+        state = self.optimizer.state_dict()["state"]
+        return {f"{i}.{key}": torch.as_tensor(v) for i, entry in state.items() for key, v in entry.items()}
+
+
+def folder(root: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies."""
+    return root / f"step-{step:08d}"
+
+
+def found(root: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name) and (p / STATE).is_file())
+
+
+def step_of(directory: Path) -> int:
+    """The step in a checkpoint's name, 0 for another name."""
+    match = _NAME.fullmatch(directory.name)
+    return int(match[1]) if match else 0
+
+
+def save_checkpoint(
+    root: Path, state: TrainState, counters: Counters, config: TrainConfig, data: str
+) -> Path:
+    """Write the checkpoint of ``counters.step``; a reader sees all of it or nothing.
+
+    Args:
+        root: Directory of this run's checkpoints.
+        state: Tensors.
+        counters: Numbers.
+        config: Compared when a run continues from here.
+        data: Digest of the training images' ids, compared too.
+
+    Raises:
+        BenchError: Disk full or not writable.
+    """
+    target = folder(root, counters.step)
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / "model.safetensors", state.weights())
+        write_tensors(temporary / "ema.safetensors", state.ema.averages)
+        write_tensors(temporary / "optimizer.safetensors", state.moments())
+        settings = config.model_dump(mode="json")
+        content = {"format": FORMAT, "counters": asdict(counters), "config": settings, "data": data}
+        (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+def sweep(root: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for leftover in root.glob(".step-*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def tidy(root: Path, *, keep_last: int, best: int | None) -> None:
+    """Remove all but the last checkpoints and the best one."""
+    for directory in found(root)[:-keep_last]:
+        if step_of(directory) != best:
+            # out of sight first: a kill during the removal leaves no half checkpoint
+            hidden = directory.with_name(f".{directory.name}.old.part")
+            directory.rename(hidden)
+            shutil.rmtree(hidden)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = inner
+    return flat
+
+
+def config_differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """Keys that matter and differ, as ``key: saved -> now``."""
+    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    keys = sorted((old.keys() | new.keys()) - FREE)
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in keys
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
+
+
+def read_counters(directory: Path, config: TrainConfig, data: str) -> Counters:
+    """Counters of a checkpoint, after making sure that it belongs to this configuration.
+
+    Raises:
+        MissingError: Not a checkpoint.
+        CorruptFileError: Its state cannot be read.
+        UsageError: It was made with another configuration; all keys that differ are named.
+    """
+    path = directory / STATE
+    if not path.is_file():
+        raise MissingError(f"{directory}: no checkpoint here (no {STATE})")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        counters, saved = Counters(**content["counters"]), dict(content["config"])
+        same_data = content["data"] == data
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(
+            f"{path}: not the state of a checkpoint ({error!r}). Remove {directory}."
+        ) from error
+    differences = config_differences(saved, config)
+    if not same_data:
+        differences.append("the list of training images (data.source)")
+    if differences:
+        lines = "\n  ".join(differences)
+        raise UsageError(
+            f"{directory}: made with another configuration (saved -> now):\n  {lines}\n"
+            "Use the same settings, or start anew with another name=… or output=… ."
+        )
+    return counters
+
+
+def _fill(target: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    if target.keys() != tensors.keys() or any(target[k].shape != tensors[k].shape for k in target):
+        raise CorruptFileError(f"{path}: its tensors are not those of this model. Remove the checkpoint.")
+
+
+def load_checkpoint(directory: Path, state: TrainState, config: TrainConfig, data: str) -> Counters:
+    """Put a checkpoint's tensors into ``state``.
+
+    Raises:
+        MissingError: Not a checkpoint. CorruptFileError: damaged. UsageError: another configuration.
+    """
+    counters = read_counters(directory, config, data)
+    weights = read_tensors(directory / "model.safetensors")
+    _fill(state.weights(), weights, directory / "model.safetensors")
+    averages = read_tensors(directory / "ema.safetensors")
+    _fill(state.ema.averages, averages, directory / "ema.safetensors")
+    state.module.load_state_dict(weights, strict=False)
+    state.ema.load(averages)
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in read_tensors(directory / "optimizer.safetensors").items():
+        number, _, name = key.partition(".")
+        entries.setdefault(int(number), {})[name] = value
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    return counters
+
+
+def choose(root: Path, resume: str) -> Path | None:
+    """The checkpoint to continue from, None for a fresh start.
+
+    Args:
+        root: Directory of this run's checkpoints.
+        resume: ``auto`` (the latest, if any), ``never``, or a checkpoint directory.
+
+    Raises:
+        UsageError: ``never`` where checkpoints exist, or a directory older than the latest here.
+        MissingError: No such checkpoint.
+    """
+    here = found(root)
+    if resume == "auto":
+        return here[-1] if here else None
+    if resume == "never":
+        if here:
+            raise UsageError(
+                f"{root}: holds checkpoints up to step {step_of(here[-1])}. Continue with --resume auto, "
+                "delete them, or choose another name=… or output=… ."
+            )
+        return None
+    wanted = Path(resume).expanduser()
+    if not (wanted / STATE).is_file():
+        raise MissingError(f"--resume {resume}: expected auto, never or a checkpoint directory with {STATE}")
+    if here and step_of(here[-1]) > step_of(wanted):
+        raise UsageError(
+            f"--resume {resume}: {root} holds later checkpoints (step {step_of(here[-1])}). "
+            "Delete them or choose another output=… ."
+        )
+    return wanted

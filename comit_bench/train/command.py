@@ -1,0 +1,124 @@
+"""The training command: ``python -m comit_bench.train`` and ``comit-bench train``.
+
+Nothing heavy is imported at the top, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from comit_bench.errors import BenchError, UsageError
+
+if TYPE_CHECKING:
+    from comit_bench.train.config import TrainConfig
+
+INTERRUPTED = 130
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. steps=50.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Preset or YAML file.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto (the latest checkpoint), never, or a checkpoint.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the settings and stop.")] = False,
+    list_presets: Annotated[bool, typer.Option("--list", help="List the presets and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a COMiT tokenizer and export it as a folder that `comit-bench run --tokenizer` takes.
+
+    On several GPUs or nodes: `torchrun --nproc-per-node N -m comit_bench.train …` or `accelerate launch`.
+    """
+    from comit_bench.console import set_up_logging
+    from comit_bench.train.config import load_config
+
+    set_up_logging()
+    if list_presets:
+        typer.echo(_listing())
+        return
+    if config is None:
+        raise UsageError("--config is missing: name a preset or file, see --list")
+    settings = load_config(config, tuple(overrides or ()))
+    if dry_run:
+        typer.echo(_plan(settings, device))
+        return
+    command = "python -m comit_bench.train --config " + shlex.join([config, *(overrides or ())])
+    raise typer.Exit(_train(settings, device, resume, command, progress=not quiet))
+
+
+def _train(config: TrainConfig, device: str, resume: str, command: str, *, progress: bool) -> int:
+    from comit_bench.train.loop import Trainer
+
+    trainer = Trainer(config, device=device, resume=resume, progress=progress, command=command)
+    try:
+        exported = trainer.fit()
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command continues from the last checkpoint.\n")
+        return INTERRUPTED
+    finally:
+        trainer.close()
+    if trainer.counters.step < config.steps:
+        if trainer.main:
+            sys.stderr.write(
+                f"\nstopped after step {trainer.counters.step}, checkpoint saved; "
+                "the same command continues.\n"
+                f"To export what is there: the same command with steps={trainer.counters.step}.\n"
+            )
+        return INTERRUPTED
+    if exported is not None:
+        typer.echo(str(exported))
+    return 0
+
+
+def _listing() -> str:
+    """One line per preset: its name and the first comment of its file."""
+    from comit_bench.train.config import presets
+
+    lines = []
+    for name, path in presets().items():
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        lines.append(f"{name:30} {first.removeprefix('# ')}")
+    return "\n".join(lines)
+
+
+def _plan(config: TrainConfig, device: str) -> str:
+    """The resolved settings as YAML, after all checks that need no data or weights to be loaded."""
+    import os
+
+    import yaml
+
+    from comit_bench.train.data import open_images
+    from comit_bench.train.setup import check_device, check_spec, divide
+
+    check_spec(config.model.spec())
+    check_device(config, device)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    work = divide(config, ranks)
+    train_images, held = open_images(config)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    output = Path(config.output) / config.name
+    return (
+        f"{text}# {len(train_images.ids)} training and {len(held.ids)} validation images\n"
+        f"# {ranks} processes x {work.pieces} pieces x {work.device_batch} images per step, "
+        f"{config.steps} steps\n"
+        f"# output: {output}"
+    )
+
+
+def main() -> None:
+    """Entry point of ``python -m comit_bench.train``."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command()(train)
+    try:
+        single(prog_name="python -m comit_bench.train")
+    except BenchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None

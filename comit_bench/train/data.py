@@ -1,0 +1,330 @@
+"""Training images: where they come from, in which order, and what happens to broken ones.
+
+The order is a function of (seed, epoch) and nothing else: position ``p`` of the endless stream of
+samples belongs to epoch ``p // n`` and is entry ``p % n`` of that epoch's permutation; optimizer step
+``s`` takes positions ``s * global_batch`` and following, and rank ``r`` of ``R`` the r-th of R equal
+parts. So a run continues from its step number alone, and the number of ranks changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from comit_bench.data.datasets import EXTENSIONS, PathList
+from comit_bench.data.images import load_image
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.recipes import GeneratorSpec
+from comit_bench.seeding import generator_for, seed_for
+from comit_bench.train.config import TrainConfig
+from comit_bench.train.sampling import StepPlan, plan_step
+
+_log = logging.getLogger(__name__)
+PROBE_VAL_SCENES = 1000  # of the recognition recipe; validation here starts after them
+PAINTED_AT_ONCE = 1000
+TRIES = 1000  # broken images in a row before we give up
+
+
+class Images(Protocol):
+    """A list of square images."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Unique names."""
+
+    def read(self, index: int) -> Tensor:
+        """uint8 [3, S, S]. Raises CorruptFileError when the file is broken."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MemoryImages:
+    """Images uint8 [n, 3, S, S] that are held in one tensor."""
+
+    ids: tuple[str, ...]
+    images: Tensor
+
+    def read(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FolderImages:
+    """Image files below a directory; the id is the path below it."""
+
+    root: Path
+    ids: tuple[str, ...]
+    recipe: str
+
+    def read(self, index: int) -> Tensor:
+        return torch.from_numpy(load_image(PathList(self.root, self.ids)[index], self.recipe))
+
+
+def paint_scenes(split: str, start: int, count: int, side: int) -> MemoryImages:
+    """Single-object scenes of the recognition layout, painted in memory.
+
+    Args:
+        split: ``train`` or ``val``: their digits and photographs are disjoint.
+        start: First number; images 0 to 3999 of ``train`` are those of the recognition recipe.
+        count: How many.
+        side: Pixels.
+
+    Raises:
+        UsageError: Scenes of this size cannot be painted, or an unknown split.
+    """
+    from comit_bench.data.scenes_painting import paint
+
+    if split not in ("train", "val"):
+        raise UsageError(f"data.split {split!r}: scenes have the splits train and val")
+    if not 16 <= side <= 256:
+        raise UsageError(f"scenes are 16 to 256 pixels wide, but the model takes images of {side} px")
+    spec = GeneratorSpec(layout="recognition", image_size=side)
+    parts: list[NDArray[np.uint8]] = []
+    for first in range(start, start + count, PAINTED_AT_ONCE):
+        numbers = range(first, min(first + PAINTED_AT_ONCE, start + count))
+        parts.append(paint(spec, "train" if split == "train" else "val", numbers).images)
+    images = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()
+    return MemoryImages(tuple(f"scenes/{split}/{i:06d}" for i in range(start, start + count)), images)
+
+
+def list_images(root: Path) -> tuple[str, ...]:
+    """Paths of all image files below ``root``, relative to it and sorted.
+
+    Raises:
+        MissingError: No such directory.
+        UsageError: No image in it.
+    """
+    if not root.is_dir():
+        raise MissingError(
+            f"data.source {root}: no such directory. Give data.source=DIR with images below it."
+        )
+    found = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        below = Path(folder).relative_to(root)
+        prefix = "" if below == Path() else below.as_posix() + "/"
+        found += [prefix + n for n in names if Path(n).suffix.lower() in EXTENSIONS and n[0] != "."]
+    if not found:
+        raise UsageError(
+            f"data.source {root}: no image below it (looked for {', '.join(sorted(EXTENSIONS))})"
+        )
+    return tuple(sorted(found))
+
+
+def _shuffled(ids: Sequence[str]) -> list[str]:
+    """In an order without classes: neighbours exchange their messages in validation."""
+    return sorted(ids, key=lambda name: seed_for(0, f"validation/{name}"))
+
+
+def _folders(config: TrainConfig, side: int) -> tuple[Images, Images]:
+    """Train and validation images of a directory, with its split folders or held out by a hash."""
+    data = config.data
+    root = Path(str(data.source)).expanduser()
+    recipe = f"center_crop|resize({side},bilinear)"
+    inner, held = root / data.split, root / data.val_split
+    if inner.is_dir() and held.is_dir():
+        names = _shuffled([f"{data.val_split}/{name}" for name in list_images(held)])[: data.val_count]
+        train = tuple(f"{data.split}/{name}" for name in list_images(inner))
+    else:
+        every = list_images(root)
+        if len(every) < 4:
+            raise UsageError(
+                f"data.source {root}: {len(every)} images; training and validation need 4 or more"
+            )
+        names = _shuffled(every)[: max(2, min(data.val_count, len(every) // 10))]
+        chosen = set(names)
+        train = tuple(name for name in every if name not in chosen)
+    return FolderImages(root, train, recipe), FolderImages(root, tuple(names), recipe)
+
+
+def open_images(config: TrainConfig) -> tuple[Images, Images]:
+    """Training and validation images.
+
+    Scenes for validation are ones that no probe uses. A directory with the split folders
+    ``data.split`` and ``data.val_split`` is read that way; from any other tree, ``data.val_count``
+    images (at most a tenth), chosen by a hash of their names, are held out.
+
+    Raises:
+        MissingError: No such directory.
+        UsageError: No images, or a size that cannot be had.
+    """
+    side = config.model.spec().image_size
+    if config.data.kind == "class-folders":
+        return _folders(config, side)
+    train = paint_scenes(config.data.split, 0, config.data.count, side)
+    val_start = PROBE_VAL_SCENES if config.data.val_split == "val" else config.data.count
+    held = paint_scenes(config.data.val_split, val_start, config.data.val_count, side)
+    places = {name: i for i, name in enumerate(held.ids)}
+    names = _shuffled(held.ids)
+    return train, MemoryImages(tuple(names), held.images[[places[name] for name in names]])
+
+
+def read_all(source: Images) -> MemoryImages:
+    """Read every image; broken ones are named in the log and left out.
+
+    Raises:
+        BenchError: None can be read.
+    """
+    if isinstance(source, MemoryImages):
+        return source
+    images, ids = [], []
+    for index, name in enumerate(source.ids):
+        try:
+            images.append(source.read(index))
+            ids.append(name)
+        except CorruptFileError as error:
+            _log.warning("validation image left out: %s", error)
+    if not images:
+        raise BenchError("none of the validation images can be read")
+    return MemoryImages(tuple(ids), torch.stack(images))
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One place in the stream of samples: image ``position`` of the order of ``epoch``."""
+
+    epoch: int
+    position: int
+
+
+class Order:
+    """Which image stands where (see the module's docstring)."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def slots(self, step: int, batch: int) -> list[Slot]:
+        """All slots of a step's global batch."""
+        places = range(step * batch, (step + 1) * batch)
+        return [Slot(*divmod(place, self.count)) for place in places]
+
+    def index(self, slot: Slot, shift: int = 0) -> int:
+        """The image at a slot, or ``shift`` places later in the same epoch (going round)."""
+        if slot.epoch != self._epoch:
+            generator = generator_for(self.seed, f"order/{slot.epoch}")
+            self._permutation = torch.randperm(self.count, generator=generator)
+            self._epoch = slot.epoch
+        return int(self._permutation[(slot.position + shift) % self.count])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One rank's part of a step.
+
+    Attributes:
+        step: Zero-based.
+        ids: One per slot, ``<image id>@<epoch>``: unique, also when the data are fewer than a batch.
+        images: uint8 [B, 3, S, S]; a broken image is replaced by the next one of the epoch.
+        plan: Crops, times and noise, one entry per slot.
+        broken: Image id -> message.
+    """
+
+    step: int
+    ids: tuple[str, ...]
+    images: Tensor
+    plan: StepPlan
+    broken: dict[str, str]
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader for a GPU."""
+        return replace(self, images=self.images.pin_memory())
+
+
+class Steps:
+    """Map-style data set whose item ``step`` is this rank's :class:`Batch`; errors come as values."""
+
+    def __init__(self, config: TrainConfig, source: Images, *, rank: int = 0, ranks: int = 1) -> None:
+        self.config, self.source = config, source
+        self.order = Order(len(source.ids), config.seed)
+        part = config.global_batch // ranks
+        self.part = slice(rank * part, (rank + 1) * part)
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def global_ids(self, step: int) -> list[str]:
+        """Ids of the whole global batch, all ranks."""
+        slots = self.order.slots(step, self.config.global_batch)
+        return [self._id(slot) for slot in slots]
+
+    def _id(self, slot: Slot) -> str:
+        return f"{self.source.ids[self.order.index(slot)]}@{slot.epoch}"
+
+    def _read(self, slot: Slot, broken: dict[str, str]) -> Tensor:
+        for shift in range(min(TRIES, self.order.count)):
+            index = self.order.index(slot, shift)
+            try:
+                return self.source.read(index)
+            except CorruptFileError as error:
+                broken[self.source.ids[index]] = str(error)
+        raise BenchError(f"{len(broken)} broken images in a row, the last: {list(broken.values())[-1]}")
+
+    def __getitem__(self, step: int) -> Batch | BenchError:
+        slots = self.order.slots(step, self.config.global_batch)[self.part]
+        broken: dict[str, str] = {}
+        try:
+            ids = tuple(self._id(slot) for slot in slots)
+            images = torch.stack([self._read(slot, broken) for slot in slots])
+            return Batch(step, ids, images, plan_step(self.config, step=step, sample_ids=ids), broken)
+        except BenchError as error:
+            return error
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def iterate_steps(steps: Steps, start: int, *, workers: int, pin: bool) -> Iterator[Batch]:
+    """Batches from step ``start`` to the last one; with workers they are made ahead of time.
+
+    Raises:
+        BenchError: A file vanished or cannot be read.
+    """
+    from torch.utils.data import DataLoader
+
+    source: Any = steps
+    loader = DataLoader(
+        source,
+        batch_size=None,
+        sampler=range(start, len(steps)),
+        num_workers=workers,
+        collate_fn=_same,
+        pin_memory=pin,
+    )
+    for item in loader:
+        if isinstance(item, BenchError):
+            raise item
+        yield item
+
+
+class Broken:
+    """Counts distinct broken images and stops when they are too many."""
+
+    def __init__(self, total: int, share: float) -> None:
+        self.total, self.share = total, share
+        self.seen: set[str] = set()
+
+    def add(self, broken: dict[str, str]) -> None:
+        """Name new ones in the log.
+
+        Raises:
+            BenchError: More than the configured share is broken.
+        """
+        for name in broken.keys() - self.seen:
+            _log.warning("broken image, replaced by the next: %s", broken[name])
+        self.seen |= broken.keys()
+        if len(self.seen) > self.share * self.total:
+            some = ", ".join(sorted(self.seen)[:5])
+            raise BenchError(
+                f"{len(self.seen)} of {self.total} training images are broken ({some}, …), more than "
+                f"data.max_broken = {self.share}. Mend or remove them, or raise data.max_broken."
+            )

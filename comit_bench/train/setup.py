@@ -1,0 +1,153 @@
+"""Before the first step: every check that can be made, then the pieces of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from comit_bench.errors import MissingError, UsageError
+from comit_bench.models.comit import Comit, ComitSpec
+from comit_bench.models.teachers import Teacher, load_teacher
+from comit_bench.seeding import generator_for
+from comit_bench.tokenizers.comit import VAE_HUB, build, sd_vae_tensors
+from comit_bench.train.config import TrainConfig
+from comit_bench.train.objective import TrainingModule
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How a global batch is divided: ``ranks * pieces * device_batch`` images per optimizer step."""
+
+    ranks: int
+    pieces: int
+    device_batch: int
+
+
+def divide(config: TrainConfig, ranks: int) -> Work:
+    """Derive the gradient accumulation.
+
+    Raises:
+        UsageError: The global batch does not divide.
+    """
+    if config.global_batch % ranks:
+        raise UsageError(f"global_batch {config.global_batch} is no multiple of {ranks} processes")
+    part = config.global_batch // ranks
+    device_batch = config.device_batch or part
+    if part % device_batch:
+        raise UsageError(
+            f"global_batch {config.global_batch} over {ranks} processes makes {part} images each, no "
+            f"multiple of device_batch {device_batch}. Choose device_batch among the divisors of {part}."
+        )
+    return Work(ranks, part // device_batch, device_batch)
+
+
+def check_spec(spec: ComitSpec) -> None:
+    """Image, latent, patch and crop sizes must fit each other.
+
+    Raises:
+        UsageError: They do not.
+    """
+    crop, cell = spec.geometry.crop, spec.vae_factor * spec.patch_size
+    if crop % cell or crop >= spec.image_size:
+        raise UsageError(
+            f"local crops of {crop} px must be a multiple of {cell} px (VAE factor x patch) and smaller "
+            f"than the image, {spec.image_size} px"
+        )
+    try:
+        spec.geometry.stride(spec.image_size)
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+
+
+def make_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
+    """The frozen teacher, None without one.
+
+    Raises:
+        MissingError: Its weights are not here and cannot be had.
+        UsageError: Files that are no such teacher.
+    """
+    spec, teacher = config.model.spec(), config.teacher
+    grid = spec.max_input_size // spec.patch_size
+    try:
+        return load_teacher(teacher.name, path=teacher.path, grid=grid, device=device)
+    except FileNotFoundError as error:
+        raise MissingError(f"teacher: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"teacher: {error}") from error
+
+
+def make_module(config: TrainConfig, teacher: Teacher | None) -> TrainingModule:
+    """Network, heads and loss in one module.
+
+    Raises:
+        MissingError: Weights of the autoencoder are not here. UsageError: Sizes that do not fit.
+    """
+    model = make_model(config)
+    try:
+        return TrainingModule(model, config, None if teacher is None else teacher.dims)
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+
+
+def check_device(config: TrainConfig, device: str) -> None:
+    """The device must exist and support the precision.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if device not in DEVICES:
+        raise UsageError(
+            f"--device {device}: expected {', '.join(DEVICES)}. To choose a GPU set CUDA_VISIBLE_DEVICES."
+        )
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise UsageError("--device cuda: this machine has no usable CUDA device. Use --device cpu or auto.")
+    if config.precision == "bfloat16" and (device == "cpu" or not has_cuda):
+        raise UsageError("precision bfloat16 needs a CUDA device; on the CPU use precision=float32")
+
+
+def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
+    """One process, or the group that ``accelerate launch`` or ``torchrun`` started."""
+    check_device(config, device)
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="bf16" if config.precision == "bfloat16" else "no",
+    )
+
+
+def make_model(config: TrainConfig) -> Comit:
+    """A fresh network, the same for the same seed, with the frozen autoencoder's weights.
+
+    Raises:
+        MissingError: The autoencoder's weights are not here and cannot be had.
+        UsageError: Sizes that do not fit.
+    """
+    spec = config.model.spec()
+    check_spec(spec)
+    model = build(spec)
+    model.predictor.init_weights(generator_for(config.seed, "train/init"))
+    if spec.vae in VAE_HUB:
+        tensors = sd_vae_tensors(spec.vae, config.model.vae_path or Path("vae"), offline=False)
+        model.vae.load_state_dict({k.removeprefix("vae."): v.float() for k, v in tensors.items()})
+    model.vae.requires_grad_(False).eval()
+    return model
+
+
+def make_optimizer(
+    parameters: list[torch.nn.Parameter], config: TrainConfig, device: torch.device
+) -> torch.optim.Adam:
+    """Adam as printed; fused on CUDA."""
+    optim = config.optim
+    return torch.optim.Adam(
+        parameters,
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=device.type == "cuda",
+    )

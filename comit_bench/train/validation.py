@@ -1,0 +1,129 @@
+"""Validation with the averaged weights: does the message matter, and how much of the code is used?
+
+PSNR is of images in [-1, 1] (peak 2), averaged over images. Messages are of the global crop. Noise and
+times are keyed by the image's id, so two checkpoints are compared on the same draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comit_bench.files import atomic_path
+from comit_bench.models.comit import Comit
+from comit_bench.models.comit_codec import decode, encode, one_step_decode, to_uint8
+from comit_bench.models.crops import CropPolicy
+from comit_bench.models.vae import LatentCodec
+from comit_bench.seeding import generator_for
+from comit_bench.train.config import TrainConfig
+from comit_bench.train.data import MemoryImages
+
+COLUMNS = (
+    "step", "val_flow", "psnr_one_step", "psnr_guided", "psnr_mean_colour", "shuffled_gap", "ids_used",
+    "perplexity",
+)  # fmt: skip
+SHOWN = 8  # images in the picture
+
+
+def to_pixels(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 -> [-1, 1] float32 on the device, as the tokenizer does it."""
+    return images.to(device, non_blocking=True).float().div(255).sub(0.5).div(0.5)
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal to noise in dB per image, for images in [-1, 1]; ``others`` are clamped."""
+    error = (images - others.clamp(-1, 1)).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4.0 / error.clamp_min(1e-10))
+
+
+def perplexity(counts: Tensor) -> float:
+    """Exponential of the entropy of a histogram."""
+    share = counts[counts > 0].double()
+    share = share / share.sum()
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Measurements of one batch, one entry per image, and its pictures."""
+
+    values: Tensor  # float64 [B, 5]
+    ids: Tensor  # int64 [B, M]
+    pictures: Tensor  # uint8 [3, B, 3, S, S]: image, one-step, guided
+
+
+def _draws(config: TrainConfig, model: Comit, ids: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Times [B] and noise [B, C, h, w], a function of seed and id."""
+    spec, objective = model.spec, config.objective
+    times, noise = [], []
+    for name in ids:
+        generator = generator_for(config.seed, f"validation/{name}")
+        normal = torch.randn((), generator=generator)
+        times.append(torch.sigmoid(objective.time_mu + objective.time_sigma * normal))
+        shape = (spec.in_channels, spec.max_input_size, spec.max_input_size)
+        noise.append(torch.randn(shape, generator=generator))
+    return torch.stack(times), torch.stack(noise)
+
+
+def _measure(model: Comit, config: TrainConfig, images: Tensor, ids: tuple[str, ...]) -> _Seen:
+    codec = cast(LatentCodec, model.vae)
+    times, noise = (part.to(images.device) for part in _draws(config, model, ids))
+    message = encode(model, images, CropPolicy(global_crop=True, num_crops=1))
+    latents = codec.encode(images)
+    t = times[:, None, None, None]
+    condition = model.predictor.condition(message.codes, message.offset)
+    state = model.predictor.time_state(times)
+    velocity = model.predictor((1 - t) * noise + t * latents, condition, state, read="velocity").velocity
+    flow = (cast(Tensor, velocity) - (latents - noise)).square().flatten(1).mean(dim=1)
+    one = codec.decode(one_step_decode(model, message.codes, message.offset, noise))
+    other = codec.decode(one_step_decode(model, message.codes.roll(1, 0), message.offset, noise))
+    guided = codec.decode(decode(model, message.codes, message.offset, noise, steps=10).latents)
+    flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
+    quality = psnr(images, one)
+    values = torch.stack(
+        [flow, quality, psnr(images, guided), psnr(images, flat), quality - psnr(images, other)], dim=1
+    )
+    pictures = torch.stack([to_uint8(x) for x in (images, one, guided)])
+    return _Seen(values.double().cpu(), message.ids.cpu(), pictures.cpu())
+
+
+@torch.inference_mode()
+def validate(
+    model: Comit, config: TrainConfig, data: MemoryImages, *, device: torch.device, batch: int = 64
+) -> tuple[dict[str, float], Tensor]:
+    """Measure a model, which holds the weights to be judged.
+
+    Returns:
+        Values by the names of ``COLUMNS`` without ``step``, and uint8 pictures [3, n, 3, S, S]: image,
+        one-step and guided reconstruction of the first images.
+    """
+    seen = []
+    for start in range(0, len(data.ids), batch):
+        # the last batch reaches back, so that no image is alone with its own message
+        rows = slice(max(0, min(start, len(data.ids) - batch)), start + batch)
+        done = _measure(model, config, to_pixels(data.images[rows], device), data.ids[rows])
+        fresh = len(data.ids[rows]) - (start - (rows.start or 0))
+        seen.append(_Seen(done.values[-fresh:], done.ids[-fresh:], done.pictures[:, -fresh:][:, :SHOWN]))
+    means = torch.cat([part.values for part in seen]).mean(dim=0).tolist()
+    counts = torch.bincount(torch.cat([part.ids.flatten() for part in seen]))
+    values = dict(zip(COLUMNS[1:6], means, strict=True))
+    values["ids_used"] = int((counts > 0).sum())
+    values["perplexity"] = perplexity(counts)
+    return values, seen[0].pictures
+
+
+def save_picture(pictures: Tensor, path: Path, *, side: int = 96) -> None:
+    """Write uint8 [rows, n, 3, S, S] as one PNG: a row each of images, one-step and guided pictures."""
+    from PIL import Image
+
+    grid = pictures.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
+    image = Image.fromarray(np.ascontiguousarray(grid))
+    factor = max(1, side // pictures.shape[-1])
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
