@@ -35,7 +35,7 @@ def fetch(repository: str, names: Sequence[str], *, offline: bool, hint: str) ->
             f"{', '.join(missing)} of {repository} {'are' if len(missing) > 1 else 'is'} not on this machine"
             f"{' and --offline forbids a download' if offline else ' and could not be downloaded'} "
             f"({', '.join(sorted(reasons))}). They come from the Hugging Face hub repository {repository}: "
-            f"fetch them where there is a network (huggingface-cli download {repository} "
+            f"fetch them where there is a network (hf download {repository} "
             f"{' '.join(missing)}) and copy the cache, {hint}."
         )
     return paths[0].parent
