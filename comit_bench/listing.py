@@ -13,6 +13,7 @@ from comit_bench.files import cache_root
 from comit_bench.recipes import DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, parse_recipe
 from comit_bench.registry import tokenizers
 
+PIPE_WIDTH = 160
 THINGS = ("tokenizers", "tasks", "datasets")
 
 
@@ -25,10 +26,16 @@ def _print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, title in enumerate(head):  # the last column gives way, the others are never cut
+        widest = max(len(title), *(len(row[number]) for row in rows))
+        table.add_column(title, no_wrap=title != head[-1], min_width=None if title == head[-1] else widest)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a pipe or a file has no width of its own
+        console = Console(width=max(console.width, PIPE_WIDTH))
+    console.print(table)
 
 
 def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...] = ()) -> None:
@@ -43,39 +50,39 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
     rows: list[tuple[str, ...]]
     if what == "tokenizers":
         entries = tokenizers()
-        head = ("name", "params", "tokens", "vocabulary", "weights", "origin")
+        head = ("name", "params", "tokens", "vocab", "origin", "weights")
         rows = [
             (
                 entry.name,
                 "-" if entry.parameters is None else f"{entry.parameters:g} M",
                 str(entry.message_length or "-"),
-                str(entry.vocab_size or "continuous"),
-                entry.source,
+                str(entry.vocab_size or "-"),
                 entry.origin,
+                entry.source,
             )
             for entry in entries.values()
         ]
     elif what == "tasks":
-        head = ("name", "version", "kind", "suite", "dataset", "title")
+        head = ("name", "kind", "suite", "dataset", "title")
         rows = [_task_row(recipe) for recipe in find_tasks(include).values()]
     else:
-        head = ("name", "version", "reader", "made or read", "licence")
+        head = ("name", "reader", "where", "title")
         rows = [_dataset_row(recipe) for recipe in find_datasets(include).values()]
     if names_only:
-        _out("\n".join(row[0] for row in rows))
+        _out("\n".join(row[0].split()[0] for row in rows))
     else:
         _print_rows(head, rows)
 
 
 def _task_row(recipe: Recipe[TaskSpec]) -> tuple[str, ...]:
     spec = recipe.spec
-    return (spec.name, str(spec.version), spec.kind, spec.suite, spec.dataset, spec.title)
+    return (f"{spec.name} v{spec.version}", spec.kind, spec.suite, spec.dataset, spec.title)
 
 
 def _dataset_row(recipe: Recipe[DatasetSpec]) -> tuple[str, ...]:
     spec = recipe.spec
-    made = "made on first use" if spec.generator else f"read from {spec.folder}/ under the data root"
-    return (spec.name, str(spec.version), spec.reader, made, spec.licence)
+    where = "made on first use" if spec.generator else f"DATA_ROOT/{spec.folder}"
+    return (f"{spec.name} v{spec.version}", spec.reader, where, spec.title)
 
 
 def _packages() -> list[str]:
@@ -104,7 +111,7 @@ def _hub_state(repository: str, names: Sequence[str]) -> str:
     if len(found) == len(names):
         return "ok       in the hub cache"
     missing = " ".join(name for name in names if name not in found)
-    return f"missing  huggingface-cli download {repository} {missing}"
+    return f"missing  hf download {repository} {missing}"
 
 
 def examine(data_root: Path | None) -> int:

@@ -167,6 +167,9 @@ def describe(plan: Plan, settings: Settings, *, suite: str, why: str) -> list[st
         if part.job.label == MAJORITY:
             lines.append(f"  {task.name}: {part.job.label} (labels only)")
             continue
+        if plan.data[part.job.dataset.spec.name] == "missing":
+            lines.append(f"  {task.name}: {part.job.label}: waits for its data")
+            continue
         cost = f"{part.images:,} images, {seeds} probe seeds, about {human_seconds(part.seconds)}"
         lines.append(f"  {task.name}: {part.job.label}: {cost}")
     lines.append(

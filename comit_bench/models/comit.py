@@ -466,6 +466,10 @@ class Predictor(nn.Module):
             self._times.popitem(last=False)
         return state
 
+    def forget_times(self) -> None:
+        """Drop what is kept per time. Needed after a fused optimizer step, which leaves no trace."""
+        self._times.clear()
+
     def _blocks(self) -> list[Block]:
         return [b for b in self.blocks if isinstance(b, Block)]
 
@@ -504,7 +508,9 @@ class Predictor(nn.Module):
             bias = allowed.float() if mode == "additive" else torch.zeros(total, total)
             if mode == "hard":
                 bias = bias.masked_fill(~allowed, float("-inf"))
-            self._masks[key] = bias[read].to(like.device, like.dtype)
+            with torch.inference_mode(False):  # kept for later calls, which may be training
+                self._masks[key] = torch.empty(bias[read].shape, device=like.device, dtype=like.dtype)
+                self._masks[key].copy_(bias[read])
         return self._masks[key]
 
     # --------------------------------------------------------------- forward

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from comit_bench.errors import MissingError
+from comit_bench.errors import MissingError, UsageError
 
 
 def fetch(repository: str, names: Sequence[str], *, offline: bool, hint: str) -> Path:
@@ -18,24 +21,55 @@ def fetch(repository: str, names: Sequence[str], *, offline: bool, hint: str) ->
         hint: What else the user can do, ends the error.
 
     Raises:
+        UsageError: Not a hub id.
         MissingError: Names the files that could not be had, where they come from and how to give them.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    paths, missing, reasons = [], [], set()
-    for name in names:
-        try:
-            paths.append(Path(hf_hub_download(repository, name, local_files_only=offline)))
-        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            missing.append(name)
-            reasons.add(type(error).__name__)
+    cached = {name: _cached(repository, name) for name in names}
+    missing = [name for name, path in cached.items() if path is None]
+    reason = "--offline forbids a download"
+    if missing and not offline:
+        reason = ""
+        for name in list(missing):
+            path, reason = _download(repository, name)
+            if path is None:
+                break  # without a network the next one would fail the same way, after as many retries
+            cached[name] = path
+            missing.remove(name)
     if missing:
         raise MissingError(
-            f"{', '.join(missing)} of {repository} {'are' if len(missing) > 1 else 'is'} not on this machine"
-            f"{' and --offline forbids a download' if offline else ' and could not be downloaded'} "
-            f"({', '.join(sorted(reasons))}). They come from the Hugging Face hub repository {repository}: "
-            f"fetch them where there is a network (huggingface-cli download {repository} "
-            f"{' '.join(missing)}) and copy the cache, {hint}."
+            f"{', '.join(missing)} of {repository} {'are' if len(missing) > 1 else 'is'} not on this "
+            f"machine, and {reason}. They come from the Hugging Face hub repository {repository}: fetch "
+            f"them where there is a network (hf download {repository} {' '.join(missing)}) and copy the "
+            f"cache, {hint}."
         )
-    return paths[0].parent
+    first = cached[names[0]]
+    assert first is not None
+    return first.parent
+
+
+def _cached(repository: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repository, name)
+    except HFValidationError as error:
+        raise UsageError(f"{repository!r} is no hub id: {error}") from error
+    return Path(found) if isinstance(found, str) else None
+
+
+def _download(repository: str, name: str) -> tuple[Path | None, str]:
+    """The downloaded file, or None and why not."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    if not getproxies():  # ask for the address first: the client's own retries take most of a minute
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            return None, f"the hub ({host}) cannot be reached"
+    try:
+        return Path(hf_hub_download(repository, name)), ""
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        return None, f"the download failed ({type(error).__name__}: {str(error).splitlines()[0]})"

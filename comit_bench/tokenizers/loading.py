@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.registry import TokenizerEntry, find_tokenizer, tokenizers
 from comit_bench.tokenizers.base import Tokenizer
 
@@ -72,12 +72,18 @@ def entry_for(name: str, family: str | None = None) -> TokenizerEntry:
     """The registry entry behind a name, hub id or directory.
 
     Raises:
+        MissingError: A path that does not exist.
         UsageError: Unknown name, or a directory that is no checkpoint.
     """
     directory = Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not directory.is_dir():
+        raise MissingError(
+            f"{name}: no such directory. A checkpoint is a directory with config.json and model.safetensors."
+        )
     if family is None and directory.is_dir():
         family = _family_of(directory)
-    if family is None and "/" in name and not name.startswith((".", "/", "~")):
+    if family is None and "/" in name and not looks_like_path:
         owner = name.split("/")[-1].lower()
         family = "comit" if owner.startswith("comit") else None
     if family is not None:

@@ -193,6 +193,20 @@ def test_unused_tensors_may_be_absent(checkpoint: Path, nano: ComitTokenizer) ->
     assert torch.equal(again.encode(images(2)).ids, nano.encode(images(2)).ids)  # type: ignore[arg-type]
 
 
+def test_unreachable_hub_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("comit_bench.tokenizers.hub.getproxies", dict)
+
+    def nobody(*_: object) -> None:
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", nobody)
+    with pytest.raises(
+        MissingError, match=r"config.json, model.safetensors of cvg-unibe/comit-l .*cannot be reached"
+    ):
+        load_tokenizer("comit-L", device="cpu")
+
+
 def test_offline_without_a_cache_says_what_is_missing_and_how_to_give_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

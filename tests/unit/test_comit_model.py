@@ -356,6 +356,23 @@ def test_training_gradients_reach_every_used_parameter() -> None:
     assert idle == {"pos_embed", "y_pos_offset", "c_final_layer.linear.weight", "c_final_layer.linear.bias"}
 
 
+def test_inference_leaves_nothing_that_breaks_training() -> None:
+    model = Comit(replace(PRESETS["comit-nano"], depth=2, width=32, mask_mode="additive"), IdentityVae())
+    model.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
+    with torch.inference_mode():
+        encode(model, images(), parse_policy("global"))
+    encode(model, images(), parse_policy("global")).steps[-1].prequant.sum().backward()
+    assert model.predictor.blocks[0].attn.qkv.weight.grad is not None  # type: ignore[union-attr]
+
+
+def test_kept_times_can_be_forgotten() -> None:
+    model = nano()
+    with torch.no_grad():
+        kept = model.predictor.state_at(0.5, CPU)
+        model.predictor.forget_times()
+        assert model.predictor.state_at(0.5, CPU) is not kept
+
+
 @pytest.mark.parametrize(
     "changes", [{"width": 30}, {"max_input_size": 33}, {"mask_mode": "soft"}, {"fsq_levels": (8, 1)}]
 )

@@ -208,6 +208,8 @@ def test_policy_is_part_of_the_protocol(bench: Bench) -> None:
         (["--option", "posterior=median"], 2, "'mode' or 'sample'"),
         (["--include-path", "/nonexistent/recipes"], 2, "not a directory"),
         (["--weights", "/nonexistent/weights"], 3, "no such directory"),
+        (["--tokenizer", "./nowhere"], 3, "no such directory"),
+        (["--tokenizer", "cvg-unibe/comit-zz", "--offline"], 3, "cvg-unibe/comit-zz"),
         (["--tokenizer", "comit-l", "--offline"], 3, "cvg-unibe/comit-l"),
         (["--data-root", "/nonexistent/data"], 3, "tiny"),
     ],
