@@ -164,7 +164,7 @@ class TrainingModule(nn.Module):
         codes = self._message(images, clean, places, plan)
         # A fused optimizer changes weights without raising their version, which the network would not
         # notice: let nothing that it derived from them outlive this step.
-        model.predictor._times.clear()
+        model.predictor.forget_times()
         offset = -places[-1]
         if objective.skipped_offset == "zero":
             offset = offset.masked_fill(skip[:, None], 0.0)

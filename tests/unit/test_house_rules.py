@@ -39,6 +39,7 @@ ARROWS = {
     "data": BASE | {"data"},
     "tokenizers": BASE | {"tokenizers", "models", "registry"},
     "registry": {"errors"},
+    "train": BASE | {"train", "models", "data", "tokenizers", "console"},
     "tasks": BASE | {"tasks", "data", "tokenizers", "models"},
     "results": BASE | {"results", "data", "tokenizers"},
 }
