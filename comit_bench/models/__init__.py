@@ -1,1 +1,1 @@
-"""Networks and their mathematics. No printing, no files but a teacher's weights, no imports of ours but models."""
+"""Networks and their mathematics: no printing, no files but a teacher's weights, no imports but models."""
