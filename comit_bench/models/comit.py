@@ -1,8 +1,8 @@
 """COMiT: communication-inspired tokenization. One transformer encodes and decodes.
 
-Sections of ``spec/comit.md``: variants (a) -> ``PRESETS``; backbone (c) -> ``Predictor``; messages (d)
--> ``Comit.encode``; sampling (e) -> ``Comit.decode``. The cropping policies (b) are in ``crops.py`` and
-are driven by ``comit_codec.py``.
+Sections of the specification: variants (a) -> ``PRESETS``; backbone (c) -> ``Predictor``, its blocks in
+``comit_blocks.py``; quantizer (d) -> ``fsq.py``; cropping policies (b), messages (d) and sampling (e) ->
+``comit_codec.py`` with ``crops.py`` and ``flow.py``; released names (f) -> the parameter names here.
 
 What is unusual:
 
@@ -29,14 +29,23 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from comit_bench.models.comit_blocks import (
+    AttentionProbe,
+    Block,
+    BlockState,
+    FinalLayer,
+    PatchEmbed,
+    Rows,
+    TimeEmbed,
+    TimeState,
+    sincos_grid,
+)
 from comit_bench.models.crops import CropGeometry
 from comit_bench.models.fsq import FSQ
 
 MaskMode = Literal["additive", "hard"]
 Read = Literal["velocity", "message", "both"]
-TIME_FEATURES = 256
 TIMES_KEPT = 16  # at COMiT-XL about 10 MB each
 
 
@@ -101,259 +110,6 @@ PRESETS: dict[str, ComitSpec] = {
         geometry=CropGeometry(crop=12, half=16),
     ),
 }
-
-
-def sincos_grid(side: int, width: int) -> Tensor:
-    """Fixed 2D positions, float32 [1, side^2, width]: first half encodes the column, then the row."""
-    quarter = width // 4
-    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, D/2]
-    column = line[None, :, :].expand(side, -1, -1)
-    row = line[:, None, :].expand(-1, side, -1)
-    return torch.cat([column, row], dim=-1).reshape(1, side * side, width).float()
-
-
-class PatchEmbed(nn.Module):
-    """Convolution with kernel = stride = patch, flattened row-major."""
-
-    def __init__(self, channels: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, X, D]."""
-        tokens: Tensor = rearrange(self.proj(x), "b d h w -> b (h w) d")
-        return tokens
-
-
-class TimeEmbed(nn.Module):
-    """Cosine-first sinusoidal features of 1000 t, then a two-layer MLP."""
-
-    frequencies: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
-        half = TIME_FEATURES // 2
-        steps = torch.arange(half, dtype=torch.float32, device="cpu")  # real even on the meta device
-        frequencies = torch.exp(-math.log(10000.0) * steps / half)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def forward(self, time: Tensor) -> Tensor:
-        """[T] -> [T, D]."""
-        angle = 1000.0 * time.float()[:, None] * self.frequencies
-        embedded: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
-        return embedded
-
-
-class Modulation(nn.Sequential):
-    """SiLU then a Linear to ``parts`` vectors per time; keys ``1.weight``, ``1.bias``."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
-        self.parts = parts
-
-    def forward(self, time_vector: Tensor) -> Tensor:
-        """[T, D] -> [parts, T, 1, D]."""
-        out: Tensor = self[1](self[0](time_vector))
-        return rearrange(out, "t (p d) -> p t 1 d", p=self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockState:
-    """What one block derives from the time: image and message modulations, [6, T, 1, D] each.
-
-    ``buffer_qkv`` [1, M, 3D] is set for the first block when there is one time for the batch.
-    """
-
-    image: Tensor
-    message: Tensor
-    buffer_qkv: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TimeState:
-    """All modulations of one time (or of one per image)."""
-
-    blocks: list[BlockState]
-    final: Tensor  # [2, T, 1, D]
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Where the token groups lie in the sequence, and which rows the last block must compute."""
-
-    image: int
-    message: int
-    has_buffer: bool
-    read: slice
-
-    @property
-    def total(self) -> int:
-        return 1 + self.image + self.message * (1 + int(self.has_buffer))
-
-    @property
-    def conditioned(self) -> int:
-        """Offset, image and message rows; the buffer follows."""
-        return 1 + self.image + self.message
-
-
-def split_groups(u: Tensor, rows: Rows, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut rows that begin at sequence position ``start`` into offset, image and message+buffer."""
-    a = max(1 - start, 0)
-    b = max(1 + rows.image - start, 0)
-    return u[:, :a], u[:, a:b], u[:, b:]
-
-
-class Attention(nn.Module):
-    """Multi-head attention with one packed projection; the bias or mask comes from outside."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def project(self, h: Tensor, read: slice, extra_qkv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the read rows, keys and values of all rows, [B, H, ., D/H] each.
-
-        ``extra_qkv`` [1, M, 3D] are ready-made rows that follow ``h`` in the sequence.
-        """
-        width = h.shape[-1]
-        total = h.shape[1] + (0 if extra_qkv is None else extra_qkv.shape[1])
-        if read == slice(0, total):
-            qkv = self.qkv(h)
-            if extra_qkv is not None:
-                qkv = torch.cat([qkv, extra_qkv.expand(h.shape[0], -1, -1)], dim=1)
-            q, k, v = rearrange(qkv, "b n (three h c) -> three b h n c", three=3, h=self.heads)
-            return q, k, v
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(h[:, read], weight[:width], bias[:width])
-        kv = F.linear(h, weight[width:], bias[width:])
-        if extra_qkv is not None:  # first block is also the last one: all rows are at hand
-            extra = extra_qkv.expand(h.shape[0], -1, -1)
-            every_q = torch.cat([F.linear(h, weight[:width], bias[:width]), extra[..., :width]], dim=1)
-            q, kv = every_q[:, read], torch.cat([kv, extra[..., width:]], dim=1)
-        q = rearrange(q, "b n (h c) -> b h n c", h=self.heads)
-        k, v = rearrange(kv, "b n (two h c) -> two b h n c", two=2, h=self.heads)
-        return q, k, v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """softmax(q k / sqrt(D/H) + bias) v -> [B, rows, D]."""
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        mixed: Tensor = self.proj(rearrange(out, "b h n c -> b n (h c)"))
-        return mixed
-
-
-class Mlp(nn.Module):
-    """Linear, tanh-GELU, Linear."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return out
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block with one modulation for image rows and one for message rows."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.x_adaLN_modulation = Modulation(width, 6)
-        self.r_adaLN_modulation = Modulation(width, 6)
-
-    def shift_scale(self, u: Tensor, state: BlockState, part: int, rows: Rows, start: int) -> Tensor:
-        """LayerNorm, then scale and shift every group by its own modulation."""
-        offset, image, message = split_groups(self.norm(u), rows, start)
-        (xs, xc), (rs, rc) = state.image[part : part + 2], state.message[part : part + 2]
-        return torch.cat([offset, image * (1 + xc) + xs, message * (1 + rc) + rs], dim=1)
-
-    def gate(self, u: Tensor, state: BlockState, part: int, rows: Rows, start: int) -> Tensor:
-        """Scale a residual branch by its gate; the offset row has none."""
-        offset, image, message = split_groups(u, rows, start)
-        return torch.cat([offset, image * state.image[part], message * state.message[part]], dim=1)
-
-    def forward(
-        self,
-        u: Tensor,
-        state: BlockState,
-        rows: Rows,
-        read: slice,
-        bias: Tensor | None,
-        probe: AttentionProbe | None,
-    ) -> Tensor:
-        """[B, N, D] -> [B, read rows, D]."""
-        # In the first block the buffer rows are the same for every image: their q, k, v are ready.
-        shared = state.buffer_qkv
-        h = u if shared is None else u[:, : rows.conditioned]
-        q, k, v = self.attn.project(self.shift_scale(h, state, 0, rows, 0), read, shared)
-        if probe is not None:
-            probe.record(q, k, bias, rows)
-        start = read.start
-        u = u[:, read] + self.gate(self.attn.attend(q, k, v, bias), state, 2, rows, start)
-        return u + self.gate(self.mlp(self.shift_scale(u, state, 3, rows, start)), state, 5, rows, start)
-
-
-class AttentionProbe:
-    """Asks one block for its attention logits; holds them after the call.
-
-    Args:
-        layer: Zero-based block.
-        rows: ``message`` or ``all``; columns follow: image columns for ``message``, all for ``all``.
-        softmax: Keep attention weights (softmax of logits and mask over *all* columns) instead of
-            the logits before mask and softmax, which is what the released program returns.
-    """
-
-    def __init__(
-        self, layer: int, rows: Literal["message", "all"] = "message", *, softmax: bool = False
-    ) -> None:
-        self.layer = layer
-        self.rows = rows
-        self.softmax = softmax
-        self.maps: Tensor | None = None  # [B, H, M, X] or [B, H, N, N]
-
-    def record(self, q: Tensor, k: Tensor, bias: Tensor | None, rows: Rows) -> None:
-        """Compute the rows that were asked for, and only those. ``q`` and ``k`` hold all rows."""
-        wanted = slice(0, rows.total)
-        columns = wanted
-        if self.rows == "message":
-            wanted, columns = slice(1 + rows.image, rows.conditioned), slice(1, 1 + rows.image)
-        q = q[:, :, wanted] * q.shape[-1] ** -0.5
-        if not self.softmax:
-            self.maps = q @ k[:, :, columns].transpose(-2, -1)
-            return
-        logits = q @ k.transpose(-2, -1)
-        if bias is not None:
-            logits = logits + bias[wanted]
-        self.maps = logits.softmax(dim=-1)[..., columns]
-
-
-class FinalLayer(nn.Module):
-    """LayerNorm and Linear; the velocity head also has a modulation."""
-
-    def __init__(self, width: int, out: int, *, modulated: bool) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out)
-        if modulated:
-            self.adaLN_modulation = Modulation(width, 2)
-
-    def forward(self, u: Tensor, modulation: Tensor | None = None) -> Tensor:
-        """[B, rows, D] -> [B, rows, out]."""
-        h = self.norm(u)
-        if modulation is not None:
-            h = h * (1 + modulation[1]) + modulation[0]
-        out: Tensor = self.linear(h)
-        return out
 
 
 @dataclass(frozen=True, slots=True)

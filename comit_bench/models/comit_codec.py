@@ -22,7 +22,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from comit_bench.models.comit import AttentionProbe, Comit, Condition
+from comit_bench.models.comit import Comit, Condition
+from comit_bench.models.comit_blocks import AttentionProbe
 from comit_bench.models.crops import (
     CELLS,
     GLOBAL,

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comit_bench.models.comit import AttentionProbe, Comit
+from comit_bench.models.comit import Comit
+from comit_bench.models.comit_blocks import AttentionProbe
 from comit_bench.models.comit_codec import (
     AttentionRequest,
     crop_latents,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from comit_bench.models.comit import PRESETS, AttentionProbe, Comit, ComitSpec, Predictor
+from comit_bench.models.comit import PRESETS, Comit, ComitSpec, Predictor
+from comit_bench.models.comit_blocks import AttentionProbe
 from comit_bench.models.comit_codec import (
     AttentionRequest,
     decode,
