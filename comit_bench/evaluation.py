@@ -54,6 +54,7 @@ class Messages:
     stores: Mapping[str, TokenStore]
     labels: Mapping[str, torch.Tensor]
     rows: Mapping[str, torch.Tensor]  # role -> rows of the store of that role's split
+    splits: Mapping[str, str]  # role -> its split
 
 
 class Bench:
@@ -288,7 +289,7 @@ class Bench:
         for name in names:
             split = data.splits[name]
             labels[name] = torch.from_numpy(split.labels[np.asarray(self._rows(split), dtype=np.int64)])
-        return Messages(stores, labels, rows)
+        return Messages(stores, labels, rows, {role: name for role, (name, _) in roles.items()})
 
     def task_protocol(self, job: Job) -> dict[str, Any]:
         """The task's side of the protocol."""
@@ -390,7 +391,7 @@ class Bench:
                 sources[name] = MessageSource(codes=torch.from_numpy(np.ascontiguousarray(whole.codes)))
         splits = {
             role: Split(sources[name], messages.labels[name], messages.rows[role])
-            for role, (name, _) in self.roles(job).items()
+            for role, name in messages.splits.items()
         }
         seeds, spec = self.seeds(job), job.task.spec
         total = len(seeds) * spec.probe.max_epochs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from comit_bench.recipes import DatasetSpec, Recipe
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
+    from comit_bench.evaluation import Bench
     from comit_bench.tokenizers.base import Tokenizer
 
 PROBE_EFFICIENCY = 0.35  # share of the matrix-product rate of one core that small probes reach
@@ -66,7 +67,7 @@ def matmul_rate() -> float:
     return 2 * side**3 / best
 
 
-def data_state(recipe: Recipe[DatasetSpec], settings: Settings) -> tuple[str, dict[str, int]]:
+def data_state(recipe: Recipe[DatasetSpec], bench: Bench) -> tuple[str, dict[str, int]]:
     """Whether a data set is there, and images per split, without reading or making any.
 
     Raises:
@@ -74,32 +75,28 @@ def data_state(recipe: Recipe[DatasetSpec], settings: Settings) -> tuple[str, di
     """
     spec = recipe.spec
     if spec.generator is not None:
-        folder = settings.cache_dir / "datasets" / spec.folder
+        folder = bench.settings.cache_dir / "datasets" / spec.folder
         there = (folder / "scenes.json").is_file()
         counts = {"train": spec.generator.train, "val": spec.generator.val}
         return ("made before" if there else "will be made now, seeded"), counts
-    from comit_bench.data.datasets import open_dataset
-
-    data = open_dataset(recipe, data_root=settings.data_root, cache=settings.cache_dir, progress=False)
+    data = bench.data(recipe)  # the folders are scanned once, here; the run uses what is found
     return f"found in {data.folder}", {name: len(split) for name, split in data.splits.items()}
 
 
-def make_plan(jobs: Sequence[Job], settings: Settings, load: Callable[[Job], Tokenizer | None]) -> Plan:
-    """Look at data and weights of every job.
+def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
+    """Look at data and weights of every job, now rather than hours later.
 
     Args:
         jobs: From :func:`comit_bench.jobs.make_jobs`.
-        settings: The run's settings.
-        load: Loads a job's tokenizer (its weights are checked now rather than hours later), or returns
-            None when it is fitted later.
+        bench: Will do the jobs; it keeps what is opened here.
     """
-    plan, rate = Plan(), matmul_rate()
+    plan, rate, settings = Plan(), matmul_rate(), bench.settings
     counts: dict[str, dict[str, int]] = {}
     for job in jobs:
         name = job.dataset.spec.name
         if name not in counts:
             try:
-                plan.data[name], counts[name] = data_state(job.dataset, settings)
+                plan.data[name], counts[name] = data_state(job.dataset, bench)
             except MissingError as error:
                 plan.data[name], counts[name] = "missing", {}
                 plan.missing.append(error)
@@ -107,7 +104,7 @@ def make_plan(jobs: Sequence[Job], settings: Settings, load: Callable[[Job], Tok
             plan.jobs.append(JobPlan(job, 0, 0, 0.0))
             continue
         try:
-            tokenizer = load(job)
+            tokenizer = bench.peek(job)
         except MissingError as error:
             if str(error) not in {str(known) for known in plan.missing}:
                 plan.missing.append(error)

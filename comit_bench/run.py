@@ -100,7 +100,7 @@ def evaluate(
     rows = with_references(several, name) if references else several
     jobs = make_jobs(rows, tasks or suite_tasks(name, chosen), chosen)
     bench = Bench(chosen, reporter=reporter)
-    for error in make_plan(jobs, chosen, bench.peek).missing:
+    for error in make_plan(jobs, bench).missing:
         raise error
     outcome = do_jobs(jobs, bench)
     if outcome.failures:
@@ -126,7 +126,7 @@ def run_command(
     rows = with_references(chosen, name) if references else chosen
     jobs = make_jobs(rows, tasks or suite_tasks(name, settings), settings)
     bench = Bench(settings)
-    plan = make_plan(jobs, settings, bench.peek)
+    plan = make_plan(jobs, bench)
     say("\n".join(describe(plan, settings, suite=name, why=why)))
     if plan.missing:
         say("\n".join(f"missing: {error}" for error in plan.missing))

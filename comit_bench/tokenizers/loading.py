@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.registry import TokenizerEntry, find_tokenizer, tokenizers
 from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tokenizers.checkpoints import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,23 +48,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _family_of(directory: Path) -> str:
-    config_path = directory / "config.json"
-    if not config_path.is_file():
-        raise UsageError(f"{directory}: no config.json in it, so this is no tokenizer checkpoint.")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{config_path}: not valid JSON ({error})") from error
-    if isinstance(config, dict):
-        if isinstance(config.get("family"), str):
-            return str(config["family"])
-        predictor = config.get("predictor")
-        if isinstance(predictor, dict) and str(predictor.get("_target_", "")).endswith("RuledDiT"):
-            return "comit"
+    config = read_config(directory)
+    if isinstance(config.get("family"), str):
+        return str(config["family"])
+    predictor = config.get("predictor")
+    if isinstance(predictor, dict) and str(predictor.get("_target_", "")).endswith("RuledDiT"):
+        return "comit"
     families = sorted({entry.family for entry in tokenizers().values()})
     raise UsageError(
-        f"{config_path}: cannot tell which tokenizer family this is (known: {', '.join(families)}). "
-        "Is it the right directory? Otherwise pass family=NAME."
+        f"{directory / 'config.json'}: cannot tell which tokenizer family this is (known: "
+        f"{', '.join(families)}). Is it the right directory? Otherwise pass family=NAME."
     )
 
 

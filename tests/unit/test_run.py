@@ -411,3 +411,12 @@ def test_threads_do_not_change_tokens(bench: Bench) -> None:
         assert torch.equal(found[0], found[1])  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_data_set_is_scanned_once(bench: Bench, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comit_bench.data import datasets
+
+    opened, real = [], datasets.open_dataset
+    monkeypatch.setattr(datasets, "open_dataset", lambda *a, **k: opened.append(1) or real(*a, **k))
+    assert command("run", *bench.arguments(), "-q", "--tokenizer", "kmeans-patch")[0] == 0
+    assert len(opened) == 1
