@@ -53,7 +53,7 @@ TIMES_KEPT = 16  # at COMiT-XL about 10 MB each
 class ComitSpec:
     """Everything that determines a COMiT network. Defaults are those of the released configs.
 
-    ``vae`` is ``sd-mse``, ``sd-ema``, ``none`` or ``stand-in``; ``image_size`` follows from it.
+    ``vae`` is ``sd-mse``, ``sd-ema``, ``dct``, ``none`` or ``stand-in``; ``image_size`` follows from it.
     """
 
     depth: int
@@ -93,20 +93,21 @@ PRESETS: dict[str, ComitSpec] = {
     "comit-b": ComitSpec(depth=12, width=768, heads=12),
     "comit-l": ComitSpec(depth=24, width=1024, heads=16),
     "comit-xl": ComitSpec(depth=28, width=1152, heads=16),
-    # 32 px scenes, pixels as latents, 8 x 8 image tokens, 3 x 3 per local crop (design notes on scale)
+    # 32 px scenes, 4 px DCT blocks as latents, 8 x 8 image tokens, 3 x 3 per local crop
     "comit-nano": ComitSpec(
         depth=4,
-        width=96,
-        heads=4,
+        width=64,
+        heads=2,
         message_length=16,
         fsq_levels=(8, 5, 5, 5),
-        patch_size=4,
-        in_channels=3,
-        out_channels=3,
+        max_input_size=8,
+        patch_size=1,
+        in_channels=12,
+        out_channels=12,
         representation_layer=2,
         mask_mode="hard",
-        vae="none",
-        vae_factor=1,
+        vae="dct",
+        vae_factor=4,
         geometry=CropGeometry(crop=12, half=16),
     ),
 }
@@ -187,6 +188,17 @@ class Predictor(nn.Module):
                 if not zero_gates:
                     value.normal_(0.0, 0.5 if name.endswith("bias") else 0.02, generator=generator)
             parameter.copy_(value)
+
+    @torch.no_grad()
+    def favour_message(self) -> None:
+        """Start with embedded codes as strong as their positions (a nano network's training).
+
+        As :meth:`init_weights` leaves them, codes reach the first block at a tenth of the amplitude
+        of the learnt positions they are added to, and a short training ends before this has changed.
+        """
+        for layer, factor in ((self.r_embedder[0], 4.0), (self.r_embedder[2], 2.0)):
+            layer.weight.mul_(factor)
+        self.r_pos_embed.mul_(0.3)
 
     # ------------------------------------------------------------------ time
 

@@ -149,11 +149,20 @@ class ScenesTeacherNet(nn.Module):
 
     Halves the resolution down to one cell per patch (patch features), then once more; the image
     vector is a linear map of the flattened last grid, because where things are matters in scenes.
+    Outputs are standardised by stored statistics, which training sets at its end.
     """
+
+    cls_mean: Tensor
+    cls_deviation: Tensor
+    patch_mean: Tensor
+    patch_deviation: Tensor
 
     def __init__(self, spec: ScenesTeacherSpec) -> None:
         super().__init__()
         self.spec = spec
+        for name in ("cls", "patch"):
+            self.register_buffer(f"{name}_mean", torch.zeros(spec.dim))
+            self.register_buffer(f"{name}_deviation", torch.ones(spec.dim))
         self.stem = nn.Conv2d(3, spec.width, 3, padding=1)
         stages: list[nn.Module] = []
         for _ in range(int(math.log2(spec.patch))):
@@ -175,7 +184,15 @@ class ScenesTeacherNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] in [-1, 1] -> image vectors [B, dim] and patches [B, dim, S/patch, S/patch]."""
         x = self.trunk(self.stem(images))
-        return self.to_cls(self.tail(x).flatten(1)), self.to_patches(x)
+        cls = (self.to_cls(self.tail(x).flatten(1)) - self.cls_mean) / self.cls_deviation
+        mean, deviation = self.patch_mean[:, None, None], self.patch_deviation[:, None, None]
+        return cls, (self.to_patches(x) - mean) / deviation
+
+    def forget_statistics(self) -> None:
+        """Back to outputs that are not standardised."""
+        for name in ("cls", "patch"):
+            getattr(self, f"{name}_mean").zero_()
+            getattr(self, f"{name}_deviation").fill_(1.0)
 
 
 class ScenesTeacher:

@@ -37,6 +37,7 @@ from comit_bench.tokenizers.checkpoints import (
 )
 
 HUB = {name: f"cvg-unibe/{name}" for name in ("comit-b", "comit-l", "comit-xl")}
+LINEAR_VAES = {"stand_in_vae": "stand-in", "dct_vae": "dct"}  # class in config.json -> our name
 VAE_HUB = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 UNUSED = ("predictor.y_pos_offset", "predictor.c_final_layer.")  # in released files, never read
@@ -95,8 +96,8 @@ def spec_from_config(config: dict[str, Any], source: Path) -> ComitSpec:
                 raise UsageError(
                     f"{source}: vae.model_type must be 'mse' or 'ema', got {vae.get('model_type')!r}"
                 )
-        elif name == "stand_in_vae":
-            kind, factor = "stand-in", int(vae["factor"])
+        elif name in LINEAR_VAES:
+            kind, factor = LINEAR_VAES[name], int(vae["factor"])
         else:
             raise UsageError(f"{source}: unknown vae class {name!r}: expected SDAutoencoderKL or null")
     extra = dict(config.get("comit_bench", {}))
@@ -128,8 +129,9 @@ def config_from_spec(spec: ComitSpec) -> dict[str, Any]:
     vae: dict[str, Any] | None = None
     if spec.vae in VAE_HUB:
         vae = {"_target_": f"{PREFIX}.vae.SDAutoencoderKL", "model_type": spec.vae.removeprefix("sd-")}
-    elif spec.vae == "stand-in":
-        vae = {"_target_": "stand_in_vae", "factor": spec.vae_factor}
+    elif spec.vae in LINEAR_VAES.values():
+        target = next(name for name, kind in LINEAR_VAES.items() if kind == spec.vae)
+        vae = {"_target_": target, "factor": spec.vae_factor}
     config: dict[str, Any] = {
         "predictor": {
             "_target_": f"{PREFIX}.predictor.RuledDiT",
@@ -211,7 +213,7 @@ def load_directory(
     model = build(spec, empty=True)
     if spec.vae in VAE_HUB and not any(key.startswith("vae.") for key in tensors):
         tensors.update(sd_vae_tensors(spec.vae, vae or directory / "vae", offline=offline))
-    if spec.vae == "none":
+    if spec.vae in ("none", "dct"):
         tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
     _fill_unused(model, tensors)
     load_checked(model, tensors, path)

@@ -23,6 +23,7 @@ from comit_bench.files import atomic_path
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.ema import Ema
+from comit_bench.train.optimizers import Together
 
 FORMAT = 1
 STATE = "state.json"
@@ -68,7 +69,7 @@ class TrainState:
 
     module: nn.Module
     ema: Ema
-    optimizer: torch.optim.Optimizer
+    optimizer: Together
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors of the module without the frozen autoencoder."""

@@ -15,7 +15,7 @@ import typer
 from comit_bench.errors import BenchError, UsageError
 
 if TYPE_CHECKING:
-    from comit_bench.train.config import TrainConfig
+    from comit_bench.train.config import TeacherRun, TrainConfig
 
 INTERRUPTED = 130
 
@@ -38,7 +38,7 @@ def train(
     On several GPUs or nodes: `torchrun --nproc-per-node N -m comit_bench.train …` or `accelerate launch`.
     """
     from comit_bench.console import set_up_logging
-    from comit_bench.train.config import load_config
+    from comit_bench.train.config import TeacherRun, load_run
 
     set_up_logging()
     if list_presets:
@@ -46,11 +46,13 @@ def train(
         return
     if config is None:
         raise UsageError("--config is missing: name a preset or file, see --list")
-    settings = load_config(config, tuple(overrides or ()))
+    settings = load_run(config, tuple(overrides or ()))
+    command = "python -m comit_bench.train --config " + shlex.join([config, *(overrides or ())])
+    if isinstance(settings, TeacherRun):
+        raise typer.Exit(_train_teacher(settings, dry_run, command, progress=not quiet))
     if dry_run:
         typer.echo(_plan(settings, device))
         return
-    command = "python -m comit_bench.train --config " + shlex.join([config, *(overrides or ())])
     raise typer.Exit(_train(settings, device, resume, command, progress=not quiet))
 
 
@@ -75,6 +77,23 @@ def _train(config: TrainConfig, device: str, resume: str, command: str, *, progr
         return INTERRUPTED
     if exported is not None:
         typer.echo(str(exported))
+    return 0
+
+
+def _train_teacher(run: TeacherRun, dry_run: bool, command: str, *, progress: bool) -> int:
+    import yaml
+
+    if dry_run:
+        text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+        typer.echo(f"{text}# output: {run.output / run.name}")
+        return 0
+    from comit_bench.train.teacher import fit_teacher
+
+    try:
+        typer.echo(str(fit_teacher(run, progress=progress, command=command)))
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command continues from the last checkpoint.\n")
+        return INTERRUPTED
     return 0
 
 

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.models.comit import PRESETS, ComitSpec
 from comit_bench.models.crops import CropGeometry
-from comit_bench.recipes import parse_mapping
+from comit_bench.models.teachers import ScenesTeacherSpec
+from comit_bench.recipes import parse_mapping, validate_mapping
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -43,6 +44,8 @@ class ModelConfig(_Config):
     representation_layer: Annotated[int, Field(ge=0)] | None = None
     image_size: Count | None = None  # only checked against latent side x VAE factor
     vae_path: Path | None = None  # directory of the SD-VAE; None: the hub
+    # message: embedded codes start as strong as positions; released: a tenth of them [N for nano]
+    init: Literal["released", "message"] = "released"
 
     def spec(self) -> ComitSpec:
         """The network's spec.
@@ -145,9 +148,17 @@ class DataConfig(_Config):
 
 
 class OptimConfig(_Config):
-    """Adam as printed in the paper."""
+    """Adam as printed in the paper, or Muon for the matrices inside the blocks and Adam for the rest.
 
+    Both follow the same schedule: linear warm-up, then inverse square root [P], or a cosine down to
+    5 % at ``cosine_steps``, constant afterwards.
+    """
+
+    name: Literal["adam", "muon"] = "adam"  # [P]
     learning_rate: Positive = 3e-4  # [P]
+    muon_learning_rate: Positive = 0.02  # [N]
+    muon_momentum: Share = 0.95  # [N]
+    cosine_steps: Count | None = None  # [N]
     warmup_steps: Annotated[int, Field(ge=0)] = 5000  # [P]
     betas: tuple[float, float] = (0.9, 0.999)  # [P]
     eps: Positive = 1e-8  # [I]
@@ -194,6 +205,46 @@ class TrainConfig(_Config):
         return self
 
 
+class TeacherRun(_Config):
+    """A run that trains ``scenes-teacher``; sizes of the network are those of its spec."""
+
+    kind: Literal["scenes-teacher"]
+    name: str = "scenes-teacher"
+    seed: int = 0
+    steps: Count = 2000
+    batch: Count = 64
+    learning_rate: Positive = 2e-3
+    warmup_steps: Count = 100
+    patch_weight: NotNegative = 0.5
+    count: Annotated[int, Field(ge=100)] = 20000  # training scenes of each layout
+    val_count: Annotated[int, Field(ge=100)] = 1000
+    log_every: Count = 50
+    save_every: Count = 250
+    output: Path = Path("runs")
+    image_size: int = 32
+    patch: int = 4
+    width: int = 48
+    depth: int = 1
+    dim: int = 128
+
+    def spec(self) -> ScenesTeacherSpec:
+        """The network's sizes.
+
+        Raises:
+            UsageError: They do not fit each other.
+        """
+        try:
+            return ScenesTeacherSpec(
+                image_size=self.image_size,
+                patch=self.patch,
+                width=self.width,
+                depth=self.depth,
+                dim=self.dim,
+            )
+        except ValueError as error:
+            raise UsageError(f"scenes-teacher: {error}") from error
+
+
 def preset_folder() -> Path:
     """Where the shipped training presets lie."""
     return Path(str(files("comit_bench"))) / "train" / "presets"
@@ -225,14 +276,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     place[parts[-1]] = number
 
 
-def load_config(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
-    """Read a preset or file, apply ``key=value`` overrides, validate everything.
-
-    A file may start from a preset with ``extends: NAME`` (one level); sections are merged key by key.
-
-    Raises:
-        UsageError: Unknown preset, file or key (with the nearest valid one), or values that do not fit.
-    """
+def _read(name_or_file: str, overrides: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
+    """The mapping of a preset or file with its overrides, and where it lies."""
     known = presets()
     path = known.get(name_or_file.lower(), Path(name_or_file))
     if not path.is_file():
@@ -252,8 +297,39 @@ def load_config(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConf
         raw = parent
     for text in overrides:
         _override(raw, text)
-    from comit_bench.recipes import validate_mapping
+    return raw, path
 
+
+def load_run(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConfig | TeacherRun:
+    """Like :func:`load_config`, for anything that can be trained: ``kind`` says what.
+
+    Raises:
+        UsageError: Unknown preset, file, kind or key (with the nearest valid one), or values that do
+            not fit.
+    """
+    raw, path = _read(name_or_file, overrides)
+    kind = raw.get("kind", "comit")
+    if kind == "scenes-teacher":
+        teacher = validate_mapping(raw, path, TeacherRun)
+        teacher.spec()
+        return teacher
+    if raw.pop("kind", "comit") != "comit":
+        raise UsageError(f"{path}: kind {kind!r}: expected comit or scenes-teacher")
     config = validate_mapping(raw, path, TrainConfig)
     config.model.spec()
     return config
+
+
+def load_config(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
+    """Read a preset or file, apply ``key=value`` overrides, validate everything.
+
+    A file may start from a preset with ``extends: NAME`` (one level); sections are merged key by key.
+
+    Raises:
+        UsageError: Unknown preset, file or key (with the nearest valid one), values that do not fit, or
+            a file that trains something else than a COMiT network.
+    """
+    run = load_run(name_or_file, overrides)
+    if not isinstance(run, TrainConfig):
+        raise UsageError(f"--config {name_or_file}: trains a {run.kind}, not a COMiT network")
+    return run

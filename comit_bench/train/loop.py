@@ -31,13 +31,13 @@ from comit_bench.train.data import Batch, Broken, Steps, iterate_steps, open_ima
 from comit_bench.train.ema import Ema
 from comit_bench.train.export import RunFacts, export
 from comit_bench.train.logs import CsvLog
+from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.schedule import alignment_ramp, learning_rate
 from comit_bench.train.setup import (
     check_spec,
     divide,
     make_accelerator,
     make_module,
-    make_optimizer,
     make_teacher,
 )
 
@@ -124,7 +124,7 @@ class Trainer:
         self.raw.to(self.device)
         self.model = self.raw.model
         self.parameters = [p for p in self.raw.parameters() if p.requires_grad]
-        optimizer = make_optimizer(self.parameters, config, self.device)
+        optimizer = make_optimizer(self.raw, config, self.device)
         ema = Ema(self.model.predictor, config.optim.ema, warmup=config.optim.ema_warmup)
         self.state = TrainState(self.raw, ema, optimizer)
         self.counters = Counters(sums=[0.0] * len(PARTS))
@@ -175,8 +175,14 @@ class Trainer:
         *values, asked = torch.cat([shared[:4], norm.detach().float()[None], shared[4:]]).tolist()
         optim, counters = self.config.optim, self.counters
         if all(math.isfinite(value) for value in values):
+            rate = learning_rate(
+                batch.step,
+                peak=optim.learning_rate,
+                warmup=optim.warmup_steps,
+                cosine_steps=optim.cosine_steps,
+            )
             for group in self.state.optimizer.param_groups:
-                group["lr"] = learning_rate(batch.step, peak=optim.learning_rate, warmup=optim.warmup_steps)
+                group["lr"] = rate * group.get("factor", 1.0)
             self.state.optimizer.step()
             self.state.ema.update(batch.step)
             counters.bad_run = 0

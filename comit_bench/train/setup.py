@@ -131,23 +131,10 @@ def make_model(config: TrainConfig) -> Comit:
     check_spec(spec)
     model = build(spec)
     model.predictor.init_weights(generator_for(config.seed, "train/init"))
+    if config.model.init == "message":
+        model.predictor.favour_message()
     if spec.vae in VAE_HUB:
         tensors = sd_vae_tensors(spec.vae, config.model.vae_path or Path("vae"), offline=False)
         model.vae.load_state_dict({k.removeprefix("vae."): v.float() for k, v in tensors.items()})
     model.vae.requires_grad_(False).eval()
     return model
-
-
-def make_optimizer(
-    parameters: list[torch.nn.Parameter], config: TrainConfig, device: torch.device
-) -> torch.optim.Adam:
-    """Adam as printed; fused on CUDA."""
-    optim = config.optim
-    return torch.optim.Adam(
-        parameters,
-        lr=optim.learning_rate,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=device.type == "cuda",
-    )
