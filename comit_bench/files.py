@@ -26,6 +26,20 @@ def cache_root() -> Path:
     return user_cache_path("comit_bench")
 
 
+def shipped_weights(name: str) -> Path:
+    """The directory of trained weights that come with the package.
+
+    Raises:
+        FileNotFoundError: No weights of that name come with it.
+    """
+    from importlib.resources import files
+
+    directory = Path(str(files("comit_bench"))) / "weights" / name
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory}: no weights of this name come with comit_bench")
+    return directory
+
+
 def _explain(error: OSError, path: Path) -> BenchError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BenchError(

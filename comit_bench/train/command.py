@@ -47,7 +47,9 @@ def train(
     if config is None:
         raise UsageError("--config is missing: name a preset or file, see --list")
     settings = load_run(config, tuple(overrides or ()))
-    command = "python -m comit_bench.train --config " + shlex.join([config, *(overrides or ())])
+    # for model cards; where the files lie changes nothing
+    told = [text for text in overrides or () if not text.startswith("output=")]
+    command = "python -m comit_bench.train --config " + shlex.join([config, *told])
     if isinstance(settings, TeacherRun):
         raise typer.Exit(_train_teacher(settings, dry_run, command, progress=not quiet))
     if dry_run:
