@@ -24,7 +24,7 @@ def load(name: str, *overrides: str) -> TrainConfig:
     return load_config(name, overrides if scenes else (SOURCE, *overrides))
 
 
-@pytest.mark.parametrize("name", sorted(presets()))
+@pytest.mark.parametrize("name", sorted(set(presets()) - {"scenes-teacher"}))
 def test_every_preset_is_valid(name: str) -> None:
     config = load(name)
     assert config.name == name
@@ -54,6 +54,7 @@ def test_the_paper_presets_are_as_printed(name: str) -> None:
         ("comit-b-no-srepa", {"objective.srepa_weight"}),
         ("comit-b-no-local-crops", {"crops.max_crops", "crops.global_first"}),
         ("comit-b-bottleneck-s", {"model.message_length", "model.fsq_levels", "model.vocab_size"}),
+        ("comit-nano-no-srepa", {"objective.srepa_weight", "objective.alignment_ramp", "teacher.name"}),
         ("comit-nano-no-local-crops", {"crops.max_crops", "crops.global_first", "crops.warmup_steps"}),
     ],
 )
@@ -95,7 +96,7 @@ def test_a_file_may_extend_a_preset(tmp_path: Path) -> None:
         ("model.preset=comit-nanno", "comit-nano"),
         ("crops.max_crops=10", "max_crops"),
         ("objective.backprop_updates=5", "backprop_updates"),
-        ("objective.repa_weight=1", "teacher.name is none"),
+        ("teacher.name=none", "teacher.name is none"),
         ("data.kind=class-folders", "needs data.source"),
         ("steps=0", "steps"),
         ("steps", "key=value"),

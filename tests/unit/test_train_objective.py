@@ -15,7 +15,7 @@ from comit_bench.models.comit import PRESETS, Comit, ComitSpec
 from comit_bench.models.comit_codec import crop_latents, encode_sequence, locate, update
 from comit_bench.models.crops import CropGeometry, encoding_offsets
 from comit_bench.models.teachers import TeacherFeatures
-from comit_bench.models.vae import IdentityVae, StandInVae
+from comit_bench.models.vae import DctVae, StandInVae
 from comit_bench.train.config import CropsConfig, TrainConfig
 from comit_bench.train.objective import LossParts, TrainingModule, crop_locations, cut_crops
 from comit_bench.train.sampling import StepPlan, crop_count, plan_step
@@ -46,7 +46,7 @@ def config(**sections: Any) -> TrainConfig:
 
 
 def network(run: TrainConfig, *, zero_gates: bool = False) -> Comit:
-    model = Comit(run.model.spec(), IdentityVae())
+    model = Comit(run.model.spec(), DctVae(4))
     model.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=zero_gates)
     return model
 
@@ -134,7 +134,7 @@ def test_shares_corners_and_times_are_distributed_as_configured() -> None:
     assert abs(normal.mean() + 0.5) < 0.08
     assert abs(normal.std() - 1.0) < 0.06
     noise = torch.cat([p.noise for p in plans])
-    assert noise.shape[1:] == (3, 32, 32)
+    assert noise.shape[1:] == (12, 8, 8)
     assert abs(noise.std() - 1) < 0.01
 
 
@@ -185,7 +185,7 @@ def test_messages_are_those_of_the_codec_with_mixed_first_crops(crops: int) -> N
     x = images(4)
     with torch.no_grad():
         places = crop_locations(train.model.spec.geometry, corners)
-        got = train._message(x, x, places, plan)
+        got = train._message(x, train._latents(x), places, plan)
         latents = crop_latents(train.model, x, cells)
         done = encode_sequence(train.model, latents, cells, locate(train.model, cells, 32))
         want = train.model.quantizer.relaxed(done.steps[-1].prequant)
@@ -204,7 +204,7 @@ def test_only_the_last_updates_get_gradient(kept: int) -> None:
     model = train.model
     parameters = [p for p in model.predictor.parameters() if p.requires_grad]
     places = crop_locations(model.spec.geometry, plan.corners)
-    latents = train._crop_latents(x, x, torch.arange(3), plan.corners)
+    latents = train._crop_latents(x, train._latents(x), torch.arange(3), plan.corners)
     weight = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(3))
 
     full = encode_sequence(model, latents, plan.corners, places)
@@ -212,7 +212,7 @@ def test_only_the_last_updates_get_gradient(kept: int) -> None:
     for k in range(3 - kept, 3):
         message = model.quantizer(update(model, latents[k], message, encoding_offsets(places)[k]))
     want = grads((message * weight).sum(), parameters)
-    codes = train._message(x, x, places, plan)
+    codes = train._message(x, train._latents(x), places, plan)
     got = grads((codes * weight).sum(), parameters)
     assert torch.equal(codes, full.codes)
     for a, b in zip(got, want, strict=True):
@@ -255,16 +255,16 @@ def test_flow_loss_and_alignment_are_the_formulas() -> None:
     parts = train(x, plan, teacher, 0.25)
     predictor = train.model.predictor
     places = crop_locations(train.model.spec.geometry, plan.corners)
-    codes = train._message(x, x, places, plan)
-    t = plan.times[:, None, None, None]
+    codes = train._message(x, train._latents(x), places, plan)
+    t, clean = plan.times[:, None, None, None], train._latents(x)
     out = predictor(
-        (1 - t) * plan.noise + t * x,
+        (1 - t) * plan.noise + t * clean,
         predictor.condition(codes, -places[-1]),
         predictor.time_state(plan.times),
         read="both",
         hidden_layer=1,
     )
-    flow = ((out.velocity - (x - plan.noise)) ** 2).mean(dim=(1, 2, 3)).mean()
+    flow = ((out.velocity - (clean - plan.noise)) ** 2).mean(dim=(1, 2, 3)).mean()
     assert torch.allclose(parts.flow, flow, atol=1e-5)
     image, message = out.hidden
     a = train.heads["repa"](image)
@@ -304,9 +304,9 @@ def test_the_other_images_do_not_notice_that_some_are_skipped() -> None:
     places = crop_locations(train.model.spec.geometry, corners)
     with torch.no_grad():
         every = train._message(
-            x, x, places, with_(plan, corners=corners, skip=torch.zeros(5, dtype=torch.bool))
+            x, train._latents(x), places, with_(plan, corners=corners, skip=torch.zeros(5, dtype=torch.bool))
         )
-        some = train._message(x, x, places, with_(plan, corners=corners, skip=skip))
+        some = train._message(x, train._latents(x), places, with_(plan, corners=corners, skip=skip))
     assert torch.allclose(some[~skip], every[~skip], atol=1e-6)
     assert len(every.flatten(1).unique(dim=0)) == 5
     assert torch.equal(some[skip], train.model.prior(2, x.device))
@@ -354,7 +354,7 @@ def test_message_dropout_leaves_the_message_unrounded() -> None:
     train, x = module(run), images(40)
     with torch.no_grad():
         places = crop_locations(train.model.spec.geometry, plan.corners)
-        codes = train._message(x, x, places, plan)
+        codes = train._message(x, train._latents(x), places, plan)
     steps = codes * train.model.quantizer.half_width
     exact = (steps - steps.round()).abs().flatten(1).amax(1) < 1e-5
     assert torch.equal(exact, ~plan.relaxed)
@@ -394,7 +394,7 @@ def test_nothing_stale_outlives_a_step_of_a_fused_optimizer() -> None:
     fresh.load_state_dict(train.model.state_dict())
     other = TrainingModule(fresh, run, None)
     with torch.no_grad():
-        assert torch.equal(train._message(x, x, places, plan), other._message(x, x, places, plan))
+        assert torch.equal(train._message(x, train._latents(x), places, plan), other._message(x, x, places, plan))
 
 
 def test_bfloat16_autocast_keeps_losses_and_messages_in_float32() -> None:
@@ -405,7 +405,7 @@ def test_bfloat16_autocast_keeps_losses_and_messages_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         parts = train(x, plan, teacher, 1.0)
         places = crop_locations(train.model.spec.geometry, plan.corners)
-        assert train._message(x, x, places, plan).dtype == torch.float32
+        assert train._message(x, train._latents(x), places, plan).dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in parts)
     assert torch.allclose(parts.repa, exact.repa, atol=0.05)
     parts.total.backward()
