@@ -11,7 +11,7 @@ the same for any number of ranks and workers, and a resumed run starts with the 
 root under the path of the tar and is valid as long as its size and time of change stay. After that an image
 is one ``open``, one seek and one read, like a file in a folder. On a local disk that is nothing next to
 decoding; on a network disk each image is a round trip, where streaming would read large pieces in sequence.
-More ``data.workers`` hide that delay.
+More reading processes hide that delay.
 
 The format: files that share their directory and their name up to its first dot are one sample; the rest of
 the name says what they are (``n01440764/10026.jpg``, ``n01440764/10026.cls``). Only uncompressed tars can be
@@ -32,8 +32,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from hashlib import sha256
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,7 +49,7 @@ MAX_SHARDS = 100_000
 TAIL = 1 << 20  # bytes after the end marker that are looked at
 THREADS = 8
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
-_URL = re.compile(r"(pipe:|[a-z][a-z0-9+.-]*:/)", re.IGNORECASE)
+_URL = re.compile(r"(pipe:|[a-z][a-z0-9+.-]+:/)", re.IGNORECASE)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # sample, and what the member is
@@ -120,7 +122,8 @@ def _find(pattern: str) -> list[Path]:
     if Path(pattern).exists():  # before braces and stars: a name may contain them
         return sorted(Path(pattern).glob(f"*{SUFFIX}")) if Path(pattern).is_dir() else [Path(pattern)]
     names = expand_braces(pattern)
-    globbed = [sorted(map(Path, glob(name))) if has_magic(name) else [Path(name)] for name in names]
+    # glob, since Path.glob wants a folder to start from and the pattern may be absolute
+    globbed = [sorted(map(Path, glob(name))) if has_magic(name) else [Path(name)] for name in names]  # noqa: PTH207
     found = [path for paths in globbed for path in paths]
     absent = [str(path) for path in found if not path.is_file()]
     if absent:
@@ -134,7 +137,9 @@ def _hint(part: str) -> str:
     folder = Path(part).expanduser()
     if folder.is_dir() and any(folder.glob("*.tar.*")):
         return ", only compressed ones: decompress them, they cannot be read by offset"
-    return f". Give a directory, a glob like DIR/*{SUFFIX}, or a range like DIR/train-{{000000..000146}}{SUFFIX}"
+    return (
+        f". Give a directory, a glob like DIR/*{SUFFIX}, or a range like DIR/train-{{000000..000146}}{SUFFIX}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,7 @@ def _members(path: Path) -> tuple[list[tuple[str, int, int]], int, int]:
     found, others = [], 0
     with tarfile.open(path, "r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members = []  # or a tar of a million members would be held in memory twice
+            archive.members = []  # type: ignore[attr-defined]  # or a tar of a million members would be held in memory twice
             if member.isreg() and not member.issparse():
                 found.append((_printable(member.name), member.offset_data, member.size))
             elif not member.isdir():
@@ -218,7 +223,9 @@ def scan_tar(path: Path) -> TarIndex:
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         if isinstance(error, BenchError):
             raise
-        raise CorruptFileError(f"{path}: truncated or no tar ({error}). Replace it by an intact copy.") from error
+        raise CorruptFileError(
+            f"{path}: truncated or no tar ({error}). Replace it by an intact copy."
+        ) from error
     if others:
         _log.warning("%s: %d members that are links or no plain files are left out", path, others)
     names, offsets, sizes = zip(*members, strict=True) if members else ((), (), ())
@@ -240,7 +247,8 @@ def _cached(path: Path, cache: Path) -> TarIndex | None:
         content = json.loads(_place(path, cache).read_bytes())
         if content.pop("format") != FORMAT or content.pop("path") != _printable(str(path.resolve())):
             return None
-        index = TarIndex(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        lists = (tuple(content[key]) for key in ("names", "offsets", "sizes"))
+        index = TarIndex(content["size"], content["changed"], *lists)
         lengths = {len(index.names), len(index.offsets), len(index.sizes)}
         fits = (index.size, index.changed) == (now.st_size, now.st_mtime_ns) and len(lengths) == 1
         return index if fits else None
@@ -259,7 +267,9 @@ def _alone(folder: Path, shards: Sequence[Path]) -> Iterator[bool]:
         lock = FileLock(folder / f".{key}.lock")
         lock.acquire()
     except (OSError, NotImplementedError) as error:
-        _log.warning("%s: cannot keep the listing of the shards (%s); it is made anew next time", folder, error)
+        _log.warning(
+            "%s: cannot keep the listing of the shards (%s); it is made anew next time", folder, error
+        )
         yield False
         return
     try:
@@ -297,8 +307,12 @@ def index_shards(shards: Sequence[Path], cache: Path) -> list[TarIndex]:
     stale = [path for path, index in zip(shards, known, strict=True) if index is None]
     if stale:
         with _alone(cache / "tar-index", stale) as keep, ThreadPoolExecutor(THREADS) as pool:
-            listed = pool.map(lambda path: _list_one(path, cache, keep), stale)
-            fresh = iter(list(tqdm(listed, "listing shards", len(stale), delay=1.0, leave=False, disable=None)))
+            jobs = [pool.submit(_list_one, path, cache, keep) for path in stale]
+            try:
+                bar = tqdm(jobs, "listing shards", delay=1.0, leave=False, disable=None)
+                fresh = iter([job.result() for job in bar])
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)  # after an error, not the remaining ones too
     return [index if index is not None else next(fresh) for index in known]
 
 
@@ -307,6 +321,13 @@ def _wanted(image_key: str | None) -> frozenset[str]:
     if image_key is None:
         return frozenset(suffix[1:] for suffix in EXTENSIONS)
     return frozenset(key.strip().lstrip(".").lower() for key in image_key.split(";")) - {""}
+
+
+class _Image(NamedTuple):
+    id: str
+    shard: int
+    offset: int
+    size: int
 
 
 class TarImages:
@@ -329,29 +350,32 @@ class TarImages:
 
     def __init__(self, shards: Sequence[Path], *, cache: Path, image_key: str | None = None) -> None:
         self.shards = tuple(shards)
-        self._indexes = [(index.size, index.changed) for index in (listed := index_shards(shards, cache))]
-        found: list[tuple[str, int, int, int]] = []
+        listed = index_shards(shards, cache)
+        self._states = [(index.size, index.changed) for index in listed]
+        found: list[_Image] = []
         without = 0
         for number, (path, index) in enumerate(zip(shards, listed, strict=True)):
             chosen, imageless = _choose(path, index, image_key)
-            found += [(index.names[i], number, index.offsets[i], index.sizes[i]) for i in chosen]
+            found += [_Image(index.names[i], number, index.offsets[i], index.sizes[i]) for i in chosen]
             without += imageless
         if not found:
             raise UsageError(self._nothing(listed, image_key))
         if without:
             _log.warning("%d samples of %d shards hold no image and are left out", without, len(shards))
-        if len({entry[0] for entry in found}) < len(found):
+        if len({image.id for image in found}) < len(found):
             prefixes = _prefixes(shards)
-            found = [(f"{prefixes[number]}/{name}", number, *rest) for name, number, *rest in found]  # type: ignore[misc]
+            found = [image._replace(id=f"{prefixes[image.shard]}/{image.id}") for image in found]
         found.sort()
-        self.ids = tuple(entry[0] for entry in found)
-        self._shard = np.array([entry[1] for entry in found], dtype=np.int32)
-        self._offset = np.array([entry[2] for entry in found], dtype=np.int64)
-        self._size = np.array([entry[3] for entry in found], dtype=np.int64)
+        self.ids = tuple(image.id for image in found)
+        self._shard = np.array([image.shard for image in found], dtype=np.int32)
+        self._offset = np.array([image.offset for image in found], dtype=np.int64)
+        self._size = np.array([image.size for image in found], dtype=np.int64)
 
     @staticmethod
     def _nothing(listed: Iterable[TarIndex], image_key: str | None) -> str:
-        kinds = {match[2].lower() for index in listed for name in index.names if (match := _NAME.fullmatch(name))}
+        kinds = {
+            match[2].lower() for index in listed for name in index.names if (match := _NAME.fullmatch(name))
+        }
         looked = ", ".join(sorted(_wanted(image_key)))
         here = ", ".join(sorted(kinds)[:10]) or "nothing"
         return f"the shards hold no image: looked for members that end in {looked}; there are: {here}"
@@ -372,7 +396,7 @@ class TarImages:
         try:
             with path.open("rb", buffering=0) as stream:
                 now = os.fstat(stream.fileno())
-                if (now.st_size, now.st_mtime_ns) != self._indexes[number]:
+                if (now.st_size, now.st_mtime_ns) != self._states[number]:
                     raise BenchError(f"{path}: was changed while it was in use. Start the command again.")
                 stream.seek(int(self._offset[index]))
                 return _read_exactly(stream, size, path)
@@ -382,10 +406,10 @@ class TarImages:
             raise BenchError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def _read_exactly(stream: object, size: int, path: Path) -> bytes:
+def _read_exactly(stream: FileIO, size: int, path: Path) -> bytes:
     parts = []
     while size > 0:
-        part = stream.read(size)  # type: ignore[attr-defined]
+        part = stream.read(size)
         if not part:
             raise BenchError(f"{path}: ends too early. Replace it by an intact copy.")
         parts.append(part)
@@ -411,7 +435,7 @@ def _choose(path: Path, index: TarIndex, image_key: str | None) -> tuple[list[in
                 raise CorruptFileError(f"{path}: holds {names[0]} more than once. Replace the shard.")
             raise UsageError(
                 f"{path}: sample {sample} has several images ({', '.join(names)}). Say which with "
-                "data.image_key=SUFFIX (all of the name after its first dot)."
+                "image_key=SUFFIX (all of the name after its first dot)."
             )
     return [images[0] for images in samples.values() if images], sum(not v for v in samples.values())
 
