@@ -14,6 +14,7 @@ No code that comes with a data set is run. Images are handed out as they were en
 The id of an image, by which everything random is keyed: the value of a column that is named; else the file
 name that the set stores for it (relative to the source, if it lies below), when all have one and they
 differ; else ``<split>/<row number>``. Images are sorted by id, so neither files nor shards decide the order.
+``save_to_disk`` keeps only the last part of file names: a column of whole names is worth having there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from comit_bench.errors import BenchError, CorruptFileError, MissingError, Usage
 EXTRA = 'pip install "comit-bench[hf]"'
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 ONLY = ""  # name of the split of a set that has none
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # a name alone may be a reader of the library
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def _explained(source: str, *, hub: bool) -> Iterator[None]:
         raise MissingError(
             f"{source}: not in the cache of datasets, and the hub cannot be reached ({_first_line(error)}). "
             f"Where there is a network: hf download {source} --repo-type dataset --local-dir DIR; copy DIR "
-            "here and name it as the source. With HF_HUB_OFFLINE=1 only the cache is asked."
+            "here and name it as the source. HF_HUB_OFFLINE=1 asks the cache alone, without waiting."
         ) from error
     except FileNotFoundError as error:  # also the library's own, for repositories
         access = (
@@ -86,7 +87,10 @@ def _explained(source: str, *, hub: bool) -> Iterator[None]:
     except (ValueError, KeyError, TypeError) as error:
         if type(error).__module__.startswith("pyarrow"):
             raise CorruptFileError(f"{source}: damaged Arrow or Parquet ({_first_line(error)})") from error
-        raise UsageError(f"{source}: {_first_line(error)}. Subsets are chosen with subset=NAME.") from error
+        text = " ".join(str(error).split())[:500].rstrip(".")
+        raise UsageError(f"{source}: {text}. Subsets are chosen with subset=NAME.") from error
+    except RuntimeError as error:  # refuses data sets that bring a program
+        raise UsageError(f"{source}: {_first_line(error)}. Only files of data are read.") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -132,7 +136,7 @@ def open_splits(source: str, *, subset: str | None = None, revision: str | None 
             if "trust_remote_code" in inspect.signature(load_dataset).parameters:  # before 4.0
                 options["trust_remote_code"] = False
             _log.info("opening %s with datasets %s", source, version("datasets"))
-            loaded = load_dataset(str(path) if local else source, subset, **options)
+            loaded = load_dataset(str(path.absolute()) if local else source, subset, **options)
     return dict(loaded) if isinstance(loaded, Mapping) else {str(loaded.split or ONLY): loaded}
 
 

@@ -188,8 +188,9 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", {"0.png": b"a" * 700, "1.png": b"b" * 512})
     whole = (tmp_path / "x.tar").read_bytes()
     cut = tmp_path / "cut.tar"
-    borders = [entry.offset for entry in tarfile.open(tmp_path / "x.tar")]  # noqa: SIM115
-    end = tarfile.open(tmp_path / "x.tar").getmembers()[-1].offset_data + 512  # noqa: SIM115
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        borders = [entry.offset for entry in archive]
+        end = archive.getmembers()[-1].offset_data + 512
     assert len(borders) == 4
     for length in [*borders, *range(0, end + 512, 100), end, end + 511]:
         cut.write_bytes(whole[:length])
@@ -212,7 +213,8 @@ def test_tars_that_are_none_are_refused(tmp_path: Path) -> None:
     path.write_bytes(whole + whole)
     with pytest.raises(CorruptFileError, match="data after the end marker"):
         scan_tar(path)
-    second = tarfile.open(fileobj=io.BytesIO(whole)).getmembers()[1].offset
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        second = archive.getmembers()[1].offset
     path.write_bytes(whole[:second] + b"\xff" * 512 + whole[second + 512 :])
     with pytest.raises(CorruptFileError, match=f"no tar header at byte {second}"):
         scan_tar(path)
