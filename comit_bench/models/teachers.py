@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.files import shipped_weights
-
 DINOV2 = {
     "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
     "dinov2-l": "vit_large_patch14_dinov2.lvd142m",
@@ -227,7 +225,7 @@ def load_teacher(
         name: ``none``, ``dinov2-b``, ``dinov2-l`` or ``scenes-teacher``.
         path: Weights: for DINOv2 a ``.safetensors`` or ``.pth`` file (timm's or the original release's
             keys) or a directory that holds one, None asks the hub; for the scenes-teacher a directory
-            with ``config.json`` and ``model.safetensors``, None is the one that ships.
+            with ``config.json`` and ``model.safetensors``.
         grid: Token grid side of the network to be trained.
         device: Where it runs.
 
@@ -249,7 +247,7 @@ def load_teacher(
 
 def _read_scenes_teacher(path: Path | None) -> ScenesTeacherNet:
     if path is None:
-        path = shipped_weights("scenes-teacher")
+        raise FileNotFoundError("scenes-teacher: needs the directory of its weights")
     config_file, weights = path / "config.json", path / WEIGHTS
     for file in (config_file, weights):
         if not file.is_file():

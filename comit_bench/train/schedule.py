@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-
 FLOOR = 0.05  # of the peak, where a cosine ends
 
 

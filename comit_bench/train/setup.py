@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from comit_bench.errors import MissingError, UsageError
+from comit_bench.files import shipped_weights
 from comit_bench.models.comit import Comit, ComitSpec
 from comit_bench.models.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for
@@ -65,7 +66,7 @@ def check_spec(spec: ComitSpec) -> None:
 
 
 def make_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
-    """The frozen teacher, None without one.
+    """The frozen teacher, None without one; a scenes-teacher without a path is the one that ships.
 
     Raises:
         MissingError: Its weights are not here and cannot be had.
@@ -74,7 +75,10 @@ def make_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
     spec, teacher = config.model.spec(), config.teacher
     grid = spec.max_input_size // spec.patch_size
     try:
-        return load_teacher(teacher.name, path=teacher.path, grid=grid, device=device)
+        path = teacher.path
+        if path is None and teacher.name == "scenes-teacher":
+            path = shipped_weights("scenes-teacher")
+        return load_teacher(teacher.name, path=path, grid=grid, device=device)
     except FileNotFoundError as error:
         raise MissingError(f"teacher: {error}") from error
     except ValueError as error:

@@ -212,8 +212,8 @@ one vector of {run.dim} per image and one per {run.patch} px patch, standardised
 comit_bench {__version__}.
 
 Label-free, renderer-supervised (inverse rendering): it learnt to predict where the painter put objects and
-in which colour, never a class. {run.count:,} scenes with one and {run.count:,} with two objects, none of which
-any probe uses; {run.steps:,} steps of {run.batch}.
+in which colour, never a class. {run.count:,} scenes with one and {run.count:,} with two objects, none of
+which any probe uses; {run.steps:,} steps of {run.batch}.
 
 - loss at the end: {facts["loss"]:.4f}
 - linear read-out of the image vector on {run.val_count} held-out scenes: digit {facts["digit"]:.3f}, colour

@@ -394,7 +394,9 @@ def test_nothing_stale_outlives_a_step_of_a_fused_optimizer() -> None:
     fresh.load_state_dict(train.model.state_dict())
     other = TrainingModule(fresh, run, None)
     with torch.no_grad():
-        assert torch.equal(train._message(x, train._latents(x), places, plan), other._message(x, x, places, plan))
+        assert torch.equal(
+            train._message(x, train._latents(x), places, plan), other._message(x, x, places, plan)
+        )
 
 
 def test_bfloat16_autocast_keeps_losses_and_messages_in_float32() -> None:
