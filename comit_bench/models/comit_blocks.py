@@ -10,6 +10,7 @@ tokens, ``N`` = 1 + X + 2M (order: offset, image, message, buffer), ``T`` = 1 or
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -226,6 +227,10 @@ class Block(nn.Module):
         u = u[:, read] + self.gate(self.attn.attend(q, k, v, bias), x[2], r[2], rows, start)
         h = self.mlp(self.shift_scale(u, (x[3], x[4]), (r[3], r[4]), rows, start))
         return u + self.gate(h, x[5], r[5], rows, start)
+
+
+# (block, u, state, rows, read, bias) -> u: how a network in training calls its blocks
+BlockRunner = Callable[[Block, Tensor, BlockState, Rows, slice, Tensor | None], Tensor]
 
 
 class AttentionProbe:
