@@ -1,9 +1,9 @@
 """Wall time of a training step, and which share of the machine's float32 or bfloat16 matrix rate it reaches.
 
 No limits: numbers are for comparing. The least of many rounds counts, and with one CPU thread the
-processor's time instead of the wall clock's. ``extra_info`` of the benchmark (and ``-s``) holds images per second,
-FLOPs of the step by torch's counter, the rate of one large matrix product measured in the same process
-with the same number of threads, and their quotient, the model FLOPs utilisation.
+processor's time instead of the wall clock's. ``extra_info`` of the benchmark (and ``-s``) holds images
+per second, FLOPs of the step by torch's counter, the rate of one large matrix product measured in the
+same process with the same number of threads, and their quotient, the model FLOPs utilisation.
 
     OMP_NUM_THREADS=1 python -m pytest tests/perf/test_train_speed.py -m "perf and not gpu" -s
     python -m pytest tests/perf/test_train_speed.py -m "perf and gpu" -s
