@@ -180,7 +180,8 @@ class Trainer:
         if self.sharded:
             sync_gradients(self.raw, last)
             return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(self.module)
+        waiting: AbstractContextManager[None] = self.accelerator.no_sync(self.module)
+        return nullcontext() if last else waiting
 
     def _step(self, batch: Batch, stop: Stop) -> tuple[list[float], bool]:
         """One optimizer step. Returns the values of ``PARTS`` and whether to stop, equal on all ranks."""

@@ -24,14 +24,14 @@ from comit_bench.models.comit import Comit
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    if not torch.distributed.is_available():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
-def shard(module: nn.Module, vae_owner: nn.Module, device: torch.device) -> nn.Module:
+def shard(module: nn.Module, vae_owner: Comit, device: torch.device) -> nn.Module:
     """Shard a module in place over all processes, except for ``vae_owner.vae``; names stay as they are."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -56,7 +56,8 @@ def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other tensor as it is. Shares memory."""
     if not _is_sharded(tensor):
         return tensor
-    part: Tensor = tensor.to_local()  # type: ignore[operator]
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local()
     return part
 
 
@@ -64,18 +65,20 @@ def full(tensor: Tensor) -> Tensor:
     """The whole tensor. For sharded ones all processes must call this in the same order."""
     if not _is_sharded(tensor):
         return tensor
-    whole: Tensor = tensor.full_tensor()  # type: ignore[operator]
+    sharded: Any = tensor
+    whole: Tensor = sharded.full_tensor()
     return whole
 
 
-def like(value: Tensor, sharded: Tensor) -> Tensor:
+def like(value: Tensor, target: Tensor) -> Tensor:
     """A whole tensor sharded as another one is; as it is if that one is whole."""
-    if not _is_sharded(sharded):
+    if not _is_sharded(target):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    mesh, places = sharded.device_mesh, sharded.placements  # type: ignore[attr-defined]
-    return distribute_tensor(value.to(local(sharded).device), mesh, places)
+    sharded: Any = target
+    whole = value.to(local(target).device)
+    return distribute_tensor(whole, sharded.device_mesh, sharded.placements)
 
 
 @torch.no_grad()
