@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from comit_bench.models.comit_blocks import (
     AttentionProbe,
     Block,
+    BlockRunner,
     BlockState,
     FinalLayer,
     PatchEmbed,
@@ -152,6 +153,7 @@ class Predictor(nn.Module):
         self.final_layer = FinalLayer(width, spec.out_channels * spec.patch_size**2, modulated=True)
         self.r_final_layer = FinalLayer(width, spec.code_dim, modulated=False)
         self.c_final_layer = FinalLayer(width, 2, modulated=False)  # in the files, never used
+        self.runner: BlockRunner | None = None  # how training calls a block; set by train/scaling.py
         self._times: OrderedDict[float, TimeState] = OrderedDict()
         self._times_stamp: tuple[object, ...] = ()
         self._masks: dict[tuple[object, ...], Tensor] = {}
@@ -321,7 +323,11 @@ class Predictor(nn.Module):
             part = rows.read if last else slice(0, rows.total)
             if not needs_buffer and state.buffer_qkv is not None:
                 state = BlockState(state.image, state.message)
-            u = block(u, state, rows, part, self.mask(rows, mode, part, u), asked)
+            bias = self.mask(rows, mode, part, u)
+            if self.runner is None or asked is not None or not self.training:
+                u = block(u, state, rows, part, bias, asked)
+            else:
+                u = self.runner(block, u, state, rows, part, bias)
             if index == hidden_layer:
                 hidden = (u[:, 1 : 1 + rows.image], u[:, 1 + rows.image : rows.conditioned])
         if u.shape[1] == rows.total:

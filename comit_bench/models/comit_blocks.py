@@ -10,6 +10,7 @@ tokens, ``N`` = 1 + X + 2M (order: offset, image, message, buffer), ``T`` = 1 or
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TIME_FEATURES = 256
+Pair = tuple[Tensor, Tensor]
 
 
 def sincos_grid(side: int, width: int) -> Tensor:
@@ -121,7 +123,9 @@ def split_groups(u: Tensor, rows: Rows, start: int = 0) -> tuple[Tensor, Tensor,
     """Cut rows that begin at sequence position ``start`` into offset, image and message+buffer."""
     a = max(1 - start, 0)
     b = max(1 + rows.image - start, 0)
-    return u[:, :a], u[:, a:b], u[:, b:]
+    # one split, not three slices: its gradient is one concatenation instead of three padded tensors
+    offset, image, message = u.split([a, b - a, u.shape[1] - b], dim=1)
+    return offset, image, message
 
 
 class Attention(nn.Module):
@@ -144,8 +148,9 @@ class Attention(nn.Module):
             qkv = self.qkv(h)
             if extra_qkv is not None:
                 qkv = torch.cat([qkv, extra_qkv.expand(h.shape[0], -1, -1)], dim=1)
-            q, k, v = rearrange(qkv, "b n (three h c) -> three b h n c", three=3, h=self.heads)
-            return q, k, v
+            # unbound before it is transposed: the gradient is then stacked in the layout of qkv
+            q, k, v = rearrange(qkv, "b n (three h c) -> b n three h c", three=3, h=self.heads).unbind(2)
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(h[:, read], weight[:width], bias[:width])
         kv = F.linear(h, weight[width:], bias[width:])
@@ -154,8 +159,8 @@ class Attention(nn.Module):
             every_q = torch.cat([F.linear(h, weight[:width], bias[:width]), extra[..., :width]], dim=1)
             q, kv = every_q[:, read], torch.cat([kv, extra[..., width:]], dim=1)
         q = rearrange(q, "b n (h c) -> b h n c", h=self.heads)
-        k, v = rearrange(kv, "b n (two h c) -> two b h n c", two=2, h=self.heads)
-        return q, k, v
+        k, v = rearrange(kv, "b n (two h c) -> b n two h c", two=2, h=self.heads).unbind(2)
+        return q, k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """softmax(q k / sqrt(D/H) + bias) v -> [B, rows, D]."""
@@ -189,16 +194,17 @@ class Block(nn.Module):
         self.x_adaLN_modulation = Modulation(width, 6)
         self.r_adaLN_modulation = Modulation(width, 6)
 
-    def shift_scale(self, u: Tensor, state: BlockState, part: int, rows: Rows, start: int) -> Tensor:
-        """LayerNorm, then scale and shift every group by its own modulation."""
-        offset, image, message = split_groups(self.norm(u), rows, start)
-        (xs, xc), (rs, rc) = state.image[part : part + 2], state.message[part : part + 2]
-        return torch.cat([offset, image * (1 + xc) + xs, message * (1 + rc) + rs], dim=1)
+    def shift_scale(self, u: Tensor, image: Pair, message: Pair, rows: Rows, start: int) -> Tensor:
+        """LayerNorm, then scale and shift every group by its own modulation (shift, scale)."""
+        o, x, r = split_groups(self.norm(u), rows, start)
+        x = x * (1 + image[1]) + image[0]
+        r = r * (1 + message[1]) + message[0]
+        return torch.cat([o, x, r], dim=1)
 
-    def gate(self, u: Tensor, state: BlockState, part: int, rows: Rows, start: int) -> Tensor:
+    def gate(self, u: Tensor, image: Tensor, message: Tensor, rows: Rows, start: int) -> Tensor:
         """Scale a residual branch by its gate; the offset row has none."""
-        offset, image, message = split_groups(u, rows, start)
-        return torch.cat([offset, image * state.image[part], message * state.message[part]], dim=1)
+        o, x, r = split_groups(u, rows, start)
+        return torch.cat([o, x * image, r * message], dim=1)
 
     def forward(
         self,
@@ -213,12 +219,18 @@ class Block(nn.Module):
         # In the first block the buffer rows are the same for every image: their q, k, v are ready.
         shared = state.buffer_qkv
         h = u if shared is None else u[:, : rows.conditioned]
-        q, k, v = self.attn.project(self.shift_scale(h, state, 0, rows, 0), read, shared)
+        x, r = state.image.unbind(0), state.message.unbind(0)
+        q, k, v = self.attn.project(self.shift_scale(h, (x[0], x[1]), (r[0], r[1]), rows, 0), read, shared)
         if probe is not None:
             probe.record(q, k, bias, rows)
         start = read.start
-        u = u[:, read] + self.gate(self.attn.attend(q, k, v, bias), state, 2, rows, start)
-        return u + self.gate(self.mlp(self.shift_scale(u, state, 3, rows, start)), state, 5, rows, start)
+        u = u[:, read] + self.gate(self.attn.attend(q, k, v, bias), x[2], r[2], rows, start)
+        h = self.mlp(self.shift_scale(u, (x[3], x[4]), (r[3], r[4]), rows, start))
+        return u + self.gate(h, x[5], r[5], rows, start)
+
+
+# (block, u, state, rows, read, bias) -> u: how a network in training calls its blocks
+BlockRunner = Callable[[Block, Tensor, BlockState, Rows, slice, Tensor | None], Tensor]
 
 
 class AttentionProbe:

@@ -1,7 +1,8 @@
 """Checkpoints: one directory each, whole or absent, without pickle.
 
 ``step-00001000/`` holds ``model.safetensors`` (network and projection heads), ``ema.safetensors``,
-``optimizer.safetensors`` and ``state.json`` (counters and the configuration). The number of a
+``optimizer.safetensors`` and ``state.json`` (counters and the configuration). Tensors are always whole,
+however they were sharded, so the number of processes and the sharding may change. The number of a
 checkpoint is the number of finished optimizer steps. Everything random is a function of the seed and
 the step, so no generator state has to be kept.
 """
@@ -24,6 +25,7 @@ from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.ema import Ema
 from comit_bench.train.optimizers import Together
+from comit_bench.train.sharding import fill, gather, like
 
 FORMAT = 1
 STATE = "state.json"
@@ -35,6 +37,7 @@ FREE = frozenset(
         "keep_last", "max_bad_steps", "weights_licence", "data.workers", "data.max_broken", "data.title",
         "data.source", "data.val_source", "model.vae_path", "teacher.path", "model.image_size",
         "model.vocab_size",
+        "activation_checkpointing", "compile", "sharding",  # the last two change rounding, as ranks do
     }
 )  # fmt: skip
 
@@ -76,10 +79,26 @@ class TrainState:
         """Tensors of the module without the frozen autoencoder."""
         return {k: v for k, v in self.module.state_dict().items() if not k.startswith("model.vae.")}
 
+    def parameters(self) -> list[Tensor]:
+        """What the optimizer changes, in its order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def moments(self) -> dict[str, Tensor]:
         """Optimizer state as ``<parameter number>.<name>``."""
         state = self.optimizer.state_dict()["state"]
         return {f"{i}.{key}": torch.as_tensor(v) for i, entry in state.items() for key, v in entry.items()}
+
+    def files(self, *, keep: bool) -> dict[str, dict[str, Tensor]]:
+        """Full tensors by file name. With sharded weights all processes must call this together.
+
+        Args:
+            keep: False on processes that only help to gather: they get empty entries.
+        """
+        return {
+            "model.safetensors": gather(self.weights(), keep=keep),
+            "ema.safetensors": gather(self.ema.averages, keep=keep),
+            "optimizer.safetensors": gather(self.moments(), keep=keep),
+        }
 
 
 def folder(root: Path, step: int) -> Path:
@@ -101,13 +120,13 @@ def step_of(directory: Path) -> int:
 
 
 def save_checkpoint(
-    root: Path, state: TrainState, counters: Counters, config: TrainConfig, data: str
+    root: Path, tensors: dict[str, dict[str, Tensor]], counters: Counters, config: TrainConfig, data: str
 ) -> Path:
     """Write the checkpoint of ``counters.step``; a reader sees all of it or nothing.
 
     Args:
         root: Directory of this run's checkpoints.
-        state: Tensors.
+        tensors: From :meth:`TrainState.files`.
         counters: Numbers.
         config: Compared when a run continues from here.
         data: Digest of the training images' ids, compared too.
@@ -118,9 +137,8 @@ def save_checkpoint(
     target = folder(root, counters.step)
     with atomic_path(target) as temporary:
         temporary.mkdir()
-        write_tensors(temporary / "model.safetensors", state.weights())
-        write_tensors(temporary / "ema.safetensors", state.ema.averages)
-        write_tensors(temporary / "optimizer.safetensors", state.moments())
+        for name, content_of_file in tensors.items():
+            write_tensors(temporary / name, content_of_file)
         settings = config.model_dump(mode="json")
         content = {"format": FORMAT, "counters": asdict(counters), "config": settings, "data": data}
         (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -211,12 +229,17 @@ def load_checkpoint(directory: Path, state: TrainState, config: TrainConfig, dat
     _fill(state.weights(), weights, directory / "model.safetensors")
     averages = read_tensors(directory / "ema.safetensors")
     _fill(state.ema.averages, averages, directory / "ema.safetensors")
-    state.module.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for name, value in state.weights().items():
+            fill(value, weights[name])
     state.ema.load(averages)
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in read_tensors(directory / "optimizer.safetensors").items():
         number, _, name = key.partition(".")
         entries.setdefault(int(number), {})[name] = value
+    for number, parameter in enumerate(state.parameters()):
+        entry = entries.get(number, {})
+        entries[number] = {k: like(v, parameter) if v.ndim else v for k, v in entry.items()}
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     return counters

@@ -210,6 +210,10 @@ class TrainConfig(_Config):
     device_batch: Count | None = None  # None: global_batch over ranks, in one piece
     output: Path = Path("runs")
     precision: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False  # blocks are computed again in the backward pass
+    compile: bool = False  # the blocks, by Inductor: needs a C++ compiler (gcc) on a CPU, Triton on CUDA
+    # fsdp2: weights, gradients, averages and Adam's moments are spread over the processes
+    sharding: Literal["none", "fsdp2"] = "none"
     log_every: Count = 50
     validate_every: Count = 1000
     save_every: Count = 1000
@@ -230,6 +234,8 @@ class TrainConfig(_Config):
             raise ValueError(
                 "teacher.name is none: set objective.repa_weight and srepa_weight to 0, or name one"
             )
+        if self.sharding == "fsdp2" and self.optim.name == "muon":
+            raise ValueError("sharding fsdp2 spreads the matrices that muon needs whole: use optim.name=adam")
         if self.objective.backprop_updates > self.crops.max_crops:
             raise ValueError("objective.backprop_updates is larger than crops.max_crops")
         if wrong := self.data.contradiction():

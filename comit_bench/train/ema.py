@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from comit_bench.train.sharding import fill, local
+
 
 class Ema:
-    """Averages of a module's trainable parameters.
+    """Averages of a module's trainable parameters; those of sharded parameters are sharded likewise.
 
     Args:
         module: Its parameters that require a gradient are followed.
@@ -28,14 +30,14 @@ class Ema:
     def update(self, step: int) -> None:
         """Take in the weights after zero-based optimizer step ``step``."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        current = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self.averages.values()), current, 1.0 - decay)
+        current = [local(p.detach()).float() for p in self._live.values()]
+        torch._foreach_lerp_([local(a) for a in self.averages.values()], current, 1.0 - decay)
 
     @torch.no_grad()
     def load(self, averages: Mapping[str, Tensor]) -> None:
         """Copy saved averages in; the names must be the same."""
         for name, value in self.averages.items():
-            value.copy_(averages[name])
+            fill(value, averages[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from comit_bench.errors import BenchError
 from comit_bench.files import digest_json
+from comit_bench.models.comit import Comit
 from comit_bench.train import checkpoint, validation
 from comit_bench.train.checkpoint import Counters, TrainState
 from comit_bench.train.config import TrainConfig
@@ -32,6 +34,7 @@ from comit_bench.train.ema import Ema
 from comit_bench.train.export import RunFacts, export
 from comit_bench.train.logs import CsvLog
 from comit_bench.train.optimizers import make_optimizer
+from comit_bench.train.scaling import block_runner
 from comit_bench.train.schedule import alignment_ramp, learning_rate
 from comit_bench.train.setup import (
     check_spec,
@@ -40,6 +43,7 @@ from comit_bench.train.setup import (
     make_module,
     make_teacher,
 )
+from comit_bench.train.sharding import full, gather, shard, sync_gradients, whole_copy
 
 PARTS = ("loss", "flow", "repa", "srepa", "grad_norm")
 COLUMNS = ("step", "images", "learning_rate", *PARTS, "ramp", "crops", "skipped", "images_per_s")
@@ -123,6 +127,12 @@ class Trainer:
         self.raw = make_module(config, self.teacher)
         self.raw.to(self.device)
         self.model = self.raw.model
+        self.model.predictor.runner = block_runner(
+            compile=config.compile, recompute=config.activation_checkpointing
+        )
+        self.sharded = config.sharding == "fsdp2" and self.work.ranks > 1
+        if self.sharded:
+            shard(self.raw, self.model, self.device)
         self.parameters = [p for p in self.raw.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.raw, config, self.device)
         ema = Ema(self.model.predictor, config.optim.ema, warmup=config.optim.ema_warmup)
@@ -131,7 +141,7 @@ class Trainer:
         if start is not None:
             self.counters = checkpoint.load_checkpoint(start, self.state, config, self.data_digest)
         self._agree(self.counters.step)
-        self.module: nn.Module = self.accelerator.prepare_model(self.raw)
+        self.module: nn.Module = self.raw if self.sharded else self.accelerator.prepare_model(self.raw)
 
     def _agree(self, step: int) -> None:
         """All processes must continue from the same step: they need one file system."""
@@ -157,17 +167,26 @@ class Trainer:
             images = validation.to_pixels(batch.images[rows], self.device)
             features = None if self.teacher is None else self.teacher.features(images)
             last = piece == pieces - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
-                parts = self.module(images, plan.select(rows), features, ramp)
+            with self._piece(last):
+                with self.accelerator.autocast() if self.sharded else nullcontext():
+                    parts = self.module(images, plan.select(rows), features, ramp)
                 (parts.total / pieces).backward()
             shown = [parts.total, parts.flow, parts.repa, parts.srepa]
             sums += torch.stack([torch.as_tensor(p, device=self.device).detach().float() for p in shown])
         return sums / pieces
 
+    def _piece(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are brought together after the last piece only."""
+        if self.sharded:
+            sync_gradients(self.raw, last)
+            return nullcontext()
+        waiting: AbstractContextManager[None] = self.accelerator.no_sync(self.module)
+        return nullcontext() if last else waiting
+
     def _step(self, batch: Batch, stop: Stop) -> tuple[list[float], bool]:
         """One optimizer step. Returns the values of ``PARTS`` and whether to stop, equal on all ranks."""
         means = self._gradients(batch)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
+        norm = full(nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip))
         flag = torch.tensor([float(stop.asked)], device=self.device)
         shared = torch.cat([means, flag])
         if self.work.ranks > 1:
@@ -237,13 +256,14 @@ class Trainer:
         self.broken.add(found)
 
     def _validate(self) -> bool:
-        """Measure the averaged weights on the main process; whether they are the best so far."""
+        """Measure the averaged weights on the main process; whether they are the best so far, on all."""
         better = False
-        if self.held is not None:
-            self.raw.eval()
-            with self.state.ema.applied():
-                values, pictures = validation.validate(self.model, self.config, self.held, device=self.device)
-            self.raw.train()
+        with self._averaged() as model:
+            measured = None
+            if self.held is not None and model is not None:
+                measured = validation.validate(model, self.config, self.held, device=self.device)
+        if measured is not None:
+            values, pictures = measured
             step = self.counters.step
             self.metrics = values
             self.validation_log.append({"step": step, **values})
@@ -252,15 +272,39 @@ class Trainer:
             better = math.isfinite(loss) and (best is None or loss < best)
             if better:
                 self.counters.best_step, self.counters.best_value = step, loss
-        self.accelerator.wait_for_everyone()
-        return better
+        # all processes save together
+        return any(gather_object([better])) if self.work.ranks > 1 else better
+
+    @contextmanager
+    def _averaged(self) -> Iterator[Comit | None]:
+        """The network with the averaged weights, in evaluation mode. All processes must ask together.
+
+        None on other processes than the main one. With sharded weights the main process holds a whole
+        copy for as long as it is needed.
+        """
+        if self.sharded:
+            whole = gather(self.state.ema.averages, keep=self.main)
+            fixed = gather(dict(self.model.predictor.state_dict()), keep=self.main)
+            yield whole_copy(self.model, {**fixed, **whole}).to(self.device).eval() if self.main else None
+            return
+        if not self.main:
+            yield None
+            return
+        training = self.raw.training
+        self.raw.eval()
+        try:
+            with self.state.ema.applied():
+                yield self.model
+        finally:
+            self.raw.train(training)
 
     def _save(self) -> None:
+        tensors = self.state.files(keep=self.main)
         if self.main:
             counters = self.counters
             counters.seconds += time.monotonic() - self.since
             self.since = time.monotonic()
-            checkpoint.save_checkpoint(self.checkpoints, self.state, counters, self.config, self.data_digest)
+            checkpoint.save_checkpoint(self.checkpoints, tensors, counters, self.config, self.data_digest)
             checkpoint.tidy(self.checkpoints, keep_last=self.config.keep_last, best=counters.best_step)
 
     def _due(self, every: int) -> bool:
@@ -290,7 +334,7 @@ class Trainer:
         with Stop() as stop:
             if not finished and not self._run(stop):
                 return None
-            return self._finish() if self.main else None
+            return self._finish()
 
     def _run(self, stop: Stop) -> bool:
         """All remaining steps; False when asked to stop."""
@@ -333,35 +377,33 @@ class Trainer:
         """Leave the process group, if there is one."""
         self.accelerator.end_training()
 
-    def _finish(self) -> Path:
-        """Export the averaged weights with the last measurements."""
-        if not self.metrics:
-            self._measure_again()
-        config, counters = self.config, self.counters
-        gpu = self.device.type == "cuda"
-        kind = torch.cuda.get_device_name(self.device) if gpu else f"CPU with {os.cpu_count()} cores"
-        facts = RunFacts(
-            step=counters.step,
-            skipped=counters.skipped,
-            images=counters.step * config.global_batch,
-            seconds=counters.seconds,
-            hardware=f"{self.work.ranks} x {kind}",
-            command=self.command,
-            metrics=self.metrics,
-        )
-        target = self.directory / "export" / config.name
-        picture = self.directory / "pictures" / f"step-{counters.step:08d}.png"
-        with self.state.ema.applied():
-            export(self.model, config, facts, target, picture=picture)
-        return target
+    def _finish(self) -> Path | None:
+        """Export the averaged weights with the last measurements, on the main process."""
+        with self._averaged() as model:
+            if model is None:
+                return None
+            if not self.metrics:
+                self._measure_again(model)
+            config, counters = self.config, self.counters
+            gpu = self.device.type == "cuda"
+            kind = torch.cuda.get_device_name(self.device) if gpu else f"CPU with {os.cpu_count()} cores"
+            facts = RunFacts(
+                step=counters.step,
+                skipped=counters.skipped,
+                images=counters.step * config.global_batch,
+                seconds=counters.seconds,
+                hardware=f"{self.work.ranks} x {kind}",
+                command=self.command,
+                metrics=self.metrics,
+            )
+            target = self.directory / "export" / config.name
+            picture = self.directory / "pictures" / f"step-{counters.step:08d}.png"
+            export(model, config, facts, target, picture=picture)
+            return target
 
-    def _measure_again(self) -> None:
+    def _measure_again(self, model: Comit) -> None:
         """Metrics of a run that was finished before (its last row may be of an earlier step)."""
         assert self.held is not None
-        self.raw.eval()
-        with self.state.ema.applied():
-            self.metrics, pictures = validation.validate(
-                self.model, self.config, self.held, device=self.device
-            )
+        self.metrics, pictures = validation.validate(model, self.config, self.held, device=self.device)
         picture = self.directory / "pictures" / f"step-{self.counters.step:08d}.png"
         validation.save_picture(pictures, picture)

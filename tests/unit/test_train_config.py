@@ -98,6 +98,7 @@ def test_a_file_may_extend_a_preset(tmp_path: Path) -> None:
         ("objective.backprop_updates=5", "backprop_updates"),
         ("teacher.name=none", "teacher.name is none"),
         ("data.kind=class-folders", "needs data.source"),
+        ("sharding=fsdp2", "use optim.name=adam"),
         ("steps=0", "steps"),
         ("steps", "key=value"),
     ],

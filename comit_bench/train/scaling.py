@@ -1,0 +1,78 @@
+"""How training calls the blocks: recomputed in the backward pass, compiled, or both.
+
+Both leave the modules as they are, so names in checkpoints, averages and exports do not change.
+Validation and export always run the plain blocks.
+
+Compiled is a function of a block, not the network: the blocks share one graph per kind of call. Only
+the number of images is dynamic in it. The rows of the groups must not be: some of the three groups
+into which a block cuts its rows are empty in some calls, and an empty group whose size is a symbol is
+what Inductor cannot bound (``ValueRangeError``); with plain numbers it drops out of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from comit_bench.models.comit_blocks import Block, BlockRunner, BlockState, Rows
+
+# Kinds of calls: whole image, local crop, decoding; first, middle, last block; with gradient and without.
+VARIANTS = 64
+
+
+def run_block(
+    block: Block, u: Tensor, state: BlockState, rows: Rows, read: slice, bias: Tensor | None
+) -> Tensor:
+    """Call a block without a probe."""
+    out: Tensor = block(u, state, rows, read, bias, None)
+    return out
+
+
+def compiled(backend: str = "inductor") -> BlockRunner:
+    """:func:`run_block` compiled, for any number of images.
+
+    Args:
+        backend: Of ``torch.compile``; ``aot_eager`` needs no compiler.
+    """
+    dynamo: Any = torch._dynamo
+    limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(dynamo.config, limit, max(getattr(dynamo.config, limit), VARIANTS))
+    call: Callable[..., Tensor] = torch.compile(run_block, dynamic=False, backend=backend)
+
+    def run(
+        block: Block, u: Tensor, state: BlockState, rows: Rows, read: slice, bias: Tensor | None
+    ) -> Tensor:
+        for tensor, axis in ((u, 0), (state.image, 1), (state.message, 1)):
+            if tensor.shape[axis] > 1:
+                dynamo.maybe_mark_dynamic(tensor, axis)
+        return call(block, u, state, rows, read, bias)
+
+    return run
+
+
+def recomputed(run: BlockRunner) -> BlockRunner:
+    """Keep only the input of a block; the rest is computed again in the backward pass."""
+
+    def again(
+        block: Block, u: Tensor, state: BlockState, rows: Rows, read: slice, bias: Tensor | None
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return run(block, u, state, rows, read, bias)
+        out: Tensor = checkpoint(
+            run, block, u, state, rows, read, bias, use_reentrant=False, preserve_rng_state=False
+        )
+        return out
+
+    return again
+
+
+def block_runner(*, compile: bool, recompute: bool, backend: str = "inductor") -> BlockRunner | None:
+    """How to call the blocks; None is the plain way."""
+    run: BlockRunner = compiled(backend) if compile else run_block
+    if recompute:
+        return recomputed(run)
+    return run if compile else None
