@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import sha256_file, write_atomic
+from comit_bench.files import sha256_file, shipped_weights, write_atomic
 from comit_bench.models.comit import PRESETS, Comit, ComitSpec
 from comit_bench.models.comit_codec import AttentionRequest, Encoded, decode, encode, to_uint8
 from comit_bench.models.crops import CropGeometry, CropPolicy, parse_policy
@@ -37,6 +37,11 @@ from comit_bench.tokenizers.checkpoints import (
 )
 
 HUB = {name: f"cvg-unibe/{name}" for name in ("comit-b", "comit-l", "comit-xl")}
+UNTRAINED = "comit-nano-untrained"
+# names whose weights come with the package (and the untrained baseline) -> their network
+SHIPPED = dict.fromkeys(
+    ("comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops", UNTRAINED), "comit-nano"
+)
 LINEAR_VAES = {"stand_in_vae": "stand-in", "dct_vae": "dct"}  # class in config.json -> our name
 VAE_HUB = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -446,9 +451,10 @@ def _info(
 
 
 def _load_random(preset: str, device: torch.device, seed: int, options: dict[str, Any]) -> ComitTokenizer:
-    if preset not in PRESETS:
+    network = SHIPPED.get(preset, preset)
+    if network not in PRESETS:
         raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
-    model = build(PRESETS[preset])
+    model = build(PRESETS[network])
     model.predictor.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
     info = _info(model, preset, f"random:{seed}", trained=False, training_data="none", licence="none")
     return ComitTokenizer(model, info, device=device, **options)
@@ -466,8 +472,8 @@ def load(
     """Load a COMiT tokenizer by preset name or directory.
 
     Args:
-        name: ``comit-b`` … ``comit-nano``, a hub id, or a checkpoint directory.
-        weights: Checkpoint directory, ``random`` (untrained), or None: the directory or the hub.
+        name: ``comit-b`` … ``comit-nano``, an ablation of it, a hub id, or a checkpoint directory.
+        weights: Checkpoint directory, ``random`` (untrained), or None: the directory, what ships, or the hub.
         device: Where it runs.
         offline: Never ask the hub.
         seed: Of random weights.
@@ -483,12 +489,13 @@ def load(
     for option in options.keys() - known:
         raise UsageError(f"COMiT has no option {option!r}.{did_you_mean(option, known)}")
     preset = name.lower()
-    if weights is None and preset in PRESETS and preset not in HUB and not Path(name).is_dir():
-        _log.warning("%s: this version ships no trained weights; using random ones, marked untrained", preset)
-        weights = "random"
-    if weights == "random":
+    if preset == UNTRAINED and weights not in (None, "random"):
+        raise UsageError(f"{UNTRAINED} always has random weights: --weights {weights} is for comit-nano")
+    if weights == "random" or preset == UNTRAINED:
         return _load_random(preset, device, seed, options)
     local = Path(weights) if weights else Path(name)
+    if weights is None and preset in SHIPPED and not local.is_dir():
+        local = shipped_weights(preset)
     if not local.is_dir():
         if weights:
             raise MissingError(
@@ -500,7 +507,7 @@ def load(
             repository, ("config.json", "model.safetensors"), offline=offline, hint="or pass --weights DIR"
         )
     model, config = load_directory(local, offline=offline)
-    label = preset if preset in PRESETS else (name if not Path(name).is_dir() else Path(name).resolve().name)
+    label = preset if preset in PRESETS or preset in SHIPPED else (name if not Path(name).is_dir() else Path(name).resolve().name)
     extra = dict(config.get("comit_bench", {}))
     info = _info(
         model,
