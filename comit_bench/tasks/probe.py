@@ -7,7 +7,8 @@ What is unusual:
 - Only the [CLS] state is read, so the last block computes that one row and nothing else. Keys and
   values still come from every token; the result is that of the full computation.
 - Types beyond two announce tokens appended after the message, one type each (a relation task adds
-  subject, predicate and object as text vectors: ``types=5``). They carry no position of their own.
+  subject, predicate and object as text vectors: ``types=5``). Each has a projection of its own and no
+  position.
 - Nothing draws from the global random state: weights come from ``generator``, dropout masks from
   the generator given to ``forward``.
 
@@ -103,6 +104,7 @@ class Probe(nn.Module):
         dropout: Share of each residual branch zeroed in training, in [0, 1).
         types: 2 ([CLS] and message) plus one per appended token.
         extra_dim: Length of an appended vector; needed exactly when ``types`` exceeds 2.
+        positions: False leaves the positions out: the probe reads a message as an unordered bag.
         generator: CPU generator of the initial weights.
 
     Raises:
@@ -123,6 +125,7 @@ class Probe(nn.Module):
         dropout: float = 0.0,
         types: int = 2,
         extra_dim: int | None = None,
+        positions: bool = True,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -136,9 +139,13 @@ class Probe(nn.Module):
         self.extra_tokens = types - 2
         with torch.device("meta"):  # torch's own initialisation would draw from the global state
             self.project = nn.Linear(code_dim, width)
-            self.project_extra = nn.Linear(extra_dim, width) if extra_dim is not None else None
+            self.project_extra = nn.ModuleList(
+                nn.Linear(extra_dim, width) for _ in range(types - 2) if extra_dim is not None
+            )
             self.cls = nn.Parameter(torch.empty(1, 1, width))
-            self.position_embed = nn.Parameter(torch.empty(1, message_length + 1, width))
+            self.position_embed = (
+                nn.Parameter(torch.empty(1, message_length + 1, width)) if positions else None
+            )
             self.type_embed = nn.Parameter(torch.empty(types, width))
             self.blocks = nn.ModuleList(ProbeBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))
             self.norm = nn.LayerNorm(width)
@@ -183,16 +190,19 @@ class Probe(nn.Module):
                 f"this probe reads {self.message_length} codes and {self.extra_tokens} appended tokens, "
                 f"got {codes.shape[1]} and {count}"
             )
-        place = self.position_embed + torch.cat(
+        place = torch.cat(
             [
                 self.type_embed[CLS_TYPE : CLS_TYPE + 1],
                 self.type_embed[MESSAGE_TYPE].expand(self.message_length, -1),
             ]
-        )  # [1, K + 1, D]
+        )[None]  # [1, K + 1, D]
+        if self.position_embed is not None:
+            place = self.position_embed + place
         cls = (self.cls + place[:, :1]).expand(codes.shape[0], -1, -1)
         parts = [cls, self.project(codes) + place[:, 1:]]
-        if extra is not None and self.project_extra is not None:
-            parts.append(self.project_extra(extra) + self.type_embed[2:])
+        if extra is not None:
+            roles = [project(extra[:, role]) for role, project in enumerate(self.project_extra)]
+            parts.append(torch.stack(roles, dim=1) + self.type_embed[2:])
         return torch.cat(parts, dim=1)
 
     def forward(
