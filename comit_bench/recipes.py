@@ -205,11 +205,62 @@ class GeneratorSpec(_Spec):
     val: Annotated[int, Field(ge=1)] = 1000
 
 
+class PairsSpec(_Spec):
+    """Which images of a COCO file are samples, and how they are split (reader ``coco``).
+
+    Samples are the images with exactly two categories. ``pair-disjoint`` pools the files of ``splits`` and divides
+    *pairs of categories* between train and val (``comit_bench.data.splitting``); ``given`` keeps each file's
+    images where they are. ``crowd``: whether a region marked ``iscrowd`` makes its category present.
+    ``columns``: length of the target vector, column = category id - 1; null ends it at the largest id.
+    """
+
+    policy: Literal["pair-disjoint", "given"] = "pair-disjoint"
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 0
+    crowd: Literal["count", "ignore"] = "count"
+    columns: Annotated[int, Field(ge=2)] | None = None
+
+
+class RelationsSpec(_Spec):
+    """Which relations are samples, and how images are split (reader ``visual-genome``).
+
+    ``min_area`` is a share of the image's area, asked of ``both`` objects or of at least one (``either``).
+    ``words`` is the size of the one vocabulary of subjects and objects, ``predicates`` of the other; both
+    are counted on train images. ``val_share`` of the images is chosen by a hash of their id when ``splits``
+    names no lists of ids.
+    """
+
+    min_area: Annotated[float, Field(ge=0, le=1)] = 0.05
+    area_of: Literal["both", "either"] = "both"
+    words: Annotated[int, Field(ge=1)] = 150
+    predicates: Annotated[int, Field(ge=1)] = 150
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 0
+    aliases: bool = True
+    exclude_coco: bool = False
+
+
+class DownloadSpec(_Spec):
+    """One file that may be downloaded freely, and where its content goes (relative to the folder).
+
+    ``checksum`` is ``<algorithm>:<hex>``; ``creates`` names what is there once it is unpacked.
+    """
+
+    url: str
+    file: str
+    size: Annotated[int, Field(gt=0)] | None = None
+    checksum: Annotated[str, Field(pattern=r"^(md5|sha1|sha256):[0-9a-f]+$")] | None = None
+    unpack: str | None = None
+    creates: str
+
+
 class DatasetSpec(_Spec):
     """One ``datasets/<name>/dataset.yaml``.
 
-    ``folder`` names the directory under the data root (or, with a generator, under the cache).
-    ``splits`` maps a split name to candidate sub-directories or files, first one found wins.
+    ``folder`` names the directory under the data root (or, with a generator, under the cache). ``splits`` maps
+    a split name to candidate sub-directories (class-folders, saliency) or label files (coco, visual-genome),
+    ``images`` and ``labels`` name further candidates; the first one found wins. ``expected`` says how
+    many samples the official splits have: other counts are noted and warned about.
     """
 
     name: str
@@ -219,9 +270,15 @@ class DatasetSpec(_Spec):
     folder: str
     splits: dict[str, tuple[str, ...]] = {}
     class_list: str | None = None
+    labelled: bool = True
+    images: dict[str, tuple[str, ...]] = {}
     labels: dict[str, tuple[str, ...]] = {}
+    pairs: PairsSpec = PairsSpec()
+    relations: RelationsSpec = RelationsSpec()
+    expected: dict[str, int] = {}
     generator: GeneratorSpec | None = None
     checksum: str | None = None
+    downloads: tuple[DownloadSpec, ...] = ()
     licence: str
     homepage: str | None = None
     obtain: str | None = None
