@@ -169,7 +169,9 @@ class TaskSpec(_Spec):
     @classmethod
     def _known_kind(cls, value: str) -> str:
         if value not in KINDS:
-            raise ValueError(f"no such kind of task; known are {', '.join(KINDS)}.{did_you_mean(value, KINDS)}")
+            raise ValueError(
+                f"no such kind of task; known are {', '.join(KINDS)}.{did_you_mean(value, KINDS)}"
+            )
         return value
 
     @model_validator(mode="after")

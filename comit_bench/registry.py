@@ -31,6 +31,7 @@ class TokenizerEntry:
         fitted: Whether it is fitted on the train split of each data set.
         origin: ``builtin`` or ``plugin:<distribution>``.
         takes_weights: Whether ``--weights`` and ``--dtype`` mean anything to it.
+        crops: Whether it looks at crops under a cropping policy.
         paper_options: Options for tasks on full-size images, where the embedded defaults are too small.
     """
 
@@ -45,6 +46,7 @@ class TokenizerEntry:
     origin: str = "builtin"
     paper_options: tuple[tuple[str, int], ...] = ()
     takes_weights: bool = True
+    crops: bool = False
 
     def loader(self) -> Callable[..., Any]:
         """Import and return the loader."""
@@ -61,6 +63,7 @@ BUILTIN = (
         name="comit-b",
         family="comit",
         target=_COMIT,
+        crops=True,
         parameters=173.84,
         message_length=256,
         vocab_size=64000,
@@ -70,6 +73,7 @@ BUILTIN = (
         name="comit-l",
         family="comit",
         target=_COMIT,
+        crops=True,
         parameters=610.85,
         message_length=256,
         vocab_size=64000,
@@ -79,6 +83,7 @@ BUILTIN = (
         name="comit-xl",
         family="comit",
         target=_COMIT,
+        crops=True,
         parameters=900.38,
         message_length=256,
         vocab_size=64000,
@@ -88,6 +93,7 @@ BUILTIN = (
         name="comit-nano",
         family="comit",
         target=_COMIT,
+        crops=True,
         parameters=0.98,
         message_length=16,
         vocab_size=1000,
@@ -130,7 +136,7 @@ def tokenizers() -> dict[str, TokenizerEntry]:
             )
         origin = f"plugin:{point.dist.name}" if point.dist else "plugin"
         found[name] = TokenizerEntry(
-            name=name, family=name, target=point.value, source="plugin", origin=origin
+            name=name, family=name, target=point.value, source="plugin", origin=origin, crops=True
         )
     return found
 

@@ -7,7 +7,7 @@ A kind is one line in ``comit_bench.recipes.KINDS`` and one module here that def
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.recipes import KINDS, TaskSpec
-from comit_bench.tasks.fit import MessageSource, ProgressCallback
+from comit_bench.tasks.fit import FitResult, MessageSource, ProgressCallback
 from comit_bench.tasks.pool import ProbePool
-from comit_bench.tasks.result import TaskResult
+from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
 
 if TYPE_CHECKING:
     from comit_bench.data.datasets import OpenData
@@ -86,6 +86,7 @@ class Inputs:
         pool: Worker processes, or None.
         workers: Without a pool, the number of processes; None is one per usable core.
         progress: Called after every epoch of every seed.
+        whole_roles: The roles with the images that turned out to be broken; None when none is.
     """
 
     spec: TaskSpec
@@ -99,6 +100,11 @@ class Inputs:
     pool: ProbePool | None = None
     workers: int | None = None
     progress: ProgressCallback | None = None
+    whole_roles: Mapping[str, Role] | None = None
+
+    def with_roles(self, roles: Mapping[str, Role]) -> Inputs:
+        """The same with other images."""
+        return replace(self, roles=roles)
 
     def check(self) -> None:
         """Refuse empty roles before anything is computed.
@@ -162,3 +168,33 @@ def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:
             f"recipe {spec.name!r}: main_metric {spec.main_metric!r} is not measured by this task."
             f"{did_you_mean(spec.main_metric, metrics)}"
         )
+
+
+def same_for_all(seeds: Sequence[int], once: Mapping[str, MetricResult]) -> TaskResult:
+    """A row about which nothing is random: the same value for every seed."""
+    return TaskResult(
+        metrics={
+            name: over_seeds([metric.value] * len(seeds), metric.n, chance=metric.chance, share=metric.share)
+            for name, metric in once.items()
+        }
+    )
+
+
+def fit_details(results: Sequence[FitResult], score: str) -> dict[str, Any]:
+    """How the fits went, one entry per seed; scores (in percent) are those of the best epoch.
+
+    The train score is a running mean over the epoch, so it lags behind the weights.
+
+    Args:
+        results: One per seed.
+        score: Name of the score the fits stopped by.
+    """
+    best = [r.history[r.best_epoch - 1] for r in results]
+    return {
+        "seeds": [r.seed for r in results],
+        "best_epoch": [r.best_epoch for r in results],
+        "epochs_run": [len(r.history) for r in results],
+        "seconds": [r.seconds for r in results],
+        f"train_{score}": [100.0 * log.train_score for log in best],
+        f"early_stop_{score}": [100.0 * log.stop_score for log in best],
+    }

@@ -31,7 +31,7 @@ IN_MEMORY_BYTES = 2 << 30  # codes up to this size are looked up once instead of
 _SPLITS = ("train", "early_stop", "report")
 
 
-def _slices(rows: Tensor, size: int) -> list[Tensor]:
+def slices(rows: Tensor, size: int) -> list[Tensor]:
     """Consecutive pieces of ``size`` rows; the last may be shorter."""
     return [rows[start : start + size] for start in range(0, rows.shape[0], size)]
 
@@ -110,6 +110,11 @@ class Split:
         if len(self.messages) != self.targets.shape[0]:
             raise ValueError(f"{len(self.messages)} messages but {self.targets.shape[0]} targets")
 
+    @classmethod
+    def of_codes(cls, codes: Tensor) -> Split:
+        """All messages of codes [N, K, d]; their targets are counters."""
+        return cls(MessageSource(codes=codes), torch.arange(len(codes)))
+
     def __len__(self) -> int:
         return len(self.messages) if self.rows is None else int(self.rows.shape[0])
 
@@ -135,7 +140,7 @@ class Split:
             return None
         rows = self.index()
         step = max(1, EVAL_TOKENS // length)
-        codes = torch.cat([self.messages.take(part).cpu() for part in _slices(rows, step)])
+        codes = torch.cat([self.messages.take(part).cpu() for part in slices(rows, step)])
         return Split(MessageSource(codes=codes), self.chosen().cpu())
 
 
@@ -254,7 +259,6 @@ class FitTask:
                     "split.early_stop.fraction in the recipe."
                 )
 
-
     def held(self) -> FitTask | None:
         """The task with all codes in memory, or as many of its splits as fit; None when not all do."""
         held = {name: split.in_memory() for name in _SPLITS if (split := getattr(self, name)) is not None}
@@ -322,7 +326,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Data:
+class Batches:
     """A split ready for batches: codes on the device when they fit, else looked up per batch."""
 
     def __init__(self, split: Split, device: torch.device) -> None:
@@ -380,12 +384,12 @@ def build_probe(
 
 
 @torch.inference_mode()
-def _outputs(probe: Probe, data: _Data, bf16: bool) -> Tensor:
+def _outputs(probe: Probe, data: Batches, bf16: bool) -> Tensor:
     """float32 [n, C] for the whole split, in chunks of a fixed number of tokens."""
     probe.eval()
     step = max(1, EVAL_TOKENS // (probe.message_length + 1))
     parts = []
-    for chosen in _slices(torch.arange(len(data)), step):
+    for chosen in slices(torch.arange(len(data)), step):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
             parts.append(probe(data.batch(chosen)[0]).float())
     return torch.cat(parts)
@@ -407,12 +411,13 @@ def predict(
         task.spec, code_shape=split.code_shape(), outputs=task.outputs, seed=0, positions=task.positions
     )
     probe.load_state_dict(state)
-    with one_thread() if place.type == "cpu" else _nothing():
-        return _outputs(probe.to(place), _Data(split, place), task.bf16 and place.type == "cuda").cpu()
+    with one_thread() if place.type == "cpu" else unlimited():
+        return _outputs(probe.to(place), Batches(split, place), task.bf16 and place.type == "cuda").cpu()
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def unlimited() -> Iterator[None]:
+    """As many threads as torch likes: the counterpart of :func:`one_thread`."""
     yield
 
 
@@ -423,8 +428,8 @@ class _Fit:
         self.task = task
         self.seed = seed
         self.bf16 = task.bf16 and device.type == "cuda"
-        self.train = _Data(task.train, device)
-        self.stop = _Data(task.early_stop, device)
+        self.train = Batches(task.train, device)
+        self.stop = Batches(task.early_stop, device)
         if task.permute_targets:
             shuffled = permuted(self.train.targets, self.stop.targets, seed)
             self.train.targets, self.stop.targets = shuffled
@@ -459,7 +464,7 @@ class _Fit:
         self.probe.train()
         order = torch.randperm(len(self.train), generator=keyed_generator("probe-order", self.seed, epoch))
         masks = keyed_generator("probe-dropout", self.seed, epoch, device=device)
-        batches = _slices(order, task.spec.batch_size)
+        batches = slices(order, task.spec.batch_size)
         losses = torch.zeros(len(batches), device=device)  # read once per epoch: no waiting for the device
         scores = torch.zeros(len(batches), device=device)
         for step, chosen in enumerate(batches):
@@ -503,7 +508,7 @@ class _Fit:
         outputs = None
         if self.task.report is not None:
             self.probe.load_state_dict(state)
-            outputs = _outputs(self.probe, _Data(self.task.report, self.train.device), self.bf16).cpu()
+            outputs = _outputs(self.probe, Batches(self.task.report, self.train.device), self.bf16).cpu()
         state = {name: value.cpu() for name, value in state.items()}
         return FitResult(self.seed, state, tuple(history), best_epoch, time.perf_counter() - start, outputs)
 
@@ -532,5 +537,5 @@ def fit_probe(
     """
     task.check()
     place = torch.device(device)
-    with one_thread() if place.type == "cpu" else _nothing():
+    with one_thread() if place.type == "cpu" else unlimited():
         return _Fit(task, seed, place).run(progress)
