@@ -58,6 +58,16 @@ def chosen_columns(lists: Lists, kind: str) -> list[int]:
     return [0, *range(lists.kinds[kind].start, lists.kinds[kind].stop)]
 
 
+def standardised(texts: Tensor) -> Tensor:
+    """Text vectors of a vocabulary without their common mean, at unit mean square: [V, T] -> [V, T].
+
+    The states of a T5 encoder share a large constant part, in which a small probe would have to find the
+    differences first.
+    """
+    centred = texts - texts.mean(dim=0)
+    return centred / centred.square().mean().sqrt().clamp_min(1e-6)
+
+
 def score_outputs(outputs: Tensor, lists: Lists) -> dict[str, Tensor]:
     """How each sample comes out, by metric: float [samples that have a negative of the kind], in 0..1.
 
@@ -160,7 +170,7 @@ class Relations:
         check_main_metric(inputs.spec, chance_levels(lists["report"]))
         encoder = find_text_encoder(inputs.spec.text, offline=inputs.offline)
         data, train = inputs.data, inputs.roles["train"]
-        texts = encoder.features([*data.classes, *data.predicates], inputs.cache)
+        texts = standardised(encoder.features([*data.classes, *data.predicates], inputs.cache))
         task = ContrastTask(
             spec=inputs.spec.probe,
             negatives=inputs.spec.negatives.train,
