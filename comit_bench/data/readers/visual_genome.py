@@ -64,6 +64,11 @@ def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
     return found
 
 
+def folder_names(spec: DatasetSpec) -> tuple[str, ...]:
+    """The image folders that urls name."""
+    return spec.images.get("folders", ("VG_100K", "VG_100K_2"))
+
+
 def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
     """Directory of every image folder that occurs in urls: ``VG_100K``, ``VG_100K_2``.
 
@@ -72,7 +77,7 @@ def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
     """
     bases = spec.images.get("bases", BASES)
     found = {}
-    for name in spec.images.get("folders", ("VG_100K", "VG_100K_2")):
+    for name in folder_names(spec):
         for base in bases:
             if (folder / base / name).is_dir():
                 found[name] = folder / base / name
