@@ -1,4 +1,4 @@
-"""``data build``: make the manifest, read every image once, and leave a report of what is missing or broken."""
+"""``data build``: make the manifest, read every image once, report what is missing or broken."""
 
 from __future__ import annotations
 

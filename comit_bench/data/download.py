@@ -1,7 +1,7 @@
 """Downloads of data sets that may be downloaded freely: resumable, checked, unpacked safely.
 
-A file arrives under ``.downloads/`` of the data set's folder as ``NAME.part``; a broken connection continues there
-(HTTP ranges, and only when the server says that the file is still the same). Then its size and its
+A file arrives under ``.downloads/`` of the data set's folder as ``NAME.part``; a broken connection continues
+there (HTTP ranges, and only when the server says that the file is still the same). Then its size and its
 checksum (where the recipe has one) are compared, it is unpacked, which checks the CRC of every member, and
 ``NAME.json`` notes url, size and sha256. A file with such a note and its content in place is done.
 """
@@ -102,8 +102,8 @@ def fetch(item: DownloadSpec, target: Path, *, progress: bool = True) -> str:
         except HTTPError as error:
             if error.code < 500 or attempt == ATTEMPTS:
                 raise MissingError(
-                    f"{item.url}: the server says {error.code} {error.reason}. Get the file another way and put it "
-                    f"at {target}."
+                    f"{item.url}: the server says {error.code} {error.reason}. Get the file another way "
+                    f"and put it at {target}."
                 ) from error
         except (URLError, TimeoutError, ConnectionError, _Short) as error:
             if attempt == ATTEMPTS:

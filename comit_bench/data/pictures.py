@@ -70,13 +70,20 @@ def write_histograms(data: OpenData, target: Path) -> Path:
         for number, (name, counts) in enumerate(counted.items()):
             values = sorted((n for n in counts[heading].values() if n), reverse=True)
             axes[row][1].plot(range(1, len(values) + 1), values, label=name, color=COLOURS[number % 4])
-        axes[row][1].set(
-            xlabel="rank", title="all, by rank", yscale="log" if row or data.kind != "masks" else "linear"
-        )
-        axes[row][1].legend(frameon=False)
+        _scale(axes[row][1], [n for counts in counted.values() for n in counts[heading].values() if n])
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in data.splits.items())
     figure.suptitle(f"{data.name} v{data.version}: {sizes} images", fontweight="bold")
     return _save(figure, target)
+
+
+def _scale(axes: Any, values: list[int]) -> None:
+    """Logarithmic only where counts differ by more than a factor of 20."""
+    axes.set(xlabel="rank", title="all, by rank")
+    if values and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
 
 
 def _bars(axes: Any, heading: str, counts: dict[str, Counter[str]]) -> None:
@@ -88,13 +95,13 @@ def _bars(axes: Any, heading: str, counts: dict[str, Counter[str]]) -> None:
         heights = [found[name] for name in names]
         axes.bar(places + number * width, heights, width, label=split, color=COLOURS[number % 4])
     shown = f" ({TOP} most frequent of {len(ordered):,})" if len(ordered) > TOP and len(names) == TOP else ""
-    axes.set_title(heading + shown)
+    axes.set_title(heading + shown, loc="left")
     axes.set_xticks(places + 0.4 - width / 2, [textwrap.shorten(n, 28, placeholder="…") for n in names])
     axes.tick_params(axis="x", rotation=60)
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("right")
         label.set_rotation_mode("anchor")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=len(counts), loc="lower right", bbox_to_anchor=(1.0, 1.0), borderpad=0)
     axes.margins(x=0.01)
 
 
@@ -112,7 +119,7 @@ def caption(data: OpenData, split: Split, row: int, *, most: int = 3) -> str:
         ]
         more = [f"... {len(texts) - most} more"] if len(texts) > most else []
         return "\n".join(texts[:most] + more)
-    return "mask in red"
+    return "image and mask"
 
 
 def choose(split: Split, *, seed: int, count: int = SAMPLES) -> list[int]:
@@ -141,7 +148,8 @@ def write_samples(data: OpenData, target: Path, *, split: str | None = None, see
     rows = choose(chosen, seed=seed)
     figure = Figure(figsize=(16, 8.2), layout="constrained")
     for place, axes in enumerate(figure.subplots(2, SAMPLES // 2).ravel()):
-        axes.axis("off")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         if place >= len(rows):
             continue
         row = rows[place]
@@ -155,15 +163,14 @@ def write_samples(data: OpenData, target: Path, *, split: str | None = None, see
             textwrap.shorten(line, 34, placeholder="…") for line in caption(data, chosen, row).split("\n")
         ]
         axes.set_title("\n".join(lines), fontsize=11)
-        axes.text(0.5, -0.02, chosen.ids[row][-34:], transform=axes.transAxes, ha="center", va="top", fontsize=8,
-                  color="0.4")  # fmt: skip
+        axes.set_xlabel(chosen.ids[row][-40:], fontsize=8, color="0.4")
     title = f"{data.name} v{data.version}, split {chosen.name}: {len(rows)} of {len(chosen):,}"
     figure.suptitle(title, fontweight="bold")
     return _save(figure, target)
 
 
 def _picture(data: OpenData, split: Split, row: int) -> Any:
-    """uint8 [H, W, 3], or why there is none; masks are laid over their image."""
+    """uint8 [H, W, 3], or why there is none; a mask stands beside its image."""
     from PIL import Image
 
     from comit_bench.data.images import FORMATS
@@ -171,13 +178,13 @@ def _picture(data: OpenData, split: Split, row: int) -> Any:
     try:
         with Image.open(split.paths[row], formats=FORMATS) as image:
             picture = image.convert("RGB")
-        if data.kind == "masks":
-            with Image.open(split.labels[row], formats=FORMATS) as mask:
-                salient = mask.convert("L").resize(picture.size, Image.Resampling.NEAREST)
-            half = salient.point(lambda value: 128 if value >= 128 else 0)
-            picture = Image.composite(Image.new("RGB", picture.size, (230, 40, 40)), picture, half)
         if max(picture.size) > SAMPLE_SIDE:
             picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+        if data.kind == "masks":
+            with Image.open(split.labels[row], formats=FORMATS) as file:
+                mask = file.convert("L").resize(picture.size, Image.Resampling.NEAREST).convert("RGB")
+            gap = np.full((picture.height, max(1, picture.width // 16), 3), 255, dtype=np.uint8)
+            return np.concatenate([np.asarray(picture), gap, np.asarray(mask)], axis=1)
         return np.asarray(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return f"cannot be read: {error}"

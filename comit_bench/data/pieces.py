@@ -1,4 +1,4 @@
-"""What of a data set is not on this machine, piece by piece, each with what to do about it. Reads no labels."""
+"""What of a data set is not on this machine, piece by piece, and what to do about it. Reads no labels."""
 
 from __future__ import annotations
 
