@@ -189,7 +189,7 @@ def _open_manifest(
         missing |= {name: "no mask" for name in names}
     notes = {**manifest.notes, "manifest": digest, "missing_images": len(missing)}
     notes |= _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)
-    _report_missing(spec, folder, missing, sum(len(r.ids) for r in manifest.splits.values()), path)
+    _report_missing(spec, folder, missing, sum(map(len, splits.values())) + len(missing), path)
     if spec.reader == "coco" and spec.pairs.policy == "pair-disjoint" and missing:
         _recheck(splits, manifest.classes, folder)
     whole = digest_json({"made": made, "manifest": digest, "splits": prints})
@@ -273,7 +273,7 @@ def _report_missing(
     report = manifest.parent / "missing.json"
     write_atomic(report, json.dumps({"folder": str(folder), "missing": missing}, indent=1) + "\n")
     text = (
-        f"dataset {spec.name}: {len(missing)} of {count} annotated images are not in {folder}: "
+        f"dataset {spec.name}: {len(missing)} of {count} images (or their masks) are not in {folder}: "
         f"{few(missing)} (all of them: {report})."
     )
     if len(missing) > spec.max_broken * count:

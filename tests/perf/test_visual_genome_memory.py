@@ -76,7 +76,8 @@ def _end(draw: random.Random, objects: list[str], number: int) -> dict[str, obje
     named: dict[str, object] = {"name": word} if number % 4 else {"names": [word.title()]}
     return named | {
         "h": draw.randint(20, 600), "object_id": 1_058_000 + number,
-        "synsets": [word.replace(" ", "_") + ".n.01"], "w": draw.randint(20, 800), "y": draw.randint(0, 300), "x": draw.randint(0, 400),
+        "synsets": [word.replace(" ", "_") + ".n.01"],
+        "w": draw.randint(20, 800), "y": draw.randint(0, 300), "x": draw.randint(0, 400),
     }  # fmt: skip
 
 

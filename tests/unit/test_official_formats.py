@@ -178,7 +178,7 @@ def test_coco_missing_images_are_counted_listed_and_limited(
 ) -> None:
     base = write_coco(tmp_path)
     (base / "train2017" / "000000000025.jpg").unlink()  # another image has the same pair
-    with pytest.raises(MissingError, match=r"1 of 12 annotated images.*000000000025.*0\.1%"):
+    with pytest.raises(MissingError, match=r"1 of 12 images.*000000000025.*0\.1%"):
         opened("mscoco-pairs", tmp_path)
     with caplog.at_level(logging.WARNING):
         data = opened("mscoco-pairs", tmp_path, max_broken=0.1)
