@@ -1,4 +1,4 @@
-"""The command line: ``comit-bench run | train | ls | doctor | validate | table``.
+"""The command line: ``comit-bench run | train | ls | doctor | data | validate | table``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from comit_bench import __version__
+from comit_bench import __version__, data_command
 from comit_bench.errors import BenchError, UsageError, did_you_mean
 from comit_bench.train.command import train
 
@@ -204,6 +204,7 @@ def _auto_workers() -> int:
 
 app.command(name="run")(run)
 app.command(name="train")(train)
+app.add_typer(data_command.app, name="data")
 
 
 @app.command(name="ls")

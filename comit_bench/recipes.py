@@ -210,9 +210,9 @@ class GeneratorSpec(_Spec):
 class PairsSpec(_Spec):
     """Which images of a COCO file are samples, and how they are split (reader ``coco``).
 
-    Samples are the images with exactly two categories. ``pair-disjoint`` pools the files of ``splits`` and divides
-    *pairs of categories* between train and val (``comit_bench.data.splitting``); ``given`` keeps each file's
-    images where they are. ``crowd``: whether a region marked ``iscrowd`` makes its category present.
+    Samples are the images with exactly two categories. ``pair-disjoint`` pools the files of ``splits`` and
+    divides *pairs of categories* between train and val (``comit_bench.data.splitting``); ``given`` keeps each
+    file's images where they are. ``crowd``: whether a region marked ``iscrowd`` makes its category present.
     ``columns``: length of the target vector, column = category id - 1; null ends it at the largest id.
     """
 
@@ -259,8 +259,8 @@ class DownloadSpec(_Spec):
 class DatasetSpec(_Spec):
     """One ``datasets/<name>/dataset.yaml``.
 
-    ``folder`` names the directory under the data root (or, with a generator, under the cache). ``splits`` maps
-    a split name to candidate sub-directories (class-folders, saliency) or label files (coco, visual-genome),
+    ``folder`` names the directory under the data root (or, with a generator, under the cache). ``splits``
+    maps a split name to candidate sub-directories (class-folders, saliency) or label files (the others),
     ``images`` and ``labels`` name further candidates; the first one found wins. ``expected`` says how
     many samples the official splits have: other counts are noted and warned about.
     """

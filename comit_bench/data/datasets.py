@@ -92,11 +92,24 @@ def open_dataset(
             recipe, folder, made=made, class_list=class_list, progress=progress
         )
         whole = made or digest_json({"classes": list(classes), "splits": prints})
-        data = OpenData(spec.name, spec.version, classes, splits, whole, prints, folder)
+        notes = _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)
+        data = OpenData(spec.name, spec.version, classes, splits, whole, prints, folder, notes=notes)
     else:
         data = _open_manifest(recipe, folder, cache, made, progress)
     _compare_checksum(spec, made or data.fingerprint, folder)
     return data
+
+
+def _compare_counts(spec: DatasetSpec, counts: dict[str, int], folder: Path) -> dict[str, Any]:
+    """What to note when the splits do not have the official number of samples."""
+    differ = {n: [counts[n], wanted] for n, wanted in spec.expected.items() if counts.get(n) != wanted}
+    for name, (found, wanted) in differ.items():
+        _log.warning(
+            "%s: %s has %s samples of split %r, the official one has %s. Scores cannot be compared with "
+            "published ones.",
+            *(spec.name, folder, f"{found:,}", name, f"{wanted:,}"),
+        )
+    return {"counts_and_official": differ} if differ else {}
 
 
 def _compare_checksum(spec: DatasetSpec, found: str, folder: Path) -> None:
@@ -175,7 +188,8 @@ def _open_manifest(
     for names in manifest.notes.get("images_without_mask", {}).values():
         missing |= {name: "no mask" for name in names}
     notes = {**manifest.notes, "manifest": digest, "missing_images": len(missing)}
-    _report_missing(spec, folder, missing, sum(len(r.ids) for r in manifest.splits.values()), path)
+    notes |= _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)
+    _report_missing(spec, folder, missing, sum(map(len, splits.values())) + len(missing), path)
     if spec.reader == "coco" and spec.pairs.policy == "pair-disjoint" and missing:
         _recheck(splits, manifest.classes, folder)
     whole = digest_json({"made": made, "manifest": digest, "splits": prints})
@@ -259,7 +273,7 @@ def _report_missing(
     report = manifest.parent / "missing.json"
     write_atomic(report, json.dumps({"folder": str(folder), "missing": missing}, indent=1) + "\n")
     text = (
-        f"dataset {spec.name}: {len(missing)} of {count} annotated images are not in {folder}: "
+        f"dataset {spec.name}: {len(missing)} of {count} images (or their masks) are not in {folder}: "
         f"{few(missing)} (all of them: {report})."
     )
     if len(missing) > spec.max_broken * count:

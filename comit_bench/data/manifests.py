@@ -2,9 +2,9 @@
 
 A reader makes a manifest from the annotation files alone; which images lie on this machine does not enter.
 One row per sample: ``split``, ``id``, ``file`` (place and file name), ``mask`` for saliency, and list
-columns for the labels (``category``; or ``subject``, ``predicate``, ``object``, ``kept``). The digest is over the
-content, not over the bytes of the file, so another version of the Parquet writer does not change it. It is
-computed again at every load.
+columns for the labels (``category``; or ``subject``, ``predicate``, ``object``, ``kept``). The digest is over
+the content, not over the bytes of the file, so another version of the Parquet writer does not change it. It
+is computed again at every load.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def rows_from(
     """
     order = sorted(range(len(samples)), key=lambda i: samples[i][0])
     ids = tuple(samples[i][0] for i in order)
-    twice = next((a for a, b in zip(ids, ids[1:], strict=False) if a == b), None)
+    twice = next((a for a, b in pairwise(ids) if a == b), None)
     if twice is not None:
         raise CorruptFileError(f"image {twice!r} is listed twice")
     parts = [samples[i][2].reshape(-1, width) if width else samples[i][2] for i in order]
@@ -194,8 +195,8 @@ def read_manifest(path: Path, key: dict[str, Any]) -> tuple[Manifest, str]:
     digest = manifest.digest
     if digest != expected:
         raise CorruptFileError(
-            f"{path}: its content has the digest {digest}, but it was written with {expected}: it was changed. "
-            "Remove the file; it is made again."
+            f"{path}: its content has the digest {digest}, but it was written with {expected}: it was "
+            "changed. Remove the file; it is made again."
         )
     return manifest, digest
 

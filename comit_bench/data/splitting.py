@@ -8,9 +8,9 @@ every category shall have pairs on both sides. The steps, all decided by names a
    with its images, which may leave others with fewer than two, and so on. A group of categories whose
    pairs form one closed ring of odd length cannot be covered either (colours cannot alternate around it) and
    is dropped. Everything else can be covered; no category is dropped without need.
-2. *Cover.* Each connected group is walked along an Euler tour (each line once), and its lines are given to val
-   and train in turn. Points with an odd number of lines are first joined to one extra point, where the tour
-   starts; without such points it starts at a point with at least four lines, if there is one. Each
+2. *Cover.* Each connected group is walked along an Euler tour (each line once), and its lines are given to
+   val and train in turn. Points with an odd number of lines are first joined to one extra point, where the
+   tour starts; without such points it starts at a point with at least four lines, if there is one. Each
    category is passed through with two different sides, hence covered (a lemma of Bondy and Murty,
    *Graph Theory with Applications*, 6.1).
 3. *Move.* The pairs are visited in the order of ``sha256(seed, names)``. A pair changes sides if that brings

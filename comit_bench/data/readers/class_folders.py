@@ -88,16 +88,39 @@ def read_class_folders(
     places = {
         name: find_directory(spec, folder, f"split {name!r}", places) for name, places in spec.splits.items()
     }
+    if not spec.labelled:
+        return _read_unlabelled(places, made, progress)
     classes = wanted if wanted is not None else _classes_from(spec, places)
     reader = _ClassFolders(spec, folder, classes, exact=wanted is not None, progress=progress)
-    splits: dict[str, Split] = {}
-    prints: dict[str, str] = {}
+    samples = {name: reader.read(name, place) for name, place in places.items()}
+    return classes, *_as_splits(places, samples, made)
+
+
+def _as_splits(
+    places: dict[str, Path], samples: dict[str, list[_Sample]], made: str | None
+) -> tuple[dict[str, Split], dict[str, str]]:
+    splits = {name: _as_split(name, place, samples[name]) for name, place in places.items()}
+    prints = {
+        name: fingerprint((f"{s.id}{suffix(s.file)}\t{s.size}\t{s.label}" for s in found), made)
+        for name, found in samples.items()
+    }
+    return splits, prints
+
+
+def _read_unlabelled(places: dict[str, Path], made: str | None, progress: bool) -> Reading:
+    """All images of a split, flat or in class folders; ids are file names, so that both layouts agree."""
+    from tqdm import tqdm
+
+    samples: dict[str, list[_Sample]] = {}
     for name, place in places.items():
-        samples = reader.read(name, place)
-        splits[name] = _as_split(name, place, samples)
-        lines = (f"{s.id}{suffix(s.file)}\t{s.size}\t{s.label}" for s in samples)
-        prints[name] = fingerprint(lines, made)
-    return classes, splits, prints
+        found = [("", file, size) for file, size in images(place)]
+        bar = tqdm(folders(place), f"listing {name}", delay=1.0, leave=False, disable=not progress)
+        for directory in bar:
+            found += [(f"{directory}/", file, size) for file, size in images(place / directory)]
+        if not found:
+            raise MissingError(f"{place}: holds no images")
+        samples[name] = sorted(_Sample(stem(file), start + file, size, 0) for start, file, size in found)
+    return ("image",), *_as_splits(places, samples, made)
 
 
 def _classes_from(spec: DatasetSpec, places: dict[str, Path]) -> tuple[str, ...]:
@@ -117,8 +140,8 @@ def _as_split(name: str, place: Path, samples: list[_Sample]) -> Split:
     for before, after in pairwise(samples):
         if before.id == after.id:
             raise CorruptFileError(
-                f"{place / after.file}: differs from {before.file} only in its suffix, and one id cannot "
-                "stand for two images. Rename or remove one of them."
+                f"{place / after.file}: differs from {before.file} only in its suffix or folder, and one id "
+                "cannot stand for two images. Rename or remove one of them."
             )
     return Split(
         name,

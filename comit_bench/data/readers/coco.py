@@ -121,7 +121,8 @@ def _open_coco(path: Path) -> Any:
         return coco
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise CorruptFileError(
-            f"{path}: not a COCO instances file ({type(error).__name__}: {error}). Replace it by the original."
+            f"{path}: not a COCO instances file ({type(error).__name__}: {error}). "
+            "Replace it by the original."
         ) from error
 
 
@@ -167,8 +168,8 @@ def _columns(spec: DatasetSpec, names: dict[int, str]) -> tuple[str, ...]:
     columns = spec.pairs.columns or largest
     if min(names) < 1 or largest > columns:
         raise UsageError(
-            f"dataset {spec.name}: category ids reach from {min(names)} to {largest}, but pairs.columns asks for "
-            f"1 to {columns}"
+            f"dataset {spec.name}: category ids reach from {min(names)} to {largest}, but pairs.columns "
+            f"asks for 1 to {columns}"
         )
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
@@ -190,7 +191,8 @@ def _divide(
     if not divided.val:
         raise CorruptFileError(
             f"dataset {spec.name}: {len(everything)} images have exactly two categories, and their "
-            f"{len(set(pairs))} pairs cannot be divided so that a category is on both sides. More images are needed."
+            f"{len(set(pairs))} pairs cannot be divided so that a category is on both sides. "
+            "More images are needed."
         )
     splits: dict[str, list[Sample]] = {"train": [], "val": []}
     for sample, pair in zip(everything, pairs, strict=True):

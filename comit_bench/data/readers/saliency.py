@@ -1,8 +1,8 @@
 """The reader ``saliency``: images with one mask each (CSSD, ECSSD).
 
-Found layouts: ``images/0001.jpg`` with ``ground_truth_mask/0001.png`` (or ``ground_truth/``), and one folder that
-holds ``0001.jpg`` and ``0001.png``. A sample's id is the file name without its suffix. A mask's white part
-is the salient object; the masks of the original archives may be anti-aliased or have three channels.
+Found layouts: ``images/0001.jpg`` with ``ground_truth_mask/0001.png`` (or ``ground_truth/``), and one folder
+that holds ``0001.jpg`` and ``0001.png``. A sample's id is the file name without its suffix. A mask's white
+part is the salient object; the masks of the original archives may be anti-aliased or have three channels.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def build(spec: DatasetSpec, folder: Path) -> Manifest:
             raise MissingError(f"{where[name]}: holds no images")
         if alone := sorted(masks.keys() - photos.keys()):
             raise CorruptFileError(
-                f"{directory}: {len(alone)} masks have no image of the same name in {where[name]}: {few(alone)}"
+                f"{directory}: {len(alone)} masks have no image of the same name in {where[name]}: "
+                f"{few(alone)}"
             )
         both = sorted(photos.keys() & masks.keys())
         unmasked[name] = sorted(photos.keys() - masks.keys())
@@ -93,7 +94,8 @@ def _by_stem(files: list[str], directory: Path, other: Path, photos: bool) -> di
     for file in sorted(files):
         if stem(file) in found:
             raise CorruptFileError(
-                f"{directory / file}: differs from {found[stem(file)]} only in its suffix. Remove one of them."
+                f"{directory / file}: differs from {found[stem(file)]} only in its suffix. "
+                "Remove one of them."
             )
         found[stem(file)] = file
     return found

@@ -64,6 +64,11 @@ def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
     return found
 
 
+def folder_names(spec: DatasetSpec) -> tuple[str, ...]:
+    """The image folders that urls name."""
+    return spec.images.get("folders", ("VG_100K", "VG_100K_2"))
+
+
 def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
     """Directory of every image folder that occurs in urls: ``VG_100K``, ``VG_100K_2``.
 
@@ -72,7 +77,7 @@ def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
     """
     bases = spec.images.get("bases", BASES)
     found = {}
-    for name in spec.images.get("folders", ("VG_100K", "VG_100K_2")):
+    for name in folder_names(spec):
         for base in bases:
             if (folder / base / name).is_dir():
                 found[name] = folder / base / name
@@ -80,7 +85,8 @@ def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
     if not found:
         raise MissingError(
             f"dataset {spec.name}: {folder} has no images: looked for VG_100K/ and VG_100K_2/ there and in "
-            f"{' and '.join(b + '/' for b in bases if b != '.')}. `comit-bench data download {spec.name}` fetches them."
+            f"{' and '.join(b + '/' for b in bases if b != '.')}. "
+            f"`comit-bench data download {spec.name}` fetches them."
         )
     return found
 
@@ -402,7 +408,7 @@ def _rows(
     first = np.ones(len(table), dtype=np.bool_)
     first[1:] = (table[1:, :4] != table[:-1, :4]).any(axis=1)
     table = table[first]
-    bounds = np.searchsorted(table[:, 0], numbers).tolist() + [len(table)]
+    bounds = [*np.searchsorted(table[:, 0], numbers).tolist(), len(table)]
     samples = [
         (f"{number:07d}", pictures[number][2], table[bounds[i] : bounds[i + 1], 1:].astype(np.int32))
         for i, number in enumerate(numbers.tolist())
