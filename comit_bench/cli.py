@@ -255,6 +255,9 @@ def table(
         str | None, typer.Option(help="Only these tasks, comma-separated, in this order.")
     ] = None,
     metrics: Annotated[str | None, typer.Option(help="Only these metrics, comma-separated.")] = None,
+    published: Annotated[
+        bool, typer.Option(help="Also print published numbers of the same tasks, marked as such.")
+    ] = True,
 ) -> None:
     """Rebuild the table from records alone."""
     from comit_bench.listing import rebuild_table
@@ -265,6 +268,7 @@ def table(
         suite=suite,
         tasks=_names(tasks),
         metrics=_names(metrics),
+        published=published,
     )
 
 

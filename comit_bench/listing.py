@@ -200,16 +200,22 @@ def rebuild_table(
     suite: str | None,
     tasks: Sequence[str] | None,
     metrics: Sequence[str] | None,
+    published: bool = True,
 ) -> None:
     """Print the table of all records below ``directories``, and write it when ``output`` is given.
+
+    With ``published``, the published numbers of the same tasks (of the whole suite, when one is named)
+    stand in it too.
 
     Raises:
         MissingError: There are no records.
     """
-    from comit_bench.results.records import load_records
+    from comit_bench.results.records import load_records, published_records
     from comit_bench.results.tables import build_table, print_table, write_tables
 
     records = [record for directory in directories for record in load_records(directory)]
+    if published:
+        records += published_records(records, suite=suite)
     if not records:
         raise MissingError(
             f"no records under {', '.join(str(d) for d in directories)}. `comit-bench run` makes them; "
@@ -218,5 +224,5 @@ def rebuild_table(
     table = build_table(records, metrics=metrics, suite=suite, tasks=tasks)
     print_table(table)
     if output is not None:
-        for path in write_tables(table, output):
+        for path in write_tables(table, output, records):
             sys.stderr.write(f"{path}\n")

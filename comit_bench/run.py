@@ -169,15 +169,16 @@ def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
 def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
     """Write and print the tables of this run's tasks; tell what failed."""
     from comit_bench.console import say
-    from comit_bench.results.records import load_records
+    from comit_bench.results.records import load_records, published_records
     from comit_bench.results.tables import build_table, print_table, write_tables
 
     tasks = list(dict.fromkeys(job.task.spec.name for job in jobs))
     records = load_records(settings.records)
+    records += published_records(records)
     if records:
         table = build_table(records, tasks=tasks)
         print_table(table)
-        files = write_tables(table, settings.output / "tables")
+        files = write_tables(table, settings.output / "tables", records)
         say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
     for job, error in outcome.failures:
         say(f"failed: {job.label} on {job.task.spec.name}: {error}")

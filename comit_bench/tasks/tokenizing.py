@@ -23,6 +23,7 @@ from comit_bench.data.store import TokenStore
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 
+SHARD_SIZE = 1024  # messages; a process that dies loses at most one shard of its own
 Advance = Callable[[int], None]
 T = TypeVar("T")
 
@@ -67,6 +68,7 @@ def open_store(tokenizer: Tokenizer, cache: Path, key: Mapping[str, Any], *, cou
         message_length=info.message_length,
         vocab_size=info.vocab_size,
         code_dim=info.code_dim,
+        shard_size=SHARD_SIZE,
     )
 
 
