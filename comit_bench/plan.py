@@ -102,17 +102,17 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
             except MissingError as error:
                 plan.data[name], counts[name] = "missing", {}
                 plan.missing.append(error)
-        if job.label == MAJORITY:
-            plan.jobs.append(JobPlan(job, 0, 0, 0.0))
-            continue
         try:
-            tokenizer = bench.peek(job)
             find_executor(job.task.spec).prepare(
                 job.task.spec, cache=settings.cache_dir, offline=settings.offline
             )
+            tokenizer = None if job.label == MAJORITY else bench.peek(job)
         except MissingError as error:
             if str(error) not in {str(known) for known in plan.missing}:
                 plan.missing.append(error)
+            continue
+        if job.label == MAJORITY:
+            plan.jobs.append(JobPlan(job, 0, 0, 0.0))
             continue
         plan.jobs.append(_cost(job, settings, counts[name], tokenizer, rate))
     return plan

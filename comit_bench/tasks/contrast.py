@@ -115,8 +115,8 @@ class ContrastTask:
         for name, count in counts.items():
             if count < 1:
                 raise UsageError(
-                    f"the {name} set has too few images with relations. Use more images (a larger --limit), or "
-                    "change split.early_stop.fraction in the recipe."
+                    f"the {name} set has too few images with relations. Use more images (a larger --limit), "
+                    "or change split.early_stop.fraction in the recipe."
                 )
 
     def held(self) -> ContrastTask | None:
@@ -290,9 +290,9 @@ class _Fit:
                 score += float(right.sum())
             if not math.isfinite(loss):
                 raise BenchError(
-                    f"the probe's loss is not finite in epoch {epoch}, step {step + 1} of {len(starts)} (seed "
-                    f"{self.seed}, learning rate {task.spec.learning_rate:g}). Lower probe.learning_rate in the "
-                    "recipe, or look for NaN or huge values in the codes."
+                    f"the probe's loss is not finite in epoch {epoch}, step {step + 1} of {len(starts)} "
+                    f"(seed {self.seed}, learning rate {task.spec.learning_rate:g}). Lower "
+                    "probe.learning_rate in the recipe, or look for NaN or huge values in the codes."
                 )
             self.optimizer.step()
         return loss / len(samples), score / len(samples)

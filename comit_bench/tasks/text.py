@@ -72,7 +72,7 @@ class TextEncoder:
                 return load_file(path)["features"]
             except (SafetensorError, KeyError, OSError) as error:
                 raise CorruptFileError(
-                    f"{path}: damaged text features ({error}). Remove the file and run the same command again."
+                    f"{path}: damaged text features ({error}). Remove the file and run the command again."
                 ) from error
         vectors = self._encode(distinct)
         with atomic_path(path) as temporary:
@@ -94,8 +94,8 @@ class TextEncoder:
         try:
             pieces: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model: Any = T5EncoderModel.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, use_safetensors=True
-            )
+                folder, local_files_only=True, use_safetensors=True
+            ).float()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BenchError(

@@ -35,9 +35,13 @@ def share_right(control: str | None) -> float:
     splits = {}
     for seed, name in enumerate(("train", "early_stop", "report")):
         codes, labels = by_order(seed)
-        source = controlled_messages(MessageSource(codes=codes), control, [f"{name}/{i}" for i in range(COUNT)])
+        source = controlled_messages(
+            MessageSource(codes=codes), control, [f"{name}/{i}" for i in range(COUNT)]
+        )
         splits[name] = Split(source, labels)
-    spec = ProbeSpec(width=16, depth=2, heads=2, batch_size=32, learning_rate=1e-2, max_epochs=10, patience=10)
+    spec = ProbeSpec(
+        width=16, depth=2, heads=2, batch_size=32, learning_rate=1e-2, max_epochs=10, patience=10
+    )
     task = FitTask(spec=spec, outputs=2, **splits, positions=control != "bag-of-tokens")
     outputs = fit_probe(task, seed=0).outputs
     assert outputs is not None
@@ -53,7 +57,9 @@ def test_what_only_the_order_tells_is_lost_without_it() -> None:
 def test_shuffled_messages_keep_their_tokens() -> None:
     codes, _ = by_order(0)
     names = [f"a/{i}" for i in range(COUNT)]
-    shuffled = controlled_messages(MessageSource(codes=codes), "shuffle-tokens", names).take(torch.arange(COUNT))
+    shuffled = controlled_messages(MessageSource(codes=codes), "shuffle-tokens", names).take(
+        torch.arange(COUNT)
+    )
     assert not torch.equal(shuffled, codes)
     assert torch.equal(shuffled.sort(dim=1).values, codes.sort(dim=1).values)
     orders = token_orders(names, LENGTH)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from comit_bench.data.datasets import OpenData
 from comit_bench.data.datasets import Split as DataSplit
@@ -61,7 +60,9 @@ def inputs(tmp_path: Path, **changes: Any) -> Inputs:
     splits = {r.split.name: r.split for r in roles.values()}
     names = tuple(map(str, range(COLUMNS)))
     data = OpenData("d", 1, names, splits, "sha256:0", {}, tmp_path, kind="multilabel")
-    given: dict[str, Any] = dict(spec=recipe(), data=data, roles=roles, seeds=[0, 1], cache=tmp_path, workers=1)
+    given: dict[str, Any] = dict(
+        spec=recipe(), data=data, roles=roles, seeds=[0, 1], cache=tmp_path, workers=1
+    )
     return Inputs(**(given | changes))
 
 
@@ -69,7 +70,11 @@ def test_both_categories_must_be_among_the_highest() -> None:
     outputs = torch.tensor([[9.0, 8, 1, 7, 6, 5, 0], [9.0, 8, 1, 7, 6, 5, 0], [1.0, 1, 1, 1, 1, 1, 1]])
     targets = torch.zeros(3, 7, dtype=torch.bool)
     targets[0, [0, 5]] = targets[1, [0, 2]] = targets[2, [3, 4]] = True
-    assert all_within(outputs, targets, k=5).tolist() == [1, 0, 1]  # ties go by column: 0 to 4 are the top five
+    assert all_within(outputs, targets, k=5).tolist() == [
+        1,
+        0,
+        1,
+    ]  # ties go by column: 0 to 4 are the top five
     assert all_within(outputs, targets, k=2).tolist() == [0, 0, 0]
     assert set(score_outputs(outputs, targets)) == {"top5", "top2", "mAP"}
     assert set(score_outputs(outputs[:, :5], targets[:, :5])) == {"top2", "mAP"}
@@ -128,7 +133,9 @@ def test_plain_signs_are_read_and_the_control_lands_at_chance(tmp_path: Path) ->
         assert metric.chance is not None
         spread = 3 * metric.stderr if metric.share else 5.0
         assert abs(metric.value - metric.chance) < spread, name
-    assert EXECUTOR.majority(given).metrics["top5"].per_seed[0] == EXECUTOR.majority(given).metrics["top5"].value
+    assert (
+        EXECUTOR.majority(given).metrics["top5"].per_seed[0] == EXECUTOR.majority(given).metrics["top5"].value
+    )
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -145,5 +152,3 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such kind.*multilabel"):
         recipe(kind="multi-label")
     assert recipe().main_metric == "top5"
-
-

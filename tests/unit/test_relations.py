@@ -34,7 +34,10 @@ def table_of(count: int, seed: int) -> NDArray[np.int64]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(count, len(OBJECTS), generator=generator).argsort(dim=1)[:, :2].numpy()
     image, a, b = np.arange(count), order[:, 0], order[:, 1]
-    rows = [np.stack([image, a, np.full(count, LEFT), b], 1), np.stack([image, b, np.full(count, RIGHT), a], 1)]
+    rows = [
+        np.stack([image, a, np.full(count, LEFT), b], 1),
+        np.stack([image, b, np.full(count, RIGHT), a], 1),
+    ]
     table = np.concatenate(rows)
     return table[np.lexsort(table.T[::-1])]
 
@@ -48,7 +51,9 @@ def role(count: int, seed: int, *, name: str) -> Role:
     codes[lefts[:, 0], 1, lefts[:, 3]] += 1
     ids = tuple(f"{name}/{i:05d}" for i in range(count))
     rows = np.arange(count)
-    return Role(DataSplit(name, ids, [Path("x")] * count, Triplets(table)), rows, rows, MessageSource(codes=codes))
+    return Role(
+        DataSplit(name, ids, [Path("x")] * count, Triplets(table)), rows, rows, MessageSource(codes=codes)
+    )
 
 
 def recipe(**changes: Any) -> TaskSpec:
@@ -65,7 +70,9 @@ def inputs(tmp_path: Path, **changes: Any) -> Inputs:
     roles["report"] = role(200, 2, name="val")
     splits = {r.split.name: r.split for r in roles.values()}
     prints = {name: f"sha256:{name}" for name in splits}
-    data = OpenData("d", 1, OBJECTS, splits, "sha256:0", prints, tmp_path, kind="relations", predicates=PREDICATES)
+    data = OpenData(
+        "d", 1, OBJECTS, splits, "sha256:0", prints, tmp_path, kind="relations", predicates=PREDICATES
+    )
     given: dict[str, Any] = dict(spec=recipe(), data=data, roles=roles, seeds=[0], cache=tmp_path, workers=1)
     return Inputs(**(given | changes))
 
@@ -106,7 +113,9 @@ def test_grouped_probe_equals_repeated_messages_and_its_gradients() -> None:
 
 
 def test_every_role_has_a_projection_of_its_own() -> None:
-    probe = build_probe(ProbeSpec(width=16, depth=1, heads=2), code_shape=(5, 6), outputs=1, seed=0, extra=(3, 8))
+    probe = build_probe(
+        ProbeSpec(width=16, depth=1, heads=2), code_shape=(5, 6), outputs=1, seed=0, extra=(3, 8)
+    )
     one = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(1, 3, 8)
     states = probe.embed_extra(one) - probe.type_embed[2:]
     assert not torch.allclose(states[0, 0], states[0, 2])
@@ -140,7 +149,9 @@ def test_what_the_area_filter_dropped_is_no_negative() -> None:
     table = np.array([[0, 0, 0, 1], [1, 2, 0, 3]])
     known = np.concatenate([table, [[0, 2, 0, 3]]])
     split = DataSplit("val", ("a", "b"), [Path("x")] * 2, Triplets(table, known[np.lexsort(known.T[::-1])]))
-    lists = draw_lists(Role(split, np.arange(2), np.arange(2)), WORDS, NegativesSpec(report=2, per_image=None))
+    lists = draw_lists(
+        Role(split, np.arange(2), np.arange(2)), WORDS, NegativesSpec(report=2, per_image=None)
+    )
     part = lists.kinds["random"]
     assert not lists.valid[0, part].any()  # the only other triplet is true of image 0 as well
     assert lists.valid[1, part].sum() == 1
@@ -192,7 +203,9 @@ def test_gradients_of_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     for tokens in (contrast.CHUNK_TOKENS, 60):
         monkeypatch.setattr(contrast, "CHUNK_TOKENS", tokens)
         task = contrast_task()
-        fit = contrast._Fit(replace(task, spec=task.spec.model_copy(update={"batch_size": 64})), 0, torch.device("cpu"))
+        fit = contrast._Fit(
+            replace(task, spec=task.spec.model_copy(update={"batch_size": 64})), 0, torch.device("cpu")
+        )
         monkeypatch.setattr(fit.optimizer, "step", lambda: None)
         fit._epoch(1)
         found.append([p.grad.clone() for p in fit.probe.parameters()])
@@ -211,7 +224,9 @@ def test_workers_and_messages_on_disk_give_the_same_numbers() -> None:
     assert codes is not None
     streamed = replace(
         task,
-        train=Split(MessageSource(read=lambda rows: codes[rows], count=40), torch.arange(40), torch.arange(40)),
+        train=Split(
+            MessageSource(read=lambda rows: codes[rows], count=40), torch.arange(40), torch.arange(40)
+        ),
     )
     for other in (by_worker, contrast._Fit(streamed, 3, torch.device("cpu")).run(None)):
         assert torch.equal(plain.outputs, other.outputs)  # type: ignore[arg-type]
