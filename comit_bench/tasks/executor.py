@@ -116,7 +116,7 @@ class Inputs:
         for name, role in self.roles.items():
             if len(role) == 0:
                 raise UsageError(
-                    f"the {names[name]} set of {self.spec.name} is empty. Use more images (a larger --limit), "
+                    f"the {names[name]} set of {self.spec.name} is empty. Use more images (larger --limit), "
                     "or change split.early_stop.fraction in the recipe."
                 )
 
