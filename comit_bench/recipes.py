@@ -160,7 +160,8 @@ class DatasetSpec(_Spec):
 
     ``folder`` names the directory under the data root (or, with a generator, under the cache). ``splits``
     maps a split name to candidate sub-directories (class-folders, saliency) or label files (the others),
-    ``images`` and ``labels`` name further candidates; the first one found wins. ``expected`` says how
+    ``images`` and ``labels`` name further candidates, ``shards`` and ``hub_copies`` tar shards and copies of
+    Hugging Face sets to be read where no folder is; the first one found wins. ``expected`` says how
     many samples the official splits have: other counts are noted and warned about.
     """
 
@@ -172,6 +173,8 @@ class DatasetSpec(_Spec):
     splits: dict[str, tuple[str, ...]] = {}
     class_list: str | None = None
     labelled: bool = True
+    shards: dict[str, tuple[str, ...]] = {}
+    hub_copies: tuple[str, ...] = ()
     images: dict[str, tuple[str, ...]] = {}
     labels: dict[str, tuple[str, ...]] = {}
     pairs: PairsSpec = PairsSpec()
