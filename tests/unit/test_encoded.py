@@ -29,7 +29,7 @@ def jpeg(shade: int, mode: str = "RGB") -> bytes:
 
 
 def train_images() -> dict[str, bytes]:
-    """``<wnid>/<wnid>_<number>`` -> content, one CMYK and one grey among them, and a class nobody asks for."""
+    """``<wnid>/<wnid>_<number>`` -> content, one CMYK, one grey, and a class nobody asks for."""
     names = [f"{c}/{c}_{n}" for c in (*CLASSES, "n09999999") for n in (1, 2)]
     modes = ("CMYK", "L", *["RGB"] * 6)
     return {name: jpeg(20 * i, mode) for i, (name, mode) in enumerate(zip(names, modes, strict=True))}
