@@ -111,7 +111,8 @@ class PairsSpec(_Spec):
 
     Samples are the images with exactly two categories. ``pair-disjoint`` pools the files of ``splits`` and
     divides *pairs of categories* between train and val (``comit_bench.data.splitting``); ``given`` keeps each
-    file's images where they are. Without ``pool`` an image is kept only if its file is on its pair's side. ``crowd``: whether a region marked ``iscrowd`` makes its category present.
+    file's images where they are. Without ``pool`` an image is kept only if its file is on its pair's side.
+    ``crowd``: whether a region marked ``iscrowd`` makes its category present.
     ``columns``: length of the target vector, column = category id - 1; null ends it at the largest id.
     """
 

@@ -1,9 +1,9 @@
 """Class-labelled images inside WebDataset shards or a Hugging Face copy, for the reader ``class-folders``.
 
 The archives themselves are read by ``comit_bench.data.tar_shards`` and ``comit_bench.data.hf``. Here an
-image gets the id it has in folders, ``<class>/<file name without suffix>``. Its class is the wnid in its name;
-for official validation names it comes from ImageNet's label files; for rows of a hub copy without usable names
-from the ``label`` column, which follows the alphabetical order of the 1,000 wnids.
+image gets the id it has in folders, ``<class>/<file name without suffix>``. Its class is the wnid in its
+name; for official validation names it comes from ImageNet's label files; for rows of a hub copy without
+usable names from the ``label`` column, which follows the alphabetical order of the 1,000 wnids.
 """
 
 from __future__ import annotations
