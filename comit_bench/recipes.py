@@ -212,11 +212,13 @@ class PairsSpec(_Spec):
 
     Samples are the images with exactly two categories. ``pair-disjoint`` pools the files of ``splits`` and
     divides *pairs of categories* between train and val (``comit_bench.data.splitting``); ``given`` keeps each
-    file's images where they are. ``crowd``: whether a region marked ``iscrowd`` makes its category present.
+    file's images where they are. Without ``pool`` an image is kept only if its file is on its pair's side.
+    ``crowd``: whether a region marked ``iscrowd`` makes its category present.
     ``columns``: length of the target vector, column = category id - 1; null ends it at the largest id.
     """
 
     policy: Literal["pair-disjoint", "given"] = "pair-disjoint"
+    pool: bool = True
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: int = 0
     crowd: Literal["count", "ignore"] = "count"
@@ -261,7 +263,8 @@ class DatasetSpec(_Spec):
 
     ``folder`` names the directory under the data root (or, with a generator, under the cache). ``splits``
     maps a split name to candidate sub-directories (class-folders, saliency) or label files (the others),
-    ``images`` and ``labels`` name further candidates; the first one found wins. ``expected`` says how
+    ``images`` and ``labels`` name further candidates, ``shards`` and ``hub_copies`` tar shards and copies of
+    Hugging Face sets to be read where no folder is; the first one found wins. ``expected`` says how
     many samples the official splits have: other counts are noted and warned about.
     """
 
@@ -273,6 +276,8 @@ class DatasetSpec(_Spec):
     splits: dict[str, tuple[str, ...]] = {}
     class_list: str | None = None
     labelled: bool = True
+    shards: dict[str, tuple[str, ...]] = {}
+    hub_copies: tuple[str, ...] = ()
     images: dict[str, tuple[str, ...]] = {}
     labels: dict[str, tuple[str, ...]] = {}
     pairs: PairsSpec = PairsSpec()

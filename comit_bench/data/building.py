@@ -78,6 +78,8 @@ def _broken(paths: Any, title: str, workers: int, progress: bool) -> list[tuple[
     """Row and message of every file that cannot be decoded."""
     from tqdm import tqdm
 
+    if hasattr(paths, "read"):  # in an archive: not worth sending to other processes
+        return _broken_encoded(paths)
     starts = range(0, len(paths), CHUNK)
     chunks = ([str(path) for path in paths[start : start + CHUNK]] for start in starts)
     found: list[tuple[int, str]] = []
@@ -87,6 +89,18 @@ def _broken(paths: Any, title: str, workers: int, progress: bool) -> list[tuple[
         for start, messages in zip(starts, _map(chunks, workers), strict=True):
             found += [(start + i, text) for i, text in enumerate(messages) if text is not None]
             bar.update(len(messages))
+    return found
+
+
+def _broken_encoded(paths: Any) -> list[tuple[int, str]]:
+    from comit_bench.data.images import load_from
+
+    found = []
+    for row in range(len(paths)):
+        try:
+            load_from(paths, row, "resize(1,nearest)")
+        except CorruptFileError as error:
+            found.append((row, str(error)))
     return found
 
 

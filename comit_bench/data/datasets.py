@@ -89,7 +89,7 @@ def open_dataset(
         folder = find_folder(spec, data_root)
     if spec.reader == "class-folders":
         classes, splits, prints = read_class_folders(
-            recipe, folder, made=made, class_list=class_list, progress=progress
+            recipe, folder, made=made, class_list=class_list, cache=cache, progress=progress
         )
         whole = made or digest_json({"classes": list(classes), "splits": prints})
         notes = _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)

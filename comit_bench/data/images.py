@@ -28,6 +28,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,27 +182,62 @@ def load_image(path: Path, recipe: str) -> NDArray[np.uint8]:
         BenchError: The file cannot be read for a reason that is not its content.
         UsageError: The recipe cannot be parsed.
     """
+    try:
+        return _decode(path, recipe, str(path), size=None)
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: no such file. The data changed after they were listed.") from error
+    except OSError as error:  # the system speaks, not the decoder
+        raise BenchError(f"{path}: cannot read: {error.strerror}") from error
+
+
+def decode_image(content: bytes, recipe: str, *, name: str) -> NDArray[np.uint8]:
+    """As :func:`load_image`, for a file that is in memory already (from an archive or a table).
+
+    Args:
+        content: The bytes of an image file.
+        recipe: Preprocessing, see the module's docstring.
+        name: What messages call it.
+
+    Returns:
+        uint8 [3, S, S].
+
+    Raises:
+        CorruptFileError: Empty, truncated, not an image, or larger than Pillow's safety limit.
+        UsageError: The recipe cannot be parsed.
+    """
+    return _decode(BytesIO(content), recipe, name, size=len(content))
+
+
+def load_from(paths: Sequence[Path], index: int, recipe: str) -> NDArray[np.uint8]:
+    """As :func:`load_image` for ``paths[index]``; paths into an archive have a method ``read``."""
+    read = getattr(paths, "read", None)
+    if read is None:
+        return load_image(paths[index], recipe)
+    return decode_image(read(index), recipe, name=str(paths[index]))
+
+
+def _decode(source: Path | BytesIO, recipe: str, name: str, *, size: int | None) -> NDArray[np.uint8]:
+    """uint8 [3, S, S] of a file or of ``size`` bytes; an OSError that leaves here is the system's."""
     from PIL import Image, UnidentifiedImageError
 
     parse_preprocessing(recipe)
     advice = "Replace the file by an intact copy."
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             image.load()
             return preprocess(image, recipe)
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: no such file. The data changed after they were listed.") from error
     except UnidentifiedImageError as error:
-        what = "the file is empty" if path.stat().st_size == 0 else "not an image that can be read"
-        raise CorruptFileError(f"{path}: {what}. {advice}") from error
+        bytes_read = source.stat().st_size if isinstance(source, Path) else size
+        what = "the file is empty" if bytes_read == 0 else "not an image that can be read"
+        raise CorruptFileError(f"{name}: {what}. {advice}") from error
     except OSError as error:
-        if error.errno is not None:  # the system speaks, not the decoder
-            raise BenchError(f"{path}: cannot read: {error.strerror}") from error
-        raise CorruptFileError(f"{path}: damaged image ({error}). {advice}") from error
+        if error.errno is not None and isinstance(source, Path):
+            raise
+        raise CorruptFileError(f"{name}: damaged image ({error}). {advice}") from error
     except (ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error) as error:
-        raise CorruptFileError(f"{path}: damaged image ({error}). {advice}") from error
+        raise CorruptFileError(f"{name}: damaged image ({error}). {advice}") from error
     except Image.DecompressionBombError as error:
-        raise CorruptFileError(f"{path}: refused ({error}). {advice}") from error
+        raise CorruptFileError(f"{name}: refused ({error}). {advice}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +275,7 @@ class _Batches:
         broken: dict[int, str] = {}
         for row, index in enumerate(indices):
             try:
-                images[row] = load_image(self.paths[index], self.recipe)
+                images[row] = load_from(self.paths, index, self.recipe)
             except CorruptFileError as error:
                 broken[index] = str(error)
             except BenchError as error:

@@ -176,7 +176,9 @@ def _picture(data: OpenData, split: Split, row: int) -> Any:
     from comit_bench.data.images import FORMATS
 
     try:
-        with Image.open(split.paths[row], formats=FORMATS) as image:
+        read = getattr(split.paths, "read", None)
+        source = split.paths[row] if read is None else io.BytesIO(read(row))
+        with Image.open(source, formats=FORMATS) as image:
             picture = image.convert("RGB")
         if max(picture.size) > SAMPLE_SIDE:
             picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))

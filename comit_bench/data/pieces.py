@@ -8,6 +8,7 @@ from pathlib import Path
 
 from comit_bench.data.readers import saliency, visual_genome
 from comit_bench.data.readers.common import DATA_VARIABLE, find_directory, find_file, folders, images
+from comit_bench.data.readers.encoded import has_encoded
 from comit_bench.errors import BenchError, MissingError
 from comit_bench.recipes import DatasetSpec
 
@@ -90,7 +91,9 @@ def _one_place(spec: DatasetSpec, folder: Path, name: str) -> None:
 
 
 def _class_split(spec: DatasetSpec, folder: Path, name: str) -> None:
-    """A split of class folders, with labels when its images lie flat."""
+    """A split of class folders, with labels when its images lie flat, or shards or a hub copy of it."""
+    if has_encoded(spec, folder, name):
+        return
     place = find_directory(spec, folder, f"split {name!r}", spec.splits[name])
     if folders(place) or not spec.labelled or spec.generator is not None:
         return

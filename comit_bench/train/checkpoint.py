@@ -32,7 +32,8 @@ FREE = frozenset(
     {
         "steps", "output", "device_batch", "log_every", "validate_every", "save_every",
         "keep_last", "max_bad_steps", "weights_licence", "data.workers", "data.max_broken", "data.title",
-        "data.source", "model.vae_path", "teacher.path", "model.image_size", "model.vocab_size",
+        "data.source", "data.val_source", "model.vae_path", "teacher.path", "model.image_size",
+        "model.vocab_size",
     }
 )  # fmt: skip
 
@@ -158,7 +159,7 @@ def config_differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in keys
-        if old.get(key, "absent") != new.get(key, "absent")
+        if old.get(key) != new.get(key)  # a setting that came later is None in what ran before it
     ]
 
 

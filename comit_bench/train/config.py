@@ -131,17 +131,49 @@ class TeacherConfig(_Config):
 
 
 class DataConfig(_Config):
-    """Images to train on."""
+    """Images to train on.
 
-    kind: Literal["scenes", "class-folders"] = "scenes"
-    source: Path | None = None  # directory of images in any tree; None for scenes
+    ``source`` is, for class-folders, a directory of images in any tree; for hf, a directory of
+    ``save_to_disk``, a local copy (Parquet, Arrow, image folders) or a hub id; for webdataset, a directory
+    of ``.tar`` files, a glob, or a pattern like ``DIR/train-{000000..000146}.tar``. A source without
+    validation images gives away ``val_count`` of its own, at most a tenth.
+    """
+
+    kind: Literal["scenes", "class-folders", "hf", "webdataset"] = "scenes"
+    source: str | None = None  # None for scenes
+    val_source: str | None = None  # webdataset only: shards for validation
+    subset: str | None = None  # hf only: configuration of a repository that has several
+    revision: str | None = None  # hf only: commit or tag on the hub
+    image_key: str | None = None  # hf: column; webdataset: suffixes, e.g. jpg;png; None: found
+    id_key: str | None = None  # hf only: column of unique names; None: stored file names or row numbers
     title: str | None = None  # name of the data in tables; None: from kind and source
     split: str = "train"
-    val_split: str = "val"
+    val_split: str = "val"  # hf: also finds validation and valid
     count: Count = 4000  # scenes only
     val_count: Annotated[int, Field(ge=2)] = 500
     max_broken: Share = 0.001
     workers: Annotated[int, Field(ge=0)] = 0
+
+    def contradiction(self) -> str | None:
+        """What is wrong with the settings taken together, or None."""
+        takes = {
+            "source": ("class-folders", "hf", "webdataset"),
+            "val_source": ("webdataset",),
+            "subset": ("hf",),
+            "revision": ("hf",),
+            "image_key": ("hf", "webdataset"),
+            "id_key": ("hf",),
+        }
+        if self.kind != "scenes" and self.source is None:
+            what = {"hf": "DIR or OWNER/NAME", "webdataset": "DIR or DIR/{000..146}.tar"}.get(
+                self.kind, "DIR"
+            )
+            return f"data.kind {self.kind} needs data.source: give data.source={what}"
+        wrong = [key for key, kinds in takes.items() if getattr(self, key) and self.kind not in kinds]
+        if wrong:
+            kinds = " or ".join(takes[wrong[0]])
+            return f"data.{wrong[0]} is for data.kind {kinds}, but data.kind is {self.kind}"
+        return None
 
 
 class OptimConfig(_Config):
@@ -189,8 +221,8 @@ class TrainConfig(_Config):
             )
         if self.objective.backprop_updates > self.crops.max_crops:
             raise ValueError("objective.backprop_updates is larger than crops.max_crops")
-        if self.data.kind != "scenes" and self.data.source is None:
-            raise ValueError(f"data.kind {self.data.kind} needs data.source: give data.source=DIR")
+        if wrong := self.data.contradiction():
+            raise ValueError(wrong)
         return self
 
 

@@ -24,9 +24,10 @@ from comit_bench.data.datasets import EXTENSIONS, PathList
 from comit_bench.data.images import load_image
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.recipes import GeneratorSpec
-from comit_bench.seeding import generator_for, seed_for
+from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.sampling import StepPlan, plan_step
+from comit_bench.train.sources import hold_out, open_hf, open_webdataset, recipe_for, shuffled
 
 _log = logging.getLogger(__name__)
 PROBE_VAL_SCENES = 1000  # of the recognition recipe; validation here starts after them
@@ -118,29 +119,17 @@ def list_images(root: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _shuffled(ids: Sequence[str]) -> list[str]:
-    """In an order without classes: neighbours exchange their messages in validation."""
-    return sorted(ids, key=lambda name: seed_for(0, f"validation/{name}"))
-
-
 def _folders(config: TrainConfig, side: int) -> tuple[Images, Images]:
     """Train and validation images of a directory, with its split folders or held out by a hash."""
     data = config.data
     root = Path(str(data.source)).expanduser()
-    recipe = f"center_crop|resize({side},bilinear)"
+    recipe = recipe_for(side)
     inner, held = root / data.split, root / data.val_split
     if inner.is_dir() and held.is_dir():
-        names = _shuffled([f"{data.val_split}/{name}" for name in list_images(held)])[: data.val_count]
+        names = shuffled([f"{data.val_split}/{name}" for name in list_images(held)])[: data.val_count]
         train = tuple(f"{data.split}/{name}" for name in list_images(inner))
     else:
-        every = list_images(root)
-        if len(every) < 4:
-            raise UsageError(
-                f"data.source {root}: {len(every)} images; training and validation need 4 or more"
-            )
-        names = _shuffled(every)[: max(2, min(data.val_count, len(every) // 10))]
-        chosen = set(names)
-        train = tuple(name for name in every if name not in chosen)
+        train, names = hold_out(list_images(root), data.val_count, root)
     return FolderImages(root, train, recipe), FolderImages(root, tuple(names), recipe)
 
 
@@ -149,20 +138,26 @@ def open_images(config: TrainConfig) -> tuple[Images, Images]:
 
     Scenes for validation are ones that no probe uses. A directory with the split folders
     ``data.split`` and ``data.val_split`` is read that way; from any other tree, ``data.val_count``
-    images (at most a tenth), chosen by a hash of their names, are held out.
+    images (at most a tenth), chosen by a hash of their names, are held out. For the kinds ``hf`` and
+    ``webdataset`` see ``comit_bench.train.sources``.
 
     Raises:
-        MissingError: No such directory.
-        UsageError: No images, or a size that cannot be had.
+        MissingError: No such directory, file, repository or library.
+        UsageError: No images, or settings that do not fit them.
+        CorruptFileError: A shard or table that cannot be read.
     """
     side = config.model.spec().image_size
     if config.data.kind == "class-folders":
         return _folders(config, side)
+    if config.data.kind == "hf":
+        return open_hf(config.data, side)
+    if config.data.kind == "webdataset":
+        return open_webdataset(config.data, side)
     train = paint_scenes(config.data.split, 0, config.data.count, side)
     val_start = PROBE_VAL_SCENES if config.data.val_split == "val" else config.data.count
     held = paint_scenes(config.data.val_split, val_start, config.data.val_count, side)
     places = {name: i for i, name in enumerate(held.ids)}
-    names = _shuffled(held.ids)
+    names = shuffled(held.ids)
     return train, MemoryImages(tuple(names), held.images[[places[name] for name in names]])
 
 

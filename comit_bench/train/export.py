@@ -45,7 +45,10 @@ def training_data(config: TrainConfig) -> str:
         return data.title
     if data.kind == "scenes":
         return f"scenes-recognition {data.split} ({data.count} scenes)"
-    return Path(str(data.source)).expanduser().resolve().name
+    source = str(data.source)
+    if data.kind == "hf" and not Path(source).expanduser().exists():
+        return source  # a hub id
+    return Path(source).expanduser().resolve().name
 
 
 def model_card(config: TrainConfig, model: Comit, facts: RunFacts) -> str:

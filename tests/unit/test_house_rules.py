@@ -47,8 +47,8 @@ ARROWS = {
 RENDERERS: set[str] = set()
 LIGHT = ("comit_bench.cli", "comit_bench.run", "comit_bench.registry", "comit_bench.recipes")
 HEAVY = {
-    "accelerate", "diffusers", "einops", "huggingface_hub", "matplotlib", "pandas", "PIL", "safetensors",
-    "scipy", "sklearn", "timm", "torch", "torchvision", "transformers",
+    "accelerate", "datasets", "diffusers", "einops", "huggingface_hub", "matplotlib", "pandas", "PIL",
+    "safetensors", "scipy", "sklearn", "timm", "torch", "torchvision", "transformers",
 }  # fmt: skip
 # Messages through a pipe to processes that the module itself starts; no file is ever read that way.
 PICKLES = {"comit_bench/tasks/pool.py"}
@@ -296,7 +296,10 @@ def test_dependencies_are_those_that_are_used() -> None:
         if (top := name.split(".")[0]) != "comit_bench" and top not in sys.stdlib_module_names
     }
     behind_pandas = {"jinja2", "tabulate"}  # Styler and to_markdown import them
-    assert used | behind_pandas == declared(project["dependencies"])
+    extras = {name: declared(table) for name, table in project["optional-dependencies"].items()}
+    assert set().union(*extras.values()) == extras["dev"], "dev installs every extra, so that all tests run"
+    optional = set().union(*(table for name, table in extras.items() if name != "dev"))
+    assert used | behind_pandas == declared(project["dependencies"]) | optional
 
 
 def test_every_package_is_listed_for_the_wheel() -> None:

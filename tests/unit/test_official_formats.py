@@ -152,6 +152,20 @@ def test_coco_files_kept_apart_on_request(tmp_path: Path) -> None:
     assert data.notes["pairs"]["shared_pairs"] == 4
 
 
+def test_coco_pairs_and_files_disjoint(tmp_path: Path) -> None:
+    pairs = [[1, 3], [3, 18], [18, 44], [44, 90], [90, 1], [1, 18], [3, 44], [18, 90]]
+    images = [
+        (file, 10 * i + j, pair) for i, pair in enumerate(pairs) for j, file in enumerate(("train", "val"))
+    ]
+    write_coco(tmp_path, images=images)
+    rules = find_datasets()["mscoco-pairs"].spec.pairs.model_copy(update={"pool": False, "val_share": 0.4})
+    data = opened("mscoco-pairs", tmp_path, pairs=rules)
+    for name, split in data.splits.items():
+        assert {i.split("/")[0] for i in split.ids} == {name}
+    assert not set(pairs_of(data, "train")) & set(pairs_of(data, "val"))
+    assert sum(map(len, data.splits.values())) == len(pairs), "one of the two images of every pair"
+
+
 def test_coco_dropped_categories_are_named(tmp_path: Path) -> None:
     images = [image for image in COCO_IMAGES if image[1] not in (71, 72)]  # toothbrush is left with one pair
     write_coco(tmp_path, images=images)

@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,7 +44,8 @@ from comit_bench.data.readers.common import (
     stem,
     suffix,
 )
-from comit_bench.errors import CorruptFileError, MissingError
+from comit_bench.data.readers.encoded import find_encoded, read_encoded
+from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation
 from comit_bench.recipes import DatasetSpec, Recipe
 
 _log = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ def read_class_folders(
     *,
     made: str | None,
     class_list: Path | None,
+    cache: Path,
     progress: bool,
 ) -> Reading:
     """Classes, splits and the splits' fingerprints.
@@ -74,6 +77,7 @@ def read_class_folders(
         folder: Where the dataset was found.
         made: Digest of the generator that made it, if one did.
         class_list: Replaces the recipe's own list of classes.
+        cache: Cache directory, for listings of shards.
         progress: Show progress bars.
 
     Raises:
@@ -85,15 +89,27 @@ def read_class_folders(
     if class_list is None and spec.class_list is not None:
         class_list = recipe.path.parent / spec.class_list
     wanted = None if class_list is None else read_class_list(class_list)
+    encoded = find_encoded(spec, folder, cache)
     places = {
-        name: find_directory(spec, folder, f"split {name!r}", places) for name, places in spec.splits.items()
+        name: folder if name in encoded else find_directory(spec, folder, f"split {name!r}", candidates)
+        for name, candidates in spec.splits.items()
     }
+    if encoded and (wanted is None or not spec.labelled):
+        raise UnsupportedOperation(
+            f"dataset {spec.name}: {few(encoded)} lie in shards or a hub copy, which is read for labelled "
+            "sets with a list of classes only. Unpack the images into folders."
+        )
     if not spec.labelled:
         return _read_unlabelled(places, made, progress)
     classes = wanted if wanted is not None else _classes_from(spec, places)
     reader = _ClassFolders(spec, folder, classes, exact=wanted is not None, progress=progress)
-    samples = {name: reader.read(name, place) for name, place in places.items()}
-    return classes, *_as_splits(places, samples, made)
+    samples = {name: reader.read(name, place) for name, place in places.items() if name not in encoded}
+    splits, prints = _as_splits({name: places[name] for name in samples}, samples, made)
+    for name, source in encoded.items():
+        splits[name], prints[name] = read_encoded(
+            name, source, classes, partial(reader.labels_of_flat, name, places[name])
+        )
+    return classes, {n: splits[n] for n in spec.splits}, {n: prints[n] for n in spec.splits}
 
 
 def _as_splits(
@@ -210,7 +226,7 @@ class _ClassFolders:
         return samples
 
     def _flat(self, name: str, place: Path, files: list[tuple[str, int]]) -> list[_Sample]:
-        class_of = self._labels(name, place)
+        class_of = self.labels_of_flat(name, place)
         labels = {c: label for label, c in enumerate(self.classes)}
         samples, unlabelled, counts = [], [], np.zeros(len(self.classes), dtype=np.int64)
         for file, size in files:
@@ -236,7 +252,7 @@ class _ClassFolders:
         places = (self.folder / candidate for candidate in self.spec.labels.get(key, ()))
         return next((place for place in places if place.is_file()), None)
 
-    def _labels(self, name: str, place: Path) -> Callable[[str], str | None]:
+    def labels_of_flat(self, name: str, place: Path) -> Callable[[str], str | None]:
         """Function from the stem of a file in a flat split to its class name, or None."""
         path = self._candidate(name)
         if path is None:

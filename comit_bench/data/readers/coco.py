@@ -196,10 +196,9 @@ def _divide(
         )
     splits: dict[str, list[Sample]] = {"train": [], "val": []}
     for sample, pair in zip(everything, pairs, strict=True):
-        if pair in divided.val:
-            splits["val"].append(sample)
-        elif pair in divided.train:
-            splits["train"].append(sample)
+        side = "val" if pair in divided.val else "train" if pair in divided.train else None
+        if side is not None and (spec.pairs.pool or sample[0].startswith(f"{side}/")):
+            splits[side].append(sample)
     return divided, splits
 
 
@@ -207,10 +206,12 @@ def _pair_notes(
     divided: PairSplit, splits: dict[str, list[Sample]], classes: Sequence[str]
 ) -> dict[str, Any]:
     kept = {classes[c] for samples in splits.values() for sample in samples for c in sample[2].tolist()}
+    total = sum(map(len, splits.values()))
     return {
         "policy": "pair-disjoint",
+        "images": {name: len(samples) for name, samples in splits.items()},
         "target_val_share": divided.target,
-        "val_share": divided.share,
+        "val_share": len(splits["val"]) / total if total else 0.0,
         "pairs": {"train": len(divided.train), "val": len(divided.val)},
         "categories": len(kept),
         "dropped_categories": divided.dropped,
