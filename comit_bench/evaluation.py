@@ -113,8 +113,7 @@ class Bench(Resources):
         for name, role in inputs.roles.items():
             split = role.split.name
             valid = stores[split].valid()[role.rows]
-            ids = [role.split.ids[image] for image in role.kept]
-            messages = controlled_messages(sources[split], inputs.control, ids)
+            messages = controlled_messages(sources[split], inputs.control, role.all_ids)
             roles[name] = replace(role, rows=role.rows[valid], messages=messages)
         return replace(inputs, roles=roles, whole_roles=inputs.roles), stores
 
@@ -160,14 +159,7 @@ class Bench(Resources):
         from comit_bench.results.records import save_record
 
         started = time.perf_counter()
-        error, begun = None, None
-        try:
-            begun = self._begin(job)
-        except BenchError as failure:
-            error = failure
-        self.ranks.agree(error)
-        assert begun is not None
-        tokenizer, inputs, protocol, found = begun
+        tokenizer, inputs, protocol, found = self._begin(job)
         if self.ranks.share(found is not None):
             return found
         if tokenizer is not None and self.device.type == "cpu" and self.ranks.first:
@@ -199,19 +191,25 @@ class Bench(Resources):
         from comit_bench.results.records import find_record
         from comit_bench.results.schema import protocol_digest
 
-        tokenizer = None if job.label == MAJORITY else self.tokenizer(job)
-        inputs = self.inputs(job)
-        with self.ranks.in_turn():
-            protocol = self.protocol(job, tokenizer, inputs)
-        row, task = tokenizer_row(tokenizer), task_row(job, inputs.data)
-        found = find_record(self.settings.records, row, task, protocol_digest(protocol))
+        together = self.ranks.together
+        inputs = together(lambda: self.inputs(job))
+        tokenizer = together(lambda: None if job.label == MAJORITY else self.tokenizer(job))
+
+        def look_up() -> tuple[dict[str, Any], Record | None]:
+            with self.ranks.in_turn():
+                protocol = self.protocol(job, tokenizer, inputs)
+            row, task = tokenizer_row(tokenizer), task_row(job, inputs.data)
+            found = find_record(self.settings.records, row, task, protocol_digest(protocol))
+            if found is not None and self.settings.overwrite == "never":
+                raise UsageError(
+                    f"{job.label} on {job.task.spec.name} has a record already, and --overwrite never stops "
+                    "there. Use only-missing to keep it and go on, or always to replace it."
+                )
+            return protocol, found
+
+        protocol, found = together(look_up)
         if found is None or self.settings.overwrite == "always":
             return tokenizer, inputs, protocol, None
-        if self.settings.overwrite == "never":
-            raise UsageError(
-                f"{job.label} on {job.task.spec.name} has a record already, and --overwrite never stops "
-                "there. Use only-missing to keep it and go on, or always to replace it."
-            )
         _log.info("%s on %s: the record exists and is kept", job.label, job.task.spec.name)
         return tokenizer, inputs, protocol, found
 

@@ -8,7 +8,7 @@ must ask for in the same order.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,6 +79,16 @@ class Ranks:
                 raise BenchError(failed[0])
         if error is not None:
             raise error
+
+    def together(self, step: Callable[[], T]) -> T:
+        """Let all processes take a step, and go on when none has failed in it (see :meth:`agree`)."""
+        try:
+            value = step()
+        except BenchError as error:
+            self.agree(error)
+            raise
+        self.agree(None)
+        return value
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:

@@ -197,13 +197,15 @@ class Resources:
             seed=ENCODE_SEED,
             selection=self.selection,
         )
-        store = open_store(tokenizer, self.settings.cache_dir, key, count=len(rows))
+        store = self.ranks.together(
+            lambda: open_store(tokenizer, self.settings.cache_dir, key, count=len(rows))
+        )
         missing = self.ranks.share(store.missing_shards() if self.ranks.first else [])
         mine = missing[self.ranks.rank :: self.ranks.world]
         total = sum(len(store.shard_range(shard)) for shard in mine)
         advance = self.reporter.start(f"{job.label}: {data.name}/{split_name}", total, "images")
-        error: BenchError | None = None
-        try:
+
+        def work() -> None:
             with self._threads(job, tokenizer):
                 tokenize_split(
                     tokenizer,
@@ -217,11 +219,11 @@ class Resources:
                     advance=advance,
                     profile=self.profile,
                 )
-        except BenchError as failure:
-            error = failure
+
+        try:
+            self.ranks.together(work)
         finally:
             self.reporter.stop()
-        self.ranks.agree(error)
         self._check_broken(job, store, split_name)
         return store
 

@@ -16,6 +16,7 @@ The last two need not fall to chance: what they lose is what the positions were 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,24 +48,17 @@ def token_orders(ids: Sequence[str], length: int) -> Tensor:
     return torch.stack(orders) if orders else torch.empty(0, length, dtype=torch.int64)
 
 
-def controlled_messages(source: MessageSource, control: str | None, ids: Sequence[str]) -> MessageSource:
+def controlled_messages(
+    source: MessageSource, control: str | None, ids: Callable[[], Sequence[str]]
+) -> MessageSource:
     """The messages as a control hands them to the probe.
 
     Args:
         source: N messages.
         control: Name of the control, or None.
-        ids: N image ids.
+        ids: Gives the N image ids; called only when they are needed.
     """
-    if control != "shuffle-tokens":
+    if control != "shuffle-tokens" or len(source) == 0:
         return source
-    stored = source.ids if source.ids is not None else source.codes
-    assert stored is not None
-    return MessageSource(
-        ids=source.ids,
-        codes=source.codes,
-        lookup=source.lookup,
-        orders=token_orders(ids, int(stored.shape[1])),
-    )
-
-
-Lookup = Callable[[Tensor], Tensor]
+    length = int(source.take(torch.zeros(1, dtype=torch.int64)).shape[1])
+    return replace(source, orders=token_orders(ids(), length))

@@ -60,6 +60,10 @@ class Role:
         """Ids of the images, [n]."""
         return [self.split.ids[image] for image in self.images]
 
+    def all_ids(self) -> list[str]:
+        """Ids of all tokenized images of the split, [N]."""
+        return [self.split.ids[image] for image in self.kept]
+
     def source(self) -> MessageSource:
         """The messages of a row that does see images."""
         assert self.messages is not None

@@ -36,7 +36,7 @@ def share_right(control: str | None) -> float:
     for seed, name in enumerate(("train", "early_stop", "report")):
         codes, labels = by_order(seed)
         source = controlled_messages(
-            MessageSource(codes=codes), control, [f"{name}/{i}" for i in range(COUNT)]
+            MessageSource(codes=codes), control, lambda name=name: [f"{name}/{i}" for i in range(COUNT)]
         )
         splits[name] = Split(source, labels)
     spec = ProbeSpec(
@@ -57,7 +57,7 @@ def test_what_only_the_order_tells_is_lost_without_it() -> None:
 def test_shuffled_messages_keep_their_tokens() -> None:
     codes, _ = by_order(0)
     names = [f"a/{i}" for i in range(COUNT)]
-    shuffled = controlled_messages(MessageSource(codes=codes), "shuffle-tokens", names).take(
+    shuffled = controlled_messages(MessageSource(codes=codes), "shuffle-tokens", lambda: names).take(
         torch.arange(COUNT)
     )
     assert not torch.equal(shuffled, codes)
@@ -65,8 +65,11 @@ def test_shuffled_messages_keep_their_tokens() -> None:
     orders = token_orders(names, LENGTH)
     assert torch.equal(token_orders(names[5:6], LENGTH)[0], orders[5])  # an image's order is its own
     assert len(orders.unique(dim=0)) > 10
+    disk = MessageSource(read=lambda rows: codes[rows], count=COUNT)
+    again = controlled_messages(disk, "shuffle-tokens", lambda: names).take(torch.arange(COUNT))
+    assert torch.equal(again, shuffled)
     plain = MessageSource(codes=codes)
-    assert controlled_messages(plain, "permute-labels", names) is plain
+    assert controlled_messages(plain, "permute-labels", lambda: names) is plain
 
 
 def test_a_bag_has_no_order() -> None:
