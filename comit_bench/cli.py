@@ -134,20 +134,17 @@ def run(
         progress=not quiet,
     )
     names = _names(tasks)
+    plan: dict[str, Any] = {"suite": suite, "dry_run": dry_run, "references": references, "profile": profile}
+    raise typer.Exit(_stoppable(lambda: run_command(tokenizer or [], names, settings=settings, **plan)))
+
+
+def _stoppable(command: Callable[[], int]) -> int:
+    """The command's exit code; Ctrl-C is one message and a code of its own."""
     try:
-        code = run_command(
-            tokenizer or [],
-            names,
-            suite=suite,
-            settings=settings,
-            dry_run=dry_run,
-            references=references,
-            profile=profile,
-        )
+        return command()
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped. Everything finished is kept; the same command continues from here.\n")
-        code = INTERRUPTED
-    raise typer.Exit(code)
+        return INTERRUPTED
 
 
 def _names(text: str | None) -> list[str] | None:

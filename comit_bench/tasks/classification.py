@@ -181,8 +181,7 @@ def run_classification(
         early_stop: The same for early stopping.
         report: The same for the reported numbers.
         seeds: Probe seeds.
-        control: ``permute-labels`` shuffles the labels of ``train`` and ``early_stop`` together, for every
-            seed in another way; ``bag-of-tokens`` takes the positions from the probe.
+        control: Name of a control (``tasks/controls.py``), or None.
         device: Where the probes are fitted.
         bf16: Autocast to bfloat16; CUDA only.
         pool: Worker processes, started once for many tasks.
@@ -193,7 +192,7 @@ def run_classification(
         Metrics with chance levels; ``extra`` tells per seed how the fit went.
 
     Raises:
-        UsageError: An empty split, or a name in recipe or classes that does not fit.
+        UsageError: An empty split, or a name that does not fit.
         BenchError: A loss is not finite, or a worker was killed.
     """
     classes, parts = len(class_names), class_parts(class_names, spec.attributes)
