@@ -178,14 +178,13 @@ def run_classification(
         spec: The recipe.
         class_names: C names in the order of the class numbers.
         train: Messages and class numbers to learn from.
-        early_stop: The same for early stopping.
-        report: The same for the reported numbers.
+        early_stop, report: The same for early stopping and for the reported numbers.
         seeds: Probe seeds.
         control: Name of a control (``tasks/controls.py``), or None.
         device: Where the probes are fitted.
         bf16: Autocast to bfloat16; CUDA only.
         pool: Worker processes, started once for many tasks.
-        workers: Without ``pool``: number of processes, None is one per usable core.
+        workers: Without ``pool``: number of processes, None for all cores.
         progress: Called after every epoch of every seed.
 
     Returns:
@@ -215,8 +214,8 @@ def run_classification(
     results = fit_seeds(task, seeds, device=device, pool=pool, workers=workers, progress=progress)
     scores = [score_outputs(r.outputs, labels, parts) for r in results if r.outputs is not None]
     assert len(scores) == len(seeds)
-    n = len(labels)
-    metrics = {k: over_seeds([one[k] for one in scores], n, chance=level) for k, level in levels.items()}
+    found = {k: [one[k] for one in scores] for k in levels}
+    metrics = {k: over_seeds(found[k], len(labels), chance=level) for k, level in levels.items()}
     return TaskResult(metrics=metrics, extra=fit_details(results, "top1"))
 
 
