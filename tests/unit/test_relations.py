@@ -58,7 +58,7 @@ def role(count: int, seed: int, *, name: str) -> Role:
 
 def recipe(**changes: Any) -> TaskSpec:
     probe = ProbeSpec(
-        width=32, depth=2, heads=4, batch_size=32, learning_rate=3e-3, max_epochs=12, patience=12, mlp_ratio=1
+        width=32, depth=2, heads=4, batch_size=32, learning_rate=3e-3, max_epochs=10, patience=10, mlp_ratio=1
     )
     settings: dict[str, Any] = dict(name="r", version=1, title="r", kind="relations", suite="scenes")
     negatives = NegativesSpec(train=3, report=3, predicate=2, swapped=True)
