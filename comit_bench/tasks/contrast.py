@@ -42,7 +42,6 @@ from comit_bench.tasks.fit import (
     build_probe,
     keyed_generator,
     one_thread,
-    slices,
     unlimited,
 )
 from comit_bench.tasks.negatives import Lists, Truth, Words
@@ -226,6 +225,8 @@ class _Fit:
             positions=task.positions,
             extra=(3, int(task.objects.shape[1])),
         ).to(device)
+        # The same for all candidates: it has no gradient but rounding, which Adam would blow up.
+        self.probe.head.bias.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.probe.parameters(),
             lr=task.spec.learning_rate,
@@ -254,9 +255,9 @@ class _Fit:
         objects, predicates = self.texts
         return torch.stack([objects[s], predicates[p], objects[o]], dim=2)
 
-    def _chunks(self, count: int, groups: int) -> Sequence[Tensor]:
-        tokens = groups * (self.probe.message_length + 4)
-        return slices(torch.arange(count), max(1, CHUNK_TOKENS // tokens))
+    def _chunks(self, count: int, groups: int) -> Sequence[slice]:
+        size = max(1, CHUNK_TOKENS // (groups * (self.probe.message_length + 4)))
+        return [slice(start, start + size) for start in range(0, count, size)]
 
     def _logits(
         self, role: str, images: Tensor, triplets: NDArray[np.int64], masks: torch.Generator | None = None

@@ -211,7 +211,7 @@ def test_gradients_of_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         monkeypatch.setattr(fit.optimizer, "step", lambda: None)
         fit._epoch(1)
-        found.append([p.grad.clone() for p in fit.probe.parameters()])
+        found.append([p.grad.clone() for p in fit.probe.parameters() if p.grad is not None])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -231,7 +231,7 @@ def test_workers_and_messages_on_disk_give_the_same_numbers() -> None:
             MessageSource(read=lambda rows: codes[rows], count=40), torch.arange(40), torch.arange(40)
         ),
     )
-    for other in (by_worker, contrast._Fit(streamed, 3, torch.device("cpu")).run(None)):
+    for other in (by_worker, streamed.fit(3)):
         assert torch.equal(plain.outputs, other.outputs)  # type: ignore[arg-type]
 
 
@@ -251,7 +251,8 @@ def test_majority_knows_frequencies_only(tmp_path: Path) -> None:
     given = inputs(tmp_path)
     row = EXECUTOR.majority(given).metrics
     assert abs(row["top1"].value - 25) < 4 * row["top1"].stderr
-    assert row["predicate"].value > 60  # "above" never occurs, which frequencies tell
+    # "above" never occurs, which frequencies tell; left and right are equally frequent
+    assert abs(row["predicate"].value - 50) < 4 * row["predicate"].stderr
     lists = draw_lists(given.roles["report"], WORDS, given.spec.negatives)
     train = np.array([[0, 0, 0, 1], [1, 0, 0, 1], [2, 3, 1, 4]])
     outputs = majority_outputs(train, lists, WORDS)
