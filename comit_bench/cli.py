@@ -1,4 +1,4 @@
-"""The command line: ``comit-bench run | train | ls | doctor | validate | table``.
+"""The command line: ``comit-bench run | train | ls | doctor | data | validate | table``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from comit_bench import __version__
+from comit_bench import __version__, data_command
 from comit_bench.errors import BenchError, UsageError, did_you_mean
 from comit_bench.train.command import train
 
@@ -35,8 +35,11 @@ Suite = Annotated[
 ]
 Tasks = Annotated[str | None, typer.Option(help="Comma-separated task names. [default: all of the suite]")]
 Policy = Annotated[
-    str | None,
-    typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ... [default: global]"),
+    list[str] | None,
+    typer.Option(
+        help="Cropping policy: global, raster:9, global+adaptive:3, ...; may be repeated, a row each. "
+        "[default: global]"
+    ),
 ]
 Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
 Option = Annotated[
@@ -58,7 +61,12 @@ Overwrite = Annotated[
     typer.Option(help="Finished records: only-missing keeps them, always replaces them, never stops there."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue; the same as --overwrite only-missing.")]
-Control = Annotated[str | None, typer.Option(help="permute-labels: scores must fall to chance.")]
+Control = Annotated[
+    str | None,
+    typer.Option(
+        help="permute-labels: scores must fall to chance; shuffle-tokens, bag-of-tokens: without positions."
+    ),
+]
 References = Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
@@ -66,6 +74,7 @@ Include = Annotated[list[Path] | None, typer.Option(help="Directory with more re
 AllowOverride = Annotated[
     bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
 ]
+Profile = Annotated[bool, typer.Option("--profile", help="Say where the time of tokenization went.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")]
 INTERRUPTED = 130
@@ -95,6 +104,7 @@ def run(
     dry_run: DryRun = False,
     include_path: Include = None,
     allow_override: AllowOverride = False,
+    profile: Profile = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -107,7 +117,7 @@ def run(
     settings = Settings(
         output=output,
         data_root=data_root_from(data_root),
-        policy=policy,
+        policy=policy or None,
         weights=weights,
         options=_options(option or []),
         limit=limit,
@@ -124,14 +134,17 @@ def run(
         progress=not quiet,
     )
     names = _names(tasks)
+    plan: dict[str, Any] = {"suite": suite, "dry_run": dry_run, "references": references, "profile": profile}
+    raise typer.Exit(_stoppable(lambda: run_command(tokenizer or [], names, settings=settings, **plan)))
+
+
+def _stoppable(command: Callable[[], int]) -> int:
+    """The command's exit code; Ctrl-C is one message and a code of its own."""
     try:
-        code = run_command(
-            tokenizer or [], names, suite=suite, settings=settings, dry_run=dry_run, references=references
-        )
+        return command()
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped. Everything finished is kept; the same command continues from here.\n")
-        code = INTERRUPTED
-    raise typer.Exit(code)
+        return INTERRUPTED
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -188,6 +201,7 @@ def _auto_workers() -> int:
 
 app.command(name="run")(run)
 app.command(name="train")(train)
+app.add_typer(data_command.app, name="data")
 
 
 @app.command(name="ls")
@@ -238,6 +252,9 @@ def table(
         str | None, typer.Option(help="Only these tasks, comma-separated, in this order.")
     ] = None,
     metrics: Annotated[str | None, typer.Option(help="Only these metrics, comma-separated.")] = None,
+    published: Annotated[
+        bool, typer.Option(help="Also print published numbers of the same tasks, marked as such.")
+    ] = True,
 ) -> None:
     """Rebuild the table from records alone."""
     from comit_bench.listing import rebuild_table
@@ -248,6 +265,7 @@ def table(
         suite=suite,
         tasks=_names(tasks),
         metrics=_names(metrics),
+        published=published,
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from comit_bench.errors import UsageError
+from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import cache_root
-from comit_bench.recipes import DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, pick
+from comit_bench.recipes import CONTROLS, DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, pick
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Settings:
         output: Directory of ``records/`` and ``tables/``.
         data_root: Where real data sets lie.
         cache: Token stores, fits and embedded data; None is ``$COMIT_BENCH_CACHE`` or the platform's.
-        policy: Cropping policy of tokenizers that have one; None is theirs.
+        policy: Cropping policy of tokenizers that have one, or several, which make a row each; None is
+            theirs.
         weights: Directory of weights or ``random``, for learned tokenizers.
         options: Options of learned tokenizers, e.g. ``{"posterior": "sample"}``.
         limit: Use this many images of each split; marks records incomplete.
@@ -36,7 +37,7 @@ class Settings:
         batch_size: Images per encoding call; no score depends on it.
         num_workers: Image-reading processes.
         overwrite: What to do about records that exist.
-        control: None or ``permute-labels``.
+        control: None, ``permute-labels``, ``shuffle-tokens`` or ``bag-of-tokens``.
         offline: Never ask a hub.
         include: Further recipe directories.
         allow_override: Whether those may replace built-in recipes.
@@ -46,7 +47,7 @@ class Settings:
     output: Path = Path("results")
     data_root: Path | None = None
     cache: Path | None = None
-    policy: str | None = None
+    policy: str | Sequence[str] | None = None
     weights: str | None = None
     options: Mapping[str, str | int | float] = field(default_factory=dict)
     limit: int | None = None
@@ -68,12 +69,24 @@ class Settings:
                 raise UsageError(f"--{name} must be at least 1, got {value}")
         if self.num_workers < 0:
             raise UsageError(f"--num-workers must be at least 0, got {self.num_workers}")
-        if self.control not in (None, "permute-labels"):
-            raise UsageError(f"unknown control {self.control!r}: the only one is 'permute-labels'")
+        if self.control is not None and self.control not in CONTROLS:
+            raise UsageError(
+                f"unknown control {self.control!r}: one of {', '.join(CONTROLS)}."
+                f"{did_you_mean(self.control, CONTROLS)}"
+            )
+        if self.policy is not None and not self.policies:
+            raise UsageError("--policy: an empty list of cropping policies")
 
     @property
     def cache_dir(self) -> Path:
         return self.cache or cache_root()
+
+    @property
+    def policies(self) -> tuple[str | None, ...]:
+        """Cropping policies in the order asked for, each once; ``(None,)`` when none was asked for."""
+        if self.policy is None:
+            return (None,)
+        return tuple(dict.fromkeys([self.policy] if isinstance(self.policy, str) else self.policy))
 
     @property
     def records(self) -> Path:
@@ -82,11 +95,15 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tokenizer on one task. ``tokenizer`` is a name, a directory, a hub id or an object."""
+    """One tokenizer on one task. ``tokenizer`` is a name, a directory, a hub id or an object.
+
+    ``policy`` is the cropping policy asked for; None is the tokenizer's own.
+    """
 
     tokenizer: str | Tokenizer
     task: Recipe[TaskSpec]
     dataset: Recipe[DatasetSpec]
+    policy: str | None = None
 
     @property
     def label(self) -> str:
@@ -99,13 +116,25 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
     Raises:
         UsageError: An unknown tokenizer, task or data set, with the nearest names.
     """
-    from comit_bench.tokenizers.loading import entry_for
-
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
     datasets = find_datasets(settings.include, allow_override=settings.allow_override)
     chosen = [pick(name, recipes, "task") for name in dict.fromkeys(tasks)]
+    policies: list[tuple[str | Tokenizer, str | None]] = []
     for tokenizer in tokenizers:
-        if isinstance(tokenizer, str) and tokenizer != MAJORITY:
-            entry_for(tokenizer)
+        crops = takes_policies(tokenizer)
+        policies += [(tokenizer, policy) for policy in (settings.policies if crops else (None,))]
     data = [pick(task.spec.dataset, datasets, "dataset") for task in chosen]
-    return [Job(t, task, d) for task, d in zip(chosen, data, strict=True) for t in tokenizers]
+    return [Job(t, task, d, p) for task, d in zip(chosen, data, strict=True) for t, p in policies]
+
+
+def takes_policies(tokenizer: str | Tokenizer) -> bool:
+    """Whether a tokenizer looks at crops, so that every policy is a row of its own.
+
+    Raises:
+        UsageError: Unknown tokenizer, with the nearest names.
+    """
+    from comit_bench.tokenizers.loading import entry_for
+
+    if not isinstance(tokenizer, str):
+        return hasattr(tokenizer, "policy")
+    return tokenizer != MAJORITY and entry_for(tokenizer).crops

@@ -114,11 +114,27 @@ def _hub_state(repository: str, names: Sequence[str]) -> str:
     return f"missing  hf download {repository} {missing}"
 
 
+def _data_state(recipe: Recipe[DatasetSpec], data_root: Path | None) -> list[str]:
+    """One line for a data set that is there, else one per missing piece with the command that gets it."""
+    from comit_bench.data.pieces import missing_pieces
+
+    spec = recipe.spec
+    if spec.generator is not None:
+        there = (cache_root() / "datasets" / spec.folder / "scenes.json").is_file()
+        return [f"  {spec.name}: {'ok       made before' if there else 'ok       made on first use'}"]
+    missing = missing_pieces(spec, data_root)
+    if missing:
+        return [f"  {spec.name}: missing  {piece.what}\n      {piece.command}" for piece in missing]
+    root = f" --data-root {data_root}"
+    return [
+        f"  {spec.name}: ok       all files are there; `comit-bench data build {spec.name}{root}` checks them"
+    ]
+
+
 def examine(data_root: Path | None) -> int:
     """Print the state of the installation; returns 0, or 3 when a required package is missing."""
     import torch
 
-    from comit_bench.data.datasets import open_dataset
     from comit_bench.tokenizers.comit import HUB, VAE_FILES, VAE_HUB
 
     packages = _packages()
@@ -133,19 +149,8 @@ def examine(data_root: Path | None) -> int:
     for name, repository in VAE_HUB.items():
         _out(f"  {name} VAE: {_hub_state(repository, VAE_FILES)}")
     _out(f"data (data root: {data_root or 'not given: --data-root DIR or COMIT_BENCH_DATA'})")
-    for name, recipe in find_datasets().items():
-        spec = recipe.spec
-        if spec.generator is not None:
-            there = (cache_root() / "datasets" / spec.folder / "scenes.json").is_file()
-            _out(f"  {name}: {'ok       made before' if there else 'ok       made on first use'}")
-            continue
-        try:
-            data: Any = open_dataset(recipe, data_root=data_root, cache=cache_root(), progress=False)
-            _out(f"  {name}: ok       {', '.join(f'{k} {len(v):,}' for k, v in data.splits.items())}")
-        except MissingError as error:
-            _out(f"  {name}: missing  {error}")
-        except BenchError as error:
-            _out(f"  {name}: broken   {error}")
+    for recipe in find_datasets().values():
+        _out("\n".join(_data_state(recipe, data_root)))
     return MissingError.exit_code if any("MISSING" in line for line in packages) else 0
 
 
@@ -195,16 +200,22 @@ def rebuild_table(
     suite: str | None,
     tasks: Sequence[str] | None,
     metrics: Sequence[str] | None,
+    published: bool = True,
 ) -> None:
     """Print the table of all records below ``directories``, and write it when ``output`` is given.
+
+    With ``published``, the published numbers of the same tasks (of the whole suite, when one is named)
+    stand in it too.
 
     Raises:
         MissingError: There are no records.
     """
-    from comit_bench.results.records import load_records
+    from comit_bench.results.records import load_records, published_records
     from comit_bench.results.tables import build_table, print_table, write_tables
 
     records = [record for directory in directories for record in load_records(directory)]
+    if published:
+        records += published_records(records, suite=suite)
     if not records:
         raise MissingError(
             f"no records under {', '.join(str(d) for d in directories)}. `comit-bench run` makes them; "
@@ -213,5 +224,5 @@ def rebuild_table(
     table = build_table(records, metrics=metrics, suite=suite, tasks=tasks)
     print_table(table)
     if output is not None:
-        for path in write_tables(table, output):
+        for path in write_tables(table, output, records):
             sys.stderr.write(f"{path}\n")

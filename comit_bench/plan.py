@@ -90,6 +90,8 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
         jobs: From :func:`comit_bench.jobs.make_jobs`.
         bench: Will do the jobs; it keeps what is opened here.
     """
+    from comit_bench.tasks.executor import find_executor
+
     plan, rate, settings = Plan(), matmul_rate(), bench.settings
     counts: dict[str, dict[str, int]] = {}
     for job in jobs:
@@ -100,14 +102,17 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
             except MissingError as error:
                 plan.data[name], counts[name] = "missing", {}
                 plan.missing.append(error)
-        if job.label == MAJORITY:
-            plan.jobs.append(JobPlan(job, 0, 0, 0.0))
-            continue
         try:
-            tokenizer = bench.peek(job)
+            find_executor(job.task.spec).prepare(
+                job.task.spec, cache=settings.cache_dir, offline=settings.offline
+            )
+            tokenizer = None if job.label == MAJORITY else bench.peek(job)
         except MissingError as error:
             if str(error) not in {str(known) for known in plan.missing}:
                 plan.missing.append(error)
+            continue
+        if job.label == MAJORITY:
+            plan.jobs.append(JobPlan(job, 0, 0, 0.0))
             continue
         plan.jobs.append(_cost(job, settings, counts[name], tokenizer, rate))
     return plan
@@ -117,6 +122,8 @@ def _cost(
     job: Job, settings: Settings, counts: dict[str, int], tokenizer: Tokenizer | None, rate: float
 ) -> JobPlan:
     """Images and seconds of one job; a tokenizer that is still to be fitted counts as small."""
+    from comit_bench.tasks.executor import find_executor
+
     split, probe = job.task.spec.split, job.task.spec.probe
     used = {name: counts.get(name, 0) for name in (split.train, split.report, split.early_stop.source)}
     images = sum(min(n, settings.limit or n) for n in used.values())
@@ -126,15 +133,17 @@ def _cost(
         length, code_dim = info.message_length, info.code_dim
         per_token = 2 if info.vocab_size else 4 * code_dim
         estimate = getattr(tokenizer, "encode_flops", None)
-        flops = estimate(settings.policy) if estimate else 2.0 * info.parameters * length
+        flops = estimate(job.policy) if estimate else 2.0 * info.parameters * length
     read = PNG_SECONDS if job.dataset.spec.generator else JPEG_SECONDS
     seconds = images * (read + flops / (rate * ENCODE_EFFICIENCY))
     train = min(used[split.train], settings.limit or used[split.train])
+    passes, appended = find_executor(job.task.spec).passes(job.task.spec, train)
     block = (4 + 2 * probe.mlp_ratio) * probe.width**2
-    per_message = 6.0 * (length + 1) * (block * probe.depth + code_dim * probe.width)
+    tokens = length + 1 + appended
+    per_pass = 6.0 * tokens * (block * probe.depth + code_dim * probe.width)
     cores = os.cpu_count() or 1
     rounds = math.ceil((settings.seeds or job.task.spec.seeds) / cores)  # seeds are fitted side by side
-    seconds += train * probe.max_epochs * rounds * per_message / (rate / cores * PROBE_EFFICIENCY)
+    seconds += passes * probe.max_epochs * rounds * per_pass / (rate / cores * PROBE_EFFICIENCY)
     return JobPlan(job, images, images * length * per_token, seconds)
 
 
@@ -168,7 +177,8 @@ def describe(plan: Plan, settings: Settings, *, suite: str, why: str) -> list[st
             lines.append(f"  {task.name}: {part.job.label}: waits for its data")
             continue
         cost = f"{part.images:,} images, {seeds} probe seeds, about {human_seconds(part.seconds)}"
-        lines.append(f"  {task.name}: {part.job.label}: {cost}")
+        policy = f" ({part.job.policy})" if part.job.policy else ""
+        lines.append(f"  {task.name}: {part.job.label}{policy}: {cost}")
     lines.append(
         f"  in all about {human_seconds(plan.seconds)} at most; token cache {human_bytes(plan.cache_bytes)} "
         f"in {_short(settings.cache_dir)}; results in {_short(settings.output)}"

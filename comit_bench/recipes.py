@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 
@@ -78,20 +87,112 @@ class AttributesSpec(_Spec):
     fields: tuple[str, ...]
 
 
+class NegativesSpec(_Spec):
+    """Which triplets a true one has to beat (kind ``relations``).
+
+    Attributes:
+        train: In-batch negatives per true triplet while training.
+        report: Stored negatives per sample of the early-stop and report sets.
+        predicate: Hard negatives with the same objects and another predicate; 0 leaves the metric out.
+        swapped: Whether subject and object exchanged are a hard negative of their own.
+        per_image: Samples per image in the early-stop and report sets; None is every true triplet.
+    """
+
+    train: Annotated[int, Field(ge=1)] = 15
+    report: Annotated[int, Field(ge=1)] = 15
+    predicate: Annotated[int, Field(ge=0)] = 3
+    swapped: bool = True
+    per_image: Annotated[int, Field(ge=1)] | None = 1
+
+
+class TextSpec(_Spec):
+    """The frozen text encoder of kind ``relations``.
+
+    ``encoder`` is ``random-t5`` (a small T5 encoder with weights drawn from ``seed`` and one vector per
+    word), a hub id, or a local directory. Words are averaged into one vector (``mean``).
+    """
+
+    encoder: str = "random-t5"
+    pooling: Literal["mean"] = "mean"
+    seed: Annotated[int, Field(ge=0)] = 0
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKind:
+    """How one kind of task is done: everything about a kind stands here and in its module.
+
+    Attributes:
+        module: Module of ``comit_bench.tasks`` that defines ``EXECUTOR`` (``tasks/executor.py``).
+        data: Kind of data set it needs, see ``comit_bench.data.datasets``.
+        main_metric: What a recipe reports first when it does not say.
+        sections: Sections of a recipe that only this kind has.
+    """
+
+    module: str
+    data: str
+    main_metric: str
+    sections: frozenset[str] = frozenset()
+
+
+KINDS = {
+    "classification": TaskKind("classification", "classes", "top1", frozenset({"attributes"})),
+    "multilabel": TaskKind("multilabel", "multilabel", "top5"),
+    "relations": TaskKind("relations", "relations", "top1", frozenset({"negatives", "text"})),
+}
+CONTROLS = ("permute-labels", "shuffle-tokens", "bag-of-tokens")
+
+
 class TaskSpec(_Spec):
-    """One ``probes/<name>/task.yaml``. Bump ``version`` whenever a score may change."""
+    """One ``probes/<name>/task.yaml``. Bump ``version`` whenever a score may change.
+
+    ``control`` makes every run of the recipe a control (see ``comit_bench.tasks.controls``); the command
+    line can ask for one too.
+    """
 
     name: str
     version: Annotated[int, Field(ge=1)]
     title: str
-    kind: Literal["classification"]
+    kind: str
     suite: Literal["scenes", "paper", "extra"]
     dataset: str
     split: SplitSpec = SplitSpec()
     probe: ProbeSpec = ProbeSpec()
     seeds: Annotated[int, Field(ge=1)] = 3
-    main_metric: str = "top1"
+    main_metric: str = ""
+    control: Literal["permute-labels", "shuffle-tokens", "bag-of-tokens"] | None = None
     attributes: AttributesSpec | None = None
+    negatives: NegativesSpec = NegativesSpec()
+    text: TextSpec = TextSpec()
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        if value not in KINDS:
+            raise ValueError(
+                f"no such kind of task; known are {', '.join(KINDS)}.{did_you_mean(value, KINDS)}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _sections_of_the_kind(self) -> TaskSpec:
+        own = KINDS[self.kind].sections
+        for other in KINDS.values():
+            for section in sorted(other.sections - own):
+                if section in self.model_fields_set and getattr(self, section) is not None:
+                    raise ValueError(f"section {section!r} means nothing to kind {self.kind!r}: remove it")
+        if not self.main_metric:
+            object.__setattr__(self, "main_metric", KINDS[self.kind].main_metric)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _own_sections(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the sections of other kinds: their defaults must not enter this recipe's digest."""
+        values: dict[str, Any] = handler(self)
+        foreign = set().union(*(kind.sections for kind in KINDS.values())) - KINDS[self.kind].sections
+        if self.control is None:
+            foreign.add("control")
+        return {key: value for key, value in values.items() if key not in foreign}
 
 
 class GeneratorSpec(_Spec):
@@ -106,11 +207,65 @@ class GeneratorSpec(_Spec):
     val: Annotated[int, Field(ge=1)] = 1000
 
 
+class PairsSpec(_Spec):
+    """Which images of a COCO file are samples, and how they are split (reader ``coco``).
+
+    Samples are the images with exactly two categories. ``pair-disjoint`` pools the files of ``splits`` and
+    divides *pairs of categories* between train and val (``comit_bench.data.splitting``); ``given`` keeps each
+    file's images where they are. Without ``pool`` an image is kept only if its file is on its pair's side.
+    ``crowd``: whether a region marked ``iscrowd`` makes its category present.
+    ``columns``: length of the target vector, column = category id - 1; null ends it at the largest id.
+    """
+
+    policy: Literal["pair-disjoint", "given"] = "pair-disjoint"
+    pool: bool = True
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 0
+    crowd: Literal["count", "ignore"] = "count"
+    columns: Annotated[int, Field(ge=2)] | None = None
+
+
+class RelationsSpec(_Spec):
+    """Which relations are samples, and how images are split (reader ``visual-genome``).
+
+    ``min_area`` is a share of the image's area, asked of ``both`` objects or of at least one (``either``).
+    ``words`` is the size of the one vocabulary of subjects and objects, ``predicates`` of the other; both
+    are counted on train images. ``val_share`` of the images is chosen by a hash of their id when ``splits``
+    names no lists of ids.
+    """
+
+    min_area: Annotated[float, Field(ge=0, le=1)] = 0.05
+    area_of: Literal["both", "either"] = "both"
+    words: Annotated[int, Field(ge=1)] = 150
+    predicates: Annotated[int, Field(ge=1)] = 150
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 0
+    aliases: bool = True
+    exclude_coco: bool = False
+
+
+class DownloadSpec(_Spec):
+    """One file that may be downloaded freely, and where its content goes (relative to the folder).
+
+    ``checksum`` is ``<algorithm>:<hex>``; ``creates`` names what is there once it is unpacked.
+    """
+
+    url: str
+    file: str
+    size: Annotated[int, Field(gt=0)] | None = None
+    checksum: Annotated[str, Field(pattern=r"^(md5|sha1|sha256):[0-9a-f]+$")] | None = None
+    unpack: str | None = None
+    creates: str
+
+
 class DatasetSpec(_Spec):
     """One ``datasets/<name>/dataset.yaml``.
 
-    ``folder`` names the directory under the data root (or, with a generator, under the cache).
-    ``splits`` maps a split name to candidate sub-directories or files, first one found wins.
+    ``folder`` names the directory under the data root (or, with a generator, under the cache). ``splits``
+    maps a split name to candidate sub-directories (class-folders, saliency) or label files (the others),
+    ``images`` and ``labels`` name further candidates, ``shards`` and ``hub_copies`` tar shards and copies of
+    Hugging Face sets to be read where no folder is; the first one found wins. ``expected`` says how
+    many samples the official splits have: other counts are noted and warned about.
     """
 
     name: str
@@ -120,9 +275,17 @@ class DatasetSpec(_Spec):
     folder: str
     splits: dict[str, tuple[str, ...]] = {}
     class_list: str | None = None
+    labelled: bool = True
+    shards: dict[str, tuple[str, ...]] = {}
+    hub_copies: tuple[str, ...] = ()
+    images: dict[str, tuple[str, ...]] = {}
     labels: dict[str, tuple[str, ...]] = {}
+    pairs: PairsSpec = PairsSpec()
+    relations: RelationsSpec = RelationsSpec()
+    expected: dict[str, int] = {}
     generator: GeneratorSpec | None = None
     checksum: str | None = None
+    downloads: tuple[DownloadSpec, ...] = ()
     licence: str
     homepage: str | None = None
     obtain: str | None = None

@@ -31,6 +31,7 @@ class TokenizerEntry:
         fitted: Whether it is fitted on the train split of each data set.
         origin: ``builtin`` or ``plugin:<distribution>``.
         takes_weights: Whether ``--weights`` and ``--dtype`` mean anything to it.
+        crops: Whether it looks at crops under a cropping policy.
         paper_options: Options for tasks on full-size images, where the embedded defaults are too small.
     """
 
@@ -45,6 +46,7 @@ class TokenizerEntry:
     origin: str = "builtin"
     paper_options: tuple[tuple[str, int], ...] = ()
     takes_weights: bool = True
+    crops: bool = False
 
     def loader(self) -> Callable[..., Any]:
         """Import and return the loader."""
@@ -61,6 +63,7 @@ BUILTIN = (
         name="comit-b",
         family="comit",
         target=_COMIT,
+        crops=True,
         parameters=173.84,
         message_length=256,
         vocab_size=64000,
@@ -70,6 +73,7 @@ BUILTIN = (
         name="comit-l",
         family="comit",
         target=_COMIT,
+        crops=True,
         parameters=610.85,
         message_length=256,
         vocab_size=64000,
@@ -79,46 +83,29 @@ BUILTIN = (
         name="comit-xl",
         family="comit",
         target=_COMIT,
+        crops=True,
         parameters=900.38,
         message_length=256,
         vocab_size=64000,
         source="hub cvg-unibe/comit-xl",
     ),
-    TokenizerEntry(
-        name="comit-nano",
-        family="comit",
-        target=_COMIT,
-        parameters=0.45,
-        message_length=16,
-        vocab_size=1000,
-        source="ships with the package",
-    ),
-    TokenizerEntry(
-        name="comit-nano-no-srepa",
-        family="comit",
-        target=_COMIT,
-        parameters=0.45,
-        message_length=16,
-        vocab_size=1000,
-        source="ships with the package",
-    ),
-    TokenizerEntry(
-        name="comit-nano-no-local-crops",
-        family="comit",
-        target=_COMIT,
-        parameters=0.45,
-        message_length=16,
-        vocab_size=1000,
-        source="ships with the package",
-    ),
-    TokenizerEntry(
-        name="comit-nano-untrained",
-        family="comit",
-        target=_COMIT,
-        parameters=0.45,
-        message_length=16,
-        vocab_size=1000,
-        source="random weights, always",
+    *(
+        TokenizerEntry(
+            name=name,
+            family="comit",
+            target=_COMIT,
+            crops=True,
+            parameters=0.45,
+            message_length=16,
+            vocab_size=1000,
+            source="ships with the package" if name != "comit-nano-untrained" else "random weights, always",
+        )
+        for name in (
+            "comit-nano",
+            "comit-nano-no-srepa",
+            "comit-nano-no-local-crops",
+            "comit-nano-untrained",
+        )
     ),
     TokenizerEntry(
         name="kmeans-patch",
@@ -157,7 +144,7 @@ def tokenizers() -> dict[str, TokenizerEntry]:
             )
         origin = f"plugin:{point.dist.name}" if point.dist else "plugin"
         found[name] = TokenizerEntry(
-            name=name, family=name, target=point.value, source="plugin", origin=origin
+            name=name, family=name, target=point.value, source="plugin", origin=origin, crops=True
         )
     return found
 

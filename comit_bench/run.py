@@ -9,7 +9,8 @@ parse -> plan -> tokenize -> probe -> record -> table
     record     comit_bench/results/      one JSON file per tokenizer x task x protocol
     table      comit_bench/results/      a view over records
 
-The work itself is in ``evaluation.py``; what it will cost is in ``plan.py``.
+The work itself is in ``evaluation.py``; what it will cost is in ``plan.py``. Under ``torchrun`` or
+``accelerate launch`` all processes make tokens and the first does the rest (``ranks.py``).
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def run_command(
     settings: Settings,
     dry_run: bool,
     references: bool = True,
+    profile: bool = False,
 ) -> int:
     """Plan, do, print; returns the exit code (0 done, 1 a task failed, 3 data or weights missing)."""
     from comit_bench.console import Bars, Interrupts, say
@@ -127,30 +129,56 @@ def run_command(
     jobs = make_jobs(rows, tasks or suite_tasks(name, settings), settings)
     bench = Bench(settings)
     plan = make_plan(jobs, bench)
-    say("\n".join(describe(plan, settings, suite=name, why=why)))
+    first = bench.ranks.first
+    if first:
+        say("\n".join(describe(plan, settings, suite=name, why=why)))
     if plan.missing:
-        say("\n".join(f"missing: {error}" for error in plan.missing))
+        if first:
+            say("\n".join(f"missing: {error}" for error in plan.missing))
         return MissingError.exit_code
     if dry_run:
         return 0
-    with Interrupts() as interrupts, Bars(enabled=settings.progress, check=interrupts.check) as bars:
+    bars_on = settings.progress and first
+    with Interrupts() as interrupts, Bars(enabled=bars_on, check=interrupts.check) as bars:
         bench.reporter = Reporter(bars.start, bars.stop, interrupts.check)
         outcome = do_jobs(jobs, bench)
-    return finish(outcome, jobs, settings)
+    if profile:
+        say(describe_profile(bench.profile, bench.ranks.rank))
+    bench.ranks.leave()
+    return finish(outcome, jobs, settings) if first else 0
+
+
+def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
+    """Where the time of tokenization went, as text."""
+    total = sum(spent.values())
+    if not total:
+        return "profile: no image was tokenized, all tokens were there"
+    names = {
+        "images": "waiting for decoded images",
+        "encode": "encoding (with the way to and from the device)",
+        "write": "writing shards",
+    }
+    lines = [f"profile of tokenization{f', process {rank}' if rank else ''}: {total:.1f} s"]
+    lines += [
+        f"  {seconds / total:6.1%}  {seconds:8.1f} s  {names[name]}"
+        for name, seconds in sorted(spent.items())
+    ]
+    return "\n".join(lines)
 
 
 def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
     """Write and print the tables of this run's tasks; tell what failed."""
     from comit_bench.console import say
-    from comit_bench.results.records import load_records
+    from comit_bench.results.records import load_records, published_records
     from comit_bench.results.tables import build_table, print_table, write_tables
 
     tasks = list(dict.fromkeys(job.task.spec.name for job in jobs))
     records = load_records(settings.records)
+    records += published_records(records)
     if records:
         table = build_table(records, tasks=tasks)
         print_table(table)
-        files = write_tables(table, settings.output / "tables")
+        files = write_tables(table, settings.output / "tables", records)
         say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
     for job, error in outcome.failures:
         say(f"failed: {job.label} on {job.task.spec.name}: {error}")

@@ -1,127 +1,55 @@
-"""Readers of official dataset formats: from a recipe to image paths, labels and a fingerprint.
+"""From a recipe to samples: find or make the data set, read its labels, find its images.
 
-The reader ``class-folders`` takes ``<split>/<class>/*`` and, for ImageNet's validation set, also the flat
-folder of ``ILSVRC2012_val_*.JPEG`` as it comes out of the official archive. A flat split needs labels;
-``labels`` of the recipe lists where they may lie, relative to the dataset's folder:
-
-- ``labels[<split>]``: a ``.csv`` as Kaggle ships it (``ImageId,PredictionString``, class name first), or
-  the devkit's ``ILSVRC2012_validation_ground_truth.txt`` (one 1-based ILSVRC2012 id per image);
-- ``labels["synsets"]``: what those ids mean, as the devkit's ``meta.mat`` or as a text file with one class
-  name per line *in devkit order*. That order is not the alphabetical one of ``LOC_synset_mapping.txt``
-  and many ``synsets.txt``; an alphabetical file is refused, because it would permute all labels.
-
-A sample's id is ``<class>/<file name without suffix>`` in every layout. Ids, their order, all that is
-derived from ids, and fingerprints therefore agree between a flat and a foldered copy.
+``class-folders`` lists the folders themselves. The other readers make a *manifest* from the annotation files
+(``comit_bench.data.manifests``): it says which image is in which split with which labels, lies in the cache
+as Parquet, and is verified again at every load: its digest, and that its splits are what the recipe promises.
+Then the images are looked for. Those that are annotated but not there are left out, counted and listed; above
+the share ``max_broken`` of the recipe that is an error.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comit_bench.data.labels import (
-    read_class_list,
-    read_devkit_synsets,
-    read_ground_truth,
-    read_solution_csv,
+from comit_bench.data.manifests import FORMAT, Manifest, Rows, read_manifest, write_manifest
+from comit_bench.data.opened import ClassificationData, OpenData, PathList, Split, Triplets
+from comit_bench.data.readers import coco, saliency, visual_genome
+from comit_bench.data.readers.class_folders import read_class_folders
+from comit_bench.data.readers.common import (
+    DATA_VARIABLE,
+    EXTENSIONS,
+    few,
+    find_folder,
+    fingerprint,
+    how_to_get,
+    sizes_in,
+    suffix,
 )
-from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.files import digest_json
+from comit_bench.data.splitting import check_pair_disjoint, holdout
+from comit_bench.errors import CorruptFileError, MissingError, UsageError
+from comit_bench.files import digest_json, sha256_file, write_atomic
 from comit_bench.recipes import DatasetSpec, Recipe
 
-EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
-READERS = ("class-folders",)
-DATA_VARIABLE = "COMIT_BENCH_DATA"
+__all__ = [
+    "DATA_VARIABLE",
+    "EXTENSIONS",
+    "ClassificationData",
+    "OpenData",
+    "PathList",
+    "Split",
+    "Triplets",
+    "holdout",
+    "open_dataset",
+]
 
 _log = logging.getLogger(__name__)
-
-
-class PathList(Sequence[Path]):
-    """Paths below one directory, made when asked for: a million ``Path`` objects would take 0.5 GB."""
-
-    __slots__ = ("_names", "root")
-
-    def __init__(self, root: Path, names: tuple[str, ...]) -> None:
-        self.root = root
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-    @overload
-    def __getitem__(self, index: slice) -> PathList: ...
-    def __getitem__(self, index: int | slice) -> Path | PathList:
-        if isinstance(index, slice):
-            return PathList(self.root, self._names[index])
-        return self.root / self._names[index]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Split:
-    """Samples of one split, sorted by id.
-
-    Attributes:
-        name: Name in the recipe, e.g. ``val``.
-        ids: ``<class>/<stem>``, unique, equal on every machine and for every layout.
-        paths: The files, same order.
-        labels: int64 [n], positions in the class list.
-    """
-
-    name: str
-    ids: tuple[str, ...]
-    paths: Sequence[Path]
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ClassificationData:
-    """An opened classification dataset.
-
-    Attributes:
-        name: Name of its recipe.
-        version: Version of its recipe.
-        classes: Class names; labels are positions in it.
-        splits: Split name -> samples.
-        fingerprint: ``sha256:<hex>`` of the whole; the generator's digest for an embedded dataset.
-        fingerprints: The same per split.
-        folder: Where it was found.
-    """
-
-    name: str
-    version: int
-    classes: tuple[str, ...]
-    splits: dict[str, Split]
-    fingerprint: str
-    fingerprints: dict[str, str]
-    folder: Path
-
-    def split_fingerprint(self, name: str) -> str:
-        """``sha256:<hex>`` over the ids, suffixes, sizes and labels of one split."""
-        return self.fingerprints[name]
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Sample:
-    id: str
-    file: str  # relative to the split's directory
-    size: int
-    label: int
 
 
 def open_dataset(
@@ -131,30 +59,26 @@ def open_dataset(
     cache: Path,
     progress: bool = True,
     class_list: Path | None = None,
-) -> ClassificationData:
+) -> OpenData:
     """Find a dataset on this machine, or make it when its recipe has a generator, and list its samples.
 
     Args:
         recipe: The dataset's recipe.
         data_root: Directory that holds the recipe's ``folder``; not used with a generator.
-        cache: Cache directory, where generated datasets go.
+        cache: Cache directory, where generated datasets and manifests go.
         progress: Show progress bars (on stderr).
         class_list: File with one class name per line that replaces the recipe's own list.
 
     Raises:
-        MissingError: The folder, a split, a class or the labels of a flat split are not there.
-        CorruptFileError: A class folder without images, or label files that contradict themselves.
-        UnsupportedOperation: The recipe's reader does not exist yet.
+        MissingError: The folder, a split, a class, an annotation file or too many images are not there.
+        CorruptFileError: Files that are not what they should be, or that contradict themselves.
         UsageError: A class list that cannot be used, or a recipe without splits.
     """
     spec = recipe.spec
-    if spec.reader not in READERS:
-        raise UnsupportedOperation(
-            f"{recipe.path}: reader {spec.reader!r} cannot be used yet. "
-            f"Readers that work: {', '.join(READERS)}."
-        )
     if not spec.splits:
         raise UsageError(f"{recipe.path}: declares no splits, so there is nothing to read")
+    if class_list is not None and spec.reader != "class-folders":
+        raise UsageError(f"dataset {spec.name}: reader {spec.reader!r} takes no list of classes")
     made: str | None = None
     if spec.generator is not None:
         from comit_bench.data.scenes import generate
@@ -162,272 +86,205 @@ def open_dataset(
         folder = cache / "datasets" / spec.folder
         made = generate(spec.generator, folder, progress=progress)
     else:
-        folder = _find_folder(spec, data_root)
-    if class_list is None and spec.class_list is not None:
-        class_list = recipe.path.parent / spec.class_list
-    wanted = None if class_list is None else read_class_list(class_list)
-    places = {name: _find_split(spec, folder, name) for name in spec.splits}
-    classes = wanted if wanted is not None else _classes_from(spec, places)
-    reader = _ClassFolders(spec, folder, classes, exact=wanted is not None, progress=progress)
-    splits: dict[str, Split] = {}
-    prints: dict[str, str] = {}
-    for name, place in places.items():
-        samples = reader.read(name, place)
-        splits[name] = _as_split(name, place, samples)
-        prints[name] = _fingerprint(samples, made)
-    whole = made or digest_json({"classes": list(classes), "splits": prints})
-    if spec.checksum is not None and whole != spec.checksum:
+        folder = find_folder(spec, data_root)
+    if spec.reader == "class-folders":
+        classes, splits, prints = read_class_folders(
+            recipe, folder, made=made, class_list=class_list, cache=cache, progress=progress
+        )
+        whole = made or digest_json({"classes": list(classes), "splits": prints})
+        notes = _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)
+        data = OpenData(spec.name, spec.version, classes, splits, whole, prints, folder, notes=notes)
+    else:
+        data = _open_manifest(recipe, folder, cache, made, progress)
+    _compare_checksum(spec, made or data.fingerprint, folder)
+    return data
+
+
+def _compare_counts(spec: DatasetSpec, counts: dict[str, int], folder: Path) -> dict[str, Any]:
+    """What to note when the splits do not have the official number of samples."""
+    differ = {n: [counts[n], wanted] for n, wanted in spec.expected.items() if counts.get(n) != wanted}
+    for name, (found, wanted) in differ.items():
+        _log.warning(
+            "%s: %s has %s samples of split %r, the official one has %s. Scores cannot be compared with "
+            "published ones.",
+            *(spec.name, folder, f"{found:,}", name, f"{wanted:,}"),
+        )
+    return {"counts_and_official": differ} if differ else {}
+
+
+def _compare_checksum(spec: DatasetSpec, found: str, folder: Path) -> None:
+    if spec.checksum is not None and found != spec.checksum:
         _log.warning(
             "%s: the data in %s have the fingerprint %s, the recipe expects %s. "
             "Scores on them cannot be compared with published ones.",
-            *(spec.name, folder, whole, spec.checksum),
+            *(spec.name, folder, found, spec.checksum),
         )
-    return ClassificationData(spec.name, spec.version, classes, splits, whole, prints, folder)
 
 
-def holdout(ids: Sequence[str], fraction: float, salt: str) -> NDArray[np.bool_]:
-    """Choose about ``fraction`` of the ids by a hash, each independently of all others.
-
-    Args:
-        ids: Sample ids; neither their order nor which others are there changes the choice.
-        fraction: 0 (none) to 1 (all).
-        salt: Another salt makes another choice.
+def manifest_for(
+    recipe: Recipe[DatasetSpec], folder: Path, cache: Path, *, progress: bool = True
+) -> tuple[Manifest, str, Path]:
+    """The manifest of a data set, from the cache when it was made from the same files, else made now.
 
     Returns:
-        bool [n], True for the chosen ones.
+        The manifest, its digest and its file. It has been verified.
 
     Raises:
-        UsageError: ``fraction`` is outside 0..1.
+        MissingError: An annotation file is not there.
+        CorruptFileError: An annotation file is not what it should be.
     """
-    if not 0.0 <= fraction <= 1.0:
-        raise UsageError(f"holdout fraction {fraction} must be between 0 and 1")
-    start = hashlib.sha256(salt.encode("utf-8") + b"\0")
+    spec = recipe.spec
+    if spec.reader == "saliency":
+        manifest = saliency.build(spec, folder)
+        key: dict[str, Any] = {"format": FORMAT, "folder": str(folder)}
+        path = _manifest_path(spec, cache, key)
+        return manifest, write_manifest(path, manifest, key), path
+    reader = coco if spec.reader == "coco" else visual_genome
+    found = reader.sources(spec, folder)
+    fields = {"reader", "splits", "pairs" if spec.reader == "coco" else "relations"}
+    key = {
+        "format": FORMAT,
+        "recipe": spec.model_dump(mode="json", include=fields),
+        "sources": {what: sha256_file(path) for what, path in found.items()},
+    }
+    path = _manifest_path(spec, cache, key)
+    try:
+        manifest, digest = read_manifest(path, key)
+    except (MissingError, CorruptFileError) as error:
+        if isinstance(error, CorruptFileError):
+            _log.warning("%s It is made again.", error)
+        manifest = reader.build(spec, found, progress=progress)
+        return manifest, write_manifest(path, manifest, key), path
+    if spec.reader == "coco":
+        coco.verify(spec, manifest, str(path))
+    else:
+        visual_genome.verify(manifest, str(path))
+    return manifest, digest, path
 
-    def draw(name: str) -> int:
-        state = start.copy()
-        state.update(name.encode("utf-8", "surrogateescape"))
-        return int.from_bytes(state.digest()[:6], "big")
 
-    draws = np.fromiter((draw(name) for name in ids), dtype=np.int64, count=len(ids))
-    return draws < fraction * 2.0**48
+def _manifest_path(spec: DatasetSpec, cache: Path, key: dict[str, Any]) -> Path:
+    short = digest_json(key).removeprefix("sha256:")[:16]
+    return cache / "manifests" / spec.name / short / "manifest.parquet"
 
 
-def _few(names: Iterable[str], count: int = 5) -> str:
-    listed = list(names)
-    return ", ".join(listed[:count]) + (", ..." if len(listed) > count else "")
-
-
-def _how_to_get(spec: DatasetSpec) -> str:
-    source = spec.obtain or spec.homepage
-    return f" Where it comes from: {source.strip()}" if source else ""
-
-
-def _how_to_point(spec: DatasetSpec) -> str:
-    return (
-        f" Pass --data-root DIR, or set {DATA_VARIABLE}=DIR, where DIR is the folder that "
-        f"contains {spec.folder}/."
+def _open_manifest(
+    recipe: Recipe[DatasetSpec], folder: Path, cache: Path, made: str | None, progress: bool
+) -> OpenData:
+    spec = recipe.spec
+    manifest, digest, path = manifest_for(recipe, folder, cache, progress=progress)
+    reader = {"coco": coco, "visual-genome": visual_genome, "saliency": saliency}[spec.reader]
+    places = reader.places(spec, folder)
+    finder = _Finder(folder, places)
+    splits: dict[str, Split] = {}
+    prints: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    for name, rows in manifest.splits.items():
+        sizes = [finder.size(file) for file in rows.files]
+        there = np.array([size is not None for size in sizes], dtype=np.bool_)
+        missing |= {rows.ids[i]: f"no file {rows.files[i]}" for i in np.flatnonzero(~there).tolist()}
+        splits[name] = _split(name, rows, there, manifest, finder)
+        lines = _lines(rows, sizes, there)
+        prints[name] = fingerprint(lines, made)
+    for names in manifest.notes.get("images_without_mask", {}).values():
+        missing |= {name: "no mask" for name in names}
+    notes = {**manifest.notes, "manifest": digest, "missing_images": len(missing)}
+    notes |= _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)
+    _report_missing(spec, folder, missing, sum(map(len, splits.values())) + len(missing), path)
+    if spec.reader == "coco" and spec.pairs.policy == "pair-disjoint" and missing:
+        _recheck(splits, manifest.classes, folder)
+    whole = digest_json({"made": made, "manifest": digest, "splits": prints})
+    return OpenData(
+        spec.name,
+        spec.version,
+        manifest.classes,
+        splits,
+        whole,
+        prints,
+        folder,
+        kind=manifest.kind,
+        predicates=manifest.predicates,
+        missing=missing,
+        notes=notes,
     )
 
 
-def _find_folder(spec: DatasetSpec, data_root: Path | None) -> Path:
-    if data_root is None:
-        raise MissingError(
-            f"dataset {spec.name}: no data root is set.{_how_to_point(spec)}{_how_to_get(spec)}"
-        )
-    folder = data_root / spec.folder
-    if folder.is_dir():
-        return folder
-    inside = any((data_root / place).is_dir() for places in spec.splits.values() for place in places)
-    hint = f" {data_root} itself looks like the dataset: its parent is wanted." if inside else ""
-    raise MissingError(
-        f"dataset {spec.name}: {folder} is not there.{hint}{_how_to_point(spec)}{_how_to_get(spec)}"
-    )
+class _Finder:
+    """Where the files of a manifest lie; every directory is listed once."""
 
+    def __init__(self, folder: Path, places: dict[str, Path]) -> None:
+        self.folder, self.places = folder, places
+        self._listed: dict[str, dict[str, int]] = {}
 
-def _find_split(spec: DatasetSpec, folder: Path, name: str) -> Path:
-    for candidate in spec.splits[name]:
-        if (folder / candidate).is_dir():
-            return folder / candidate
-    looked = " or ".join(f"{candidate}/" for candidate in spec.splits[name])
-    raise MissingError(
-        f"dataset {spec.name}: {folder} has no split {name!r}: looked for {looked} there."
-        f"{_how_to_point(spec)}{_how_to_get(spec)}"
-    )
+    def relative(self, file: str) -> str:
+        """``<place>/<name>`` -> path below the data set's folder."""
+        place, _, name = file.partition("/")
+        return f"{self.places[place].relative_to(self.folder).as_posix()}/{name}"
 
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _folders(directory: Path) -> list[str]:
-    with os.scandir(directory) as entries:
-        return sorted(e.name for e in entries if not _hidden(e.name) and e.is_dir())
-
-
-def _images(directory: Path) -> list[tuple[str, int]]:
-    """Name and size of every image file directly in ``directory``."""
-    found = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if _hidden(entry.name) or os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:  # noqa: PTH122
-                continue
+    def size(self, file: str) -> int | None:
+        """Size of a file, None when it is not there."""
+        place, _, name = file.partition("/")
+        if place not in self.places:
+            return None
+        if "/" in name:
             try:
-                if entry.is_dir():
-                    continue
-                found.append((entry.name, entry.stat().st_size))
-            except FileNotFoundError as error:
-                raise MissingError(f"{entry.path}: a link that leads nowhere; restore its target") from error
-    return found
+                return (self.places[place] / name).stat().st_size
+            except OSError:
+                return None
+        if place not in self._listed:
+            self._listed[place] = sizes_in(self.places[place])
+        return self._listed[place].get(name)
 
 
-def _classes_from(spec: DatasetSpec, places: dict[str, Path]) -> tuple[str, ...]:
-    """Without a class list: all folder names, sorted."""
-    per_split = {name: set(_folders(place)) for name, place in places.items()}
-    classes = sorted(set().union(*per_split.values()))
-    for name, place in places.items():
-        if not per_split[name]:
-            raise MissingError(f"{place}: has no class folders, and {spec.name} has no class list")
-        if absent := [c for c in classes if c not in per_split[name]]:
-            _log.warning("%s: split %s has no folder for %d of %d classes: %s",
-                         *(place, name, len(absent), len(classes), _few(absent)))  # fmt: skip
-    return tuple(classes)
+def _split(name: str, rows: Rows, there: NDArray[np.bool_], manifest: Manifest, finder: _Finder) -> Split:
+    """The samples whose image is there."""
+    chosen = np.flatnonzero(there).tolist()
+    files = tuple(finder.relative(rows.files[i]) for i in chosen)
+    labels: Any
+    if manifest.kind == "masks":
+        labels = PathList(finder.folder, tuple(finder.relative(rows.masks[i]) for i in chosen))
+    else:
+        lengths = np.diff(rows.offsets)
+        row = np.repeat(np.cumsum(there) - 1, lengths)[np.repeat(there, lengths)]
+        values = rows.values[np.repeat(there, lengths)].astype(np.int64)
+        if manifest.kind == "multilabel":
+            labels = np.zeros((len(chosen), len(manifest.classes)), dtype=np.bool_)
+            labels[row, values[:, 0]] = True
+        else:
+            known = np.concatenate([row[:, None], values[:, :3]], axis=1).astype(np.int64)
+            known = known[np.lexsort(known.T[::-1])]
+            table = np.concatenate([row[:, None], values[:, :3]], axis=1)[values[:, 3] > 0]
+            labels = Triplets(np.ascontiguousarray(table[np.lexsort(table.T[::-1])]), known)
+    return Split(name, tuple(rows.ids[i] for i in chosen), PathList(finder.folder, files), labels)
 
 
-def _as_split(name: str, place: Path, samples: list[_Sample]) -> Split:
-    for before, after in pairwise(samples):
-        if before.id == after.id:
-            raise CorruptFileError(
-                f"{place / after.file}: differs from {before.file} only in its suffix, and one id cannot "
-                "stand for two images. Rename or remove one of them."
-            )
-    return Split(
-        name,
-        tuple(sample.id for sample in samples),
-        PathList(place, tuple(sample.file for sample in samples)),
-        np.fromiter((sample.label for sample in samples), dtype=np.int64, count=len(samples)),
+def _lines(rows: Rows, sizes: list[int | None], there: NDArray[np.bool_]) -> Iterable[str]:
+    """One line per sample that is there: id, suffix, size, labels."""
+    for i in np.flatnonzero(there).tolist():
+        labels = rows.values[rows.offsets[i] : rows.offsets[i + 1]].tolist()
+        yield f"{rows.ids[i]}{suffix(rows.files[i])}\t{sizes[i]}\t{labels}"
+
+
+def _report_missing(
+    spec: DatasetSpec, folder: Path, missing: dict[str, str], count: int, manifest: Path
+) -> None:
+    """List missing images in a file beside the manifest and say so; too many are an error."""
+    if not missing:
+        return
+    report = manifest.parent / "missing.json"
+    write_atomic(report, json.dumps({"folder": str(folder), "missing": missing}, indent=1) + "\n")
+    text = (
+        f"dataset {spec.name}: {len(missing)} of {count} images (or their masks) are not in {folder}: "
+        f"{few(missing)} (all of them: {report})."
     )
+    if len(missing) > spec.max_broken * count:
+        raise MissingError(f"{text} The recipe allows {spec.max_broken:.1%} (max_broken).{how_to_get(spec)}")
+    _log.warning("%s They are left out and counted in the record.", text)
 
 
-def _fingerprint(samples: list[_Sample], made: str | None) -> str:
-    digest = hashlib.sha256((made or "").encode() + b"\n")
-    for s in samples:
-        suffix = os.path.splitext(s.file)[1]  # noqa: PTH122 (a Path per file is too slow)
-        line = f"{s.id}{suffix}\t{s.size}\t{s.label}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
-    return "sha256:" + digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class _ClassFolders:
-    """The reader for ``<split>/<class>/*`` and ImageNet's flat validation folder."""
-
-    spec: DatasetSpec
-    folder: Path
-    classes: tuple[str, ...]
-    exact: bool  # a class list says which classes must be there
-    progress: bool
-
-    def read(self, name: str, place: Path) -> list[_Sample]:
-        """All samples of a split, sorted by id."""
-        present = set(_folders(place))
-        wanted = [c for c in self.classes if c in present]
-        loose = _images(place)
-        if loose and wanted:
-            raise CorruptFileError(
-                f"{place}: has class folders and also {len(loose)} images outside of them "
-                f"({_few(sorted(n for n, _ in loose), 2)}). Sort these into their class folders, "
-                "or remove them."
-            )
-        samples = self._flat(name, place, loose) if loose else self._foldered(place, wanted)
-        return sorted(samples)
-
-    def _foldered(self, place: Path, wanted: list[str]) -> list[_Sample]:
-        if self.exact and len(wanted) < len(self.classes):
-            present = set(wanted)
-            absent = [c for c in self.classes if c not in present]
-            raise MissingError(
-                f"{place}: {len(absent)} of {len(self.classes)} class folders are missing: {_few(absent)}."
-                f"{_how_to_get(self.spec)}"
-            )
-        from tqdm import tqdm
-
-        labels = {c: label for label, c in enumerate(self.classes)}
-        samples: list[_Sample] = []
-        with ThreadPoolExecutor(8) as pool:  # listing waits for the disk, above all for a remote one
-            listed = pool.map(lambda c: _images(place / c), wanted)
-            bar = tqdm(
-                listed,
-                f"listing {place.name}",
-                len(wanted),
-                delay=1.0,
-                leave=False,
-                disable=not self.progress,
-            )
-            for class_name, files in zip(wanted, bar, strict=True):
-                if not files:
-                    raise CorruptFileError(
-                        f"{place / class_name}: a class folder without images "
-                        f"({', '.join(sorted(EXTENSIONS))}). Fill or remove it."
-                    )
-                label = labels[class_name]
-                for file, size in files:
-                    relative = f"{class_name}/{file}"
-                    samples.append(_Sample(_stem(relative), relative, size, label))
-        return samples
-
-    def _flat(self, name: str, place: Path, files: list[tuple[str, int]]) -> list[_Sample]:
-        class_of = self._labels(name, place)
-        labels = {c: label for label, c in enumerate(self.classes)}
-        samples, unlabelled, counts = [], [], np.zeros(len(self.classes), dtype=np.int64)
-        for file, size in files:
-            class_name = class_of(_stem(file))
-            if class_name is None:
-                unlabelled.append(file)
-            elif class_name in labels:
-                label = labels[class_name]
-                counts[label] += 1
-                samples.append(_Sample(f"{class_name}/{_stem(file)}", file, size, label))
-        if unlabelled:
-            raise CorruptFileError(
-                f"{place}: {len(unlabelled)} of {len(files)} images have no label in "
-                f"{self._candidate(name)}: {_few(sorted(unlabelled))}"
-            )
-        if absent := [c for c, n in zip(self.classes, counts, strict=True) if n == 0]:
-            raise MissingError(
-                f"{place}: no image belongs to {len(absent)} of {len(self.classes)} classes: {_few(absent)}"
-            )
-        return samples
-
-    def _candidate(self, key: str) -> Path | None:
-        places = (self.folder / candidate for candidate in self.spec.labels.get(key, ()))
-        return next((place for place in places if place.is_file()), None)
-
-    def _labels(self, name: str, place: Path) -> Callable[[str], str | None]:
-        """Function from the stem of a file in a flat split to its class name, or None."""
-        path = self._candidate(name)
-        if path is None:
-            looked = ", ".join(self.spec.labels.get(name, ())) or "nothing (the recipe names no label files)"
-            raise MissingError(
-                f"{place}: the images lie in one folder, so their labels must come from a file. "
-                f"Looked in {self.folder} for: {looked}. Sorting the images into class folders works too."
-            )
-        if path.suffix.lower() == ".csv":
-            return read_solution_csv(path).get
-        synsets = self._candidate("synsets")
-        if synsets is None:
-            raise MissingError(
-                f"{path}: holds ILSVRC2012 ids; which class an id is stands in the devkit's meta.mat. "
-                f"Looked in {self.folder} for: {', '.join(self.spec.labels.get('synsets', ()))}"
-            )
-        ground_truth = read_ground_truth(path, read_devkit_synsets(synsets))
-
-        def by_number(stem: str) -> str | None:
-            number = re.fullmatch(r".*_(\d+)", stem)
-            position = int(number[1]) - 1 if number else -1
-            return ground_truth[position] if 0 <= position < len(ground_truth) else None
-
-        return by_number
-
-
-def _stem(file: str) -> str:
-    return os.path.splitext(file)[0]  # noqa: PTH122 (called for every file)
+def _recheck(splits: dict[str, Split], classes: tuple[str, ...], folder: Path) -> None:
+    """After images were left out: is every category still on both sides?"""
+    pairs = []
+    for name in ("train", "val"):
+        both = {tuple(np.flatnonzero(row).tolist()) for row in splits[name].labels}
+        pairs.append([(classes[a], classes[b]) for a, b in sorted(both)])
+    check_pair_disjoint(pairs[0], pairs[1], f"{folder} (without the images that are not there)")

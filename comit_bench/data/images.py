@@ -208,6 +208,14 @@ def decode_image(content: bytes, recipe: str, *, name: str) -> NDArray[np.uint8]
     return _decode(BytesIO(content), recipe, name, size=len(content))
 
 
+def load_from(paths: Sequence[Path], index: int, recipe: str) -> NDArray[np.uint8]:
+    """As :func:`load_image` for ``paths[index]``; paths into an archive have a method ``read``."""
+    read = getattr(paths, "read", None)
+    if read is None:
+        return load_image(paths[index], recipe)
+    return decode_image(read(index), recipe, name=str(paths[index]))
+
+
 def _decode(source: Path | BytesIO, recipe: str, name: str, *, size: int | None) -> NDArray[np.uint8]:
     """uint8 [3, S, S] of a file or of ``size`` bytes; an OSError that leaves here is the system's."""
     from PIL import Image, UnidentifiedImageError
@@ -267,7 +275,7 @@ class _Batches:
         broken: dict[int, str] = {}
         for row, index in enumerate(indices):
             try:
-                images[row] = load_image(self.paths[index], self.recipe)
+                images[row] = load_from(self.paths, index, self.recipe)
             except CorruptFileError as error:
                 broken[index] = str(error)
             except BenchError as error:

@@ -384,6 +384,10 @@ class TarImages:
         """Shard and id of an image, for messages."""
         return f"{self.shards[int(self._shard[index])]}: {self.ids[index]}"
 
+    def size(self, index: int) -> int:
+        """Bytes of the encoded image."""
+        return int(self._size[index])
+
     def read(self, index: int) -> bytes:
         """The encoded image.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
 from comit_bench.files import digest_json, write_atomic
+from comit_bench.recipes import recipe_root
 from comit_bench.results.schema import (
     SCHEMA_VERSION,
     Counts,
@@ -40,6 +42,7 @@ __all__ = [
     "load_record",
     "load_records",
     "protocol_digest",
+    "published_records",
     "record_location",
     "record_path",
     "save_record",
@@ -226,6 +229,18 @@ def load_records(root: Path, *, strict: bool = False) -> list[Record]:
     if strict and problems:
         raise CorruptFileError("\n".join(problems))
     return records
+
+
+def published_records(records: Sequence[Record], *, suite: str | None = None) -> list[Record]:
+    """The published numbers that ship with the package, as far as they belong beside some records.
+
+    Args:
+        records: What was measured; published numbers of other tasks are left out.
+        suite: All published numbers of this suite, whatever was measured.
+    """
+    tasks = {record.task.name for record in records}
+    found = load_records(recipe_root("results") / "paper")
+    return [r for r in found if r.task.name in tasks or (suite is not None and r.task.suite == suite)]
 
 
 def find_record(root: Path, tokenizer: TokenizerRow, task: TaskRow, digest: str) -> Record | None:

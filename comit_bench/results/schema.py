@@ -258,6 +258,7 @@ class Record(_Model):
         control: Name of the control (e.g. ``permute-labels``), None for the real thing.
         origin: ``measured`` here, published in a ``paper``, or our committed ``reference`` run.
         timings: Seconds by stage.
+        details: Break-downs that no table prints, e.g. scores by predicate.
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
@@ -278,6 +279,7 @@ class Record(_Model):
     timings: dict[str, Annotated[float, Field(ge=0)]] = {}
     environment: Environment | None = None
     notes: tuple[str, ...] = ()
+    details: dict[str, JsonValue] = {}
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -333,6 +335,8 @@ class Record(_Model):
     def to_json(self) -> str:
         """The text of the record's file."""
         data = self.model_dump(mode="json", by_alias=True)
+        if not self.details:  # records without any look as they always did
+            del data["details"]
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -150,19 +150,25 @@ def build_table(
     return Table(tuple(columns), tuple(rows), _footnotes(rows), _notes(rows, groups, members, older))
 
 
-def write_tables(table: Table, directory: Path) -> list[Path]:
+def write_tables(table: Table, directory: Path, records: Iterable[Record] = ()) -> list[Path]:
     """Write ``table.csv``, ``table.md`` and ``table.tex``, each whole or not at all.
 
+    When ``records`` have numbers of the paper's Table 4, ``table-paper.tex`` has its columns.
+
     Returns:
-        The three paths.
+        The paths.
 
     Raises:
         BenchError: Disk full or not writable.
     """
+    from comit_bench.results.paper_table import to_paper_latex
     from comit_bench.results.render import to_csv, to_latex, to_markdown
 
     contents = {"table.csv": to_csv, "table.md": to_markdown, "table.tex": to_latex}
     texts = {directory / name: render(table) for name, render in contents.items()}
+    paper = to_paper_latex(records)
+    if paper is not None:
+        texts[directory / "table-paper.tex"] = paper
     for path, text in texts.items():
         write_atomic(path, text)
     return list(texts)
@@ -317,7 +323,8 @@ def _decimals(unit: str, values: list[float]) -> int:
     return 3 if largest < 10 else 2 if largest < 100 else 1
 
 
-def _row_key(record: Record) -> tuple[str, ...]:
+def row_key(record: Record) -> tuple[str, ...]:
+    """What makes a row: tokenizer, origin, weights, revision, the tokenizer's side of the protocol."""
     tokenizer = record.tokenizer
     side = digest_json(record.tokenizer_protocol)
     return (tokenizer.name, record.origin, tokenizer.weights, tokenizer.revision or "", side)
@@ -334,7 +341,7 @@ def _newest(records: list[Record]) -> tuple[list[Record], int]:
     kept: dict[tuple[tuple[str, ...], str], Record] = {}
     older = 0
     for record in records:
-        key = _row_key(record), _group_digest(record)
+        key = row_key(record), _group_digest(record)
         older += key in kept and kept[key] != record
         kept[key] = record
     return sorted(kept.values(), key=_record_order), older
@@ -345,9 +352,9 @@ def _rows(records: list[Record], columns: list[Column]) -> list[Row]:
     cells: dict[tuple[str, ...], dict[str, Record]] = defaultdict(dict)
     newest: dict[tuple[str, ...], Record] = {}
     for record in records:
-        key, digest = _row_key(record), _group_digest(record)
+        key, digest = row_key(record), _group_digest(record)
         cells[key][digest] = newest[key] = record
-    labels = _row_labels(newest)
+    labels = row_labels(newest)
     rows = []
     for key in sorted(cells, key=lambda key: _row_order(key, newest[key])):
         row_cells = tuple(_cell(cells[key].get(column.group.digest), column.metric) for column in columns)
@@ -356,7 +363,7 @@ def _rows(records: list[Record], columns: list[Column]) -> list[Row]:
     return rows
 
 
-def _row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], str]:
+def row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], str]:
     """Names; where two rows would bear the same name and marks, what differs in brackets."""
     labels = {key: record.tokenizer.name for key, record in rows.items()}
     namesakes: dict[tuple[str, bool, bool], list[tuple[str, ...]]] = defaultdict(list)

@@ -14,18 +14,21 @@ answer, so the colours come out right or wrong in tens of percent. Compare with 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.errors import UsageError
 from comit_bench.recipes import AttributesSpec, TaskSpec
-from comit_bench.tasks.fit import FitResult, FitTask, ProgressCallback, Split
+from comit_bench.tasks.controls import check_control
+from comit_bench.tasks.executor import Inputs, check_main_metric, fit_details, same_for_all
+from comit_bench.tasks.fit import FitTask, ProgressCallback, Split
 from comit_bench.tasks.pool import ProbePool, fit_seeds
 from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
 
-Control = Literal["permute-labels"]
 TOP5_FROM = 10  # with fewer classes the top five say little
 
 
@@ -154,37 +157,6 @@ def _checked(name: str, labels: Tensor, classes: int) -> Tensor:
     return labels.long().cpu()
 
 
-def _fit_details(results: Sequence[FitResult]) -> dict[str, list[float] | list[int]]:
-    """How the fits went, one entry per seed; accuracies (in percent) are those of the best epoch.
-
-    Train accuracy is a running mean over the epoch, so it lags behind the weights.
-    """
-    best = [r.history[r.best_epoch - 1] for r in results]
-    return {
-        "seeds": [r.seed for r in results],
-        "best_epoch": [r.best_epoch for r in results],
-        "epochs_run": [len(r.history) for r in results],
-        "seconds": [r.seconds for r in results],
-        "train_top1": [100.0 * log.train_score for log in best],
-        "early_stop_top1": [100.0 * log.stop_score for log in best],
-    }
-
-
-def _check_names(spec: TaskSpec, metrics: Mapping[str, float], control: str | None) -> None:
-    """Refuse a main metric or a control that does not exist.
-
-    Raises:
-        UsageError: Names the nearest that does.
-    """
-    if spec.main_metric not in metrics:
-        raise UsageError(
-            f"recipe {spec.name!r}: main_metric {spec.main_metric!r} is not measured by this task."
-            f"{did_you_mean(spec.main_metric, metrics)}"
-        )
-    if control not in (None, "permute-labels"):
-        raise UsageError(f"unknown control {control!r}.{did_you_mean(str(control), ['permute-labels'])}")
-
-
 def run_classification(
     spec: TaskSpec,
     class_names: Sequence[str],
@@ -193,7 +165,7 @@ def run_classification(
     early_stop: Split,
     report: Split,
     seeds: Sequence[int],
-    control: Control | None = None,
+    control: str | None = None,
     device: str | torch.device = "cpu",
     bf16: bool = False,
     pool: ProbePool | None = None,
@@ -206,22 +178,20 @@ def run_classification(
         spec: The recipe.
         class_names: C names in the order of the class numbers.
         train: Messages and class numbers to learn from.
-        early_stop: The same for early stopping.
-        report: The same for the reported numbers.
+        early_stop, report: The same for early stopping and for the reported numbers.
         seeds: Probe seeds.
-        control: ``permute-labels`` shuffles the labels of ``train`` and ``early_stop`` together, for every
-            seed in another way.
+        control: Name of a control (``tasks/controls.py``), or None.
         device: Where the probes are fitted.
         bf16: Autocast to bfloat16; CUDA only.
         pool: Worker processes, started once for many tasks.
-        workers: Without ``pool``: number of processes, None is one per usable core.
+        workers: Without ``pool``: number of processes, None for all cores.
         progress: Called after every epoch of every seed.
 
     Returns:
         Metrics with chance levels; ``extra`` tells per seed how the fit went.
 
     Raises:
-        UsageError: An empty split, or a name in recipe or classes that does not fit.
+        UsageError: An empty split, or a name that does not fit.
         BenchError: A loss is not finite, or a worker was killed.
     """
     classes, parts = len(class_names), class_parts(class_names, spec.attributes)
@@ -229,19 +199,72 @@ def run_classification(
     _checked("training", train.chosen(), classes)
     _checked("early-stop", early_stop.chosen(), classes)
     levels = chance_levels(labels, classes, parts)
-    _check_names(spec, levels, control)
+    check_main_metric(spec, levels)
+    check_control(control)
     task = FitTask(
         spec=spec.probe,
         outputs=classes,
         train=train,
         early_stop=early_stop,
         report=report,
-        permute_targets=control is not None,
+        permute_targets=control == "permute-labels",
+        positions=control != "bag-of-tokens",
         bf16=bf16,
     )
     results = fit_seeds(task, seeds, device=device, pool=pool, workers=workers, progress=progress)
     scores = [score_outputs(r.outputs, labels, parts) for r in results if r.outputs is not None]
     assert len(scores) == len(seeds)
-    n = len(labels)
-    metrics = {k: over_seeds([one[k] for one in scores], n, chance=level) for k, level in levels.items()}
-    return TaskResult(metrics=metrics, extra=dict(_fit_details(results)))
+    found = {k: [one[k] for one in scores] for k in levels}
+    metrics = {k: over_seeds(found[k], len(labels), chance=level) for k, level in levels.items()}
+    return TaskResult(metrics=metrics, extra=fit_details(results, "top1"))
+
+
+class Classification:
+    """The executor of kind ``classification``."""
+
+    def protocol(self, inputs: Inputs) -> dict[str, Any]:
+        """Nothing besides the recipe and the data."""
+        return {}
+
+    def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
+        """Nothing is needed."""
+
+    def passes(self, spec: TaskSpec, images: int) -> tuple[float, int]:
+        """One pass per image."""
+        return float(images), 0
+
+    def majority(self, inputs: Inputs) -> TaskResult:
+        """See :func:`majority_metrics`."""
+        train, report = inputs.roles["train"], inputs.roles["report"]
+        once = majority_metrics(
+            torch.from_numpy(train.split.labels[train.images]),
+            torch.from_numpy(report.split.labels[report.images]),
+            inputs.data.classes,
+            inputs.spec.attributes,
+        )
+        return same_for_all(inputs.seeds, once)
+
+    def run(self, inputs: Inputs) -> TaskResult:
+        """See :func:`run_classification`."""
+        splits = {
+            name: Split(
+                role.source(),
+                torch.from_numpy(np.ascontiguousarray(role.split.labels[role.kept])),
+                role.row_tensor(),
+            )
+            for name, role in inputs.roles.items()
+        }
+        return run_classification(
+            inputs.spec,
+            inputs.data.classes,
+            **splits,
+            seeds=inputs.seeds,
+            control=inputs.control,
+            device=inputs.device,
+            pool=inputs.pool,
+            workers=inputs.workers,
+            progress=inputs.progress,
+        )
+
+
+EXECUTOR = Classification()

@@ -14,9 +14,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,45 +28,67 @@ from comit_bench.tasks.probe import Probe
 
 EVAL_TOKENS = 16384  # tokens per evaluation chunk; fixed, so that chunking never moves a score
 IN_MEMORY_BYTES = 2 << 30  # codes up to this size are looked up once instead of once per batch
+_SPLITS = ("train", "early_stop", "report")
 
 
-def _slices(rows: Tensor, size: int) -> list[Tensor]:
+def slices(rows: Tensor, size: int) -> list[Tensor]:
     """Consecutive pieces of ``size`` rows; the last may be shorter."""
     return [rows[start : start + size] for start in range(0, rows.shape[0], size)]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MessageSource:
-    """Messages in memory: either codes, or ids and a way to look their codes up.
+    """Messages: codes in memory, ids in memory and a way to look their codes up, or a reader.
 
     Attributes:
         ids: integer [N, K], or None.
         codes: float [N, K, d], or None.
         lookup: ids [n, K] -> float [n, K, d]; needed with ids.
+        read: rows int64 [n] -> float [n, K, d], for messages that stay on the disk; needs ``count``.
+        count: N, with ``read``.
+        orders: int64 [N, K], a permutation of the positions of every message, or None.
     """
 
     ids: Tensor | None = None
     codes: Tensor | None = None
     lookup: Callable[[Tensor], Tensor] | None = None
+    read: Callable[[Tensor], Tensor] | None = None
+    count: int | None = None
+    orders: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.ids is None) == (self.codes is None) or (self.ids is not None and self.lookup is None):
-            raise ValueError("a MessageSource takes either codes [N, K, d], or ids [N, K] with a lookup")
+        given = sum(value is not None for value in (self.ids, self.codes, self.read))
+        if given != 1 or (self.ids is not None and self.lookup is None):
+            raise ValueError(
+                "a MessageSource takes either codes [N, K, d], or ids [N, K] with a lookup, or a reader"
+            )
+        if self.read is not None and self.count is None:
+            raise ValueError("a MessageSource with a reader needs the count of messages")
 
     def __len__(self) -> int:
-        return int(self._stored.shape[0])
-
-    @property
-    def _stored(self) -> Tensor:
+        if self.count is not None:
+            return self.count
         stored = self.codes if self.codes is not None else self.ids
         assert stored is not None
-        return stored
+        return int(stored.shape[0])
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``codes`` is all there is: float32, nothing to look up, nothing to reorder."""
+        return self.codes is not None and self.codes.dtype == torch.float32 and self.orders is None
 
     def take(self, rows: Tensor) -> Tensor:
         """Codes of the selected messages: int64 [n] -> float32 [n, K, d]."""
-        picked = self._stored[rows.to(self._stored.device)]
-        if self.lookup is not None and self.codes is None:
-            picked = self.lookup(picked.long())
+        if self.read is not None:
+            picked = self.read(rows)
+        elif self.codes is not None:
+            picked = self.codes[rows.to(self.codes.device)]
+        else:
+            assert self.ids is not None and self.lookup is not None
+            picked = self.lookup(self.ids[rows.to(self.ids.device)].long())
+        if self.orders is not None:
+            order = self.orders[rows.cpu()].to(picked.device)  # [n, K]
+            picked = picked.gather(1, order[:, :, None].expand_as(picked))
         return picked.float()
 
 
@@ -86,6 +110,11 @@ class Split:
         if len(self.messages) != self.targets.shape[0]:
             raise ValueError(f"{len(self.messages)} messages but {self.targets.shape[0]} targets")
 
+    @classmethod
+    def of_codes(cls, codes: Tensor) -> Split:
+        """All messages of codes [N, K, d]; their targets are counters."""
+        return cls(MessageSource(codes=codes), torch.arange(len(codes)))
+
     def __len__(self) -> int:
         return len(self.messages) if self.rows is None else int(self.rows.shape[0])
 
@@ -104,15 +133,14 @@ class Split:
 
     def in_memory(self, limit: int = IN_MEMORY_BYTES) -> Split | None:
         """The same split with its codes looked up and its rows gathered; None above ``limit`` bytes."""
-        codes = self.messages.codes
-        if self.rows is None and codes is not None and codes.dtype == torch.float32:
+        if self.rows is None and self.messages.plain:
             return self
         length, dim = self.code_shape()
         if len(self) * length * dim * 4 > limit:
             return None
         rows = self.index()
         step = max(1, EVAL_TOKENS // length)
-        codes = torch.cat([self.messages.take(part).cpu() for part in _slices(rows, step)])
+        codes = torch.cat([self.messages.take(part).cpu() for part in slices(rows, step)])
         return Split(MessageSource(codes=codes), self.chosen().cpu())
 
 
@@ -201,6 +229,7 @@ class FitTask:
         permute_targets: The control: targets of ``train`` and ``early_stop`` are shuffled together
             before the fit, for every seed in another way. No message may belong to both.
         bf16: Compute in bfloat16 where autocast allows; CUDA only.
+        positions: False is the control ``bag-of-tokens``: the probe gets no positions.
     """
 
     spec: ProbeSpec
@@ -211,6 +240,7 @@ class FitTask:
     objective: Objective = CLASSIFICATION
     permute_targets: bool = False
     bf16: bool = False
+    positions: bool = True
 
     def check(self) -> None:
         """Refuse empty splits.
@@ -228,6 +258,41 @@ class FitTask:
                     f"the {name} set of the probe is empty. Use more images (a larger --limit), or change "
                     "split.early_stop.fraction in the recipe."
                 )
+
+    def held(self) -> FitTask | None:
+        """The task with all codes in memory, or as many of its splits as fit; None when not all do."""
+        held = {name: split.in_memory() for name in _SPLITS if (split := getattr(self, name)) is not None}
+        return None if None in held.values() else replace(self, **held)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The data of a task in memory as arrays, for a worker process."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in _SPLITS:
+            split: Split | None = getattr(self, name)
+            if split is not None and split.messages.codes is not None:
+                arrays[f"{name}.codes"] = split.messages.codes.contiguous().numpy()
+                arrays[f"{name}.targets"] = split.targets.contiguous().numpy()
+        return arrays
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the data."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _SPLITS}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> FitTask:
+        """The task whose :meth:`arrays` and :meth:`settings` these are."""
+        splits: dict[str, Any] = {
+            name: Split(MessageSource(codes=tensors[f"{name}.codes"]), tensors[f"{name}.targets"])
+            for name in _SPLITS
+            if f"{name}.codes" in tensors
+        }
+        return cls(**splits, **settings)
+
+    def fit(
+        self, seed: int, *, device: str | torch.device = "cpu", progress: ProgressCallback | None = None
+    ) -> FitResult:
+        """See :func:`fit_probe`."""
+        return fit_probe(self, seed=seed, device=device, progress=progress)
 
 
 def keyed_generator(*key: object, device: str | torch.device = "cpu") -> torch.Generator:
@@ -261,7 +326,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Data:
+class Batches:
     """A split ready for batches: codes on the device when they fit, else looked up per batch."""
 
     def __init__(self, split: Split, device: torch.device) -> None:
@@ -283,7 +348,15 @@ class _Data:
         return self.split.messages.take(self.rows[chosen]).to(self.device), self.targets[there]
 
 
-def build_probe(spec: ProbeSpec, *, code_shape: tuple[int, int], outputs: int, seed: int) -> Probe:
+def build_probe(
+    spec: ProbeSpec,
+    *,
+    code_shape: tuple[int, int],
+    outputs: int,
+    seed: int,
+    positions: bool = True,
+    extra: tuple[int, int] | None = None,
+) -> Probe:
     """The untrained probe of a recipe.
 
     Args:
@@ -291,6 +364,8 @@ def build_probe(spec: ProbeSpec, *, code_shape: tuple[int, int], outputs: int, s
         code_shape: (K, d).
         outputs: C.
         seed: Probe seed; decides the initial weights.
+        positions: Whether it knows where a token stands.
+        extra: Number and length of the vectors appended to the message, or None.
     """
     return Probe(
         message_length=code_shape[0],
@@ -301,17 +376,20 @@ def build_probe(spec: ProbeSpec, *, code_shape: tuple[int, int], outputs: int, s
         heads=spec.heads,
         mlp_ratio=spec.mlp_ratio,
         dropout=spec.dropout,
+        positions=positions,
+        types=2 + (extra[0] if extra else 0),
+        extra_dim=extra[1] if extra else None,
         generator=keyed_generator("probe-init", seed),
     )
 
 
 @torch.inference_mode()
-def _outputs(probe: Probe, data: _Data, bf16: bool) -> Tensor:
+def _outputs(probe: Probe, data: Batches, bf16: bool) -> Tensor:
     """float32 [n, C] for the whole split, in chunks of a fixed number of tokens."""
     probe.eval()
     step = max(1, EVAL_TOKENS // (probe.message_length + 1))
     parts = []
-    for chosen in _slices(torch.arange(len(data)), step):
+    for chosen in slices(torch.arange(len(data)), step):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
             parts.append(probe(data.batch(chosen)[0]).float())
     return torch.cat(parts)
@@ -329,14 +407,17 @@ def predict(
         device: Where to compute.
     """
     place = torch.device(device)
-    probe = build_probe(task.spec, code_shape=split.code_shape(), outputs=task.outputs, seed=0)
+    probe = build_probe(
+        task.spec, code_shape=split.code_shape(), outputs=task.outputs, seed=0, positions=task.positions
+    )
     probe.load_state_dict(state)
-    with one_thread() if place.type == "cpu" else _nothing():
-        return _outputs(probe.to(place), _Data(split, place), task.bf16 and place.type == "cuda").cpu()
+    with one_thread() if place.type == "cpu" else unlimited():
+        return _outputs(probe.to(place), Batches(split, place), task.bf16 and place.type == "cuda").cpu()
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def unlimited() -> Iterator[None]:
+    """As many threads as torch likes: the counterpart of :func:`one_thread`."""
     yield
 
 
@@ -347,13 +428,15 @@ class _Fit:
         self.task = task
         self.seed = seed
         self.bf16 = task.bf16 and device.type == "cuda"
-        self.train = _Data(task.train, device)
-        self.stop = _Data(task.early_stop, device)
+        self.train = Batches(task.train, device)
+        self.stop = Batches(task.early_stop, device)
         if task.permute_targets:
             shuffled = permuted(self.train.targets, self.stop.targets, seed)
             self.train.targets, self.stop.targets = shuffled
         shape = task.train.code_shape()
-        self.probe = build_probe(task.spec, code_shape=shape, outputs=task.outputs, seed=seed).to(device)
+        self.probe = build_probe(
+            task.spec, code_shape=shape, outputs=task.outputs, seed=seed, positions=task.positions
+        ).to(device)
         self.optimizer = torch.optim.AdamW(
             self.probe.parameters(),
             lr=task.spec.learning_rate,
@@ -381,7 +464,7 @@ class _Fit:
         self.probe.train()
         order = torch.randperm(len(self.train), generator=keyed_generator("probe-order", self.seed, epoch))
         masks = keyed_generator("probe-dropout", self.seed, epoch, device=device)
-        batches = _slices(order, task.spec.batch_size)
+        batches = slices(order, task.spec.batch_size)
         losses = torch.zeros(len(batches), device=device)  # read once per epoch: no waiting for the device
         scores = torch.zeros(len(batches), device=device)
         for step, chosen in enumerate(batches):
@@ -425,7 +508,7 @@ class _Fit:
         outputs = None
         if self.task.report is not None:
             self.probe.load_state_dict(state)
-            outputs = _outputs(self.probe, _Data(self.task.report, self.train.device), self.bf16).cpu()
+            outputs = _outputs(self.probe, Batches(self.task.report, self.train.device), self.bf16).cpu()
         state = {name: value.cpu() for name, value in state.items()}
         return FitResult(self.seed, state, tuple(history), best_epoch, time.perf_counter() - start, outputs)
 
@@ -454,5 +537,5 @@ def fit_probe(
     """
     task.check()
     place = torch.device(device)
-    with one_thread() if place.type == "cpu" else _nothing():
+    with one_thread() if place.type == "cpu" else unlimited():
         return _Fit(task, seed, place).run(progress)

@@ -16,41 +16,25 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from torch import Tensor
 
 from comit_bench.errors import BenchError
 from comit_bench.files import atomic_path
-from comit_bench.tasks.fit import (
-    FitProgress,
-    FitResult,
-    FitTask,
-    MessageSource,
-    ProgressCallback,
-    Split,
-    fit_probe,
-)
+from comit_bench.tasks.fit import FitProgress, FitResult, ProgressCallback
 
-_SPLITS = ("train", "early_stop", "report")
 _PATIENCE = 5.0  # seconds a worker gets to end before it is killed
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One seed of one task; ``task`` carries no data, they lie in ``path``."""
-
-    path: Path
-    settings: dict[str, Any]
-    seed: int
 
 
 def usable_cores() -> int:
@@ -60,27 +44,43 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _save(task: FitTask, path: Path) -> dict[str, Any]:
-    """Write the data of a task that is in memory; return its other fields."""
-    arrays = {}  # as NumPy arrays: splits may share memory, which safetensors refuses for tensors
-    for name in _SPLITS:
-        split: Split | None = getattr(task, name)
-        if split is not None and split.messages.codes is not None:
-            arrays[f"{name}.codes"] = split.messages.codes.contiguous().numpy()
-            arrays[f"{name}.targets"] = split.targets.contiguous().numpy()
-    with atomic_path(path) as temporary:
-        save_file(arrays, temporary)
-    return {field.name: getattr(task, field.name) for field in fields(task) if field.name not in _SPLITS}
+class Fittable(Protocol):
+    """A task that a worker can fit: its data travel as arrays, the rest as plain values."""
+
+    def check(self) -> None: ...
+
+    def held(self) -> Self | None: ...
+
+    def arrays(self) -> dict[str, NDArray[Any]]: ...
+
+    def settings(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Self: ...
+
+    def fit(
+        self, seed: int, *, device: str | torch.device = "cpu", progress: ProgressCallback | None = None
+    ) -> FitResult: ...
 
 
-def _load(job: _Job) -> FitTask:
-    tensors = load_file(job.path)
-    splits: dict[str, Any] = {
-        name: Split(MessageSource(codes=tensors[f"{name}.codes"]), tensors[f"{name}.targets"])
-        for name in _SPLITS
-        if f"{name}.codes" in tensors
-    }
-    return FitTask(**splits, **job.settings)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One seed of one task; the data of the task lie in ``path``."""
+
+    path: Path
+    kind: type[Any]
+    settings: dict[str, Any]
+    seed: int
+
+
+def _save(task: Fittable, path: Path) -> None:
+    """Write the data of a task that is in memory."""
+    with atomic_path(path) as temporary:  # as NumPy arrays: they may share memory, which tensors must not
+        save_file(task.arrays(), temporary)
+
+
+def _load(job: _Job) -> Any:
+    return job.kind.restore(load_file(job.path), job.settings)
 
 
 def _serve(pipe: Connection) -> None:
@@ -95,9 +95,7 @@ def _serve(pipe: Connection) -> None:
         try:
             job = pickle.loads(pipe.recv_bytes())
             try:
-                send(
-                    "done", fit_probe(_load(job), seed=job.seed, progress=lambda event: send("epoch", event))
-                )
+                send("done", _load(job).fit(job.seed, progress=lambda event: send("epoch", event)))
             except BenchError as error:
                 send("refused", error)
             except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -199,7 +197,7 @@ class ProbePool:
             self._running.append(_Worker())
 
     def fit(
-        self, task: FitTask, seeds: Sequence[int], *, progress: ProgressCallback | None = None
+        self, task: Fittable, seeds: Sequence[int], *, progress: ProgressCallback | None = None
     ) -> list[FitResult]:
         """Fit every seed of a task whose splits are in memory; results come in the order of ``seeds``.
 
@@ -210,8 +208,8 @@ class ProbePool:
         task.check()
         with tempfile.TemporaryDirectory(prefix="comit-bench-probe-") as folder:
             path = Path(folder) / "data.safetensors"
-            settings = _save(task, path)
-            jobs = [_Job(path, settings, seed) for seed in seeds]
+            _save(task, path)
+            jobs = [_Job(path, type(task), task.settings(), seed) for seed in seeds]
             try:
                 self.start(len(jobs))
                 return self._work(jobs, progress)
@@ -263,7 +261,7 @@ class ProbePool:
 
 
 def fit_seeds(
-    task: FitTask,
+    task: Fittable,
     seeds: Sequence[int],
     *,
     device: str | torch.device = "cpu",
@@ -291,12 +289,11 @@ def fit_seeds(
     if not seeds:
         raise ValueError("fit_seeds needs at least one seed")
     task.check()
-    held = {name: split.in_memory() for name in _SPLITS if (split := getattr(task, name)) is not None}
-    small = replace(task, **{name: split for name, split in held.items() if split is not None})
+    held = task.held()
     count = min(len(seeds), pool.workers if pool else (workers or usable_cores()))
-    if torch.device(device).type != "cpu" or count == 1 or any(split is None for split in held.values()):
-        return [fit_probe(small, seed=seed, device=device, progress=progress) for seed in seeds]
+    if torch.device(device).type != "cpu" or count == 1 or held is None:
+        return [(held or task).fit(seed, device=device, progress=progress) for seed in seeds]
     if pool is not None:
-        return pool.fit(small, seeds, progress=progress)
+        return pool.fit(held, seeds, progress=progress)
     with ProbePool(count) as own:
-        return own.fit(small, seeds, progress=progress)
+        return own.fit(held, seeds, progress=progress)

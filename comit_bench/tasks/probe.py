@@ -7,7 +7,8 @@ What is unusual:
 - Only the [CLS] state is read, so the last block computes that one row and nothing else. Keys and
   values still come from every token; the result is that of the full computation.
 - Types beyond two announce tokens appended after the message, one type each (a relation task adds
-  subject, predicate and object as text vectors: ``types=5``). They carry no position of their own.
+  subject, predicate and object as text vectors: ``types=5``). Each has a projection of its own and no
+  position.
 - Nothing draws from the global random state: weights come from ``generator``, dropout masks from
   the generator given to ``forward``.
 
@@ -73,9 +74,8 @@ class ProbeBlock(nn.Module):
             rows: How many leading rows are wanted; None is all.
             generator: Source of the dropout masks, needed only in training with dropout.
         """
-        share = self.dropout if self.training else 0.0
-        width = x.shape[-1]
         states = self.norm1(x)  # [B, N, D]
+        width = x.shape[-1]
         if rows is None:
             q, k, v = self.qkv(states).chunk(3, dim=-1)
         else:
@@ -83,10 +83,41 @@ class ProbeBlock(nn.Module):
             q = F.linear(states[:, :rows], weight[:width], bias[:width])
             k, v = F.linear(states, weight[width:], bias[width:]).chunk(2, dim=-1)
             x = x[:, :rows]
+        return self._rest(x, q, k, v, generator)
+
+    def _rest(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What follows the projections: x and q [B, rows, D], k and v [B, N, D] -> [B, rows, D]."""
+        share = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(self._split(q), self._split(k), self._split(v))
         x = x + _dropout(self.proj(mixed.transpose(1, 2).flatten(2)), share, generator)
         hidden = F.gelu(self.fc1(self.norm2(x)))  # [B, rows, hidden]
         return x + _dropout(self.fc2(hidden), share, generator)
+
+    def forward_groups(
+        self, x: Tensor, tail: Tensor, *, rows: int | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The same for sequences that begin alike: their common part is normalised and projected once.
+
+        Args:
+            x: The common part, [B, M, D].
+            tail: The G different rests of each, [B, G, E, D].
+            rows: How many leading rows are wanted; None is all M + E.
+            generator: Source of the dropout masks.
+
+        Returns:
+            [B * G, M + E, D] or [B * G, rows, D]; the groups of an image stand together.
+        """
+        groups = tail.shape[1]
+
+        def join(common: Tensor, own: Tensor) -> Tensor:
+            wide = common[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
+            return torch.cat([wide, own.flatten(0, 1)], dim=1)
+
+        whole = join(x, tail)
+        q, k, v = join(self.qkv(self.norm1(x)), self.qkv(self.norm1(tail))).chunk(3, dim=-1)
+        if rows is not None:
+            whole, q = whole[:, :rows], q[:, :rows]
+        return self._rest(whole, q, k, v, generator)
 
 
 class Probe(nn.Module):
@@ -103,6 +134,7 @@ class Probe(nn.Module):
         dropout: Share of each residual branch zeroed in training, in [0, 1).
         types: 2 ([CLS] and message) plus one per appended token.
         extra_dim: Length of an appended vector; needed exactly when ``types`` exceeds 2.
+        positions: False leaves the positions out: the probe reads a message as an unordered bag.
         generator: CPU generator of the initial weights.
 
     Raises:
@@ -123,6 +155,7 @@ class Probe(nn.Module):
         dropout: float = 0.0,
         types: int = 2,
         extra_dim: int | None = None,
+        positions: bool = True,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -136,9 +169,13 @@ class Probe(nn.Module):
         self.extra_tokens = types - 2
         with torch.device("meta"):  # torch's own initialisation would draw from the global state
             self.project = nn.Linear(code_dim, width)
-            self.project_extra = nn.Linear(extra_dim, width) if extra_dim is not None else None
+            self.project_extra = nn.ModuleList(
+                nn.Linear(extra_dim, width) for _ in range(types - 2) if extra_dim is not None
+            )
             self.cls = nn.Parameter(torch.empty(1, 1, width))
-            self.position_embed = nn.Parameter(torch.empty(1, message_length + 1, width))
+            self.position_embed = (
+                nn.Parameter(torch.empty(1, message_length + 1, width)) if positions else None
+            )
             self.type_embed = nn.Parameter(torch.empty(types, width))
             self.blocks = nn.ModuleList(ProbeBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))
             self.norm = nn.LayerNorm(width)
@@ -183,17 +220,24 @@ class Probe(nn.Module):
                 f"this probe reads {self.message_length} codes and {self.extra_tokens} appended tokens, "
                 f"got {codes.shape[1]} and {count}"
             )
-        place = self.position_embed + torch.cat(
+        place = torch.cat(
             [
                 self.type_embed[CLS_TYPE : CLS_TYPE + 1],
                 self.type_embed[MESSAGE_TYPE].expand(self.message_length, -1),
             ]
-        )  # [1, K + 1, D]
+        )[None]  # [1, K + 1, D]
+        if self.position_embed is not None:
+            place = self.position_embed + place
         cls = (self.cls + place[:, :1]).expand(codes.shape[0], -1, -1)
         parts = [cls, self.project(codes) + place[:, 1:]]
-        if extra is not None and self.project_extra is not None:
-            parts.append(self.project_extra(extra) + self.type_embed[2:])
+        if extra is not None:
+            parts.append(self.embed_extra(extra))
         return torch.cat(parts, dim=1)
+
+    def embed_extra(self, extra: Tensor) -> Tensor:
+        """Project appended vectors, each by its own layer, and add their types: [B, E, T] -> [B, E, D]."""
+        roles = [project(extra[:, role]) for role, project in enumerate(self.project_extra)]
+        return torch.stack(roles, dim=1) + self.type_embed[2:]
 
     def forward(
         self, codes: Tensor, extra: Tensor | None = None, *, generator: torch.Generator | None = None
@@ -211,3 +255,29 @@ class Probe(nn.Module):
             x = block(x, rows=1 if index == last else None, generator=generator)
         answer: Tensor = self.head(self.norm(x[:, 0]))
         return answer
+
+    def forward_groups(
+        self, codes: Tensor, extra: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Answer for every message with each of G groups of appended tokens: float [B, G, C].
+
+        Equal to repeating the messages G times and calling :meth:`forward`, at less cost.
+
+        Args:
+            codes: float [B, K, d].
+            extra: float [B, G, E, extra_dim].
+            generator: Source of the dropout masks, needed only in training with dropout.
+        """
+        count, groups = extra.shape[:2]
+        states = self.embed(codes, extra[:, 0])[:, : self.message_length + 1]  # [B, K + 1, D]
+        tails = self.embed_extra(extra.flatten(0, 1)).unflatten(0, (count, groups))  # [B, G, E, D]
+        last = len(self.blocks) - 1
+        x = states
+        for index, block in enumerate(self.blocks):
+            rows = 1 if index == last else None
+            if index == 0:
+                x = block.forward_groups(x, tails, rows=rows, generator=generator)
+            else:
+                x = block(x, rows=rows, generator=generator)
+        answer: Tensor = self.head(self.norm(x[:, 0]))
+        return answer.unflatten(0, (count, groups))

@@ -20,6 +20,7 @@ class MetricResult:
         per_seed: One value per seed, in percent, in the order of the seeds.
         chance: Expected value of a uniform guess, in percent; None when there is no such thing.
         higher_is_better: Direction of the arrow in the table head.
+        share: Whether it is a share of the n samples, which has a binomial error.
     """
 
     value: float
@@ -29,6 +30,7 @@ class MetricResult:
     per_seed: tuple[float, ...]
     chance: float | None = None
     higher_is_better: bool = True
+    share: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +46,9 @@ class TaskResult:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def over_seeds(per_seed: Sequence[float], n: int, *, chance: float | None = None) -> MetricResult:
+def over_seeds(
+    per_seed: Sequence[float], n: int, *, chance: float | None = None, share: bool = True
+) -> MetricResult:
     """Sum up a share measured once per seed on the same ``n`` images.
 
     The standard error joins two independent sources: which images happen to be in the report set
@@ -55,12 +59,13 @@ def over_seeds(per_seed: Sequence[float], n: int, *, chance: float | None = None
         per_seed: Values in percent, at least one.
         n: Images per seed.
         chance: Expected value of a uniform guess, in percent.
+        share: Whether the value is a share of samples; else the binomial error is only a rough guide.
     """
     seeds = len(per_seed)
     value = math.fsum(per_seed) / seeds
     spread = math.fsum((x - value) ** 2 for x in per_seed) / (seeds - 1) if seeds > 1 else None
-    share = min(max(value / 100, 0.0), 1.0)
-    variance = 1e4 * share * (1 - share) / n + (spread or 0.0) / seeds
+    p = min(max(value / 100, 0.0), 1.0)
+    variance = 1e4 * p * (1 - p) / n + (spread or 0.0) / seeds
     return MetricResult(
         value=value,
         std=None if spread is None else math.sqrt(spread),
@@ -68,4 +73,5 @@ def over_seeds(per_seed: Sequence[float], n: int, *, chance: float | None = None
         n=n,
         per_seed=tuple(per_seed),
         chance=chance,
+        share=share,
     )

@@ -6,9 +6,13 @@ generator of its own, so the store's bytes do not depend on batch size, workers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +23,9 @@ from comit_bench.data.store import TokenStore
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 
+SHARD_SIZE = 1024  # messages; a process that dies loses at most one shard of its own
 Advance = Callable[[int], None]
+T = TypeVar("T")
 
 
 def store_key(
@@ -52,62 +58,131 @@ def store_key(
     }
 
 
+def open_store(tokenizer: Tokenizer, cache: Path, key: Mapping[str, Any], *, count: int) -> TokenStore:
+    """Find or begin the store of ``count`` messages of a tokenizer under a key of :func:`store_key`."""
+    info = tokenizer.info
+    return TokenStore.open(
+        cache,
+        key,
+        count=count,
+        message_length=info.message_length,
+        vocab_size=info.vocab_size,
+        code_dim=info.code_dim,
+        shard_size=SHARD_SIZE,
+    )
+
+
 def tokenize_split(
     tokenizer: Tokenizer,
     split: Split,
+    store: TokenStore,
     *,
-    cache: Path,
     key: Mapping[str, Any],
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int],
+    shards: Sequence[int],
     batch_size: int = 64,
     num_workers: int = 0,
     advance: Advance | None = None,
-) -> TokenStore:
-    """Fill the store of one split and return it complete.
+    profile: dict[str, float] | None = None,
+) -> None:
+    """Compute some shards of a store. Images are decoded while the tokenizer computes.
 
     Args:
         tokenizer: Encodes uint8 batches.
         split: Images in index order.
-        cache: Cache directory.
+        store: From :func:`open_store`, with as many rows as ``rows``.
         key: From :func:`store_key`.
-        rows: Images of the split to use, None for all; row i of the store is ``rows[i]``.
+        rows: Images of the split; row i of the store is ``rows[i]``.
+        shards: Which shards, in order.
         batch_size: Images per call; no token depends on it.
-        num_workers: Reading processes.
-        advance: Called with the number of images just finished (or found finished).
+        num_workers: Reading processes; 0 reads in a thread of this one.
+        advance: Called with the number of images just finished.
+        profile: Seconds are added here: ``images`` (waiting for decoded images), ``encode``, ``write``.
 
     Raises:
         BenchError: A file vanished, the disk is full.
     """
-    chosen = list(range(len(split))) if rows is None else list(rows)
-    info = tokenizer.info
-    store = TokenStore.open(
-        cache,
-        key,
-        count=len(chosen),
-        message_length=info.message_length,
-        vocab_size=info.vocab_size,
-        code_dim=info.code_dim,
-    )
-    missing = store.missing_shards()
-    wanted = [row for shard in missing for row in store.shard_range(shard)]
-    if advance is not None and len(wanted) < len(chosen):
-        advance(len(chosen) - len(wanted))
+    wanted = [row for shard in shards for row in store.shard_range(shard)]
     images = iterate_images(
         split.paths,
-        info.preprocessing,
+        tokenizer.info.preprocessing,
         batch_size=batch_size,
         num_workers=num_workers,
-        indices=[chosen[row] for row in wanted],
+        indices=[rows[row] for row in wanted],
     )
-    pending = _Pending(store, missing)
-    for batch in images:
-        generators = [generator_for(int(key["seed"]), split.ids[index]) for index in batch.indices]
-        tokens = tokenizer.encode(batch.images, policy=key["policy"], generators=generators)
-        pending.add(tokens, batch.broken, batch.indices)
-        if advance is not None:
-            advance(len(batch.indices))
+    spent = profile if profile is not None else {}
+    pending = _Pending(store, shards)
+    with closing(ahead(images) if num_workers == 0 else images) as batches:
+        for batch in _timed(batches, spent, "images"):
+            with _clock(spent, "encode"):
+                generators = [generator_for(int(key["seed"]), split.ids[index]) for index in batch.indices]
+                tokens = tokenizer.encode(batch.images, policy=key["policy"], generators=generators)
+            with _clock(spent, "write"):
+                pending.add(tokens, batch.broken, batch.indices)
+            if advance is not None:
+                advance(len(batch.indices))
     pending.finish()
-    return store
+
+
+def ahead(items: Iterator[T], depth: int = 2) -> Generator[T]:
+    """The same items in order, the next ``depth`` of them made by a thread while one is used.
+
+    Decoding and resizing release Python's lock, so they run beside the network. Errors come where the
+    item would have come; closing the generator ends the thread.
+    """
+    held: Queue[tuple[bool, Any]] = Queue(depth)
+    stop = Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stop.is_set():
+            try:
+                held.put(entry, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except Exception as error:
+            put((False, error))
+
+    thread = Thread(target=work, name="images", daemon=True)
+    thread.start()
+    try:
+        while True:
+            there, item = held.get()
+            if there:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _clock(spent: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+
+
+def _timed(items: Iterator[T], spent: dict[str, float], name: str) -> Iterator[T]:
+    """The same items; the time spent waiting for them is added up."""
+    while True:
+        started = time.perf_counter()
+        item = next(items, None)
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+        if item is None:
+            return
+        yield item
 
 
 class _Pending:

@@ -18,7 +18,7 @@ from scipy.io import savemat
 
 from comit_bench.data.datasets import ClassificationData, PathList, holdout, open_dataset
 from comit_bench.data.labels import read_class_list, read_devkit_synsets, read_ground_truth
-from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
+from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.recipes import DatasetSpec, GeneratorSpec, Recipe, find_datasets
 
 # Devkit order: deliberately not alphabetical. The class list has a third order and lacks one synset.
@@ -300,9 +300,7 @@ def test_class_lists(tmp_path: Path) -> None:
         read_class_list(tmp_path / "absent.txt")
 
 
-def test_unwritten_readers_and_empty_recipes(root: Path) -> None:
-    with pytest.raises(UnsupportedOperation, match=r"'coco'.*class-folders"):
-        opened(root, reader="coco")
+def test_empty_recipes(root: Path) -> None:
     with pytest.raises(UsageError, match="no splits"):
         opened(root, splits={})
 

@@ -190,6 +190,42 @@ def test_policy_is_part_of_the_protocol(bench: Bench) -> None:
     assert len(list((bench.root / "out" / "records").rglob("*.json"))) == 2
 
 
+def test_several_policies_make_a_row_each(bench: Bench, command: Command) -> None:
+    names = ["--tokenizer", "comit-nano", "--tokenizer", "kmeans-patch", "--no-references"]
+    policies = ["--policy", "global", "--policy", "raster:2", "--policy", "global"]
+    code, out, err = command("run", *bench.arguments(), "-q", *names, *policies)
+    assert code == 0, err
+    assert "comit-nano (raster:2)" in out and "comit-nano (global)" in out and out.count("kmeans-patch") == 1
+    assert len(list((bench.root / "out" / "records").rglob("*.json"))) == 3
+    stores = shards(bench.root / "cache")
+    assert len(stores) == 2 * 3  # train and val for two policies and for k-means
+    found = comit_bench.evaluate(
+        "comit-nano", ["tiny-colours"], suite="scenes", references=False, policy=["raster:2", "global"],
+        **bench.options(),
+    )  # fmt: skip
+    assert len(found) == 2 and shards(bench.root / "cache") == stores
+
+
+def test_profile_says_where_the_time_went(bench: Bench, command: Command) -> None:
+    base = ["run", *bench.arguments(), "-q", "--tokenizer", "pixel-oracle", "--no-references", "--profile"]
+    code, _, err = command(*base)
+    assert code == 0 and "profile of tokenization" in err and "encoding" in err and "decoded images" in err
+    assert "no image was tokenized" in command(*base)[2]
+
+
+@pytest.mark.parametrize("control", ["shuffle-tokens", "bag-of-tokens"])
+def test_controls_without_positions_have_records_of_their_own(bench: Bench, control: str) -> None:
+    record = bench.evaluate("pixel-oracle", references=False, control=control, seeds=1)["pixel-oracle"]
+    assert record.control == control and record.protocol["control"] == control
+    assert record.metrics["hue"].value > 80  # colours need no places
+
+
+def test_a_recipe_may_be_a_control(bench: Bench, command: Command) -> None:
+    path = bench.root / "recipes" / "probes" / "tiny-colours" / "task.yaml"
+    path.write_text(path.read_text() + "control: permute-labels\n")
+    assert bench.evaluate("pixel-oracle", references=False)["pixel-oracle"].control == "permute-labels"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -232,8 +268,11 @@ def test_options_reach_the_tokenizer_and_its_protocol(bench: Bench, command: Com
 
 
 def test_paper_suite_on_an_empty_root_lists_what_is_missing(tmp_path: Path, command: Command) -> None:
-    code, _, err = command("run", "--data-root", tmp_path, "--dry-run", "--tokenizer", "kmeans-patch")
-    assert code == 3 and "imagenet100" in err and "missing" in err
+    code, _, err = command("run", "--data-root", tmp_path, "--dry-run", "--offline")
+    assert code == 3 and err.count("missing: ") >= 3
+    for name in ("imagenet100", "mscoco-pairs", "visual-genome"):
+        assert f"dataset {name}:" in err
+    assert "hf download google-t5/t5-base" in err and "comit-bench data download" in err
 
 
 def test_dry_run_touches_nothing(bench: Bench, command: Command) -> None:

@@ -1,0 +1,128 @@
+"""``data build``: make the manifest, read every image once, report what is missing or broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from comit_bench.data.datasets import OpenData, open_dataset
+from comit_bench.errors import BenchError, CorruptFileError
+from comit_bench.files import write_atomic
+from comit_bench.recipes import DatasetSpec, Recipe
+
+CHUNK = 64  # images per message to a reading process
+
+
+def build_dataset(
+    recipe: Recipe[DatasetSpec],
+    *,
+    data_root: Path | None,
+    cache: Path,
+    workers: int = 0,
+    check_images: bool = True,
+    progress: bool = True,
+) -> tuple[OpenData, Path, dict[str, str]]:
+    """Open a data set (which makes its manifest), then decode all of its images.
+
+    Args:
+        recipe: The data set's recipe.
+        data_root: Where real data sets lie.
+        cache: Cache directory; the report goes to ``reports/NAME.json`` there.
+        workers: Reading processes; 0 reads in this one.
+        check_images: Decode the images.
+        progress: Show bars.
+
+    Returns:
+        The data, the report's file, and id -> message of every broken image.
+
+    Raises:
+        BenchError: The share of missing and broken images is above the recipe's ``max_broken``; the report
+            has been written. And everything that ``open_dataset`` raises.
+    """
+    data = open_dataset(recipe, data_root=data_root, cache=cache, progress=progress)
+    broken: dict[str, str] = {}
+    if check_images:
+        for split in data.splits.values():
+            found = _broken(split.paths, f"reading {split.name}", workers, progress)
+            broken |= {split.ids[row]: text for row, text in found}
+            if data.kind == "masks":
+                found = _broken(split.labels, f"reading masks of {split.name}", workers, progress)
+                broken |= {split.ids[row]: text for row, text in found}
+    count = sum(map(len, data.splits.values())) + len(data.missing)
+    report = cache / "reports" / f"{recipe.spec.name}.json"
+    content = {
+        "dataset": data.name,
+        "version": data.version,
+        "fingerprint": data.fingerprint,
+        "folder": str(data.folder),
+        "images": count,
+        "decoded": check_images,
+        "missing": data.missing,
+        "broken": broken,
+        "notes": data.notes,
+    }
+    write_atomic(report, json.dumps(content, indent=1) + "\n")
+    bad = len(broken) + len(data.missing)
+    if bad > recipe.spec.max_broken * count:
+        raise BenchError(
+            f"dataset {data.name}: {bad} of {count} images are missing or broken, more than the "
+            f"{recipe.spec.max_broken:.1%} that the recipe allows (max_broken). {report} lists them."
+        )
+    return data, report, broken
+
+
+def _broken(paths: Any, title: str, workers: int, progress: bool) -> list[tuple[int, str]]:
+    """Row and message of every file that cannot be decoded."""
+    from tqdm import tqdm
+
+    if hasattr(paths, "read"):  # in an archive: not worth sending to other processes
+        return _broken_encoded(paths)
+    starts = range(0, len(paths), CHUNK)
+    chunks = ([str(path) for path in paths[start : start + CHUNK]] for start in starts)
+    found: list[tuple[int, str]] = []
+    with tqdm(
+        total=len(paths), desc=title, unit=" images", delay=1.0, leave=False, disable=not progress
+    ) as bar:
+        for start, messages in zip(starts, _map(chunks, workers), strict=True):
+            found += [(start + i, text) for i, text in enumerate(messages) if text is not None]
+            bar.update(len(messages))
+    return found
+
+
+def _broken_encoded(paths: Any) -> list[tuple[int, str]]:
+    from comit_bench.data.images import load_from
+
+    found = []
+    for row in range(len(paths)):
+        try:
+            load_from(paths, row, "resize(1,nearest)")
+        except CorruptFileError as error:
+            found.append((row, str(error)))
+    return found
+
+
+def _map(chunks: Iterator[list[str]], workers: int) -> Iterator[list[str | None]]:
+    if workers == 0:
+        yield from map(_decode_all, chunks)
+        return
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_decode_all, chunks)
+
+
+def _decode_all(paths: list[str]) -> list[str | None]:
+    """For every file why it cannot be read, or None."""
+    from comit_bench.data.images import load_image
+
+    messages: list[str | None] = []
+    for path in paths:
+        try:
+            load_image(Path(path), "resize(1,nearest)")
+            messages.append(None)
+        except CorruptFileError as error:
+            messages.append(str(error))
+    return messages

@@ -1,0 +1,110 @@
+"""What an opened data set is: samples, files and labels, whatever format they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["classes", "multilabel", "relations", "masks"]
+
+
+class PathList(Sequence[Path]):
+    """Paths below one directory, made when asked for: a million ``Path`` objects would take 0.5 GB."""
+
+    __slots__ = ("_names", "root")
+
+    def __init__(self, root: Path, names: tuple[str, ...]) -> None:
+        self.root = root
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> PathList: ...
+    def __getitem__(self, index: int | slice) -> Path | PathList:
+        if isinstance(index, slice):
+            return PathList(self.root, self._names[index])
+        return self.root / self._names[index]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Triplets:
+    """Relations of a split. Words are positions in the data set's vocabularies.
+
+    Attributes:
+        table: int64 [m, 4], the samples: rows (image row, subject word, predicate word, object word),
+            unique and sorted.
+        known: int64 [k, 4], all relations of the split's images that can be said in the vocabularies, also
+            those that the area filter took out of ``table``. They are true of their image, so none of them
+            may serve as a negative for it. A superset of ``table``; empty stands for "the same".
+    """
+
+    table: NDArray[np.int64]
+    known: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Samples of one split, sorted by id.
+
+    Attributes:
+        name: Name in the recipe, e.g. ``val``.
+        ids: Unique, and equal on every machine and for every layout of the files.
+        paths: The files, same order.
+        labels: By :attr:`OpenData.kind`, rows in the order of ``ids``. classes: int64 [n], positions in
+            the class list. multilabel: bool [n, C]. relations: :class:`Triplets`. masks: paths [n].
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    paths: Sequence[Path]
+    labels: Any
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenData:
+    """An opened data set.
+
+    Attributes:
+        name: Name of its recipe.
+        version: Version of its recipe.
+        classes: Class or category names, labels are positions in it; for relations the words of objects.
+        splits: Split name -> samples.
+        fingerprint: ``sha256:<hex>`` of the whole.
+        fingerprints: The same per split.
+        folder: Where it was found.
+        kind: What ``Split.labels`` holds.
+        predicates: Words of predicates; empty unless ``kind`` is relations.
+        missing: Sample id -> reason, for annotated images whose file is not there. They are in no split.
+        notes: Facts about the splits, as plain JSON values: a record stores them.
+    """
+
+    name: str
+    version: int
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    fingerprint: str
+    fingerprints: dict[str, str]
+    folder: Path
+    kind: Kind = "classes"
+    predicates: tuple[str, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def split_fingerprint(self, name: str) -> str:
+        """``sha256:<hex>`` over the ids, suffixes, sizes and labels of one split."""
+        return self.fingerprints[name]
+
+
+ClassificationData = OpenData

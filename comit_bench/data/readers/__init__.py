@@ -1,0 +1,1 @@
+"""One reader per official format: what the annotations say, and where the images lie."""

@@ -1,0 +1,147 @@
+"""What all readers need: finding folders and files below a data root, listing images, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from comit_bench.errors import MissingError
+from comit_bench.recipes import DatasetSpec
+
+EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
+DATA_VARIABLE = "COMIT_BENCH_DATA"
+
+
+def few(names: Iterable[str], count: int = 5) -> str:
+    """The first names of a list, for a message."""
+    listed = list(names)
+    return ", ".join(listed[:count]) + (", ..." if len(listed) > count else "")
+
+
+def how_to_get(spec: DatasetSpec) -> str:
+    """Where the data come from, as the end of a message."""
+    source = spec.obtain or spec.homepage
+    command = f" `comit-bench data download {spec.name}` fetches it." if spec.downloads else ""
+    return (f" Where it comes from: {source.strip()}" if source else "") + command
+
+
+def how_to_point(spec: DatasetSpec) -> str:
+    """How to say where the data lie, as the end of a message."""
+    return (
+        f" Pass --data-root DIR, or set {DATA_VARIABLE}=DIR, where DIR is the folder that "
+        f"contains {spec.folder}/."
+    )
+
+
+def find_folder(spec: DatasetSpec, data_root: Path | None) -> Path:
+    """The data set's folder under the data root.
+
+    Raises:
+        MissingError: No data root, or nothing of that name in it.
+    """
+    if data_root is None:
+        raise MissingError(f"dataset {spec.name}: no data root is set.{how_to_point(spec)}{how_to_get(spec)}")
+    folder = data_root / spec.folder
+    if folder.is_dir():
+        return folder
+    marks = [*spec.splits.values(), *spec.images.values(), *spec.labels.values()]
+    inside = any(place != "." and (data_root / place).exists() for places in marks for place in places)
+    hint = f" {data_root} itself looks like the dataset: its parent is wanted." if inside else ""
+    raise MissingError(
+        f"dataset {spec.name}: {folder} is not there.{hint}{how_to_point(spec)}{how_to_get(spec)}"
+    )
+
+
+def find_file(spec: DatasetSpec, folder: Path, what: str, candidates: Sequence[str]) -> Path:
+    """The first of ``candidates`` that is a file.
+
+    Raises:
+        MissingError: None is.
+    """
+    for candidate in candidates:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    raise MissingError(
+        f"dataset {spec.name}: {folder} has no {what}: looked for {' or '.join(candidates)} there."
+        f"{how_to_point(spec)}{how_to_get(spec)}"
+    )
+
+
+def find_directory(spec: DatasetSpec, folder: Path, what: str, candidates: Sequence[str]) -> Path:
+    """The first of ``candidates`` that is a directory.
+
+    Raises:
+        MissingError: None is.
+    """
+    for candidate in candidates:
+        if (folder / candidate).is_dir():
+            return folder / candidate
+    looked = " or ".join(f"{candidate}/" for candidate in candidates)
+    raise MissingError(
+        f"dataset {spec.name}: {folder} has no {what}: looked for {looked} there."
+        f"{how_to_point(spec)}{how_to_get(spec)}"
+    )
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is to be passed over."""
+    return name.startswith(".")
+
+
+def folders(directory: Path) -> list[str]:
+    """Names of the folders directly in ``directory``, sorted."""
+    with os.scandir(directory) as entries:
+        return sorted(e.name for e in entries if not hidden(e.name) and e.is_dir())
+
+
+def images(directory: Path) -> list[tuple[str, int]]:
+    """Name and size of every image file directly in ``directory``.
+
+    Raises:
+        MissingError: A link that leads nowhere.
+    """
+    found = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if hidden(entry.name) or os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:  # noqa: PTH122
+                continue
+            try:
+                if entry.is_dir():
+                    continue
+                found.append((entry.name, entry.stat().st_size))
+            except FileNotFoundError as error:
+                raise MissingError(f"{entry.path}: a link that leads nowhere; restore its target") from error
+    return found
+
+
+def sizes_in(directory: Path) -> dict[str, int]:
+    """Name -> size of every file directly in ``directory``; links that lead nowhere are left out."""
+    found: dict[str, int] = {}
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            try:
+                if entry.is_file():
+                    found[entry.name] = entry.stat().st_size
+            except OSError:
+                continue
+    return found
+
+
+def stem(file: str) -> str:
+    """A file name without its suffix."""
+    return os.path.splitext(file)[0]  # noqa: PTH122 (called for every file)
+
+
+def suffix(file: str) -> str:
+    """The suffix of a file name, with its dot."""
+    return os.path.splitext(file)[1]  # noqa: PTH122 (called for every file)
+
+
+def fingerprint(lines: Iterable[str], made: str | None) -> str:
+    """``sha256:<hex>`` over lines that describe samples; ``made`` is a generator's digest."""
+    digest = hashlib.sha256((made or "").encode() + b"\n")
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return "sha256:" + digest.hexdigest()

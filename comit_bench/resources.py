@@ -1,0 +1,255 @@
+"""What jobs share and what they need one after the other: data, tokenizers, tokens.
+
+Everything finished is on disk before the next thing starts: token shards as they fill.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comit_bench.errors import BenchError
+from comit_bench.jobs import Job, Settings
+from comit_bench.ranks import Ranks
+from comit_bench.recipes import DatasetSpec, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from comit_bench.data.datasets import OpenData
+    from comit_bench.data.datasets import Split as DataSplit
+    from comit_bench.data.store import TokenStore
+    from comit_bench.tasks.pool import ProbePool
+    from comit_bench.tokenizers.base import Tokenizer
+
+SMALL_FLOPS = 2e9  # per image
+ENCODE_SEED = 0  # of the per-image generators; part of the protocol
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Reporter:
+    """Hooks for progress; the defaults are silent."""
+
+    start: Callable[[str, int, str], Callable[[int], None]] = lambda what, total, unit: lambda done: None
+    stop: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None  # between jobs; may raise KeyboardInterrupt
+
+
+class Resources:
+    """Data, tokenizers and tokens, each opened, loaded or made once however many jobs need it."""
+
+    def __init__(self, settings: Settings, *, reporter: Reporter | None = None) -> None:
+        self.settings = settings
+        self.reporter = reporter or Reporter()
+        self.ranks = Ranks.join()
+        self._data: dict[str, OpenData] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self.profile: dict[str, float] = {}  # seconds by stage of tokenization, over all jobs
+
+    # ------------------------------------------------------------- resources
+
+    def data(self, recipe: Recipe[DatasetSpec]) -> OpenData:
+        """Open (or first make) a data set once."""
+        if recipe.spec.name not in self._data:
+            from comit_bench.data.datasets import open_dataset
+
+            with self.ranks.in_turn():
+                self._data[recipe.spec.name] = open_dataset(
+                    recipe,
+                    data_root=self.settings.data_root,
+                    cache=self.settings.cache_dir,
+                    progress=self.settings.progress and self.ranks.first,
+                )
+        return self._data[recipe.spec.name]
+
+    @cached_property
+    def device(self) -> torch.device:
+        import torch
+
+        from comit_bench.tokenizers.loading import resolve_device
+
+        device = resolve_device(self.settings.device)
+        if device.type == "cuda" and device.index is None and self.ranks.world > 1:
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return device
+
+    @cached_property
+    def pool(self) -> ProbePool:
+        """Probe workers, started when the first probe is fitted."""
+        from comit_bench.tasks.pool import ProbePool
+
+        return ProbePool()
+
+    def close(self) -> None:
+        """End worker processes."""
+        if "pool" in self.__dict__:
+            self.pool.close()
+
+    def tokenizer(self, job: Job) -> Tokenizer:
+        """Load a tokenizer, or fit it on the task's train split; once per job group."""
+        if not isinstance(job.tokenizer, str):
+            return job.tokenizer
+        from comit_bench.tokenizers.loading import entry_for, load_tokenizer
+
+        entry = entry_for(job.tokenizer)
+        options: dict[str, Any] = dict(entry.paper_options) if job.task.spec.suite == "paper" else {}
+        fitted = entry.fitted and not Path(job.tokenizer).is_dir()
+        key = f"{job.tokenizer}|{options}|{job.dataset.spec.name if fitted else ''}"
+        if key not in self._tokenizers:
+            if fitted:
+                self._tokenizers[key] = self._fit(job, options)
+            else:
+                self._tokenizers[key] = load_tokenizer(
+                    job.tokenizer,
+                    weights=self.settings.weights if entry.takes_weights else None,
+                    device=str(self.device) if self.ranks.world > 1 else self.settings.device,
+                    dtype=self.settings.dtype if entry.takes_weights else "float32",
+                    offline=self.settings.offline,
+                    **({**options, **self.settings.options} if entry.takes_weights else options),
+                )
+        return self._tokenizers[key]
+
+    def peek(self, job: Job) -> Tokenizer | None:
+        """The tokenizer as far as it exists before data are opened: None for one that is fitted."""
+        from comit_bench.tokenizers.loading import entry_for
+
+        if isinstance(job.tokenizer, str):
+            fitted = entry_for(job.tokenizer).fitted and not Path(job.tokenizer).is_dir()
+            return None if fitted else self.tokenizer(job)
+        return job.tokenizer
+
+    def _fit(self, job: Job, options: Mapping[str, Any]) -> Tokenizer:
+        from comit_bench.data.images import iterate_images
+        from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
+
+        data, name = self.data(job.dataset), job.task.spec.split.train
+        split = data.splits[name]
+        rows = self.rows(split)
+        resolution = options.get("resolution", 32)
+        preprocessing = f"center_crop|resize({resolution},bilinear)"
+
+        def images() -> Any:
+            advance = self.reporter.start(f"fitting {job.label} on {data.name}", len(rows), "images")
+            for batch in iterate_images(
+                split.paths,
+                preprocessing,
+                batch_size=256,
+                num_workers=self.settings.num_workers,
+                indices=rows,
+            ):
+                advance(len(batch.indices))
+                good = [row for row, index in enumerate(batch.indices) if index not in batch.broken]
+                yield batch.images[good]
+            self.reporter.stop()
+
+        key = {
+            "data": data.split_fingerprint(name),
+            "selection": self.selection,
+            "preprocessing": preprocessing,
+        }
+        with self.ranks.in_turn():
+            return KMeansPatchTokenizer.fit_cached(
+                images, key, self.settings.cache_dir / "fits", training_data=f"{data.name} {name}", **options
+            )
+
+    # ---------------------------------------------------------------- tokens
+
+    @property
+    def selection(self) -> str:
+        """Which images of a split are used, for keys."""
+        return "all" if self.settings.limit is None else f"limit:{self.settings.limit}"
+
+    def rows(self, split: DataSplit) -> list[int]:
+        """The images used: all, or the ``limit`` first in the order of a hash of their ids."""
+        if self.settings.limit is None or self.settings.limit >= len(split):
+            return list(range(len(split)))
+        from comit_bench.seeding import seed_for
+
+        order = sorted(range(len(split)), key=lambda index: seed_for(0, "limit/" + split.ids[index]))
+        return sorted(order[: self.settings.limit])
+
+    def policy(self, job: Job, tokenizer: Tokenizer) -> str | None:
+        """The cropping policy a tokenizer runs under, in canonical form; None if it has none."""
+        parse = getattr(tokenizer, "policy", None)
+        if parse is None:
+            if job.policy is not None:
+                _log.info("%s looks at whole images: --policy is ignored for it", tokenizer.info.name)
+            return None
+        return str(parse(job.policy))
+
+    def tokens(self, job: Job, tokenizer: Tokenizer, split_name: str) -> TokenStore:
+        """The complete token store of one split; all processes make their part of what is missing."""
+        from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
+
+        data = self.data(job.dataset)
+        split, rows = data.splits[split_name], self.rows(data.splits[split_name])
+        key = store_key(
+            tokenizer,
+            policy=self.policy(job, tokenizer),
+            fingerprint=data.split_fingerprint(split_name),
+            seed=ENCODE_SEED,
+            selection=self.selection,
+        )
+        store = self.ranks.together(
+            lambda: open_store(tokenizer, self.settings.cache_dir, key, count=len(rows))
+        )
+        missing = self.ranks.share(store.missing_shards() if self.ranks.first else [])
+        mine = missing[self.ranks.rank :: self.ranks.world]
+        total = sum(len(store.shard_range(shard)) for shard in mine)
+        advance = self.reporter.start(f"{job.label}: {data.name}/{split_name}", total, "images")
+
+        def work() -> None:
+            with self._threads(job, tokenizer):
+                tokenize_split(
+                    tokenizer,
+                    split,
+                    store,
+                    key=key,
+                    rows=rows,
+                    shards=mine,
+                    batch_size=self.settings.batch_size,
+                    num_workers=self.settings.num_workers,
+                    advance=advance,
+                    profile=self.profile,
+                )
+
+        try:
+            self.ranks.together(work)
+        finally:
+            self.reporter.stop()
+        self._check_broken(job, store, split_name)
+        return store
+
+    def _threads(self, job: Job, tokenizer: Tokenizer) -> AbstractContextManager[None]:
+        """One thread for small networks on the CPU.
+
+        Their products are too small to share: the threads wait for each other, for milliseconds a
+        product as soon as anything else runs on the machine. Tokens are the same bits either way.
+        """
+        from comit_bench.tasks.fit import one_thread
+
+        estimate = getattr(tokenizer, "encode_flops", None)
+        small = estimate is None or estimate(job.policy) < SMALL_FLOPS
+        return one_thread() if small and self.device.type == "cpu" else nullcontext()
+
+    def _check_broken(self, job: Job, store: TokenStore, split_name: str) -> None:
+        broken = store.broken()
+        if not broken:
+            return
+        share, limit = len(broken) / store.count, job.dataset.spec.max_broken
+        first = "; ".join(list(broken.values())[:3])
+        place = f"{job.dataset.spec.name}/{split_name}"
+        text = f"{len(broken)} of {store.count} images of {place} cannot be read: {first}"
+        if share > limit:
+            raise BenchError(
+                f"{text}. That is more than the {limit:.1%} the dataset recipe allows (max_broken): replace "
+                "the files and run again; tokens of the others are kept."
+            )
+        _log.warning("%s. They are left out and counted in the record.", text)

@@ -1,0 +1,138 @@
+"""Text features of a task: each distinct string is encoded once, by a frozen T5, and kept on disk.
+
+Which encoder made them (``random-t5`` with its seed, or a hub id with its commit, or a directory with the
+digest of its weights) is part of the protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.files import atomic_path, digest_json, sha256_file
+from comit_bench.models.text import RANDOM_T5, mean_states, random_t5, word_ids, words_of
+from comit_bench.recipes import TextSpec
+from comit_bench.tasks.fit import one_thread
+
+RANDOM = "random-t5"
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+FORMAT = 1
+_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """A text encoder that has been found, not loaded yet.
+
+    Attributes:
+        spec: From the recipe.
+        folder: Its files; None for ``random-t5``.
+        identity: What tells it from others, plain JSON; goes into the protocol.
+    """
+
+    spec: TextSpec
+    folder: Path | None
+    identity: dict[str, Any]
+
+    def features(self, texts: Sequence[str], cache: Path | None) -> Tensor:
+        """One vector per text, float32 [len(texts), D]; from the cache when the same were asked before.
+
+        Args:
+            texts: Any strings; equal ones are computed once.
+            cache: The cache directory, or None.
+
+        Raises:
+            UsageError: A text without any word.
+            BenchError: The files hold no usable T5 encoder.
+        """
+        distinct = sorted(set(texts))
+        if empty := [text for text in distinct if not words_of(text)]:
+            raise UsageError(f"text {empty[0]!r} has no word that could be encoded")
+        vectors = self._cached(distinct, cache)
+        place = {text: row for row, text in enumerate(distinct)}
+        return vectors[torch.tensor([place[text] for text in texts], dtype=torch.int64)]
+
+    def _cached(self, distinct: Sequence[str], cache: Path | None) -> Tensor:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+
+        if cache is None:
+            return self._encode(distinct)
+        key = digest_json({"format": FORMAT, "encoder": self.identity, "texts": list(distinct)})
+        path = cache / "text" / f"{key.removeprefix('sha256:')}.safetensors"
+        if path.is_file():
+            try:
+                return load_file(path)["features"]
+            except (SafetensorError, KeyError, OSError) as error:
+                raise CorruptFileError(
+                    f"{path}: damaged text features ({error}). Remove the file and run the command again."
+                ) from error
+        vectors = self._encode(distinct)
+        with atomic_path(path) as temporary:
+            save_file({"features": vectors}, temporary, {"encoder": json.dumps(self.identity)})
+        return vectors
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        with one_thread():  # the same bits whatever the machine
+            if self.folder is None:
+                words = sorted({word for text in texts for word in words_of(text)})
+                model = random_t5(words, seed=self.spec.seed)
+                # one by one: padding would change last bits, and a vector must not depend on its company
+                return torch.cat([mean_states(model, *word_ids([text], words)) for text in texts])
+            return self._released(texts, self.folder)
+
+    def _released(self, texts: Sequence[str], folder: Path) -> Tensor:
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        try:
+            pieces: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model: Any = T5EncoderModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            ).float()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BenchError(
+                f"{folder}: no T5 encoder that transformers can load ({reason}). It needs {', '.join(FILES)}."
+            ) from error
+        found = []
+        for text in texts:
+            made = pieces([text], return_tensors="pt")
+            found.append(mean_states(model.eval(), made["input_ids"], made["attention_mask"].bool()))
+        return torch.cat(found)
+
+
+def find_text_encoder(spec: TextSpec, *, offline: bool) -> TextEncoder:
+    """Find the text encoder of a recipe; a hub id is downloaded unless it is in the hub cache.
+
+    Raises:
+        MissingError: Not here and not to be had; says how to get it.
+        UsageError: Neither a directory nor a hub id.
+    """
+    pooling = {"pooling": spec.pooling}
+    if spec.encoder == RANDOM:
+        identity = {"name": RANDOM, "seed": spec.seed, "words": "whole", "size": dict(RANDOM_T5), **pooling}
+        return TextEncoder(spec, None, identity)
+    directory = Path(spec.encoder).expanduser()
+    if spec.encoder.startswith((".", "/", "~")) or directory.is_dir():
+        missing = [name for name in FILES if not (directory / name).is_file()]
+        if missing:
+            raise MissingError(
+                f"text encoder {spec.encoder}: {', '.join(missing)} not there. Point text.encoder of the "
+                f"recipe to a directory with {', '.join(FILES)}, or to a hub id."
+            )
+        weights = sha256_file(directory / FILES[1])
+        return TextEncoder(spec, directory, {"name": directory.name, "weights": weights, **pooling})
+    from comit_bench.tokenizers.hub import fetch
+
+    hint = "or put a local directory into text.encoder of the recipe"
+    folder = fetch(spec.encoder, FILES, offline=offline, hint=hint)
+    return TextEncoder(
+        spec, folder, {"name": spec.encoder, "weights": sha256_file(folder / FILES[1]), **pooling}
+    )

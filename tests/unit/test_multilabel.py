@@ -1,0 +1,154 @@
+"""The multilabel executor: metrics by hand, chance by closed form against simulation, a fit, the control."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from comit_bench.data.datasets import OpenData
+from comit_bench.data.datasets import Split as DataSplit
+from comit_bench.errors import UsageError
+from comit_bench.recipes import ProbeSpec, TaskSpec
+from comit_bench.tasks.executor import Inputs, Role
+from comit_bench.tasks.fit import MessageSource
+from comit_bench.tasks.multilabel import (
+    EXECUTOR,
+    all_within,
+    average_precisions,
+    chance_levels,
+    expected_precision,
+    majority_metrics,
+    score_outputs,
+)
+
+COLUMNS = 8
+
+
+def recipe(**changes: Any) -> TaskSpec:
+    probe = ProbeSpec(width=16, depth=1, heads=2, batch_size=32, learning_rate=1e-2, max_epochs=8, patience=8)
+    settings: dict[str, Any] = dict(name="t", version=1, title="t", kind="multilabel", suite="scenes")
+    return TaskSpec(**(settings | {"dataset": "d", "probe": probe} | changes))
+
+
+def two_hot(count: int, seed: int, columns: int = COLUMNS) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(count, columns, generator=generator).argsort(dim=1)
+    return (order < 2).numpy()
+
+
+def role(count: int, seed: int, *, name: str) -> Role:
+    """One token per true category, and noise; columns 6 and 7 are the last ones in use."""
+    labels = two_hot(count, seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    codes = 0.1 * torch.randn(count, 2, COLUMNS, generator=generator)
+    for row, present in enumerate(labels):
+        for token, column in enumerate(np.flatnonzero(present)):
+            codes[row, token, column] += 1
+    split = DataSplit(name, tuple(f"{name}/{i:05d}" for i in range(count)), [Path("x")] * count, labels)
+    rows = np.arange(count)
+    return Role(split, rows, rows, MessageSource(codes=codes))
+
+
+def inputs(tmp_path: Path, **changes: Any) -> Inputs:
+    roles = {"train": role(400, 0, name="train"), "early_stop": role(80, 1, name="stop")}
+    roles["report"] = role(300, 2, name="val")
+    splits = {r.split.name: r.split for r in roles.values()}
+    names = tuple(map(str, range(COLUMNS)))
+    data = OpenData("d", 1, names, splits, "sha256:0", {}, tmp_path, kind="multilabel")
+    given: dict[str, Any] = dict(
+        spec=recipe(), data=data, roles=roles, seeds=[0, 1], cache=tmp_path, workers=1
+    )
+    return Inputs(**(given | changes))
+
+
+def test_both_categories_must_be_among_the_highest() -> None:
+    outputs = torch.tensor([[9.0, 8, 1, 7, 6, 5, 0], [9.0, 8, 1, 7, 6, 5, 0], [1.0, 1, 1, 1, 1, 1, 1]])
+    targets = torch.zeros(3, 7, dtype=torch.bool)
+    targets[0, [0, 5]] = targets[1, [0, 2]] = targets[2, [3, 4]] = True
+    assert all_within(outputs, targets, k=5).tolist() == [
+        1,
+        0,
+        1,
+    ]  # ties go by column: 0 to 4 are the top five
+    assert all_within(outputs, targets, k=2).tolist() == [0, 0, 0]
+    assert set(score_outputs(outputs, targets)) == {"top5", "top2", "mAP"}
+    assert set(score_outputs(outputs[:, :5], targets[:, :5])) == {"top2", "mAP"}
+
+
+def test_average_precision_by_hand_and_against_scikit_learn() -> None:
+    from sklearn.metrics import average_precision_score
+
+    outputs = torch.tensor([[0.9], [0.8], [0.7], [0.6]])
+    targets = torch.tensor([[True], [False], [True], [False]])
+    assert average_precisions(outputs, targets) == {0: pytest.approx((1 + 2 / 3) / 2)}
+    wide = torch.rand(60, 4, generator=torch.Generator().manual_seed(3))
+    labels = torch.from_numpy(two_hot(60, 4, 4))
+    expected = [average_precision_score(labels[:, c].numpy(), wide[:, c].numpy()) for c in range(4)]
+    assert list(average_precisions(wide, labels).values()) == pytest.approx(expected)
+    assert average_precisions(wide, torch.zeros(60, 4, dtype=torch.bool)) == {}
+
+
+def test_chance_is_what_random_orders_score() -> None:
+    targets = torch.from_numpy(two_hot(200, 7))
+    levels = chance_levels(targets, COLUMNS, COLUMNS)
+    assert levels["top5"] == pytest.approx(100 * 20 / 56) and levels["top2"] == pytest.approx(100 / 28)
+    generator = torch.Generator().manual_seed(0)
+    runs = [score_outputs(torch.rand(200, COLUMNS, generator=generator), targets) for _ in range(300)]
+    for name, level in levels.items():
+        values = torch.tensor([run[name] for run in runs])
+        assert abs(values.mean() - level) < 4 * values.std() / 300**0.5, name
+    assert expected_precision(5, 5) == pytest.approx(1.0)  # all have it: every order is right
+    assert expected_precision(2, 1) == pytest.approx(0.75)
+
+
+def test_columns_without_a_category_do_not_lower_chance() -> None:
+    targets = torch.zeros(10, 90, dtype=torch.bool)
+    targets[:, :2] = True
+    assert chance_levels(targets, 80, 90)["top5"] == pytest.approx(100 * 82160 / 24040016)
+
+
+def test_majority_row() -> None:
+    train, report = torch.zeros(4, 8, dtype=torch.bool), torch.zeros(2, 8, dtype=torch.bool)
+    train[:3, 0] = train[:2, 3] = train[3, 5] = True
+    report[0, [0, 3]] = report[1, [0, 7]] = True
+    metrics = majority_metrics(train, report, 8)
+    assert metrics["top2"].value == 50 and metrics["top5"].value == 50
+    assert metrics["mAP"].value == pytest.approx(metrics["mAP"].chance)
+
+
+def test_plain_signs_are_read_and_the_control_lands_at_chance(tmp_path: Path) -> None:
+    given = inputs(tmp_path)
+    result = EXECUTOR.run(given)
+    assert list(result.metrics) == ["top5", "top2", "mAP"]
+    assert result.metrics["top2"].value > 95 and result.metrics["mAP"].value > 95
+    assert result.metrics["top5"].n == 300 and not result.metrics["mAP"].share
+    assert result.extra["seeds"] == [0, 1] and len(result.extra["early_stop_top5"]) == 2
+    control = EXECUTOR.run(replace(given, control="permute-labels", seeds=[0, 1, 2, 3]))
+    for name, metric in control.metrics.items():
+        assert metric.chance is not None
+        spread = 3 * metric.stderr if metric.share else 5.0
+        assert abs(metric.value - metric.chance) < spread, name
+    assert (
+        EXECUTOR.majority(given).metrics["top5"].per_seed[0] == EXECUTOR.majority(given).metrics["top5"].value
+    )
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    given = inputs(tmp_path)
+    with pytest.raises(UsageError, match=r"main_metric 'top3' is not measured.*top"):
+        EXECUTOR.run(replace(given, spec=recipe(main_metric="top3")))
+    with pytest.raises(UsageError, match="unknown control"):
+        EXECUTOR.run(replace(given, control="permute"))
+    empty = replace(given.roles["train"], rows=np.zeros(0, np.int64))
+    with pytest.raises(UsageError, match="training set of t is empty"):
+        EXECUTOR.run(replace(given, roles={**given.roles, "train": empty}))
+    with pytest.raises(ValueError, match="section 'negatives' means nothing to kind 'multilabel'"):
+        recipe(negatives={"train": 3})
+    with pytest.raises(ValueError, match=r"no such kind.*multilabel"):
+        recipe(kind="multi-label")
+    assert recipe().main_metric == "top5"

@@ -1,0 +1,292 @@
+"""The relations executor: candidates, chunks, a fit that reads plain signs, controls, hard negatives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from comit_bench.data.datasets import OpenData, Triplets
+from comit_bench.data.datasets import Split as DataSplit
+from comit_bench.errors import CorruptFileError, UsageError
+from comit_bench.recipes import NegativesSpec, ProbeSpec, TaskSpec
+from comit_bench.tasks import contrast
+from comit_bench.tasks.contrast import ContrastTask, batch_candidates, draw_samples, ranked
+from comit_bench.tasks.executor import Inputs, Role
+from comit_bench.tasks.fit import MessageSource, Split, build_probe
+from comit_bench.tasks.negatives import Truth, Words, draw_lists, role_table, stored_lists
+from comit_bench.tasks.pool import ProbePool
+from comit_bench.tasks.relations import EXECUTOR, chance_levels, majority_outputs, score_outputs, standardised
+
+OBJECTS = ("ant", "bee", "cat", "dog", "elk", "fox")
+PREDICATES = ("left of", "right of", "above")
+WORDS = Words(len(OBJECTS), len(PREDICATES))
+LEFT, RIGHT = 0, 1
+
+
+def table_of(count: int, seed: int) -> NDArray[np.int64]:
+    """Per image one relation and its mirror: a left of b, b right of a."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(count, len(OBJECTS), generator=generator).argsort(dim=1)[:, :2].numpy()
+    image, a, b = np.arange(count), order[:, 0], order[:, 1]
+    rows = [
+        np.stack([image, a, np.full(count, LEFT), b], 1),
+        np.stack([image, b, np.full(count, RIGHT), a], 1),
+    ]
+    table = np.concatenate(rows)
+    return table[np.lexsort(table.T[::-1])]
+
+
+def role(count: int, seed: int, *, name: str) -> Role:
+    """Token 0 shows the object on the left, token 1 the one on the right."""
+    table = table_of(count, seed)
+    lefts = table[table[:, 2] == LEFT]
+    codes = 0.1 * torch.randn(count, 2, len(OBJECTS), generator=torch.Generator().manual_seed(seed + 9))
+    codes[lefts[:, 0], 0, lefts[:, 1]] += 1
+    codes[lefts[:, 0], 1, lefts[:, 3]] += 1
+    ids = tuple(f"{name}/{i:05d}" for i in range(count))
+    rows = np.arange(count)
+    return Role(
+        DataSplit(name, ids, [Path("x")] * count, Triplets(table)), rows, rows, MessageSource(codes=codes)
+    )
+
+
+def recipe(**changes: Any) -> TaskSpec:
+    probe = ProbeSpec(
+        width=32, depth=2, heads=4, batch_size=32, learning_rate=3e-3, max_epochs=10, patience=10, mlp_ratio=1
+    )
+    settings: dict[str, Any] = dict(name="r", version=1, title="r", kind="relations", suite="scenes")
+    negatives = NegativesSpec(train=3, report=3, predicate=2, swapped=True)
+    return TaskSpec(**(settings | {"dataset": "d", "probe": probe, "negatives": negatives} | changes))
+
+
+def inputs(tmp_path: Path, **changes: Any) -> Inputs:
+    roles = {"train": role(300, 0, name="train"), "early_stop": role(60, 1, name="stop")}
+    roles["report"] = role(200, 2, name="val")
+    splits = {r.split.name: r.split for r in roles.values()}
+    prints = {name: f"sha256:{name}" for name in splits}
+    data = OpenData(
+        "d", 1, OBJECTS, splits, "sha256:0", prints, tmp_path, kind="relations", predicates=PREDICATES
+    )
+    given: dict[str, Any] = dict(spec=recipe(), data=data, roles=roles, seeds=[0], cache=tmp_path, workers=1)
+    return Inputs(**(given | changes))
+
+
+def contrast_task(**changes: Any) -> ContrastTask:
+    roles = {name: role(40, seed, name=name) for seed, name in enumerate(("train", "early_stop", "report"))}
+    spec = recipe()
+    generator = torch.Generator().manual_seed(5)
+    given: dict[str, Any] = {
+        "spec": spec.probe.model_copy(update={"max_epochs": 2}),
+        "negatives": 3,
+        "words": WORDS,
+        **{name: Split(r.source(), torch.arange(len(r)), r.row_tensor()) for name, r in roles.items()},
+        "table": role_table(roles["train"], known=False),
+        "known": role_table(roles["train"], known=True),
+        "stop_lists": draw_lists(roles["early_stop"], WORDS, spec.negatives),
+        "report_lists": draw_lists(roles["report"], WORDS, spec.negatives),
+        "objects": torch.randn(len(OBJECTS), 8, generator=generator),
+        "predicates": torch.randn(len(PREDICATES), 8, generator=generator),
+    }
+    return ContrastTask(**(given | changes))
+
+
+def test_grouped_probe_equals_repeated_messages_and_its_gradients() -> None:
+    for depth in (1, 2, 3):
+        spec = ProbeSpec(width=16, depth=depth, heads=2, mlp_ratio=2)
+        lean, plain = (build_probe(spec, code_shape=(5, 6), outputs=1, seed=0, extra=(3, 8)) for _ in "ab")
+        generator = torch.Generator().manual_seed(1)
+        codes = torch.randn(4, 5, 6, generator=generator)
+        extra = torch.randn(4, 7, 3, 8, generator=generator)
+        grouped = lean.forward_groups(codes, extra)
+        repeated = plain(codes.repeat_interleave(7, 0), extra.flatten(0, 1)).unflatten(0, (4, 7))
+        torch.testing.assert_close(grouped, repeated, rtol=1e-5, atol=1e-5)
+        grouped.square().sum().backward()
+        repeated.square().sum().backward()
+        for a, b in zip(lean.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_every_role_has_a_projection_of_its_own() -> None:
+    probe = build_probe(
+        ProbeSpec(width=16, depth=1, heads=2), code_shape=(5, 6), outputs=1, seed=0, extra=(3, 8)
+    )
+    one = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(1, 3, 8)
+    states = probe.embed_extra(one) - probe.type_embed[2:]
+    assert not torch.allclose(states[0, 0], states[0, 2])
+    assert probe.type_embed.shape[0] == 5
+
+
+def test_stored_candidates_are_never_true_and_never_twice(tmp_path: Path) -> None:
+    spec, images = NegativesSpec(train=3, report=5, predicate=2, per_image=None), role(120, 3, name="val")
+    lists, digest = stored_lists(images, WORDS, spec, cache=tmp_path, fingerprint="f")
+    truth = Truth(role_table(images, known=True), WORDS)
+    assert len(lists.images) == len(images.split.labels.table)  # every true triplet is a sample
+    for image, triplets, valid in zip(lists.images, lists.triplets, lists.valid, strict=True):
+        assert truth.holds(image, triplets[0])
+        negatives = triplets[1:][valid[1:]]
+        assert not truth.holds(np.full(len(negatives), image), negatives).any()
+        for part in lists.kinds.values():
+            numbers = WORDS.number(triplets[part][valid[part]])
+            assert len(set(numbers.tolist())) == len(numbers)
+        hard = triplets[lists.kinds["predicate"]][valid[lists.kinds["predicate"]]]
+        assert (hard[:, [0, 2]] == triplets[0, [0, 2]]).all() and (hard[:, 1] != triplets[0, 1]).all()
+        assert (triplets[lists.kinds["swapped"]][0] == triplets[0, ::-1]).all()
+    again, same = stored_lists(images, WORDS, spec, cache=tmp_path, fingerprint="f")
+    assert same == digest == again.digest()
+    (path,) = (tmp_path / "negatives").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptFileError, match="damaged list"):
+        stored_lists(images, WORDS, spec, cache=tmp_path, fingerprint="f")
+
+
+def test_what_the_area_filter_dropped_is_no_negative() -> None:
+    table = np.array([[0, 0, 0, 1], [1, 2, 0, 3]])
+    known = np.concatenate([table, [[0, 2, 0, 3]]])
+    split = DataSplit("val", ("a", "b"), [Path("x")] * 2, Triplets(table, known[np.lexsort(known.T[::-1])]))
+    lists = draw_lists(
+        Role(split, np.arange(2), np.arange(2)), WORDS, NegativesSpec(report=2, per_image=None)
+    )
+    part = lists.kinds["random"]
+    assert not lists.valid[0, part].any()  # the only other triplet is true of image 0 as well
+    assert lists.valid[1, part].sum() == 1
+
+
+def test_lists_of_fewer_images_are_those_of_all() -> None:
+    images = role(30, 3, name="val")
+    lists = draw_lists(images, WORDS, NegativesSpec(report=3))
+    kept = lists.keep(np.array([4, 7, 20]))
+    assert kept.images.tolist() == [0, 1, 2]
+    assert np.array_equal(kept.triplets, lists.triplets[np.isin(lists.images, [4, 7, 20])])
+
+
+def test_in_batch_negatives_are_others_and_not_true() -> None:
+    table = table_of(64, 1)
+    truth, batch = Truth(table, WORDS), draw_samples(table, 0, 1)
+    assert sorted(batch[:, 0].tolist()) == list(range(64))
+    assert truth.holds(batch[:, 0], batch[:, 1:]).all()
+    assert not np.array_equal(batch, draw_samples(table, 0, 2))
+    triplets, valid = batch_candidates(batch, truth, 5, torch.Generator().manual_seed(0))
+    assert triplets.shape == (64, 6, 3) and (triplets[:, 0] == batch[:, 1:]).all()
+    wrong = truth.holds(batch[:, None, 0], triplets[:, 1:]) & valid[:, 1:]
+    assert not wrong.any() and valid.sum() > 64
+    few, mask = batch_candidates(batch[:2], truth, 5, torch.Generator().manual_seed(0))
+    assert few.shape == (2, 2, 3) and mask[:, 0].all()
+
+
+def test_ties_count_as_a_random_order() -> None:
+    logits = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 9]])
+    valid = torch.tensor([[True] * 3, [True] * 3, [True] * 3, [True, True, False]])
+    loss, right = ranked(logits, valid)
+    assert right.tolist() == pytest.approx([1, 1 / 3, 0, 1 / 2])
+    assert loss[3].item() == pytest.approx(np.log(2))
+
+
+def test_chunks_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of equal weights; fits differ as far as Adam blows up the rounding of a sum."""
+    found = []
+    for tokens in (contrast.CHUNK_TOKENS, 30):  # all at once, one image at a time
+        monkeypatch.setattr(contrast, "CHUNK_TOKENS", tokens)
+        task = contrast_task()
+        fit = contrast._Fit(task, 0, torch.device("cpu"))
+        assert (len(fit._chunks(40, 6)) == 1) is (tokens > 30)
+        lists = task.stop_lists
+        found.append(fit._answers("early_stop", lists, lists.triplets.shape[1]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one step from equal weights, so that nothing can hide behind an optimiser."""
+    found = []
+    for tokens in (contrast.CHUNK_TOKENS, 60):
+        monkeypatch.setattr(contrast, "CHUNK_TOKENS", tokens)
+        task = contrast_task()
+        fit = contrast._Fit(
+            replace(task, spec=task.spec.model_copy(update={"batch_size": 64})), 0, torch.device("cpu")
+        )
+        monkeypatch.setattr(fit.optimizer, "step", lambda: None)
+        fit._epoch(1)
+        found.append([p.grad.clone() for p in fit.probe.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_workers_and_messages_on_disk_give_the_same_numbers() -> None:
+    task = contrast_task()
+    plain = task.fit(3)
+    with ProbePool(2) as pool:
+        held = task.held()
+        assert held is not None
+        by_worker = pool.fit(held, [3, 4])[0]
+    codes = task.train.messages.codes
+    assert codes is not None
+    streamed = replace(
+        task,
+        train=Split(
+            MessageSource(read=lambda rows: codes[rows], count=40), torch.arange(40), torch.arange(40)
+        ),
+    )
+    for other in (by_worker, streamed.fit(3)):
+        assert torch.equal(plain.outputs, other.outputs)  # type: ignore[arg-type]
+
+
+def test_relations_are_read_and_the_control_lands_at_chance(tmp_path: Path) -> None:
+    given = inputs(tmp_path)
+    result = EXECUTOR.run(given)
+    assert set(result.metrics) == {"top1", "predicate", "swapped"}
+    assert result.metrics["top1"].value > 80 and result.metrics["top1"].chance == pytest.approx(25)
+    assert result.metrics["swapped"].chance == pytest.approx(50)
+    assert sum(part["n"] for part in result.extra["by_predicate"].values()) == 200
+    control = EXECUTOR.run(replace(given, control="permute-labels", seeds=[0, 1, 2]))
+    metric = control.metrics["top1"]
+    assert metric.chance is not None and abs(metric.value - metric.chance) < 3 * metric.stderr
+
+
+def test_majority_knows_frequencies_only(tmp_path: Path) -> None:
+    given = inputs(tmp_path)
+    row = EXECUTOR.majority(given).metrics
+    assert abs(row["top1"].value - 25) < 4 * row["top1"].stderr
+    # "above" never occurs, which frequencies tell; left and right are equally frequent
+    assert abs(row["predicate"].value - 50) < 4 * row["predicate"].stderr
+    lists = draw_lists(given.roles["report"], WORDS, given.spec.negatives)
+    train = np.array([[0, 0, 0, 1], [1, 0, 0, 1], [2, 3, 1, 4]])
+    outputs = majority_outputs(train, lists, WORDS)
+    assert outputs.shape == lists.triplets.shape[:2]
+    assert set(score_outputs(outputs, lists)) == set(chance_levels(lists))
+
+
+def test_protocol_names_the_encoder_and_the_candidates(tmp_path: Path) -> None:
+    protocol = EXECUTOR.protocol(inputs(tmp_path))
+    assert protocol["text"]["name"] == "random-t5" and protocol["text"]["seed"] == 0
+    assert all(value.startswith("sha256:") for value in protocol["negatives"].values())
+    other = EXECUTOR.protocol(inputs(tmp_path, spec=recipe(negatives=NegativesSpec(train=3, report=4))))
+    assert other["negatives"] != protocol["negatives"]
+
+
+def test_broken_images_leave_their_samples(tmp_path: Path) -> None:
+    given = inputs(tmp_path)
+    whole = given.roles
+    good = np.setdiff1d(np.arange(200), [3, 50])
+    fewer = replace(given, roles={**whole, "report": replace(whole["report"], rows=good)}, whole_roles=whole)
+    lists, everything = EXECUTOR._lists(fewer, "report"), EXECUTOR._lists(given, "report")
+    kept = np.isin(everything.images, good)
+    assert len(lists.images) == 198 and np.array_equal(lists.triplets, everything.triplets[kept])
+    assert EXECUTOR.protocol(given) == EXECUTOR.protocol(replace(given, roles=whole))
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="main_metric 'top5' is not measured"):
+        EXECUTOR.run(inputs(tmp_path, spec=recipe(main_metric="top5")))
+    with pytest.raises(UsageError, match="training set has too few images"):
+        contrast_task(table=np.zeros((0, 4), np.int64)).fit(0)
+
+
+def test_standardised_vectors() -> None:
+    texts = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)) + 30
+    found = standardised(texts)
+    assert found.mean(dim=0).abs().max() < 1e-4 and found.square().mean().item() == pytest.approx(1, rel=1e-4)
