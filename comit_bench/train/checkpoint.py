@@ -33,6 +33,8 @@ FREE = frozenset(
         "steps", "output", "device_batch", "log_every", "validate_every", "save_every",
         "keep_last", "max_bad_steps", "weights_licence", "data.workers", "data.max_broken", "data.title",
         "data.source", "model.vae_path", "teacher.path", "model.image_size", "model.vocab_size",
+        "teacher.cache", "tensorboard", "push_to_hub", "push_private", "validation.steps",
+        "validation.guidance", "validation.pictures", "validation.picture_crops", "export.dtype",
     }
 )  # fmt: skip
 
@@ -152,8 +154,15 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Keys that matter and differ, as ``key: saved -> now``."""
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    """Keys that matter and differ, as ``key: saved -> now``.
+
+    A key that is younger than the checkpoint counts as its default there: defaults of new keys are what
+    was done before.
+    """
+    defaults = _flat(
+        TrainConfig.model_construct(name="", steps=1, global_batch=1).model_dump(mode="json", warnings=False)
+    )
+    old, new = {**defaults, **_flat(saved)}, _flat(config.model_dump(mode="json"))
     keys = sorted((old.keys() | new.keys()) - FREE)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
