@@ -8,9 +8,9 @@ images, the type of the numbers, the device). Shard i is a safetensors file of `
 process, so a killed run continues with the shards that are missing.
 
 Exactness: training images are not augmented, so features depend on the image alone. On a CPU they are
-always computed in tiles of ``TILE`` rows, with the cache and without, so both give the same bits (in
-float32); on a GPU a batch of another size may round differently. float16 halves the space and rounds to
-11 bits.
+always computed one image at a time, with the cache and without, so both give the same bits (in float32,
+with the same number of threads): in larger batches an image's place decides about its rounding. On a GPU
+they are computed in batches and may round differently. float16 halves the space and rounds to 11 bits.
 
 Shape legend: ``n`` images, ``D1`` / ``D2`` vector sizes, ``X`` image tokens.
 """
@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ from comit_bench.train.config import TeacherConfig
 from comit_bench.train.data import FolderImages, Images, MemoryImages
 
 FORMAT_VERSION = 1
-TILE = 8  # rows per call of the teacher on a CPU
-GPU_BATCH = 64
+BATCH = 64  # images per read; on a GPU also per call of the teacher
 SHARD_BYTES = 2**27
 
 
@@ -49,15 +48,11 @@ def _pixels(images: Tensor, device: torch.device) -> Tensor:
 
 
 def compute_features(teacher: Teacher, images: Tensor) -> TeacherFeatures:
-    """Features of [B, 3, S, S] in [-1, 1], on a CPU in tiles so that no image notices its company."""
+    """Features of [B, 3, S, S] in [-1, 1]; on a CPU one by one, so that no image notices its company."""
     if images.device.type != "cpu":
         return teacher.features(images)
-    parts = []
-    for start in range(0, images.shape[0], TILE):
-        rows = torch.arange(start, start + TILE).clamp_(max=images.shape[0] - 1)
-        parts.append(teacher.features(images[rows]))
-    cls, patches = (torch.cat([getattr(p, name) for p in parts]) for name in ("cls", "patches"))
-    return TeacherFeatures(cls[: images.shape[0]], patches[: images.shape[0]])
+    parts = [teacher.features(image) for image in images.split(1)]
+    return TeacherFeatures(torch.cat([p.cls for p in parts]), torch.cat([p.patches for p in parts]))
 
 
 def images_digest(source: Images) -> str:
@@ -114,12 +109,11 @@ class FeatureLayout:
 
 
 def layout_for(count: int, dims: tuple[int, int], tokens: int, dtype: str) -> FeatureLayout:
-    """Shards of about 128 MiB, whole tiles each."""
+    """Shards of at most about 128 MiB."""
     one = FeatureLayout(
-        count=count, cls_dim=dims[0], tokens=tokens, patch_dim=dims[1], dtype=dtype, shard_size=TILE
+        count=count, cls_dim=dims[0], tokens=tokens, patch_dim=dims[1], dtype=dtype, shard_size=1
     )
-    size = max(TILE, SHARD_BYTES // one.nbytes(1) // TILE * TILE)
-    return FeatureLayout(**{**asdict(one), "shard_size": size})
+    return replace(one, shard_size=max(1, SHARD_BYTES // one.nbytes(1)))
 
 
 class FeatureStore:
@@ -250,10 +244,9 @@ class FeatureStore:
         rows = self.shard_range(shard)
         tensors: dict[str, Array] = {n: np.zeros(s, t) for n, (t, s) in self.layout.shapes(len(rows)).items()}
         broken: dict[int, str] = {}
-        batch = TILE if device.type == "cpu" else GPU_BATCH
-        for start in range(0, len(rows), batch):
+        for start in range(0, len(rows), BATCH):
             pixels, places = [], []
-            for place in range(start, min(start + batch, len(rows))):
+            for place in range(start, min(start + BATCH, len(rows))):
                 image, problem = next(images)
                 if image is None:
                     broken[rows[place]] = problem

@@ -266,7 +266,7 @@ def test_the_export_is_a_tokenizer(straight: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "one-step PSNR lost" in card
     with Image.open(folder / "reconstructions.png") as picture:
-        assert picture.size == (4 * 96, 3 * 96)
+        assert picture.size == (150 + 4 * 166, 6 + 4 * 166)
     with (straight / "comit-nano" / "validation.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["step"] for row in rows] == ["12"]
