@@ -25,7 +25,13 @@ from comit_bench.models.teachers import (
 from comit_bench.train import features as module
 from comit_bench.train.config import TeacherConfig, load_config
 from comit_bench.train.data import FolderImages, MemoryImages
-from comit_bench.train.features import FeatureStore, compute_features, images_digest, layout_for, open_features
+from comit_bench.train.features import (
+    FeatureStore,
+    compute_features,
+    images_digest,
+    layout_for,
+    open_features,
+)
 from comit_bench.train.loop import Trainer
 
 COUNT, TOKENS, DIM = 11, 4, 8

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from comit_bench import load_tokenizer
 from comit_bench.errors import BenchError, MissingError, UsageError
 from comit_bench.models.comit import PRESETS
+from comit_bench.models.comit_codec import decode, encode, one_step_decode, to_uint8
+from comit_bench.models.crops import CropPolicy
 from comit_bench.tokenizers.comit import build, load_directory, save
-from comit_bench.train import board, checkpoint
+from comit_bench.train import board, checkpoint, pictures
 from comit_bench.train.card import RunFacts, front_matter
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.curves import PANELS, draw_curves, save_curves
@@ -179,6 +181,34 @@ def test_crops_of_the_picture_follow_the_configuration(tmp_path: Path) -> None:
     assert two.shape[0] == 2
 
 
+def test_the_picture_shows_the_message_of_its_crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On crops of the grid it must be what the tokenizer's own policy gives."""
+    config = settings(tmp_path, "validation.steps=2")
+    model = build(config.model.spec()).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.predictor.parameters():  # large, so that the message matters
+            parameter.normal_(0, 0.3, generator=generator)
+    images = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    noise = torch.randn(2, 3, 32, 32, generator=generator)
+    corners = torch.tensor([[-1, -1], [0, 0], [20, 10]])  # whole, cell 0, cell 7 (stride 10)
+    seen = {}
+    for name, used, policy in (
+        ("three", corners, CropPolicy(order=(0, 1, 8), global_crop=True)),
+        ("one", corners[:1], CropPolicy(global_crop=True, num_crops=1)),
+    ):
+        monkeypatch.setattr(pictures, "picture_corners", lambda *_, c=used: c[:, None].expand(-1, 2, -1))
+        made = pictures.make_sheet(model, config, images, noise, ("a", "b"))
+        with torch.inference_mode():
+            message = encode(model, images, policy)
+            one = one_step_decode(model, message.codes, message.offset, noise)
+            sampled = decode(model, message.codes, message.offset, noise, steps=2).latents
+        assert (made.one_step.int() - to_uint8(one).int()).abs().max() <= 1
+        assert (made.guided.int() - to_uint8(sampled).int()).abs().max() <= 1
+        seen[name] = made.one_step
+    assert (seen["three"].int() - seen["one"].int()).abs().max() > 20
+
+
 def test_guidance_and_steps_are_settings(tmp_path: Path) -> None:
     values = {}
     for name, more in {
@@ -210,7 +240,8 @@ def test_the_card_tells_how_it_was_made(finished: Path) -> None:
     for part in (
         "12 images, 2.00 epochs", "steps: 6 of 4 images, 24 images in all (0 steps skipped",
         "stored as float16", "measured before rounding", "wall time: 0.", "CPU with", "probability 0.1;",
-        "minus the location of the last crop", "no alignment", "first one the whole image with probability 0.55",
+        "minus the location of the last crop", "no alignment",
+        "first one the whole image with probability 0.55",
         "Adam, peak learning rate 0.002 after 4 steps", "3 images that were not trained on",
         "PSNR of guided reconstructions (dB; 3 steps, weight 7.5)", "attention mask: hard; seed 0",
         "![Reconstructions](reconstructions.png)", "![Learning curves](curves.png)",
@@ -270,7 +301,9 @@ def test_comit_nano_in_half_precision_is_small_enough_to_ship(tmp_path: Path) ->
     facts = RunFacts(1, 0, 64, 64, 2, 1.0, "one machine", "", {"val_flow": 1.0})
     export(model.eval(), config, facts, tmp_path / "nano", picture=None)
     assert sum(path.stat().st_size for path in (tmp_path / "nano").iterdir()) <= 5_000_000
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     tokenizer = load_tokenizer(str(tmp_path / "nano"), device="cpu")
     ids = tokenizer.encode(images).ids
     assert ids is not None
