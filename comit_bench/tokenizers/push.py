@@ -19,6 +19,7 @@ PICTURES = (".png", ".svg", ".jpg")
 _NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", flags=re.ASCII)
 # Modules whose errors mean the network; the hub's client changed its HTTP library more than once.
 _CLIENTS = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+_UNREACHED = ("Connect", "Timeout", "Network", "Offline", "Protocol", "Read", "Write", "Close")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,8 @@ def _explain(error: Exception, upload: Upload) -> str:
         )
     elif status is not None:
         why = f"the hub answered {status}: {reason}"
-    else:
+    elif isinstance(error, OSError) or any(word in type(error).__name__ for word in _UNREACHED):
         why = f"the hub cannot be reached ({type(error).__name__}: {reason})"
+    else:
+        why = f"{type(error).__name__}: {reason}"
     return f"upload to {upload.repository} failed: {why}. The same command tries again"
