@@ -104,7 +104,8 @@ def push(upload: Upload, *, private: bool = False, api: Any = None) -> Upload:
 
     Args:
         upload: From :func:`prepare`.
-        private: Make a new repository private; one that exists stays as it is.
+        private: Make a new repository private; otherwise it is what the owner's default says. One that exists
+            stays as it is.
         api: A ``huggingface_hub.HfApi``; None makes one with the stored token.
 
     Returns:
@@ -117,7 +118,7 @@ def push(upload: Upload, *, private: bool = False, api: Any = None) -> Upload:
     if api is None:
         api = _client()
     try:
-        made = api.create_repo(upload.repository, private=private, exist_ok=True, repo_type="model")
+        made = api.create_repo(upload.repository, private=private or None, exist_ok=True, repo_type="model")
         api.upload_folder(
             repo_id=upload.repository,
             folder_path=str(upload.folder),
