@@ -134,7 +134,7 @@ def _optimizer(config: TrainConfig) -> str:
     )
 
 
-def _pictures(pictures: frozenset[str], config: TrainConfig) -> str:
+def _pictures(pictures: frozenset[str]) -> str:
     parts = []
     if PICTURE in pictures:
         parts.append(
@@ -144,6 +144,76 @@ def _pictures(pictures: frozenset[str], config: TrainConfig) -> str:
     if CURVES in pictures:
         parts.append(f"Over the steps of the run:\n\n![Learning curves]({CURVES})\n")
     return "\n".join(parts)
+
+
+def _head(config: TrainConfig, model: Comit, facts: RunFacts) -> str:
+    spec = model.spec
+    parameters = sum(p.numel() for p in model.predictor.parameters())
+    epochs = facts.images / max(facts.train_images, 1)
+    code = f"a vocabulary of {model.quantizer.vocab_size:,} (FSQ levels {list(spec.fsq_levels)})"
+    skipped = f"{facts.skipped} steps skipped as not finite"
+    return f"""# {config.name}
+
+COMiT image tokenizer ({parameters:,} parameters without the autoencoder): {spec.image_size} px images become
+{spec.message_length} tokens of {code}. Trained with comit_bench {__version__} and torch {torch.__version__};
+the layout of the files is the released one.
+
+- training data: {training_data(config)}, {facts.train_images:,} images, {epochs:.2f} epochs
+- steps: {facts.step:,} of {config.global_batch} images, {facts.images:,} images in all ({skipped})
+- weights: exponential moving average ({config.optim.ema:g}), stored as {config.export.dtype}
+- wall time: {facts.seconds / 3600:.2f} h on {facts.hardware}, computed in {config.precision}
+- licence of the weights: {config.weights_licence}
+
+Command:
+
+```bash
+{facts.command or "(started from Python)"}
+```
+"""
+
+
+def _validation(config: TrainConfig, facts: RunFacts) -> str:
+    names = measure_names(config)
+    metrics = "\n".join(f"| {names.get(k, k)} | {v:.4g} |" for k, v in facts.metrics.items())
+    rounded = "; measured before rounding to float16" if config.export.dtype == "float16" else ""
+    return f"""## Validation
+
+{facts.val_images:,} images that were not trained on; averaged weights{rounded}; message of the whole image:
+
+| measure | value |
+|---|---|
+{metrics}
+"""
+
+
+def _training(config: TrainConfig, model: Comit) -> str:
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    objective = "\n".join(f"- {line}" for line in _objective(config))
+    return f"""## How it was trained
+
+- crops: {_crops(config)}
+{objective}
+- optimiser: {_optimizer(config)}
+- attention mask: {model.spec.mask_mode}; seed {config.seed}
+
+Choices that the paper does not print (offset of images without a message, alignment of those images, time
+distribution, loss weights, crop numbers) are named above. All settings:
+
+```yaml
+{settings}```
+"""
+
+
+USE = """## Use
+
+```python
+import comit_bench
+
+tokenizer = comit_bench.load_tokenizer("path/to/this/folder")
+```
+
+or `python -m comit_bench.run --tokenizer path/to/this/folder`.
+"""
 
 
 def model_card(
@@ -157,68 +227,13 @@ def model_card(
         facts: What happened.
         pictures: Which of the two pictures lie beside the card.
     """
-    spec = model.spec
-    parameters = sum(p.numel() for p in model.predictor.parameters())
-    names = measure_names(config)
-    metrics = "\n".join(f"| {names.get(k, k)} | {v:.4g} |" for k, v in facts.metrics.items())
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     matter = yaml.safe_dump(front_matter(config), sort_keys=False)
-    stored = config.export.dtype
-    rounded = "; measured before rounding to float16" if stored == "float16" else ""
-    objective = "\n".join(f"- {line}" for line in _objective(config))
-    epochs = facts.images / max(facts.train_images, 1)
-    code = f"a vocabulary of {model.quantizer.vocab_size:,} (FSQ levels {list(spec.fsq_levels)})"
-    skipped = f"{facts.skipped} steps skipped as not finite"
-    return f"""---
-{matter}---
-
-# {config.name}
-
-COMiT image tokenizer ({parameters:,} parameters without the autoencoder): {spec.image_size} px images become
-{spec.message_length} tokens of {code}. Trained with comit_bench {__version__} and torch {torch.__version__};
-the layout of the files is the released one.
-
-- training data: {training_data(config)}, {facts.train_images:,} images, {epochs:.2f} epochs
-- steps: {facts.step:,} of {config.global_batch} images, {facts.images:,} images in all ({skipped})
-- weights: exponential moving average ({config.optim.ema:g}), stored as {stored}
-- wall time: {facts.seconds / 3600:.2f} h on {facts.hardware}, computed in {config.precision}
-- licence of the weights: {config.weights_licence}
-
-Command:
-
-```bash
-{facts.command or "(started from Python)"}
-```
-
-## Validation
-
-{facts.val_images:,} images that were not trained on; averaged weights{rounded}; message of the whole image:
-
-| measure | value |
-|---|---|
-{metrics}
-
-{_pictures(pictures, config)}
-## Use
-
-```python
-import comit_bench
-
-tokenizer = comit_bench.load_tokenizer("path/to/this/folder")
-```
-
-or `python -m comit_bench.run --tokenizer path/to/this/folder`.
-
-## How it was trained
-
-- crops: {_crops(config)}
-{objective}
-- optimiser: {_optimizer(config)}
-- attention mask: {spec.mask_mode}; seed {config.seed}
-
-Choices that the paper does not print (offset of images without a message, alignment of those images, time
-distribution, loss weights, crop numbers) are named above. All settings:
-
-```yaml
-{settings}```
-"""
+    parts = (
+        f"---\n{matter}---\n",
+        _head(config, model, facts),
+        _validation(config, facts),
+        _pictures(pictures),
+        USE,
+        _training(config, model),
+    )
+    return "\n".join(part for part in parts if part)
