@@ -41,6 +41,7 @@ from comit_bench.train.data import FolderImages, Images, MemoryImages
 FORMAT_VERSION = 1
 BATCH = 64  # images per read; on a GPU also per call of the teacher
 SHARD_BYTES = 2**27
+SAMPLES = 64
 
 
 def _pixels(images: Tensor, device: torch.device) -> Tensor:
@@ -56,7 +57,10 @@ def compute_features(teacher: Teacher, images: Tensor) -> TeacherFeatures:
 
 
 def images_digest(source: Images) -> str:
-    """``sha256:<hex>`` of a list of images: pixels in memory; names, sizes and preprocessing of files.
+    """``sha256:<hex>`` of a list of images.
+
+    Pixels of images in memory; names, sizes and preprocessing of files; of any other source the names and
+    the pixels of ``SAMPLES`` images spread over it.
 
     Raises:
         MissingError: A file vanished.
@@ -75,6 +79,11 @@ def images_digest(source: Images) -> str:
             digest.update(f"\n{name}\t{size}".encode("utf-8", "surrogateescape"))
     else:
         digest.update("\n".join(source.ids).encode("utf-8", "surrogateescape"))
+        for row in range(0, len(source.ids), max(1, len(source.ids) // SAMPLES)):
+            try:
+                digest.update(source.read(row).contiguous().numpy().data)
+            except CorruptFileError:
+                digest.update(b"broken")
     return "sha256:" + digest.hexdigest()
 
 

@@ -144,6 +144,25 @@ def test_the_key_names_what_can_change_a_feature(tmp_path: Path) -> None:
         images_digest(FolderImages(tmp_path, ("b.png",), "resize(32,bilinear)"))
 
 
+class Elsewhere:
+    """A source of another kind."""
+
+    def __init__(self, held: MemoryImages) -> None:
+        self.held, self.ids = held, held.ids
+
+    def read(self, index: int) -> torch.Tensor:
+        return self.held.read(index)
+
+
+def test_other_sources_are_sampled() -> None:
+    held = images()
+    assert images_digest(Elsewhere(held)) == images_digest(Elsewhere(held))
+    changed = MemoryImages(held.ids, 255 - held.images)
+    assert images_digest(Elsewhere(changed)) != images_digest(Elsewhere(held))
+    renamed = MemoryImages(tuple(name + "x" for name in held.ids), held.images)
+    assert images_digest(Elsewhere(renamed)) != images_digest(Elsewhere(held))
+
+
 def test_two_processes_write_disjoint_shards_and_a_kill_costs_one() -> None:
     source = images()
     killed = Counting(fail_at=5)
