@@ -1,4 +1,4 @@
-"""The command line: ``comit-bench run | train | ls | doctor | data | validate | table``.
+"""The command line: ``comit-bench run | train | ls | doctor | data | validate | table | push``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -267,6 +267,30 @@ def table(
         metrics=_names(metrics),
         published=published,
     )
+
+
+@app.command(name="push")
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Exported folder: config.json, model.safetensors, README.md.")
+    ],
+    repo: Annotated[str, typer.Option(help="USER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder, list the files, stop.")
+    ] = False,
+) -> None:
+    """Upload a trained tokenizer with its model card and pictures to the Hugging Face hub."""
+    from comit_bench.console import say, set_up_logging
+    from comit_bench.tokenizers import push as hub
+
+    set_up_logging()
+    upload = hub.prepare(folder, repo)
+    if dry_run:
+        typer.echo(f"{upload}\ndry run: nothing was uploaded")
+        return
+    say(str(upload))
+    typer.echo(hub.push(upload, private=private).url)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""The file format of the token store: one safetensors file per shard, readable without a copy.
+"""The file format of the token store and of the feature cache: a safetensors file per shard, mapped.
 
 The metadata carry a sha256 over themselves and every tensor, so that any changed byte is noticed. How
 shards make a store, and what the tensors mean: ``comit_bench.data.store``.
@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from comit_bench.errors import UsageError
 
 Array = NDArray[Any]
-_TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F32": np.float32}
+_TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16, "F32": np.float32}
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -32,6 +32,17 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
         if 1 <= vocab_size <= np.iinfo(dtype).max + 1:
             return np.dtype(dtype)
     raise UsageError(f"vocab_size {vocab_size}: expected 1 to {2**32}")
+
+
+class ShardLayout(Protocol):
+    """What a store's shards look like."""
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Tensors that may be absent."""
+
+    def shapes(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of every tensor a shard of ``rows`` rows may hold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +69,11 @@ class Layout:
                 raise UsageError(f"token store: {name} {getattr(self, name)} must be at least {least}")
         if self.vocab_size is not None:
             id_dtype(self.vocab_size)
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Tensors that may be absent."""
+        return frozenset({"offsets"})
 
     @property
     def payload(self) -> str:
@@ -167,7 +183,7 @@ def _parse(data: NDArray[np.uint8]) -> tuple[dict[str, str], dict[str, Array]]:
     return metadata, tensors
 
 
-def read_shard(path: Path, layout: Layout, rows: int, *, store: str, shard: int, check: bool) -> Shard:
+def read_shard(path: Path, layout: ShardLayout, rows: int, *, store: str, shard: int, check: bool) -> Shard:
     """Map one shard and compare it with what it should be.
 
     Args:
@@ -186,7 +202,7 @@ def read_shard(path: Path, layout: Layout, rows: int, *, store: str, shard: int,
     try:
         metadata, tensors = _parse(data)
         expected = layout.shapes(rows)
-        if set(tensors) | {"offsets"} != set(expected):
+        if set(tensors) | layout.optional != set(expected):
             raise ValueError(f"it holds {', '.join(sorted(tensors))}")
         for name, tensor in tensors.items():
             if (tensor.dtype, tensor.shape) != expected[name]:

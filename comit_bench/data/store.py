@@ -112,7 +112,7 @@ class TokenStore:
         payload = {"format": FORMAT_VERSION, "key": dict(key), "layout": asdict(layout)}
         digest = digest_json(payload).removeprefix("sha256:")
         directory = root / "tokens" / digest[:2] / digest
-        _check_key(directory / "key.json", json.loads(json.dumps(payload)))
+        check_key(directory / "key.json", json.loads(json.dumps(payload)))
         return cls(directory, digest, layout, verify)
 
     @property
@@ -148,7 +148,7 @@ class TokenStore:
         """
         if not self._swept:
             self._swept = True
-            self._remove_stale()
+            remove_stale(self.directory)
             self.verify(checksums=self.verify_checksums)
         present = {entry.name for entry in os.scandir(self.directory)}
         return [i for i in range(self.num_shards) if self.shard_path(i).name not in present]
@@ -302,15 +302,6 @@ class TokenStore:
                 "Remove it and run the same command again."
             ) from error
 
-    def _remove_stale(self) -> None:
-        now = time.time()
-        for path in self.directory.glob(".shard-*.part"):
-            try:
-                if now - path.stat().st_mtime > STALE_SECONDS:
-                    path.unlink()
-            except OSError:  # finished or removed by its owner meanwhile, or not ours to remove
-                continue
-
     def _shard(self, shard: int) -> Shard:
         if shard not in self._shards:
             try:
@@ -379,8 +370,23 @@ class TokenStore:
         return out
 
 
-def _check_key(path: Path, payload: dict[str, Any]) -> None:
-    """Write ``key.json``, or compare it when it exists."""
+def remove_stale(directory: Path) -> None:
+    """Remove the temporary files that killed processes left in a store's directory."""
+    now = time.time()
+    for path in directory.glob(".shard-*.part"):
+        try:
+            if now - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+        except OSError:  # finished or removed by its owner meanwhile, or not ours to remove
+            continue
+
+
+def check_key(path: Path, payload: dict[str, Any]) -> None:
+    """Write ``key.json``, or compare it when it exists.
+
+    Raises:
+        CorruptFileError: It cannot be read, or is that of another store.
+    """
     if not path.exists():
         write_atomic(path, json.dumps(payload, indent=2, sort_keys=True) + "\n")
         return
@@ -392,7 +398,7 @@ def _check_key(path: Path, payload: dict[str, Any]) -> None:
         ) from error
     if found != payload:
         raise CorruptFileError(
-            f"{path}: describes other tokens than the folder's name says. "
+            f"{path}: describes other content than the folder's name says. "
             "Remove the folder and run the same command again."
         )
 

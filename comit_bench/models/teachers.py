@@ -10,6 +10,7 @@ Shape legend: ``B`` images, ``S`` image side, ``g`` grid side, ``X`` = g*g, ``D1
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -56,6 +57,20 @@ class Teacher(Protocol):
     def features(self, images: Tensor) -> TeacherFeatures:
         """[B, 3, S, S] in [-1, 1] -> features without gradient."""
         ...
+
+    def identity(self) -> dict[str, object]:
+        """Everything that determines the features of an image, as plain JSON values."""
+        ...
+
+
+def weights_digest(network: nn.Module) -> str:
+    """``sha256:<hex>`` over names, types, shapes and values of all tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return "sha256:" + digest.hexdigest()
 
 
 def resize_pixels(images: Tensor, side: int) -> Tensor:
@@ -106,6 +121,15 @@ class DinoTeacher:
         tokens = self.network.forward_features((pixels - self._mean) / self._std).float()
         patches = tokens[:, self._prefix :].transpose(1, 2).unflatten(2, (self.run_grid, self.run_grid))
         return TeacherFeatures(tokens[:, 0], fit_grid(patches, self.grid))
+
+    def identity(self) -> dict[str, object]:
+        """See :class:`Teacher`."""
+        return {
+            "kind": "dinov2",
+            "weights": weights_digest(self.network),
+            "preprocessing": f"bicubic({self._side})|imagenet",
+            "grid": [self.run_grid, self.grid],
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +233,16 @@ class ScenesTeacher:
         """[B, 3, S, S] in [-1, 1] -> features, under the ambient autocast."""
         cls, patches = self.network(resize_pixels(images, self.network.spec.image_size))
         return TeacherFeatures(cls.float(), fit_grid(patches.float(), self.grid))
+
+    def identity(self) -> dict[str, object]:
+        """See :class:`Teacher`."""
+        spec = self.network.spec
+        return {
+            "kind": "scenes-teacher",
+            "weights": weights_digest(self.network),
+            "preprocessing": f"bicubic({spec.image_size})",
+            "grid": [spec.image_size // spec.patch, self.grid],
+        }
 
 
 def _check_grid(grid: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file, shipped_weights, write_atomic
 from comit_bench.models.comit import PRESETS, Comit, ComitSpec
 from comit_bench.models.comit_codec import AttentionRequest, Encoded, decode, encode, to_uint8
@@ -165,15 +165,32 @@ def config_from_spec(spec: ComitSpec) -> dict[str, Any]:
     return config
 
 
-def save(model: Comit, directory: Path, *, config: dict[str, Any] | None = None) -> None:
+def save(
+    model: Comit,
+    directory: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write ``config.json`` and ``model.safetensors`` in the released layout.
 
     Args:
         model: The network; its VAE is written under ``vae.`` as the original does.
         directory: Made if absent.
         config: Written verbatim when given (to keep a released config as it was).
+        dtype: Of the stored weights; loading always gives float32.
+
+    Raises:
+        BenchError: A weight is too large for ``dtype``.
     """
-    write_tensors(directory / "model.safetensors", model.state_dict())
+    tensors = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    large = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
+    if large:
+        kind = str(dtype).removeprefix("torch.")
+        raise BenchError(
+            f"{', '.join(large[:4])}: not finite as {kind}. Export as float32, or look at the run."
+        )
+    write_tensors(directory / "model.safetensors", tensors)
     write_atomic(
         directory / "config.json", json.dumps(config or config_from_spec(model.spec), indent=1) + "\n"
     )
@@ -507,7 +524,9 @@ def load(
             repository, ("config.json", "model.safetensors"), offline=offline, hint="or pass --weights DIR"
         )
     model, config = load_directory(local, offline=offline)
-    label = preset if preset in PRESETS or preset in SHIPPED else (name if not Path(name).is_dir() else Path(name).resolve().name)
+    label = Path(name).resolve().name if Path(name).is_dir() else name
+    if preset in PRESETS or preset in SHIPPED:
+        label = preset
     extra = dict(config.get("comit_bench", {}))
     info = _info(
         model,

@@ -38,6 +38,8 @@ FREE = frozenset(
         "data.source", "data.val_source", "model.vae_path", "teacher.path", "model.image_size",
         "model.vocab_size",
         "activation_checkpointing", "compile", "sharding",  # the last two change rounding, as ranks do
+        "teacher.cache", "tensorboard", "push_to_hub", "push_private", "validation.steps",
+        "validation.guidance", "validation.pictures", "validation.picture_crops", "export.dtype",
     }
 )  # fmt: skip
 
@@ -172,8 +174,15 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Keys that matter and differ, as ``key: saved -> now``."""
-    old, new = _flat(saved), _flat(config.model_dump(mode="json"))
+    """Keys that matter and differ, as ``key: saved -> now``.
+
+    A key that is younger than the checkpoint counts as its default there: defaults of new keys are what
+    was done before.
+    """
+    defaults = _flat(
+        TrainConfig.model_construct(name="", steps=1, global_batch=1).model_dump(mode="json", warnings=False)
+    )
+    old, new = {**defaults, **_flat(saved)}, _flat(config.model_dump(mode="json"))
     keys = sorted((old.keys() | new.keys()) - FREE)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"

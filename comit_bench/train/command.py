@@ -62,6 +62,8 @@ def _train(config: TrainConfig, device: str, resume: str, command: str, *, progr
     from comit_bench.train.loop import Trainer
 
     trainer = Trainer(config, device=device, resume=resume, progress=progress, command=command)
+    if trainer.main and config.push_to_hub is not None:
+        _warn_without_token(config.push_to_hub)
     try:
         exported = trainer.fit()
     except KeyboardInterrupt:
@@ -77,8 +79,37 @@ def _train(config: TrainConfig, device: str, resume: str, command: str, *, progr
                 f"To export what is there: the same command with steps={trainer.counters.step}.\n"
             )
         return INTERRUPTED
-    if exported is not None:
-        typer.echo(str(exported))
+    if exported is None:
+        return 0
+    typer.echo(str(exported))
+    return 0 if config.push_to_hub is None else _push(config, exported)
+
+
+def _warn_without_token(repository: str) -> None:
+    """At the start, when there is time to log in before the end."""
+    from comit_bench.tokenizers.push import has_token
+
+    if not has_token():
+        sys.stderr.write(
+            f"warning: push_to_hub is {repository}, but there is no token for the hub on this machine. Run "
+            "`hf auth login` before the training ends; otherwise only the upload will be missing.\n"
+        )
+
+
+def _push(config: TrainConfig, exported: Path) -> int:
+    """Upload the exported folder; a failure is reported with the command that tries again."""
+    from comit_bench.tokenizers.push import prepare, push, retry_command
+
+    repository = str(config.push_to_hub)
+    try:
+        done = push(prepare(exported, repository), private=config.push_private)
+    except BenchError as error:
+        again = retry_command(exported.resolve(), repository, private=config.push_private)
+        sys.stderr.write(
+            f"\nthe training is finished and exported, only the upload is not:\n{error}\nTo upload: {again}\n"
+        )
+        return error.exit_code
+    sys.stderr.write(f"{done}\n")
     return 0
 
 
@@ -116,9 +147,11 @@ def _plan(config: TrainConfig, device: str) -> str:
 
     import yaml
 
+    from comit_bench.train.board import check_tensorboard
     from comit_bench.train.data import open_images
     from comit_bench.train.setup import check_device, check_spec, divide
 
+    check_tensorboard(config.tensorboard)
     check_spec(config.model.spec())
     check_device(config, device)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

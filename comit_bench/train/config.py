@@ -19,6 +19,7 @@ from comit_bench.models.comit import PRESETS, ComitSpec
 from comit_bench.models.crops import CropGeometry
 from comit_bench.models.teachers import ScenesTeacherSpec
 from comit_bench.recipes import parse_mapping, validate_mapping
+from comit_bench.tokenizers.push import check_repository
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -131,6 +132,8 @@ class TeacherConfig(_Config):
 
     name: Literal["none", "dinov2-b", "dinov2-l", "scenes-teacher"] = "none"
     path: Path | None = None
+    cache: Literal["none", "disk"] = "none"  # disk: features of every image are computed once and kept
+    cache_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the disk, and rounds
 
 
 class DataConfig(_Config):
@@ -200,6 +203,21 @@ class OptimConfig(_Config):
     ema_warmup: bool = False  # min(ema, (1 + step) / (10 + step)) for short runs [N]
 
 
+class ValidationConfig(_Config):
+    """How reconstructions are made for the measures and the picture; nothing here is trained on."""
+
+    steps: Count = 10  # solver steps of guided reconstructions, as in decoding
+    guidance: NotNegative = 7.5  # their guidance weight, as in decoding; 0 and 1 switch it off
+    pictures: Annotated[int, Field(ge=1, le=32)] = 8  # images in the picture
+    picture_crops: Annotated[int, Field(ge=1, le=9)] = 4  # crops of each; never above crops.max_crops
+
+
+class ExportConfig(_Config):
+    """The exported folder."""
+
+    dtype: Literal["float32", "float16"] = "float32"  # of the stored weights; both load
+
+
 class TrainConfig(_Config):
     """A whole run. ``global_batch`` is per optimizer step over all ranks; the rest is derived."""
 
@@ -220,12 +238,17 @@ class TrainConfig(_Config):
     keep_last: Count = 3
     max_bad_steps: Count = 5
     weights_licence: str = "unspecified"
+    tensorboard: bool = False  # also write event files; needs the extra `track`
+    push_to_hub: str | None = None  # USER/NAME: upload the exported folder there
+    push_private: bool = False
     model: ModelConfig = ModelConfig()
     crops: CropsConfig = CropsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     teacher: TeacherConfig = TeacherConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    validation: ValidationConfig = ValidationConfig()
+    export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -240,6 +263,10 @@ class TrainConfig(_Config):
             raise ValueError("objective.backprop_updates is larger than crops.max_crops")
         if wrong := self.data.contradiction():
             raise ValueError(wrong)
+        if self.teacher.cache_dtype != "float32" and self.teacher.cache == "none":
+            raise ValueError("teacher.cache_dtype without a cache: set teacher.cache=disk")
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub, "push_to_hub")
         return self
 
 

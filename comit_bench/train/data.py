@@ -23,6 +23,7 @@ from torch import Tensor
 from comit_bench.data.datasets import EXTENSIONS, PathList
 from comit_bench.data.images import load_image
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.models.teachers import TeacherFeatures
 from comit_bench.recipes import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
@@ -221,6 +222,7 @@ class Batch:
         images: uint8 [B, 3, S, S]; a broken image is replaced by the next one of the epoch.
         plan: Crops, times and noise, one entry per slot.
         broken: Image id -> message.
+        features: Of the teacher, from the cache; None without one.
     """
 
     step: int
@@ -228,17 +230,33 @@ class Batch:
     images: Tensor
     plan: StepPlan
     broken: dict[str, str]
+    features: TeacherFeatures | None = None
 
     def pin_memory(self) -> Batch:
         """Called by the loader for a GPU."""
-        return replace(self, images=self.images.pin_memory())
+        features = self.features
+        if features is not None:
+            features = TeacherFeatures(features.cls.pin_memory(), features.patches.pin_memory())
+        return replace(self, images=self.images.pin_memory(), features=features)
+
+
+class FeatureLookup(Protocol):
+    """Features that lie ready, by the number of the image in its source."""
+
+    def take(self, numbers: Sequence[int]) -> TeacherFeatures:
+        """Features of some images, float32 on the CPU."""
 
 
 class Steps:
-    """Map-style data set whose item ``step`` is this rank's :class:`Batch`; errors come as values."""
+    """Map-style data set whose item ``step`` is this rank's :class:`Batch`; errors come as values.
+
+    Images are read as they are, without augmentation, so what only depends on an image can be kept:
+    ``features``, when set, is asked for the teacher's features of the images that were read.
+    """
 
     def __init__(self, config: TrainConfig, source: Images, *, rank: int = 0, ranks: int = 1) -> None:
         self.config, self.source = config, source
+        self.features: FeatureLookup | None = None
         self.order = Order(len(source.ids), config.seed)
         part = config.global_batch // ranks
         self.part = slice(rank * part, (rank + 1) * part)
@@ -254,11 +272,11 @@ class Steps:
     def _id(self, slot: Slot) -> str:
         return f"{self.source.ids[self.order.index(slot)]}@{slot.epoch}"
 
-    def _read(self, slot: Slot, broken: dict[str, str]) -> Tensor:
+    def _read(self, slot: Slot, broken: dict[str, str]) -> tuple[int, Tensor]:
         for shift in range(min(TRIES, self.order.count)):
             index = self.order.index(slot, shift)
             try:
-                return self.source.read(index)
+                return index, self.source.read(index)
             except CorruptFileError as error:
                 broken[self.source.ids[index]] = str(error)
         raise BenchError(f"{len(broken)} broken images in a row, the last: {list(broken.values())[-1]}")
@@ -268,8 +286,10 @@ class Steps:
         broken: dict[str, str] = {}
         try:
             ids = tuple(self._id(slot) for slot in slots)
-            images = torch.stack([self._read(slot, broken) for slot in slots])
-            return Batch(step, ids, images, plan_step(self.config, step=step, sample_ids=ids), broken)
+            numbers, images = zip(*(self._read(slot, broken) for slot in slots), strict=True)
+            features = None if self.features is None else self.features.take(numbers)
+            plan = plan_step(self.config, step=step, sample_ids=ids)
+            return Batch(step, ids, torch.stack(images), plan, broken, features)
         except BenchError as error:
             return error
 

@@ -20,20 +20,25 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from comit_bench.errors import BenchError
 from comit_bench.files import digest_json
 from comit_bench.models.comit import Comit
+from comit_bench.models.teachers import TeacherFeatures
 from comit_bench.train import checkpoint, validation
+from comit_bench.train.board import TRAIN, VALIDATION, Board, check_tensorboard
+from comit_bench.train.card import RunFacts
 from comit_bench.train.checkpoint import Counters, TrainState
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.data import Batch, Broken, Steps, iterate_steps, open_images, read_all
 from comit_bench.train.ema import Ema
-from comit_bench.train.export import RunFacts, export
+from comit_bench.train.export import export
+from comit_bench.train.features import FeatureStore, compute_features, images_digest, open_features
 from comit_bench.train.logs import CsvLog
 from comit_bench.train.optimizers import make_optimizer
+from comit_bench.train.pictures import save_picture
 from comit_bench.train.scaling import block_runner
 from comit_bench.train.schedule import alignment_ramp, learning_rate
 from comit_bench.train.setup import (
@@ -98,6 +103,7 @@ class Trainer:
         command: str = "",
     ) -> None:
         self.config, self.command = config, command
+        check_tensorboard(config.tensorboard)
         spec = config.model.spec()
         check_spec(spec)
         self.accelerator = make_accelerator(config, device)
@@ -118,6 +124,7 @@ class Trainer:
         self.progress = progress and self.main
         self.log = CsvLog(self.directory / "log.csv", COLUMNS)
         self.validation_log = CsvLog(self.directory / "validation.csv", validation.COLUMNS)
+        self.board = Board(self.directory, active=config.tensorboard and self.main)
         self.since = time.monotonic()
         self.metrics: dict[str, float] = {}
 
@@ -141,6 +148,7 @@ class Trainer:
         if start is not None:
             self.counters = checkpoint.load_checkpoint(start, self.state, config, self.data_digest)
         self._agree(self.counters.step)
+        self.store = self._open_features()
         self.module: nn.Module = self.raw if self.sharded else self.accelerator.prepare_model(self.raw)
 
     def _agree(self, step: int) -> None:
@@ -152,6 +160,44 @@ class Trainer:
                     f"{self.checkpoints}: the processes see different checkpoints (steps {sorted(steps)}). "
                     "All of them must see the same output directory."
                 )
+
+    def _open_features(self) -> FeatureStore | None:
+        """The teacher's features on disk, if asked for and not finished; refuses when there is no room."""
+        config = self.config
+        if self.teacher is None or config.teacher.cache == "none" or self.counters.step >= config.steps:
+            return None
+        source = self.steps.source
+        digest = [images_digest(source) if self.main else ""]
+        broadcast_object_list(digest)
+        spec = config.model.spec()
+        store = open_features(
+            config.teacher,
+            self.teacher,
+            source,
+            tokens=(spec.max_input_size // spec.patch_size) ** 2,
+            data=digest[0],
+            device=self.device,
+            precision=config.precision,
+        )
+        self.accelerator.wait_for_everyone()  # nobody writes before all have seen that there is room
+        return store
+
+    def _fill_features(self, stop: Stop) -> None:
+        """Compute what is missing, each process its part; from then on the teacher is not needed."""
+        if self.store is None or self.teacher is None:
+            return
+        self.store.fill(
+            self.steps.source,
+            self.teacher,
+            device=self.device,
+            rank=self.accelerator.process_index,
+            ranks=self.work.ranks,
+            workers=self.config.data.workers,
+            stopped=lambda: stop.asked,
+            progress=self.progress,
+        )
+        self.accelerator.wait_for_everyone()
+        self.steps.features, self.teacher = self.store, None
 
     # ----------------------------------------------------------------- a step
 
@@ -165,7 +211,7 @@ class Trainer:
         for piece in range(pieces):
             rows = slice(piece * size, (piece + 1) * size)
             images = validation.to_pixels(batch.images[rows], self.device)
-            features = None if self.teacher is None else self.teacher.features(images)
+            features = self._features(batch, rows, images)
             last = piece == pieces - 1
             with self._piece(last):
                 with self.accelerator.autocast() if self.sharded else nullcontext():
@@ -182,6 +228,12 @@ class Trainer:
             return nullcontext()
         waiting: AbstractContextManager[None] = self.accelerator.no_sync(self.module)
         return nullcontext() if last else waiting
+
+    def _features(self, batch: Batch, rows: slice, images: Tensor) -> TeacherFeatures | None:
+        """Of some images of the batch: from the cache, or computed now; None without a teacher."""
+        if batch.features is not None:
+            return batch.features.select(rows).to(self.device)
+        return None if self.teacher is None else compute_features(self.teacher, images)
 
     def _step(self, batch: Batch, stop: Stop) -> tuple[list[float], bool]:
         """One optimizer step. Returns the values of ``PARTS`` and whether to stop, equal on all ranks."""
@@ -246,6 +298,7 @@ class Trainer:
         counters.sums, counters.counted = [0.0] * len(PARTS), 0
         if self.main:
             self.log.append(row)
+            self.board.scalars(TRAIN, counters.step, row)
 
     def _share_broken(self, local: dict[str, str]) -> None:
         """Bring together what all ranks found and stop when it is too much, on all at once."""
@@ -263,11 +316,14 @@ class Trainer:
             if self.held is not None and model is not None:
                 measured = validation.validate(model, self.config, self.held, device=self.device)
         if measured is not None:
-            values, pictures = measured
+            values, sheet = measured
             step = self.counters.step
             self.metrics = values
             self.validation_log.append({"step": step, **values})
-            validation.save_picture(pictures, self.directory / "pictures" / f"step-{step:08d}.png")
+            picture = self.directory / "pictures" / f"step-{step:08d}.png"
+            save_picture(sheet, picture)
+            self.board.scalars(VALIDATION, step, values)
+            self.board.picture(step, picture)
             loss, best = values["val_flow"], self.counters.best_value
             better = math.isfinite(loss) and (best is None or loss < best)
             if better:
@@ -318,6 +374,7 @@ class Trainer:
             checkpoint.sweep(self.checkpoints)
             self.log.start(self.counters.step)
             self.validation_log.start(self.counters.step)
+            self.board.start(self.counters.step)
 
     def fit(self) -> Path | None:
         """Train to the last step, validate and export.
@@ -340,6 +397,7 @@ class Trainer:
         """All remaining steps; False when asked to stop."""
         from tqdm import tqdm
 
+        self._fill_features(stop)
         config, start = self.config, self.counters.step
         workers, gpu = config.data.workers, self.device.type == "cuda"
         batches = iterate_steps(self.steps, start, workers=workers, pin=gpu)
@@ -374,7 +432,8 @@ class Trainer:
         return f"{parts} {rate:.1f} img/s"
 
     def close(self) -> None:
-        """Leave the process group, if there is one."""
+        """Close the event file and leave the process group, if there is one."""
+        self.board.close()
         self.accelerator.end_training()
 
     def _finish(self) -> Path | None:
@@ -391,6 +450,8 @@ class Trainer:
                 step=counters.step,
                 skipped=counters.skipped,
                 images=counters.step * config.global_batch,
+                train_images=self.steps.order.count,
+                val_images=0 if self.held is None else len(self.held.ids),
                 seconds=counters.seconds,
                 hardware=f"{self.work.ranks} x {kind}",
                 command=self.command,
@@ -398,12 +459,11 @@ class Trainer:
             )
             target = self.directory / "export" / config.name
             picture = self.directory / "pictures" / f"step-{counters.step:08d}.png"
-            export(model, config, facts, target, picture=picture)
+            export(model, config, facts, target, picture=picture, logs=self.directory)
             return target
 
     def _measure_again(self, model: Comit) -> None:
         """Metrics of a run that was finished before (its last row may be of an earlier step)."""
         assert self.held is not None
-        self.metrics, pictures = validation.validate(model, self.config, self.held, device=self.device)
-        picture = self.directory / "pictures" / f"step-{self.counters.step:08d}.png"
-        validation.save_picture(pictures, picture)
+        self.metrics, sheet = validation.validate(model, self.config, self.held, device=self.device)
+        save_picture(sheet, self.directory / "pictures" / f"step-{self.counters.step:08d}.png")

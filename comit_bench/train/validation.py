@@ -7,27 +7,25 @@ times are keyed by the image's id, so two checkpoints are compared on the same d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from comit_bench.files import atomic_path
 from comit_bench.models.comit import Comit
-from comit_bench.models.comit_codec import decode, encode, one_step_decode, to_uint8
+from comit_bench.models.comit_codec import decode, encode, one_step_decode
 from comit_bench.models.crops import CropPolicy
+from comit_bench.models.flow import Guidance
 from comit_bench.models.vae import LatentCodec
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.data import MemoryImages
+from comit_bench.train.pictures import Sheet, make_sheet
 
 COLUMNS = (
     "step", "val_flow", "psnr_one_step", "psnr_guided", "psnr_mean_colour", "shuffled_gap", "ids_used",
     "perplexity",
 )  # fmt: skip
-SHOWN = 8  # images in the picture
 
 
 def to_pixels(images: Tensor, device: torch.device) -> Tensor:
@@ -50,11 +48,10 @@ def perplexity(counts: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Measurements of one batch, one entry per image, and its pictures."""
+    """Measurements of one batch, one entry per image."""
 
     values: Tensor  # float64 [B, 5]
     ids: Tensor  # int64 [B, M]
-    pictures: Tensor  # uint8 [3, B, 3, S, S]: image, one-step, guided
 
 
 def _draws(config: TrainConfig, model: Comit, ids: tuple[str, ...]) -> tuple[Tensor, Tensor]:
@@ -82,25 +79,28 @@ def _measure(model: Comit, config: TrainConfig, images: Tensor, ids: tuple[str, 
     flow = (cast(Tensor, velocity) - (latents - noise)).square().flatten(1).mean(dim=1)
     one = codec.decode(one_step_decode(model, message.codes, message.offset, noise))
     other = codec.decode(one_step_decode(model, message.codes.roll(1, 0), message.offset, noise))
-    guided = codec.decode(decode(model, message.codes, message.offset, noise, steps=10).latents)
+    settings = config.validation
+    guidance = Guidance(weight=settings.guidance)
+    sampled = decode(
+        model, message.codes, message.offset, noise, steps=settings.steps, guidance=guidance
+    ).latents
+    guided = codec.decode(sampled)
     flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
     quality = psnr(images, one)
     values = torch.stack(
         [flow, quality, psnr(images, guided), psnr(images, flat), quality - psnr(images, other)], dim=1
     )
-    pictures = torch.stack([to_uint8(x) for x in (images, one, guided)])
-    return _Seen(values.double().cpu(), message.ids.cpu(), pictures.cpu())
+    return _Seen(values.double().cpu(), message.ids.cpu())
 
 
 @torch.inference_mode()
 def validate(
     model: Comit, config: TrainConfig, data: MemoryImages, *, device: torch.device, batch: int = 64
-) -> tuple[dict[str, float], Tensor]:
+) -> tuple[dict[str, float], Sheet]:
     """Measure a model, which holds the weights to be judged.
 
     Returns:
-        Values by the names of ``COLUMNS`` without ``step``, and uint8 pictures [3, n, 3, S, S]: image,
-        one-step and guided reconstruction of the first images.
+        Values by the names of ``COLUMNS`` without ``step``, and the picture of the first images.
     """
     seen = []
     for start in range(0, len(data.ids), batch):
@@ -108,22 +108,13 @@ def validate(
         rows = slice(max(0, min(start, len(data.ids) - batch)), start + batch)
         done = _measure(model, config, to_pixels(data.images[rows], device), data.ids[rows])
         fresh = len(data.ids[rows]) - (start - (rows.start or 0))
-        seen.append(_Seen(done.values[-fresh:], done.ids[-fresh:], done.pictures[:, -fresh:][:, :SHOWN]))
+        seen.append(_Seen(done.values[-fresh:], done.ids[-fresh:]))
     means = torch.cat([part.values for part in seen]).mean(dim=0).tolist()
     counts = torch.bincount(torch.cat([part.ids.flatten() for part in seen]))
     values = dict(zip(COLUMNS[1:6], means, strict=True))
     values["ids_used"] = int((counts > 0).sum())
     values["perplexity"] = perplexity(counts)
-    return values, seen[0].pictures
-
-
-def save_picture(pictures: Tensor, path: Path, *, side: int = 96) -> None:
-    """Write uint8 [rows, n, 3, S, S] as one PNG: a row each of images, one-step and guided pictures."""
-    from PIL import Image
-
-    grid = pictures.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
-    image = Image.fromarray(np.ascontiguousarray(grid))
-    factor = max(1, side // pictures.shape[-1])
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+    shown = data.ids[: config.validation.pictures]
+    _, noise = _draws(config, model, shown)
+    images = to_pixels(data.images[: len(shown)], device)
+    return values, make_sheet(model, config, images, noise.to(device), shown)

@@ -268,7 +268,7 @@ def test_the_export_is_a_tokenizer(straight: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "one-step PSNR lost" in card
     with Image.open(folder / "reconstructions.png") as picture:
-        assert picture.size == (4 * 96, 3 * 96)
+        assert picture.size == (150 + 4 * 166, 6 + 4 * 166)
     with (straight / "comit-nano" / "validation.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["step"] for row in rows] == ["12"]
@@ -366,7 +366,7 @@ def test_64_scenes_are_overfitted(tmp_path: Path) -> None:
     scenes = read_all(open_images(run)[0])
     with trainer.state.ema.applied():
         values, _ = validate(trainer.model, run, scenes, device=torch.device("cpu"))
-    print({name: round(value, 2) for name, value in values.items()})
+    sys.stdout.write(f"{ {name: round(value, 2) for name, value in values.items()} }\n")
     assert values["psnr_one_step"] > 24
     assert values["psnr_guided"] > 24
     assert values["shuffled_gap"] > 10

@@ -1,0 +1,242 @@
+"""The model card of an exported tokenizer: Markdown with the front matter that the hub reads."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from comit_bench import __version__
+from comit_bench.models.comit import Comit
+from comit_bench.train.config import TrainConfig
+
+LIBRARY = "comit-bench"
+TAGS = ("comit", "image-tokenizer", "discrete-tokens", "flow-matching")
+PICTURE, CURVES = "reconstructions.png", "curves.png"
+HUB_LICENCES = frozenset(
+    {
+        "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0",
+        "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0",
+        "agpl-3.0", "mpl-2.0", "openrail", "unlicense",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What the model card tells about a finished run.
+
+    Attributes:
+        step: Optimizer steps.
+        skipped: Of them, left out because they were not finite.
+        images: Training images seen, repetitions counted.
+        train_images: Different ones.
+        val_images: Images behind the metrics.
+        seconds: Wall time.
+        hardware: In words.
+        command: What was typed.
+        metrics: By the columns of the validation log.
+    """
+
+    step: int
+    skipped: int
+    images: int
+    train_images: int
+    val_images: int
+    seconds: float
+    hardware: str
+    command: str
+    metrics: dict[str, float]
+
+
+def training_data(config: TrainConfig) -> str:
+    """Name of the data for tables: ``data.title``, or what follows from the source."""
+    data = config.data
+    if data.title:
+        return data.title
+    if data.kind == "scenes":
+        return f"scenes-recognition {data.split} ({data.count} scenes)"
+    source = str(data.source)
+    if data.kind == "hf" and not Path(source).expanduser().exists():
+        return source  # a hub id
+    return Path(source).expanduser().resolve().name
+
+
+def front_matter(config: TrainConfig) -> dict[str, Any]:
+    """Licence, library and tags under the names of the hub."""
+    licence = config.weights_licence.strip().lower()
+    known = licence in HUB_LICENCES
+    matter: dict[str, Any] = {"license": licence if known else "other"}
+    if not known:
+        matter["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence).strip("-") or "unspecified"
+    return {**matter, "library_name": LIBRARY, "tags": list(TAGS)}
+
+
+def measure_names(config: TrainConfig) -> dict[str, str]:
+    """What the columns of the validation log mean, in the card's words."""
+    settings = config.validation
+    return {
+        "val_flow": "flow-matching loss",
+        "psnr_one_step": "PSNR of one-step reconstructions (dB)",
+        "psnr_guided": f"PSNR of guided reconstructions (dB; {settings.steps} steps, weight "
+        f"{settings.guidance:g})",
+        "psnr_mean_colour": "PSNR of the mean-colour image (dB, baseline)",
+        "shuffled_gap": "one-step PSNR lost with another image's message (dB)",
+        "ids_used": "distinct ids used",
+        "perplexity": "perplexity of the ids",
+    }
+
+
+def _crops(config: TrainConfig) -> str:
+    crops, side = config.crops, config.model.spec().geometry.crop
+    if crops.max_crops == 1:
+        return f"one per image, the whole image with probability {crops.global_first:g}"
+    early = f"; only the whole image before step {crops.warmup_steps:,}" if crops.warmup_steps else ""
+    return (
+        f"1 + Poisson(exp(u)) per step, u of mean ln {crops.mean:g} - sigma²/2 and sigma {crops.sigma:g}, "
+        f"at most {crops.max_crops}; {side} px at uniformly random places, the first one the whole image "
+        f"with probability {crops.global_first:g}{early}"
+    )
+
+
+def _objective(config: TrainConfig) -> list[str]:
+    goal, teacher = config.objective, config.teacher
+    place = "minus the location of the last crop" if goal.skipped_offset == "last-crop" else "zero"
+    lines = [
+        f"flow matching, t = sigmoid({goal.time_mu:g} + {goal.time_sigma:g} n), gradient through the last "
+        f"{goal.backprop_updates} message update(s)",
+        f"images decoded from the empty message: probability {goal.skip:g}; their offset is {place}",
+    ]
+    if goal.message_dropout:
+        lines.append(f"messages that skip the rounding: probability {goal.message_dropout:g}")
+    if goal.repa_weight or goal.srepa_weight:
+        counted = "also" if goal.srepa_on_skipped else "not"
+        ramp = f", rising from 0 over {goal.alignment_ramp:,} steps" if goal.alignment_ramp else ""
+        lines.append(
+            f"alignment with {teacher.name}: REPA weight {goal.repa_weight:g}, SREPA weight "
+            f"{goal.srepa_weight:g}{ramp}; SREPA is {counted} asked of images with the empty message; "
+            f"projections of {goal.projector_layers} layers, {goal.projector_width} wide"
+        )
+    else:
+        lines.append("no alignment with a teacher (REPA and SREPA weights are 0)")
+    return lines
+
+
+def _optimizer(config: TrainConfig) -> str:
+    optim = config.optim
+    warm = ", with a short memory at first" if optim.ema_warmup else ""
+    return (
+        f"Adam, peak learning rate {optim.learning_rate:g} after {optim.warmup_steps:,} steps, then inverse "
+        f"square root; betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}, weight decay "
+        f"{optim.weight_decay:g}, gradient norm clipped at {optim.clip:g}; averages of the weights "
+        f"{optim.ema:g}{warm}"
+    )
+
+
+def _pictures(pictures: frozenset[str]) -> str:
+    parts = []
+    if PICTURE in pictures:
+        parts.append(
+            "Validation images, the crops that were seen (numbered in order; dark parts were not seen), and "
+            f"the reconstructions from the message after the last crop:\n\n![Reconstructions]({PICTURE})\n"
+        )
+    if CURVES in pictures:
+        parts.append(f"Over the steps of the run:\n\n![Learning curves]({CURVES})\n")
+    return "\n".join(parts)
+
+
+def _head(config: TrainConfig, model: Comit, facts: RunFacts) -> str:
+    spec = model.spec
+    parameters = sum(p.numel() for p in model.predictor.parameters())
+    epochs = facts.images / max(facts.train_images, 1)
+    code = f"a vocabulary of {model.quantizer.vocab_size:,} (FSQ levels {list(spec.fsq_levels)})"
+    skipped = f"{facts.skipped} steps skipped as not finite"
+    return f"""# {config.name}
+
+COMiT image tokenizer ({parameters:,} parameters without the autoencoder): {spec.image_size} px images become
+{spec.message_length} tokens of {code}. Trained with comit_bench {__version__} and torch {torch.__version__};
+the layout of the files is the released one.
+
+- training data: {training_data(config)}, {facts.train_images:,} images, {epochs:.2f} epochs
+- steps: {facts.step:,} of {config.global_batch} images, {facts.images:,} images in all ({skipped})
+- weights: exponential moving average ({config.optim.ema:g}), stored as {config.export.dtype}
+- wall time: {facts.seconds / 3600:.2f} h on {facts.hardware}, computed in {config.precision}
+- licence of the weights: {config.weights_licence}
+
+Command:
+
+```bash
+{facts.command or "(started from Python)"}
+```
+"""
+
+
+def _validation(config: TrainConfig, facts: RunFacts) -> str:
+    names = measure_names(config)
+    metrics = "\n".join(f"| {names.get(k, k)} | {v:.4g} |" for k, v in facts.metrics.items())
+    rounded = "; measured before rounding to float16" if config.export.dtype == "float16" else ""
+    return f"""## Validation
+
+{facts.val_images:,} images that were not trained on; averaged weights{rounded}; message of the whole image:
+
+| measure | value |
+|---|---|
+{metrics}
+"""
+
+
+def _training(config: TrainConfig, model: Comit) -> str:
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    objective = "\n".join(f"- {line}" for line in _objective(config))
+    return f"""## How it was trained
+
+- crops: {_crops(config)}
+{objective}
+- optimiser: {_optimizer(config)}
+- attention mask: {model.spec.mask_mode}; seed {config.seed}
+
+Choices that the paper does not print (offset of images without a message, alignment of those images, time
+distribution, loss weights, crop numbers) are named above. All settings:
+
+```yaml
+{settings}```
+"""
+
+
+USE = """## Use
+
+```python
+import comit_bench
+
+tokenizer = comit_bench.load_tokenizer("path/to/this/folder")
+```
+
+or `python -m comit_bench.run --tokenizer path/to/this/folder`.
+"""
+
+
+def model_card(
+    config: TrainConfig, model: Comit, facts: RunFacts, pictures: frozenset[str] = frozenset()
+) -> str:
+    """Markdown: what it is, how good it is, how it was made, how to load it.
+
+    Args:
+        config: Settings of the run.
+        model: For its sizes.
+        facts: What happened.
+        pictures: Which of the two pictures lie beside the card.
+    """
+    matter = yaml.safe_dump(front_matter(config), sort_keys=False)
+    parts = (
+        f"---\n{matter}---\n",
+        _head(config, model, facts),
+        _validation(config, facts),
+        _pictures(pictures),
+        USE,
+        _training(config, model),
+    )
+    return "\n".join(part for part in parts if part)

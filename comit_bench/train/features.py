@@ -1,0 +1,388 @@
+"""Teacher features on disk: every image goes through the teacher once, not once per epoch.
+
+``<cache>/features/<digest[:2]>/<digest>/`` holds the features of one list of images by one teacher. The
+digest is that of ``key.json`` beside the shards (the teacher's weights, its preprocessing and grid, the
+images, the type of the numbers, the device). Shard i is a safetensors file of ``comit_bench.data.shards``:
+``cls`` [rows, D1] and ``patches`` [rows, X, D2] in float32 or float16, memory-mapped when read, and
+``valid`` uint8 [rows], 0 where the image was broken. Shards are written whole or not at all, each by one
+process, so a killed run continues with the shards that are missing.
+
+Exactness: training images are not augmented, so features depend on the image alone. On a CPU they are
+always computed one image at a time, with the cache and without, so both give the same bits (in float32,
+with the same number of threads): in larger batches an image's place decides about its rounding. On a GPU
+they are computed in batches and may round differently. float16 halves the space and rounds to 11 bits.
+
+Shape legend: ``n`` images, ``D1`` / ``D2`` vector sizes, ``X`` image tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from comit_bench.data.shards import Array, Shard, read_shard, shard_bytes
+from comit_bench.data.store import check_key, remove_stale
+from comit_bench.errors import BenchError, CorruptFileError, MissingError
+from comit_bench.files import cache_root, digest_json, write_atomic
+from comit_bench.models.teachers import Teacher, TeacherFeatures
+from comit_bench.train.config import TeacherConfig
+from comit_bench.train.data import FolderImages, Images, MemoryImages
+
+FORMAT_VERSION = 1
+BATCH = 64  # images per read; on a GPU also per call of the teacher
+SHARD_BYTES = 2**27
+SAMPLES = 64
+
+
+def _pixels(images: Tensor, device: torch.device) -> Tensor:
+    return images.to(device, non_blocking=True).float().div(255).sub(0.5).div(0.5)
+
+
+def compute_features(teacher: Teacher, images: Tensor) -> TeacherFeatures:
+    """Features of [B, 3, S, S] in [-1, 1]; on a CPU one by one, so that no image notices its company."""
+    if images.device.type != "cpu":
+        return teacher.features(images)
+    parts = [teacher.features(image) for image in images.split(1)]
+    return TeacherFeatures(torch.cat([p.cls for p in parts]), torch.cat([p.patches for p in parts]))
+
+
+def images_digest(source: Images) -> str:
+    """``sha256:<hex>`` of a list of images.
+
+    Pixels of images in memory; names, sizes and preprocessing of files; of any other source the names and
+    the pixels of ``SAMPLES`` images spread over it.
+
+    Raises:
+        MissingError: A file vanished.
+    """
+    digest = hashlib.sha256()
+    if isinstance(source, MemoryImages):
+        digest.update("\n".join(source.ids).encode())
+        digest.update(source.images.contiguous().numpy().data)
+    elif isinstance(source, FolderImages):
+        digest.update(source.recipe.encode())
+        for name in source.ids:
+            try:
+                size = (source.root / name).stat().st_size
+            except OSError as error:
+                raise MissingError(f"{source.root / name}: cannot be read ({error.strerror})") from error
+            digest.update(f"\n{name}\t{size}".encode("utf-8", "surrogateescape"))
+    else:
+        digest.update("\n".join(source.ids).encode("utf-8", "surrogateescape"))
+        for row in range(0, len(source.ids), max(1, len(source.ids) // SAMPLES)):
+            try:
+                digest.update(source.read(row).contiguous().numpy().data)
+            except CorruptFileError:
+                digest.update(b"broken")
+    return "sha256:" + digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureLayout:
+    """Shape of a feature store; a part of its key."""
+
+    count: int
+    cls_dim: int
+    tokens: int
+    patch_dim: int
+    dtype: str
+    shard_size: int
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """Every tensor must be there."""
+        return frozenset()
+
+    def shapes(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Type and shape of every tensor of a shard of ``rows`` rows."""
+        kind = np.dtype(self.dtype)
+        return {
+            "cls": (kind, (rows, self.cls_dim)),
+            "patches": (kind, (rows, self.tokens, self.patch_dim)),
+            "valid": (np.dtype(np.uint8), (rows,)),
+        }
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes of the tensors of ``rows`` images."""
+        return rows * (1 + np.dtype(self.dtype).itemsize * (self.cls_dim + self.tokens * self.patch_dim))
+
+
+def layout_for(count: int, dims: tuple[int, int], tokens: int, dtype: str) -> FeatureLayout:
+    """Shards of at most about 128 MiB."""
+    one = FeatureLayout(
+        count=count, cls_dim=dims[0], tokens=tokens, patch_dim=dims[1], dtype=dtype, shard_size=1
+    )
+    return replace(one, shard_size=max(1, SHARD_BYTES // one.nbytes(1)))
+
+
+class FeatureStore:
+    """Features of one list of images; make it with :meth:`open`, complete it with :meth:`fill`."""
+
+    def __init__(self, directory: Path, digest: str, layout: FeatureLayout) -> None:
+        self.directory, self.digest, self.layout = directory, digest, layout
+        self._shards: dict[int, Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": {}}  # a worker maps the files itself
+
+    @classmethod
+    def open(cls, key: dict[str, object], layout: FeatureLayout, *, root: Path | None = None) -> FeatureStore:
+        """Find or begin the store for a key; reads no shard.
+
+        Args:
+            key: Everything that can change a feature, as plain JSON values.
+            layout: Shapes; added to the key.
+            root: The cache directory; None is the package's.
+
+        Raises:
+            CorruptFileError: ``key.json`` is not that of this store.
+        """
+        payload = {"format": FORMAT_VERSION, "key": key, "layout": asdict(layout)}
+        digest = digest_json(payload).removeprefix("sha256:")
+        directory = (root or cache_root()) / "features" / digest[:2] / digest
+        check_key(directory / "key.json", json.loads(json.dumps(payload)))
+        return cls(directory, digest, layout)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the complete store."""
+        return -(-self.layout.count // self.layout.shard_size)
+
+    def shard_path(self, shard: int) -> Path:
+        """File of a shard."""
+        return self.directory / f"shard-{shard:06d}.safetensors"
+
+    def shard_range(self, shard: int) -> range:
+        """Rows of a shard."""
+        start = shard * self.layout.shard_size
+        return range(start, min(self.layout.count, start + self.layout.shard_size))
+
+    def missing(self) -> list[int]:
+        """Shards without a file."""
+        return [i for i in range(self.num_shards) if not self.shard_path(i).is_file()]
+
+    def check_room(self) -> None:
+        """Refuse to begin what will not fit.
+
+        Raises:
+            BenchError: Says how much is needed and how much is free.
+        """
+        need = self.layout.nbytes(sum(len(self.shard_range(i)) for i in self.missing()))
+        free = shutil.disk_usage(self.directory).free
+        if need > free:
+            half = ", teacher.cache_dtype=float16 needs half" if self.layout.dtype == "float32" else ""
+            raise BenchError(
+                f"teacher.cache=disk: the features of {self.layout.count} images need {need / 1e9:.1f} GB, "
+                f"but {free / 1e9:.1f} GB are free in {self.directory}. Free some space, set "
+                f"COMIT_BENCH_CACHE to another disk{half}, or use teacher.cache=none."
+            )
+
+    def verify(self, shards: Sequence[int]) -> list[int]:
+        """Check these shards byte by byte; damaged ones are removed. Returns those without a file then."""
+        wanting = []
+        for shard in shards:
+            try:
+                self._load(shard, check=True)
+            except FileNotFoundError:
+                wanting.append(shard)
+            except CorruptFileError:
+                self.shard_path(shard).unlink(missing_ok=True)
+                wanting.append(shard)
+        return wanting
+
+    def fill(
+        self,
+        source: Images,
+        teacher: Teacher,
+        *,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+        stopped: Callable[[], bool] = lambda: False,
+        progress: bool = False,
+    ) -> int:
+        """Compute what is missing: this process checks and writes every ``ranks``-th shard.
+
+        Args:
+            source: The images, ``layout.count`` of them.
+            teacher: Runs on ``device``.
+            device: Where the images go.
+            rank: Number of this process,
+            ranks: of so many.
+            workers: Processes that read images ahead.
+            stopped: Asked after every shard; True ends with KeyboardInterrupt, what is written stays.
+            progress: Show a bar.
+
+        Returns:
+            How many images went through the teacher here.
+
+        Raises:
+            BenchError: Features that are not finite (in float16: too large), or no room on the disk.
+            KeyboardInterrupt: See ``stopped``.
+        """
+        remove_stale(self.directory)
+        todo = self.verify(range(rank, self.num_shards, ranks))
+        total = sum(len(self.shard_range(shard)) for shard in todo)
+        images = _read_rows(source, [row for shard in todo for row in self.shard_range(shard)], workers)
+        with tqdm(total=total, desc="teacher features", unit="img", disable=not progress) as bar:
+            for shard in todo:
+                if stopped():
+                    raise KeyboardInterrupt
+                self._write(shard, images, teacher, device, bar)
+        return total
+
+    def _write(
+        self,
+        shard: int,
+        images: Iterator[tuple[Tensor | None, str]],
+        teacher: Teacher,
+        device: torch.device,
+        bar: Any,
+    ) -> None:
+        rows = self.shard_range(shard)
+        tensors: dict[str, Array] = {n: np.zeros(s, t) for n, (t, s) in self.layout.shapes(len(rows)).items()}
+        broken: dict[int, str] = {}
+        for start in range(0, len(rows), BATCH):
+            pixels, places = [], []
+            for place in range(start, min(start + BATCH, len(rows))):
+                image, problem = next(images)
+                if image is None:
+                    broken[rows[place]] = problem
+                else:
+                    pixels.append(image)
+                    places.append(place)
+            if pixels:
+                done = compute_features(teacher, _pixels(torch.stack(pixels), device))
+                with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+                    tensors["cls"][places] = done.cls.cpu().numpy()
+                    tensors["patches"][places] = done.patches.cpu().numpy()
+                tensors["valid"][places] = 1
+            bar.update(len(pixels))
+        for name in ("cls", "patches"):
+            if not np.isfinite(tensors[name]).all():
+                raise BenchError(
+                    f"teacher features of images {rows.start} to {rows.stop - 1} are not finite as "
+                    f"{self.layout.dtype}. Use teacher.cache_dtype=float32, or look at the teacher's weights."
+                )
+        content = shard_bytes(tensors, broken, store=self.digest, shard=shard)
+        write_atomic(self.shard_path(shard), content)
+
+    def take(self, numbers: Sequence[int]) -> TeacherFeatures:
+        """Features of some images, float32 on the CPU, in this order.
+
+        Raises:
+            MissingError: Their shard has not been written, or is not seen from this machine.
+            CorruptFileError: Their shard is damaged.
+            BenchError: The image was broken when the features were made.
+        """
+        out: dict[str, Array] = {}
+        for name in ("cls", "patches"):
+            out[name] = np.empty(self.layout.shapes(len(numbers))[name][1], np.float32)
+        for place, number in enumerate(numbers):
+            shard, row = divmod(number, self.layout.shard_size)
+            tensors = self._shard(shard).tensors
+            if not tensors["valid"][row]:
+                raise BenchError(
+                    f"image {number} was broken when its features were computed: "
+                    f"{self._shard(shard).broken.get(number)}. Remove {self.directory} to compute them again."
+                )
+            for name, values in out.items():
+                values[place] = tensors[name][row]
+        return TeacherFeatures(torch.from_numpy(out["cls"]), torch.from_numpy(out["patches"]))
+
+    def _shard(self, shard: int) -> Shard:
+        if shard not in self._shards:
+            try:
+                self._load(shard, check=False)
+            except FileNotFoundError as error:
+                raise MissingError(
+                    f"{self.shard_path(shard)}: this part of the teacher's features is not here. All "
+                    "processes must see the same cache directory (COMIT_BENCH_CACHE)."
+                ) from error
+        return self._shards[shard]
+
+    def _load(self, shard: int, *, check: bool) -> None:
+        path, rows = self.shard_path(shard), len(self.shard_range(shard))
+        try:
+            found = read_shard(path, self.layout, rows, store=self.digest, shard=shard, check=check)
+        except (ValueError, RuntimeError) as error:  # RuntimeError: torch could not map it
+            raise CorruptFileError(
+                f"{path}: damaged part of the feature cache ({error}). Remove the file and run the same "
+                "command again."
+            ) from error
+        self._shards[shard] = found
+
+
+class _Reader:
+    """Map-style data set of images; a broken one is None and its message."""
+
+    def __init__(self, source: Images) -> None:
+        self.source = source
+
+    def __getitem__(self, row: int) -> tuple[Tensor | None, str]:
+        try:
+            return self.source.read(row), ""
+        except CorruptFileError as error:
+            return None, str(error)
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _read_rows(source: Images, rows: list[int], workers: int) -> Iterator[tuple[Tensor | None, str]]:
+    """Images of these rows in this order."""
+    from torch.utils.data import DataLoader
+
+    reader: Any = _Reader(source)
+    return iter(
+        DataLoader(
+            reader, batch_size=None, sampler=rows, num_workers=workers if rows else 0, collate_fn=_same
+        )
+    )
+
+
+def open_features(
+    config: TeacherConfig,
+    teacher: Teacher,
+    source: Images,
+    *,
+    tokens: int,
+    data: str,
+    device: torch.device,
+    precision: str,
+) -> FeatureStore:
+    """The store for a run, after making sure that there is room for it.
+
+    Args:
+        config: Says the type of the numbers.
+        teacher: Loaded.
+        source: Training images.
+        tokens: Image tokens, X.
+        data: :func:`images_digest` of the source.
+        device: Features of a GPU and of a CPU are kept apart: they round differently.
+        precision: Of the run, kept apart too.
+
+    Raises:
+        BenchError: Not enough room.
+    """
+    key: dict[str, object] = {
+        "teacher": teacher.identity(),
+        "data": data,
+        "device": device.type,
+        "precision": precision,
+    }
+    store = FeatureStore.open(key, layout_for(len(source.ids), teacher.dims, tokens, config.cache_dtype))
+    store.check_room()
+    return store
