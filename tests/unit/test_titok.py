@@ -44,14 +44,14 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def network(spec: TitokSpec, seed: int = 0) -> Titok:
-    """Every weight drawn wide enough that messages differ and nothing is trivially zero."""
+def network(spec: TitokSpec) -> Titok:
+    """An untrained network in which no bias and no norm is trivial."""
     model = build(spec).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator(seed + len(name)))
-        fan = max(parameter[0].numel(), 1) / 4 if parameter.ndim > 1 else 10
-        one = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
-        parameter.copy_(one + noise * fan**-0.5)
+    model.init_weights(generator(), spread=True)
+    noise = generator(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.1)
     return model
 
 
