@@ -119,7 +119,8 @@ def modern_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 ("proj_attn", "to_out.0"),
             ):
                 key = key.replace(f".{old}.", f".{new}.")
-            value = value[:, :, 0, 0] if value.ndim == 4 else value
+            projection = any(f".{new}." in key for _, new in ATTENTION_NAMES)
+            value = value[:, :, 0, 0] if projection and value.ndim == 4 else value
         renamed[key] = value
     return renamed
 

@@ -179,6 +179,23 @@ def _encode_flops(model: Any, side: int) -> float:
     return float(counter.get_total_flops())
 
 
+def _folder(source: str, *, offline: bool) -> Path:
+    """The directory behind a path or hub id."""
+    from comit_bench.tokenizers.hub import fetch
+
+    if source.lower() in ("vqmodel", "random"):
+        raise UsageError(
+            "vqmodel stands for any diffusers VQModel: name one with --weights DIR (or a hub id), or give "
+            "the directory itself as the tokenizer. There are no weights of its own."
+        )
+    local = Path(source).expanduser()
+    if not local.is_dir():
+        if "/" not in source or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise MissingError(f"{source}: no such directory. Give one that holds {' and '.join(FILES)}.")
+        local = fetch(source, FILES, offline=offline, hint="or pass --weights DIR")
+    return local
+
+
 def load(
     name: str,
     *,
@@ -205,22 +222,11 @@ def load(
     """
     from diffusers import VQModel
 
-    from comit_bench.tokenizers.hub import fetch
-
     for option in options.keys() - set(OPTIONS):
         raise UsageError(f"vqmodel has no option {option!r}.{did_you_mean(option, OPTIONS)}")
     resolution = options.pop("resolution", None)
     source = weights or name
-    if source.lower() in ("vqmodel", "random"):
-        raise UsageError(
-            "vqmodel stands for any diffusers VQModel: name one with --weights DIR (or a hub id), or give "
-            "the directory itself as the tokenizer. There are no weights of its own."
-        )
-    local = Path(source).expanduser()
-    if not local.is_dir():
-        if "/" not in source or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise MissingError(f"{source}: no such directory. Give one that holds {' and '.join(FILES)}.")
-        local = fetch(source, FILES, offline=offline, hint="or pass --weights DIR")
+    local = _folder(source, offline=offline)
     config = read_config(local)
     side, grid = read_spec(config, local / FILES[0], resolution)
     path = local / FILES[1]
