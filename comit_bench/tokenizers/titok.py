@@ -183,15 +183,22 @@ def config_from_spec(spec: TitokSpec) -> dict[str, Any]:
     return {**config, "reduced": reduced} if reduced else config
 
 
-def save(model: Titok, directory: Path, *, config: dict[str, Any] | None = None) -> None:
+def save(
+    model: Titok,
+    directory: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write ``config.json`` and ``model.safetensors`` in the released layout.
 
     Args:
         model: The network.
         directory: Made if absent.
         config: Written verbatim when given (to keep a released config as it was).
+        dtype: Of the stored weights; loading always gives float32.
     """
-    write_tensors(directory / WEIGHT_FILES[0], model.state_dict())
+    write_tensors(directory / WEIGHT_FILES[0], {k: v.to(dtype) for k, v in model.state_dict().items()})
     text = json.dumps(config or config_from_spec(model.spec), indent=1)
     write_atomic(directory / "config.json", text + "\n")
 
