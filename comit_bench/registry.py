@@ -57,6 +57,7 @@ class TokenizerEntry:
 
 _COMIT = "comit_bench.tokenizers.comit:load"
 _TITOK = "comit_bench.tokenizers.titok:load"
+_GRID = "comit_bench.tokenizers.vq_grid:load"
 _VQMODEL = "comit_bench.tokenizers.vqmodel:load"
 _KMEANS = "comit_bench.tokenizers.kmeans:load"
 _PIXELS = "comit_bench.tokenizers.pixels:load"
@@ -162,6 +163,24 @@ BUILTIN = (
         message_length=256,
         vocab_size=8192,
         source="hub yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
+    ),
+    TokenizerEntry(
+        name="titok-nano",
+        family="titok",
+        target=_TITOK,
+        parameters=0.28,
+        message_length=16,
+        vocab_size=1024,
+        source="ships with the package",
+    ),
+    TokenizerEntry(
+        name="vq-grid-nano",
+        family="vq-grid",
+        target=_GRID,
+        parameters=0.49,
+        message_length=16,
+        vocab_size=1000,
+        source="ships with the package",
     ),
     TokenizerEntry(
         name="vqmodel",

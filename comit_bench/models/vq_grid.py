@@ -126,9 +126,7 @@ class GridDecoder(nn.Module):
         x = self.split(rearrange(x, "b (h w) e -> b e h w", h=self.grid))
         x = run_blocks(self.blocks, rearrange(x, "b d h w -> b (h w) d") + self.positions)
         x = self.pixels(self.norm(x))
-        x = rearrange(
-            x, "b (h w) (c p q) -> b c (h p) (w q)", h=2 * self.grid, p=self.patch, q=self.patch
-        )
+        x = rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=2 * self.grid, p=self.patch, q=self.patch)
         out: Tensor = (self.smooth(x) + 1) / 2
         return out
 

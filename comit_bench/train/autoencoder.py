@@ -10,7 +10,6 @@ from seed and step, so a killed run continues from its last checkpoint, bit for 
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ from comit_bench.train.autoencoder_card import Facts, card
 from comit_bench.train.config import AutoencoderRun
 from comit_bench.train.data import PROBE_VAL_SCENES, Order, paint_scenes
 from comit_bench.train.logs import CsvLog
-from comit_bench.train.optimizers import make_optimizer
+from comit_bench.train.optimizers import Together, make_optimizer
 from comit_bench.train.runstate import RunState
 from comit_bench.train.schedule import learning_rate
 from comit_bench.train.validation import perplexity, psnr
@@ -53,21 +52,22 @@ def make_network(run: AutoencoderRun) -> Network:
     return network
 
 
-def straight_through(network: Network, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def straight_through(network: Network, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize [B, K, d] so that the gradient of the codes reaches ``z``.
 
     Returns:
-        Codes [B, K, d], mean squared distance as it pulls the codebook, and as it pulls the encoder; the
-        distances are 0 when no codebook is learnt.
+        Codes [B, K, d], mean squared distance as it pulls the codebook, and as it pulls the encoder (both 0
+        when no codebook is learnt), and ids [B, K] (empty then).
     """
     if isinstance(network, vq_grid.VqGrid):
-        return network.quantizer(z), z.new_zeros(()), z.new_zeros(())
+        return network.quantizer(z), z.new_zeros(()), z.new_zeros(()), torch.empty(0, dtype=torch.int64)
     quantize = network.quantize
     if quantize.l2_norm:
         z = F.normalize(z, dim=-1, eps=EPS)
-    rows = quantize.codes(quantize.ids(z.detach()))
+    ids = quantize.ids(z.detach())
+    rows = quantize.codes(ids)
     codes = z + (rows - z).detach()
-    return codes, F.mse_loss(rows, z.detach()), F.mse_loss(z, rows.detach())
+    return codes, F.mse_loss(rows, z.detach()), F.mse_loss(z, rows.detach()), ids
 
 
 class Objective(nn.Module):
@@ -78,18 +78,51 @@ class Objective(nn.Module):
         run: Weights of the losses.
     """
 
+    used: Tensor | None  # how often each row of the codebook was chosen since the last restart
+
     def __init__(self, network: Network, run: AutoencoderRun) -> None:
         super().__init__()
         self.network = network
         self.codebook_weight, self.commitment = run.codebook_weight, run.commitment
+        rows = network.quantize.size if isinstance(network, titok.Titok) else None
+        self.register_buffer("used", None if rows is None else torch.zeros(rows, dtype=torch.int64))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> [3]: the loss, its part on pixels, its part on the codebook (weighted)."""
         images = pixels.float().div(255)
-        codes, table, commit = straight_through(self.network, self.network.vectors(images))
+        z = self.network.vectors(images)
+        codes, table, commit, ids = straight_through(self.network, z)
+        if self.used is not None:
+            self.used += torch.bincount(ids.flatten(), minlength=len(self.used))
         error = 4 * F.mse_loss(self.network.decode(codes), images)  # of images in [-1, 1]
         codebook = self.codebook_weight * (table + self.commitment * commit)
         return torch.stack([error + codebook, error, codebook])
+
+    @torch.no_grad()
+    def restart(self, pixels: Tensor, generator: torch.Generator, optimizer: Together) -> int:
+        """Give the rows of the codebook that nobody chose to vectors of a batch, and count anew.
+
+        Args:
+            pixels: uint8 [B, 3, S, S].
+            generator: Chooses the vectors.
+            optimizer: Forgets the direction in which these rows were moving.
+
+        Returns:
+            The number of such rows.
+        """
+        if self.used is None or not isinstance(self.network, titok.Titok):
+            return 0
+        z = self.network.vectors(pixels.float().div(255)).flatten(0, 1)
+        if self.network.quantize.l2_norm:
+            z = F.normalize(z, dim=-1, eps=EPS)
+        dead = (self.used == 0).nonzero().flatten()
+        table = self.network.quantize.embedding.weight
+        table[dead] = z[torch.randint(len(z), (len(dead),), generator=generator)]
+        for part in optimizer.parts:
+            if table in part.state:
+                part.state[table]["exp_avg"][dead] = 0.0
+        self.used.zero_()
+        return len(dead)
 
 
 @torch.inference_mode()
@@ -122,6 +155,7 @@ class _Run(RunState):
     def __init__(self, run: AutoencoderRun, module: Objective) -> None:
         leave_out = {"output", "log_every", "validate_every", "save_every", "val_count"}
         settings = run.model_dump(mode="json", exclude=leave_out)
+        self.objective = module
         self.together = make_optimizer(module, run, torch.device("cpu"))
         directory = run.output.expanduser() / run.name
         super().__init__("autoencoder", directory, settings, module, self.together)
@@ -131,14 +165,17 @@ class _Run(RunState):
     def step(self, run: AutoencoderRun, number: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """One update; the parts of the loss [3] and the norm of the gradient."""
         optim = run.optim
-        losses: Tensor = self.module(pixels)
+        losses: Tensor = self.objective(pixels)
         self.together.zero_grad()
         losses[0].backward()
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), optim.clip)
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), optim.clip)
         rate = _rate(run, number)
         for group in self.together.param_groups:
             group["lr"] = rate * group.get("factor", 1.0)
         self.together.step()
+        if run.restart_every and (number + 1) % run.restart_every == 0 and number + 1 < run.restart_until:
+            generator = generator_for(run.seed, f"autoencoder/restart/{number}")
+            self.objective.restart(pixels, generator, self.together)
         return losses.detach(), norm.detach()
 
 

@@ -62,8 +62,8 @@ def card(run: AutoencoderRun, network: VqGrid | Titok, facts: Facts) -> str:
         else "A two-dimensional autoencoder of transformers, made for this comparison"
     )
     losses = (
-        f"mean squared error of pixels in [-1, 1], plus {run.codebook_weight:g} times the codebook loss, plus "
-        f"{run.codebook_weight * run.commitment:g} times the commitment loss"
+        f"mean squared error of pixels in [-1, 1], plus {run.codebook_weight:g} times the codebook loss, "
+        f"plus {run.codebook_weight * run.commitment:g} times the commitment loss"
         if isinstance(network, Titok)
         else "mean squared error of pixels in [-1, 1]"
     )
@@ -72,6 +72,13 @@ def card(run: AutoencoderRun, network: VqGrid | Titok, facts: Facts) -> str:
         f"{run.optim.learning_rate:g}) for the rest"
         if run.optim.name == "muon"
         else f"Adam (rate {run.optim.learning_rate:g})"
+    )
+    restarts = (
+        f"""
+- codebook: until step {run.restart_until:,}, rows that nothing chose for {run.restart_every} steps are set to
+  encoder vectors of the batch. TiTok does not do this; without it every image gets the same message here"""
+        if run.restart_every
+        else ""
     )
     return f"""---
 license: {run.weights_licence.lower()}
@@ -87,7 +94,7 @@ comit_bench {__version__}.
 - message: {message}
 - training: {run.steps:,} steps of {run.batch} of {run.count:,} painted scenes with one object each, whole
   images, no labels, no augmentation
-- loss: {losses}
+- loss: {losses}{restarts}
 - optimizer: {optimizer}
 
 Measured on {run.val_count} held-out scenes that no probe uses, with the stored weights and 8-bit

@@ -113,9 +113,7 @@ def _push(config: TrainConfig, exported: Path) -> int:
     return 0
 
 
-def _train_small(
-    run: TeacherRun | AutoencoderRun, dry_run: bool, command: str, *, progress: bool
-) -> int:
+def _train_small(run: TeacherRun | AutoencoderRun, dry_run: bool, command: str, *, progress: bool) -> int:
     import yaml
 
     from comit_bench.train.config import TeacherRun

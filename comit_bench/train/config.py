@@ -323,6 +323,9 @@ class AutoencoderRun(_Config):
     val_count: Annotated[int, Field(ge=2)] = 500
     codebook_weight: NotNegative = 1.0  # of the quantizer's losses, where it has any
     commitment: NotNegative = 0.25
+    # rows of a codebook that nothing chose for that many steps become vectors of the batch; 0: never
+    restart_every: Annotated[int, Field(ge=0)] = 0
+    restart_until: Annotated[int, Field(ge=0)] = 0  # no restarts from this step on
     log_every: Count = 25
     validate_every: Count = 250
     save_every: Count = 250
@@ -334,6 +337,8 @@ class AutoencoderRun(_Config):
     def _fits(self) -> AutoencoderRun:
         if self.optim.ema or self.optim.ema_warmup:
             raise ValueError("optim.ema: an autoencoder exports its last weights, set optim.ema to 0")
+        if self.restart_every and self.model == "vq-grid-nano":
+            raise ValueError("restart_every: vq-grid-nano has no codebook to restart, set it to 0")
         return self
 
 

@@ -59,9 +59,7 @@ class Together:
             first += size
 
 
-def make_optimizer(
-    module: nn.Module, config: TrainConfig | AutoencoderRun, device: torch.device
-) -> Together:
+def make_optimizer(module: nn.Module, config: TrainConfig | AutoencoderRun, device: torch.device) -> Together:
     """The optimizer of the trainable parameters of ``module``.
 
     Raises:
