@@ -51,34 +51,35 @@ def _tokens(network: VqGrid | Titok) -> tuple[str, int]:
     )
 
 
+def _recipe(run: AutoencoderRun, network: VqGrid | Titok) -> str:
+    """Lines of a list: loss, codebook, optimizer."""
+    loss = "mean squared error of pixels in [-1, 1]"
+    lines = [f"loss: {loss}"]
+    if isinstance(network, Titok):
+        table, encoder = run.codebook_weight, run.codebook_weight * run.commitment
+        lines = [f"loss: {loss}, plus {table:g} x codebook loss, plus {encoder:g} x commitment loss"]
+    if run.restart_every:
+        lines.append(
+            f"codebook: until step {run.restart_until:,}, rows that nothing chose for {run.restart_every} "
+            "steps become\n  encoder vectors of the batch. TiTok does not do this; without it every image "
+            "got the same\n  message here"
+        )
+    optim = run.optim
+    adam = f"Adam (rate {optim.learning_rate:g})"
+    muon = f"Muon (rate {optim.muon_learning_rate:g}) for the matrices inside the blocks"
+    lines.append(f"optimizer: {f'{muon}, {adam} for the rest' if optim.name == 'muon' else adam}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def card(run: AutoencoderRun, network: VqGrid | Titok, facts: Facts) -> str:
     """Markdown with the front matter that the hub reads."""
     settings = json.dumps(run.model_dump(mode="json", exclude={"output"}), indent=1)
     message, size = _tokens(network)
     found = facts.measures
-    paper = (
+    what = (
         "TiTok's architecture (arXiv 2406.07550) at nano size, single-stage decoder, trained from scratch"
         if isinstance(network, Titok)
         else "A two-dimensional autoencoder of transformers, made for this comparison"
-    )
-    losses = (
-        f"mean squared error of pixels in [-1, 1], plus {run.codebook_weight:g} times the codebook loss, "
-        f"plus {run.codebook_weight * run.commitment:g} times the commitment loss"
-        if isinstance(network, Titok)
-        else "mean squared error of pixels in [-1, 1]"
-    )
-    optimizer = (
-        f"Muon (rate {run.optim.muon_learning_rate:g}) for the matrices inside the blocks, Adam (rate "
-        f"{run.optim.learning_rate:g}) for the rest"
-        if run.optim.name == "muon"
-        else f"Adam (rate {run.optim.learning_rate:g})"
-    )
-    restarts = (
-        f"""
-- codebook: until step {run.restart_until:,}, rows that nothing chose for {run.restart_every} steps are set to
-  encoder vectors of the batch. TiTok does not do this; without it every image gets the same message here"""
-        if run.restart_every
-        else ""
     )
     return f"""---
 license: {run.weights_licence.lower()}
@@ -87,15 +88,15 @@ tags: [comit-bench, image-tokenizer, discrete-tokens]
 ---
 # {run.name}
 
-{paper}: a baseline for embedded scenes of {network.spec.image_size} px, with no use on photographs. Made by
+{what}.
+A baseline for embedded scenes of {network.spec.image_size} px, with no use on photographs. Made by
 comit_bench {__version__}.
 
 - parameters: {facts.parameters:,} (stored as float16)
 - message: {message}
-- training: {run.steps:,} steps of {run.batch} of {run.count:,} painted scenes with one object each, whole
-  images, no labels, no augmentation
-- loss: {losses}{restarts}
-- optimizer: {optimizer}
+- training: {run.steps:,} steps of {run.batch} of {run.count:,} painted scenes with one object each (among
+  them those that probes are trained on), whole images, no labels, no augmentation
+{_recipe(run, network)}
 
 Measured on {run.val_count} held-out scenes that no probe uses, with the stored weights and 8-bit
 reconstructions:
@@ -108,7 +109,7 @@ reconstructions:
 | distinct ids used (of {size}) | {found["ids_used"]:.0f} |
 | perplexity of the ids | {found["perplexity"]:.0f} |
 
-- time: {facts.seconds / 60:.1f} min of wall clock on {facts.hardware}, other programs running beside it
+- time: {facts.seconds / 60:.1f} min of wall clock on {facts.hardware}
 - command: `{facts.command}`
 
 Settings:
