@@ -76,7 +76,7 @@ class Resources:
         from comit_bench.tokenizers.loading import resolve_device
 
         device = resolve_device(self.settings.device)
-        if device.type == "cuda" and device.index is None and self.ranks.world > 1:
+        if str(device) == "cuda" and self.ranks.world > 1:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return device
 
