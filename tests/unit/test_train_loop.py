@@ -367,7 +367,7 @@ def test_64_scenes_are_overfitted(tmp_path: Path) -> None:
     with trainer.state.ema.applied():
         values, _ = validate(trainer.model, run, scenes, device=torch.device("cpu"))
     sys.stdout.write(f"{ {name: round(value, 2) for name, value in values.items()} }\n")
-    assert values["psnr_one_step"] > 24
-    assert values["psnr_guided"] > 24
+    assert values["psnr_one_step"] > 22
+    assert values["psnr_guided"] > 26
     assert values["shuffled_gap"] > 10
     assert values["psnr_mean_colour"] < 15

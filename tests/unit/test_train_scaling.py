@@ -31,7 +31,7 @@ TINY = (
     "model.representation_layer=0", "global_batch=8", "data.count=30", "data.val_count=4",
     "optim.warmup_steps=4", "crops.warmup_steps=0", "crops.max_crops=2", "save_every=1",
     "validate_every=100", "keep_last=50", "teacher.name=none", "objective.srepa_weight=0",
-    "optim.name=adam",
+    "optim.name=adam", "export.dtype=float32",
 )  # fmt: skip
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 Gradients = dict[str, Tensor]
