@@ -243,7 +243,8 @@ def test_the_card_tells_how_it_was_made(finished: Path) -> None:
         "stored as float16", "measured before rounding", "wall time: 0.", "CPU with", "probability 0.1;",
         "minus the location of the last crop", "no alignment",
         "first one the whole image with probability 0.55",
-        "optimizer: Adam; peak learning rate 0.002 after 4 steps, then a cosine to 5 % at step 3,000", "3 images that were not trained on",
+        "optimizer: Adam; peak learning rate 0.002 after 4 steps, then a cosine to 5 % at step 3,000",
+        "3 images that were not trained on",
         "PSNR of guided reconstructions (dB; 3 steps, weight 7.5)", "attention mask: hard; seed 0",
         "![Reconstructions](reconstructions.png)", "![Learning curves](curves.png)",
     ):  # fmt: skip
