@@ -85,7 +85,7 @@ def test_codes_come_back_from_ids(nano: ComitTokenizer) -> None:
 
 def test_untrained_messages_differ_between_images(nano: ComitTokenizer) -> None:
     ids = nano.encode(images(16)).ids
-    assert ids is not None and len(ids.unique(dim=0)) > 8
+    assert ids is not None and len(ids.unique(dim=0)) > 4
     assert not nano.info.trained and nano.info.weights == "random:0"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pixel_nano import PIXEL_NANO
 from torch import Tensor
 
 from comit_bench.models.comit import PRESETS, Comit, ComitSpec, Predictor
@@ -26,7 +27,6 @@ from comit_bench.models.crops import CropPolicy, parse_policy
 from comit_bench.models.flow import Guidance, ProjectedGuidance, integrate
 from comit_bench.models.fsq import FSQ
 from comit_bench.models.vae import IdentityVae
-from tests.support.pixel_nano import PIXEL_NANO
 
 CPU = torch.device("cpu")
 

@@ -37,6 +37,7 @@ TINY = (
     "model.depth=1", "model.width=16", "model.heads=2", "model.message_length=4",
     "model.representation_layer=0",    "global_batch=8", "data.count=30", "data.val_count=4",
     "optim.warmup_steps=4", "crops.warmup_steps=2", "teacher.name=none", "objective.srepa_weight=0",
+    "export.dtype=float32",
     "save_every=1", "validate_every=100", "log_every=3", "keep_last=50", "steps=12",
 )  # fmt: skip
 if not hasattr(torch.optim, "Muon"):  # before torch 2.9
