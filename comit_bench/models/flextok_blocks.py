@@ -111,7 +111,7 @@ class PositionTable(nn.Module):
                 f"a grid of {rows} x {columns} patches is larger than the position table ({high} x {wide})"
             )
         if self.spec.kind == "grid":
-            table = self.posembs
+            table: Tensor = self.posembs
             if self.spec.interpolate and (rows, columns) != (high, wide):
                 table = F.interpolate(table, size=(rows, columns), mode="bilinear", align_corners=True)
             return rearrange(table[0, :, :rows, :columns], "d h w -> (h w) d")

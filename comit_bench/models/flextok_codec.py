@@ -123,8 +123,8 @@ def sample(
     def velocity(progress: float, x: Tensor) -> Tensor:
         step = round(progress * count)
         state, weight = states.at(step), settings.weight(times[step])
-        conditional = decoder(x, given, state).float()
-        unconditional = None if nothing is None else decoder(x, nothing, state).float()
+        conditional: Tensor = decoder(x, given, state).float()
+        unconditional: Tensor | None = None if nothing is None else decoder(x, nothing, state).float()
         if observe is not None:
             observe(step, x, conditional, unconditional)
         if unconditional is None:

@@ -156,14 +156,20 @@ class KLVae(nn.Module):
             else:
                 nn.init.constant_(parameter, float(name.endswith("weight")))
 
-    def prepare(self, device: torch.device) -> None:
-        """Faster pixels on CUDA: channels last, and a compiled decoder where Triton is installed."""
+    def prepare(self, device: torch.device, *, compiled: bool | None = None) -> None:
+        """Faster pixels: channels last on CUDA, and a compiled decoder.
+
+        Args:
+            device: Where it runs.
+            compiled: Compile the decoder; None does so on CUDA where Triton is installed.
+        """
         from importlib.util import find_spec
 
-        if device.type == "cuda":
+        cuda = device.type == "cuda"
+        if cuda:
             self.vae.to(memory_format=torch.channels_last)
-            if find_spec("triton") is not None:
-                self.vae.decoder.compile()
+        if compiled or (compiled is None and cuda and find_spec("triton") is not None):
+            self.vae.decoder.compile()  # in place: parameter names stay
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] -> mean and clamped log-variance, [B, C, S/f, S/f] each, unscaled."""
