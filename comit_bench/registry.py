@@ -55,6 +55,7 @@ class TokenizerEntry:
 
 _COMIT = "comit_bench.tokenizers.comit:load"
 _TITOK = "comit_bench.tokenizers.titok:load"
+_FLEXTOK = "comit_bench.tokenizers.flextok:load"
 _VQMODEL = "comit_bench.tokenizers.vqmodel:load"
 _KMEANS = "comit_bench.tokenizers.kmeans:load"
 _PIXELS = "comit_bench.tokenizers.pixels:load"
@@ -148,6 +149,42 @@ BUILTIN = (
         message_length=256,
         vocab_size=8192,
         source="hub yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
+    ),
+    TokenizerEntry(
+        name="flextok-d12-d12",
+        family="flextok",
+        target=_FLEXTOK,
+        parameters=257.83,
+        message_length=256,
+        vocab_size=64000,
+        source="hub EPFL-VILAB/flextok_d12_d12_in1k",
+    ),
+    TokenizerEntry(
+        name="flextok-d18-d18",
+        family="flextok",
+        target=_FLEXTOK,
+        parameters=865.91,
+        message_length=256,
+        vocab_size=64000,
+        source="hub EPFL-VILAB/flextok_d18_d18_in1k",
+    ),
+    TokenizerEntry(
+        name="flextok-d18-d28",
+        family="flextok",
+        target=_FLEXTOK,
+        parameters=2457.06,
+        message_length=256,
+        vocab_size=64000,
+        source="hub EPFL-VILAB/flextok_d18_d28_in1k",
+    ),
+    TokenizerEntry(
+        name="flextok-d18-d28-dfn",
+        family="flextok",
+        target=_FLEXTOK,
+        parameters=2457.06,
+        message_length=256,
+        vocab_size=64000,
+        source="hub EPFL-VILAB/flextok_d18_d28_dfn",
     ),
     TokenizerEntry(
         name="vqmodel",

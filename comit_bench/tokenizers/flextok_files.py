@@ -25,6 +25,7 @@ from comit_bench.files import write_atomic
 from comit_bench.models.flextok import FlexTok, FlexTokSpec
 from comit_bench.tokenizers.checkpoints import (
     load_checked,
+    modern_attention,
     read_config,
     read_tensors,
     weight_file,
@@ -112,13 +113,6 @@ def unwrap(config: dict[str, Any]) -> dict[str, Any]:
     """The blocks, also when they stand inside ``{"config": {...}}``."""
     inner = config.get("config")
     return inner if isinstance(inner, dict) and "encoder" not in config else config
-
-
-def is_flextok(config: dict[str, Any]) -> bool:
-    """Whether a config.json is one of FlexTok's."""
-    config = unwrap(config)
-    blocks = (config.get("encoder"), config.get("decoder"))
-    return all(isinstance(b, dict) and isinstance(b.get("module_dict"), dict) for b in blocks)
 
 
 def released_config(directory: Path) -> dict[str, Any]:
@@ -335,7 +329,8 @@ def load_directory(directory: Path, *, scaling_factor: float | None = None, offl
         arch = {"fixture": {"vae_arch": read_config(alone)}}
         spec = replace(spec, vae=vae_spec(arch, channels, scale))
         vae_file = alone / VAE_FILES[1]
-        own, _ = normalise({VAE + k: v for k, v in read_tensors(vae_file).items()}, spec.code_dim)
+        own = {VAE + k: v for k, v in modern_attention(read_tensors(vae_file)).items()}
+        own, _ = normalise(own, spec.code_dim)
         tensors = {**tensors, **own}
     with torch.device("meta"):
         model = FlexTok(spec)
