@@ -7,6 +7,7 @@ or nothing for its mode.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,6 +106,11 @@ class SDVae(nn.Module):
         return images
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside; the meta device has none to switch off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KLVaeSpec:
     """A diffusers ``AutoencoderKL`` with a latent scale; defaults are the sizes of Stable Diffusion's."""
@@ -173,7 +179,7 @@ class KLVae(nn.Module):
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] -> mean and clamped log-variance, [B, C, S/f, S/f] each, unscaled."""
-        with torch.autocast(images.device.type, enabled=False):
+        with _full_precision(images.device):
             posterior = self.vae.encode(images.float()).latent_dist
         return posterior.mean, posterior.logvar
 
@@ -186,7 +192,7 @@ class KLVae(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 3, f h, f w], not clamped."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with _full_precision(latents.device):
             images: Tensor = self.vae.decode(latents.float() / self.scale).sample
         return images
 
