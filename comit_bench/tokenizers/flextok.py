@@ -6,6 +6,7 @@ Tokenization is deterministic by default: the mean of the VAE's posterior. The r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,11 +46,10 @@ def _number(value: object, option: str, kind: type[int] | type[float], low: floa
     Raises:
         UsageError: Not a number of that kind, or below ``low``.
     """
-    whole = "a whole number" if kind is int else "a number"
-    good = isinstance(value, int | float) and not isinstance(value, bool) and value == kind(value)
-    if not good or float(value) < low:  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or not math.isfinite(value) or value != kind(value) or value < low:
+        whole = "a whole number" if kind is int else "a number"
         raise UsageError(f"FlexTok: {option} must be {whole} of at least {low:g}, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _flag(value: object, option: str) -> bool | None:

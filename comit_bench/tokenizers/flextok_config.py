@@ -7,6 +7,7 @@ back, so that a record can carry it. Variants that are not computed here are ref
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -150,7 +151,8 @@ def _patch(reader: ConfigReader, part: str, *names: str) -> tuple[int, int]:
 
 def _trunk(reader: ConfigReader, part: str, prefix: str, name: str, patch: tuple[int, int]) -> TrunkSpec:
     block = reader.module(part, name)
-    blocks = {int(key.split(".")[1]) for key in reader.shapes[prefix].get(name, {})}
+    found = (re.match(r"blocks\.(\d+)\.", key) for key in reader.shapes[prefix].get(name, {}))
+    blocks = {int(match[1]) for match in found if match}
     stated = block.get("depth")
     depth = stated if isinstance(stated, int) else 1 + max(blocks, default=-1)
     table = "enc_posemb_module" if prefix == ENCODER else "dec_patches_posemb_module"
