@@ -248,6 +248,41 @@ def _locate(name: str, weights: str | None, *, offline: bool) -> Path:
     return fetch(HUB.get(name.lower(), name), FILES, offline=offline, hint="or pass --weights DIR")
 
 
+def _untrained(preset: str, seed: int, scale: float | None) -> tuple[FlexTok, TokenizerInfo]:
+    if preset not in PRESETS:
+        raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
+    spec = PRESETS[preset]
+    model = build_random(replace(spec, vae=replace(spec.vae, scale=scale or 1.0)), seed)
+    nothing = {"training_data": "none", "weights_licence": "none"}
+    return model, _info(model, preset, f"random:{seed}", trained=False, **nothing)
+
+
+def _released(
+    name: str, preset: str, weights: str | None, scale: float | None, *, offline: bool
+) -> tuple[FlexTok, TokenizerInfo]:
+    local = _locate(name, weights, offline=offline)
+    loaded = load_directory(local, scaling_factor=scale, offline=offline)
+    extra: dict[str, str] = {}
+    if loaded.assumed:
+        extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
+    if loaded.vae_file is not None:
+        extra["vae"] = sha256_file(loaded.vae_file)
+    own = dict(loaded.config.get("comit_bench") or {})
+    is_directory = Path(name).expanduser().is_dir()
+    released = preset in PRESETS and not weights and not is_directory
+    label = preset if preset in PRESETS or not is_directory else Path(name).expanduser().resolve().name
+    info = _info(
+        loaded.model,
+        label,
+        sha256_file(weight_file(local)),
+        trained=bool(own.get("trained", True)),
+        training_data=str(own.get("training_data", TRAINING_DATA[preset] if released else "unknown")),
+        weights_licence=str(own.get("weights_licence", LICENCE if released else "unknown")),
+        options=extra,
+    )
+    return loaded.model, info
+
+
 def load(
     name: str,
     *,
@@ -283,33 +318,7 @@ def load(
     if preset == "flextok-d12-d12":
         options.setdefault("guidance", GUIDANCE_SMALL)
     if weights == "random":
-        if preset not in PRESETS:
-            raise UsageError(
-                f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}"
-            )
-        spec = PRESETS[preset]
-        model = build_random(replace(spec, vae=replace(spec.vae, scale=scale or 1.0)), seed)
-        info = _info(
-            model, preset, f"random:{seed}", trained=False, training_data="none", weights_licence="none"
-        )
-        return FlexTokTokenizer(model, info, device=device, **options)
-    local = _locate(name, weights, offline=offline)
-    loaded = load_directory(local, scaling_factor=scale, offline=offline)
-    extra: dict[str, str] = {}
-    if loaded.assumed:
-        extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
-    if loaded.vae_file is not None:
-        extra["vae"] = sha256_file(loaded.vae_file)
-    own = dict(loaded.config.get("comit_bench") or {})
-    released = preset in PRESETS and not weights and not Path(name).is_dir()
-    label = preset if preset in PRESETS else (name if not Path(name).is_dir() else Path(name).resolve().name)
-    info = _info(
-        loaded.model,
-        label,
-        sha256_file(weight_file(local)),
-        trained=bool(own.get("trained", True)),
-        training_data=str(own.get("training_data", TRAINING_DATA[preset] if released else "unknown")),
-        weights_licence=str(own.get("weights_licence", LICENCE if released else "unknown")),
-        options=extra,
-    )
-    return FlexTokTokenizer(loaded.model, info, device=device, **options)
+        model, info = _untrained(preset, seed, scale)
+    else:
+        model, info = _released(name, preset, weights, scale, offline=offline)
+    return FlexTokTokenizer(model, info, device=device, **options)
