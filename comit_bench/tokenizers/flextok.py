@@ -270,7 +270,8 @@ def _released(
     own = dict(loaded.config.get("comit_bench") or {})
     is_directory = Path(name).expanduser().is_dir()
     released = preset in PRESETS and not weights and not is_directory
-    label = preset if preset in PRESETS or not is_directory else Path(name).expanduser().resolve().name
+    label = Path(name).expanduser().resolve().name if is_directory else name
+    label = preset if preset in PRESETS else label
     info = _info(
         loaded.model,
         label,
