@@ -12,6 +12,7 @@ Shape legend: ``B`` batch, ``C`` base latent channels, ``V`` base codebook size,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +57,6 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, channels, eps=1e-6)
 
 
-class Level(nn.Module):
-    """The blocks of one resolution; the parts that exist depend on the network."""
-
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-
-
 class Resample(nn.Module):
     """A convolution after nearest doubling (``up``), or with stride 2 after padding bottom and right."""
 
@@ -77,6 +70,33 @@ class Resample(nn.Module):
         x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1))
         out: Tensor = self.conv(x)
         return out
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, attention after each where there is any, then the resampling."""
+
+    def __init__(self, blocks: Sequence[nn.Module], attention: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList(attention)
+        self.upsample: Resample | None = None
+        self.downsample: Resample | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, c', h', w']."""
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[index](x)
+        for resample in (self.upsample, self.downsample):
+            if resample is not None:
+                x = resample(x)
+        return x
+
+
+def _widths(start: int, end: int, blocks: int) -> list[tuple[int, int]]:
+    """Input and output width of the blocks of a level; the first one changes the width."""
+    return [(start if i == 0 else end, end) for i in range(blocks)]
 
 
 class VqganBlock(nn.Module):
@@ -119,9 +139,9 @@ class VqganEncoder(nn.Module):
         self.down = nn.ModuleList()
         width = spec.channels
         for multiplier in spec.multipliers:
-            widths = [width, *[spec.channels * multiplier] * spec.blocks]
-            self.down.append(Level([VqganBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)]))
-            width = widths[-1]
+            end = spec.channels * multiplier
+            self.down.append(Level([VqganBlock(a, b) for a, b in _widths(width, end, spec.blocks)]))
+            width = end
         self.mid = VqganMiddle(width)
         self.norm_out = _norm(width)
         self.conv_out = nn.Conv2d(width, spec.latent_dim, 1)
@@ -130,8 +150,7 @@ class VqganEncoder(nn.Module):
         """[B, 3, S, S] -> [B, C, G, G]."""
         x = self.conv_in(images)
         for index, level in enumerate(self.down):
-            for block in level.block:
-                x = block(x)
+            x = level(x)
             if index + 1 < len(self.down):
                 x = F.avg_pool2d(x, 2)
         out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -148,9 +167,9 @@ class VqganDecoder(nn.Module):
         self.mid = VqganMiddle(width)
         levels: list[Level] = []
         for index in reversed(range(len(spec.multipliers))):
-            widths = [width, *[spec.channels * spec.multipliers[index]] * spec.blocks]
-            level = Level([VqganBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)])
-            width = widths[-1]
+            end = spec.channels * spec.multipliers[index]
+            level = Level([VqganBlock(a, b) for a, b in _widths(width, end, spec.blocks)])
+            width = end
             if index > 0:
                 level.upsample = Resample(width, up=True)
             levels.insert(0, level)
@@ -162,10 +181,7 @@ class VqganDecoder(nn.Module):
         """[B, C, G, G] -> [B, 3, S, S], not clamped."""
         x = self.mid(self.conv_in(code))
         for level in reversed(self.up):
-            for block in level.block:
-                x = block(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
+            x = level(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out
 
@@ -265,11 +281,13 @@ class VaeEncoder(nn.Module):
         self.down = nn.ModuleList()
         width, resolution, last = spec.channels, spec.resolution, len(spec.multipliers) - 1
         for index, multiplier in enumerate(spec.multipliers):
-            widths = [width, *[spec.channels * multiplier] * spec.blocks]
-            level = Level([VaeBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)])
-            width = widths[-1]
+            end = spec.channels * multiplier
             attended = spec.blocks if resolution in spec.attention_at else 0
-            level.attn = nn.ModuleList(VaeAttention(width) for _ in range(attended))
+            level = Level(
+                [VaeBlock(a, b) for a, b in _widths(width, end, spec.blocks)],
+                [VaeAttention(end) for _ in range(attended)],
+            )
+            width = end
             if index < last:
                 level.downsample = Resample(width, up=False)
             self.down.append(level)
@@ -282,12 +300,7 @@ class VaeEncoder(nn.Module):
         """[B, 3, S, S] -> [B, 2C, G, G]."""
         x = self.conv_in(images)
         for level in self.down:
-            for index, block in enumerate(level.block):
-                x = block(x)
-                if len(level.attn):
-                    x = level.attn[index](x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
+            x = level(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
         return out
 
@@ -302,9 +315,9 @@ class VaeDecoder(nn.Module):
         self.mid = VaeMiddle(width)
         levels: list[Level] = []
         for index in reversed(range(len(spec.multipliers))):
-            widths = [width, *[spec.channels * spec.multipliers[index]] * (spec.blocks + 1)]
-            level = Level([VaeBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)])
-            width = widths[-1]
+            end = spec.channels * spec.multipliers[index]
+            level = Level([VaeBlock(a, b) for a, b in _widths(width, end, spec.blocks + 1)])
+            width = end
             if index > 0:
                 level.upsample = Resample(width, up=True)
             levels.insert(0, level)
@@ -316,10 +329,7 @@ class VaeDecoder(nn.Module):
         """[B, C, G, G] -> [B, 3, S, S], not clamped."""
         x = self.mid(self.conv_in(code))
         for level in reversed(self.up):
-            for block in level.block:
-                x = block(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
+            x = level(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out
 
