@@ -54,6 +54,8 @@ class TokenizerEntry:
 
 
 _COMIT = "comit_bench.tokenizers.comit:load"
+_TITOK = "comit_bench.tokenizers.titok:load"
+_VQMODEL = "comit_bench.tokenizers.vqmodel:load"
 _KMEANS = "comit_bench.tokenizers.kmeans:load"
 _PIXELS = "comit_bench.tokenizers.pixels:load"
 BUILTIN = (
@@ -92,6 +94,66 @@ BUILTIN = (
         message_length=16,
         vocab_size=1000,
         source="untrained (--weights random) or --weights DIR",
+    ),
+    TokenizerEntry(
+        name="titok-l-32",
+        family="titok",
+        target=_TITOK,
+        parameters=641.05,
+        message_length=32,
+        vocab_size=4096,
+        source="hub yucornetto/tokenizer_titok_l32_imagenet",
+    ),
+    TokenizerEntry(
+        name="titok-b-64",
+        family="titok",
+        target=_TITOK,
+        parameters=204.81,
+        message_length=64,
+        vocab_size=4096,
+        source="hub yucornetto/tokenizer_titok_b64_imagenet",
+    ),
+    TokenizerEntry(
+        name="titok-s-128",
+        family="titok",
+        target=_TITOK,
+        parameters=83.67,
+        message_length=128,
+        vocab_size=4096,
+        source="hub yucornetto/tokenizer_titok_s128_imagenet",
+    ),
+    TokenizerEntry(
+        name="titok-bl-64",
+        family="titok",
+        target=_TITOK,
+        parameters=390.02,
+        message_length=64,
+        vocab_size=8192,
+        source="hub yucornetto/tokenizer_titok_bl64_vq8k_imagenet",
+    ),
+    TokenizerEntry(
+        name="titok-bl-128",
+        family="titok",
+        target=_TITOK,
+        parameters=390.18,
+        message_length=128,
+        vocab_size=8192,
+        source="hub yucornetto/tokenizer_titok_bl128_vq8k_imagenet",
+    ),
+    TokenizerEntry(
+        name="titok-sl-256",
+        family="titok",
+        target=_TITOK,
+        parameters=330.26,
+        message_length=256,
+        vocab_size=8192,
+        source="hub yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
+    ),
+    TokenizerEntry(
+        name="vqmodel",
+        family="vqmodel",
+        target=_VQMODEL,
+        source="any diffusers VQModel: --weights DIR",
     ),
     TokenizerEntry(
         name="kmeans-patch",

@@ -31,8 +31,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.models.alit_base import Vae, VaeSpec, Vqgan, VqganSpec, build_base
-from comit_bench.models.vit import AttentionProbe, Transformer
+from comit_bench.models.alit_base import Vae, VaeSpec, Vqgan, build_base
+from comit_bench.models.maskgit_vqgan import VqganSpec
+from comit_bench.models.vit_blocks import EVERY_ROW, PackedAttention, PlainBlock
 from comit_bench.models.vq import VectorQuantizer
 
 GRID = 16  # hard-coded in the released program
@@ -81,8 +82,8 @@ class AlitSpec:
         ):
             if width % heads:
                 raise ValueError(f"{name} width {width} must be a multiple of its {heads} heads")
-        if self.width <= self.base.latent_dim:
-            raise ValueError(f"encoder width {self.width} must exceed the {self.base.latent_dim} base channels")
+        if self.width <= self.base.latent_channels:
+            raise ValueError(f"encoder width {self.width} must exceed the {self.base.latent_channels} base channels")
         if min(self.first_tokens, self.iterations) < 1 or self.message_length > POSITIONS:
             raise ValueError(
                 f"{self.iterations} iterations of {self.first_tokens} tokens: expected 1 to {POSITIONS} in all"
@@ -150,6 +151,58 @@ class Step:
     dropped: Tensor | None = None
 
 
+class AttentionProbe:
+    """Asks some blocks of a stack for their attention weights; holds them after the call.
+
+    Args:
+        layers: Zero-based blocks.
+        queries: Rows of the sequence whose attention is kept.
+        keys: Columns that are kept; the softmax always runs over all of them.
+    """
+
+    def __init__(self, layers: Sequence[int], *, queries: slice, keys: slice) -> None:
+        self.layers = frozenset(layers)
+        self.queries, self.keys = queries, keys
+        self.maps: dict[int, Tensor] = {}  # layer -> [B, H, queries, keys]
+
+    def record(self, layer: int, attention: PackedAttention, h: Tensor) -> None:
+        """Compute the weights of one block from its normalised input [B, n, W]."""
+        q = rearrange(attention.queries(h[:, self.queries]), "b n (h c) -> b h n c", h=attention.heads)
+        k = rearrange(attention.keys_values(h)[..., : h.shape[-1]], "b n (h c) -> b h n c", h=attention.heads)
+        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
+        self.maps[layer] = logits.softmax(dim=-1)[..., self.keys]
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, keys ``transformer.{i}.…``; no norm before or after."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleList(PlainBlock(width, heads) for _ in range(layers))
+
+    def run(
+        self, x: Tensor, *, read: slice = EVERY_ROW, shared: int = 0, probe: AttentionProbe | None = None
+    ) -> Tensor:
+        """[B, n, W] -> [B, read rows, W].
+
+        Args:
+            x: The sequence.
+            read: Rows of the output that are wanted; the last block computes no others.
+            shared: That many leading rows are equal for all images; the first block projects them once.
+            probe: Records attention.
+        """
+        last = len(self.transformer) - 1
+        for index, block in enumerate(self.transformer):
+            assert isinstance(block, PlainBlock)
+            if probe is not None and index in probe.layers:
+                probe.record(index, block.attn, block.ln_1(x))
+            if index == last and read != EVERY_ROW:
+                x = block(x, read=read)
+            else:
+                x = block(x, shared=shared if index == 0 else 0)
+        return x
+
+
 class DistillationDecoder(Transformer):
     """Codes -> predictions on the 2D grid; its class, mask and position tokens belong to :class:`Alit`."""
 
@@ -161,11 +214,12 @@ class DistillationDecoder(Transformer):
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, outputs))
 
-    def forward(self, queries: Tensor, codes: Tensor, probe: AttentionProbe | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, queries: Tensor, codes: Tensor, probe: AttentionProbe | None = None) -> Tensor:
         """Queries [1, 1 + N, W] and codes [B, K, d] -> [B, N, O]."""
         latents = self.decoder_embed(codes) + self.latent_token_positional_embedding[: codes.shape[1]]
         x = torch.cat([queries.expand(codes.shape[0], -1, -1), latents], dim=1)
-        x = super().forward(self.ln_pre(x), read=slice(1, queries.shape[1]), probe=probe)
+        edge = queries.shape[1]
+        x = self.run(self.ln_pre(x), read=slice(1, edge), shared=edge, probe=probe)
         out: Tensor = self.ffn(self.ln_post(x))
         return out
 
@@ -205,7 +259,7 @@ class Alit(nn.Module):
         self.encoder_ln_pre, self.encoder_ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.encoder_ln_recursive = nn.LayerNorm(width)
         self.pre_quantizer_mlp = nn.Linear(width, spec.code_dim)
-        channels = width - spec.base.latent_dim
+        channels = width - spec.base.latent_channels
         self.patch_embed = nn.Conv2d(3, channels, spec.patch_size, stride=spec.patch_size)
         self.encoder = Transformer(width, spec.layers, spec.heads)
         self.base_tokenizer = Base(spec.base)
@@ -310,7 +364,7 @@ class Alit(nn.Module):
         for t in range(count):
             entered = x
             last = t + 1 == count
-            x = self.encoder(x, read=slice(edge, x.shape[1]) if last else None)
+            x = self.encoder.run(x, read=slice(edge, x.shape[1]) if last else EVERY_ROW)
             latents = x if last else x[:, edge:]
             step = Step(latents, *self.codes_of(latents), entered)
             if not last:

@@ -1,5 +1,8 @@
 """The two 2D base tokenizers of ALIT, section (c.1, c.2) of its spec: an f16 VQGAN and a KL-VAE.
 
+The VQGAN shares its residual block with TiTok's pixel decoder (``maskgit_vqgan.py``), but not the frame
+around it: here ``mid`` always has two blocks and the released names differ.
+
 What is unusual:
 
 - The VQGAN is the MaskGIT-style one: no attention, bias-free 3x3 convolutions, average pooling, and where
@@ -20,20 +23,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.models.vq import Codebook, nearest
-
-GROUPS = 32
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VqganSpec:
-    """MaskGIT-style VQGAN: ``channels`` times ``multipliers`` per level, ``blocks`` per level."""
-
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks: int = 2
-    latent_dim: int = 256
-    codebook_size: int = 1024
+from comit_bench.models.maskgit_vqgan import EPS, GROUPS, VqganBlock, VqganSpec
+from comit_bench.models.vq import VectorQuantizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,17 +35,17 @@ class VaeSpec:
     ``resolution``, every further level half of it. The decoder's levels have none.
     """
 
-    channels: int = 128
+    hidden: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
-    latent_dim: int = 16
+    latent_channels: int = 16
     attention_at: tuple[int, ...] = (16,)
     resolution: int = 256
     scale: float = 0.2325
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+    return nn.GroupNorm(GROUPS, channels, eps=EPS)
 
 
 class Resample(nn.Module):
@@ -99,24 +90,6 @@ def _widths(start: int, end: int, blocks: int) -> list[tuple[int, int]]:
     return [(start if i == 0 else end, end) for i in range(blocks)]
 
 
-class VqganBlock(nn.Module):
-    """Residual block of the VQGAN; a change of width replaces the input by a map of the branch."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = _norm(inputs), _norm(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        if inputs != outputs:
-            self.nin_shortcut = nn.Conv2d(outputs, outputs, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w]."""
-        u = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        out: Tensor = u + (self.nin_shortcut(u) if hasattr(self, "nin_shortcut") else x)
-        return out
-
-
 class VqganMiddle(nn.Module):
     """Two blocks at the lowest resolution."""
 
@@ -135,16 +108,16 @@ class VqganEncoder(nn.Module):
 
     def __init__(self, spec: VqganSpec) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, spec.channels, 3, padding=1, bias=False)
+        self.conv_in = nn.Conv2d(3, spec.hidden, 3, padding=1, bias=False)
         self.down = nn.ModuleList()
-        width = spec.channels
+        width = spec.hidden
         for multiplier in spec.multipliers:
-            end = spec.channels * multiplier
+            end = spec.hidden * multiplier
             self.down.append(Level([VqganBlock(a, b) for a, b in _widths(width, end, spec.blocks)]))
             width = end
         self.mid = VqganMiddle(width)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, spec.latent_dim, 1)
+        self.conv_out = nn.Conv2d(width, spec.latent_channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, C, G, G]."""
@@ -162,12 +135,12 @@ class VqganDecoder(nn.Module):
 
     def __init__(self, spec: VqganSpec) -> None:
         super().__init__()
-        width = spec.channels * spec.multipliers[-1]
-        self.conv_in = nn.Conv2d(spec.latent_dim, width, 3, padding=1)
+        width = spec.hidden * spec.multipliers[-1]
+        self.conv_in = nn.Conv2d(spec.latent_channels, width, 3, padding=1)
         self.mid = VqganMiddle(width)
         levels: list[Level] = []
         for index in reversed(range(len(spec.multipliers))):
-            end = spec.channels * spec.multipliers[index]
+            end = spec.hidden * spec.multipliers[index]
             level = Level([VqganBlock(a, b) for a, b in _widths(width, end, spec.blocks)])
             width = end
             if index > 0:
@@ -196,7 +169,7 @@ class Vqgan(nn.Module):
         self.spec = spec
         self.encoder = VqganEncoder(spec)
         self.decoder = VqganDecoder(spec)
-        self.quantize = Codebook(spec.codebook_size, spec.latent_dim)
+        self.quantize = VectorQuantizer(spec.codebook_size, spec.latent_channels, l2_norm=False)
 
     @property
     def outputs(self) -> int:
@@ -210,8 +183,7 @@ class Vqgan(nn.Module):
 
     def indices(self, features: Tensor) -> Tensor:
         """[B, C, G, G] -> nearest codebook rows, int64 [B, G*G], row-major."""
-        flat = rearrange(features, "b c h w -> (b h w) c")
-        return nearest(flat, self.quantize.embedding.weight).view(features.shape[0], -1)
+        return self.quantize.ids(rearrange(features, "b c h w -> b (h w) c"))
 
     def mix(self, logits: Tensor) -> Tensor:
         """[B, N, V] -> [B, N, C]: the mean of the codebook under softmax(logits)."""
@@ -277,11 +249,11 @@ class VaeEncoder(nn.Module):
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, spec.channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3, spec.hidden, 3, padding=1)
         self.down = nn.ModuleList()
-        width, resolution, last = spec.channels, spec.resolution, len(spec.multipliers) - 1
+        width, resolution, last = spec.hidden, spec.resolution, len(spec.multipliers) - 1
         for index, multiplier in enumerate(spec.multipliers):
-            end = spec.channels * multiplier
+            end = spec.hidden * multiplier
             attended = spec.blocks if resolution in spec.attention_at else 0
             level = Level(
                 [VaeBlock(a, b) for a, b in _widths(width, end, spec.blocks)],
@@ -294,7 +266,7 @@ class VaeEncoder(nn.Module):
             resolution //= 2
         self.mid = VaeMiddle(width)
         self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, 2 * spec.latent_dim, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, 2 * spec.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, 2C, G, G]."""
@@ -310,12 +282,12 @@ class VaeDecoder(nn.Module):
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        width = spec.channels * spec.multipliers[-1]
-        self.conv_in = nn.Conv2d(spec.latent_dim, width, 3, padding=1)
+        width = spec.hidden * spec.multipliers[-1]
+        self.conv_in = nn.Conv2d(spec.latent_channels, width, 3, padding=1)
         self.mid = VaeMiddle(width)
         levels: list[Level] = []
         for index in reversed(range(len(spec.multipliers))):
-            end = spec.channels * spec.multipliers[index]
+            end = spec.hidden * spec.multipliers[index]
             level = Level([VaeBlock(a, b) for a, b in _widths(width, end, spec.blocks + 1)])
             width = end
             if index > 0:
@@ -344,13 +316,13 @@ class Vae(nn.Module):
         self.spec = spec
         self.encoder = VaeEncoder(spec)
         self.decoder = VaeDecoder(spec)
-        self.quant_conv = nn.Conv2d(2 * spec.latent_dim, 2 * spec.latent_dim, 1)
-        self.post_quant_conv = nn.Conv2d(spec.latent_dim, spec.latent_dim, 1)
+        self.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
 
     @property
     def outputs(self) -> int:
         """What the distillation decoder predicts per image token: the latent itself."""
-        return self.spec.latent_dim
+        return self.spec.latent_channels
 
     def moments(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, 2C, G, G]: means, then log variances."""

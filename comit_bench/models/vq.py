@@ -1,6 +1,10 @@
-"""Vector quantization by the nearest row of a codebook, in slices and without one-hot matrices.
+"""Vector quantization with a learned codebook: nearest neighbour, optionally on the unit sphere.
 
-Shape legend: ``n`` vectors, ``V`` rows of the codebook, ``d`` code dimension.
+Unusual: with ``l2_norm`` the vectors *and* the codebook rows are normalised, and the code that enters a
+decoder is the normalised row, not the stored one. The search runs in chunks of rows and in float32 even
+under autocast; no one-hot matrix is ever built.
+
+Shape legend: ``...`` any leading shape, ``d`` code dimension, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -9,65 +13,61 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SCORES = 1 << 22  # distances held at once: 16 MB
+EPS = 1e-12
+CHUNK_ENTRIES = 1 << 23  # distances held at once: 32 MiB of float32
 
 
-def nearest(vectors: Tensor, table: Tensor) -> Tensor:
-    """Index of the row of ``table`` with the smallest squared distance, the lowest on ties.
+def nearest(z: Tensor, table: Tensor, *, entries: int = CHUNK_ENTRIES) -> Tensor:
+    """Index of the nearest row of ``table`` by squared distance, the first one on ties.
 
     Args:
-        vectors: [n, d].
-        table: [V, d].
+        z: float32 [M, d].
+        table: float32 [V, d].
+        entries: Distances that may exist at once.
 
     Returns:
-        int64 [n]. Computed in float32 whatever the ambient autocast: a flipped minimum is another token.
+        int64 [M].
     """
-    with torch.autocast(vectors.device.type, enabled=False):
-        vectors, table = vectors.float(), table.float()
-        half = table.square().sum(dim=-1) / 2  # |v - e|^2 / 2 less |v|^2 / 2, which is the same for all rows
-        rows = max(1, SCORES // table.shape[0])
-        return torch.cat([(half - part @ table.t()).argmin(dim=-1) for part in vectors.split(rows)])
+    squares = table.square().sum(1)
+    rows = max(entries // table.shape[0], 1)
+    parts = [(p.square().sum(1, keepdim=True) + squares - 2 * (p @ table.T)).argmin(1) for p in z.split(rows)]
+    return torch.cat(parts) if parts else z.new_zeros(0, dtype=torch.int64)
 
 
-class Codebook(nn.Module):
-    """A plain codebook; key ``embedding.weight``."""
-
-    def __init__(self, size: int, dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(size, dim)
-
-
-class VectorQuantizer(Codebook):
-    """Nearest neighbour, on the unit sphere when ``l2_norm`` is set.
+class VectorQuantizer(nn.Module):
+    """A codebook of ``size`` rows; the parameter is ``embedding.weight`` [V, d].
 
     Args:
-        size: Rows of the codebook, V.
-        dim: Code dimension, d.
-        l2_norm: Compare directions; the codes are then the *normalised* rows.
+        size: Number of entries.
+        dim: Length of one entry.
+        l2_norm: Compare directions only, and hand out unit vectors.
     """
 
-    def __init__(self, size: int, dim: int, *, l2_norm: bool = True) -> None:
-        super().__init__(size, dim)
+    def __init__(self, size: int, dim: int, *, l2_norm: bool) -> None:
+        super().__init__()
+        self.size = size
         self.l2_norm = l2_norm
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of distinct ids."""
-        return self.embedding.num_embeddings
+        self.embedding = nn.Embedding(size, dim)
 
     def table(self) -> Tensor:
-        """The codes of all ids, float32 [V, d]."""
+        """Code vectors as decoders see them: float32 [V, d]."""
         weight = self.embedding.weight.float()
-        return F.normalize(weight, dim=-1, eps=1e-12) if self.l2_norm else weight
+        return F.normalize(weight, dim=-1, eps=EPS) if self.l2_norm else weight
 
-    def ids(self, vectors: Tensor) -> Tensor:
-        """[..., d] -> int64 ids [...]."""
-        flat = vectors.float().flatten(0, -2)
-        if self.l2_norm:
-            flat = F.normalize(flat, dim=-1, eps=1e-12)
-        return nearest(flat, self.table()).view(vectors.shape[:-1])
+    def ids(self, z: Tensor) -> Tensor:
+        """[..., d] -> int64 [...]."""
+        with torch.autocast(z.device.type, enabled=False):
+            flat = z.float().flatten(0, -2)
+            if self.l2_norm:
+                flat = F.normalize(flat, dim=-1, eps=EPS)
+            return nearest(flat, self.table()).view(z.shape[:-1])
 
     def codes(self, ids: Tensor) -> Tensor:
-        """Ids [...] -> float32 codes [..., d]."""
-        rows = self.embedding.weight[ids].float()
-        return F.normalize(rows, dim=-1, eps=1e-12) if self.l2_norm else rows
+        """Ids [...] -> float32 [..., d]."""
+        with torch.autocast(ids.device.type, enabled=False):
+            return F.embedding(ids, self.table())
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., d] -> ids [...] and codes [..., d]."""
+        ids = self.ids(z)
+        return ids, self.codes(ids)

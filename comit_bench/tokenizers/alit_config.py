@@ -16,7 +16,8 @@ from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, UsageError
 from comit_bench.models.alit import Alit, AlitSpec, variant
-from comit_bench.models.alit_base import VaeSpec, VqganSpec
+from comit_bench.models.alit_base import VaeSpec
+from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors, weight_file
 
 IGNORED = ("gan_losses.",)  # training losses in the released files, with networks of their own
@@ -82,10 +83,10 @@ def _base_spec(node: Mapping[str, Any]) -> VqganSpec | VaeSpec:
         inner = node.get("ddconfig", {})
         default = VqganSpec()
         return VqganSpec(
-            channels=inner.get("ch", default.channels),
+            hidden=inner.get("ch", default.hidden),
             multipliers=tuple(inner.get("ch_mult", default.multipliers)),
             blocks=inner.get("num_res_blocks", default.blocks),
-            latent_dim=inner.get("z_channels", node.get("embed_dim", default.latent_dim)),
+            latent_hidden=inner.get("z_channels", node.get("embed_dim", default.latent_channels)),
             codebook_size=node.get("n_embed", default.codebook_size),
         )
     if kind == "vae":
@@ -93,10 +94,10 @@ def _base_spec(node: Mapping[str, Any]) -> VqganSpec | VaeSpec:
             raise ValueError("base_tokenizer.decoder_attn_resolutions must be empty: no such model is known")
         plain = VaeSpec()
         return VaeSpec(
-            channels=node.get("ch", plain.channels),
+            hidden=node.get("ch", plain.hidden),
             multipliers=tuple(node.get("ch_mult", plain.multipliers)),
             blocks=node.get("num_res_blocks", plain.blocks),
-            latent_dim=node.get("embed_dim", plain.latent_dim),
+            latent_channels=node.get("embed_dim", plain.latent_channels),
             attention_at=tuple(node.get("encoder_attn_resolutions", plain.attention_at)),
             resolution=node.get("resolution", plain.resolution),
             scale=node.get("latent_scale", plain.scale),
@@ -155,22 +156,22 @@ def config_from_spec(spec: AlitSpec) -> dict[str, Any]:
     base: dict[str, Any]
     if isinstance(spec.base, VqganSpec):
         inner = {
-            "z_channels": spec.base.latent_dim,
-            "ch": spec.base.channels,
+            "z_channels": spec.base.latent_channels,
+            "ch": spec.base.hidden,
             "ch_mult": list(spec.base.multipliers),
             "num_res_blocks": spec.base.blocks,
         }
         base = {
             "id": "vqgan",
-            "embed_dim": spec.base.latent_dim,
+            "embed_dim": spec.base.latent_channels,
             "n_embed": spec.base.codebook_size,
             "ddconfig": inner,
         }
     else:
         base = {
             "id": "vae",
-            "embed_dim": spec.base.latent_dim,
-            "ch": spec.base.channels,
+            "embed_dim": spec.base.latent_channels,
+            "ch": spec.base.hidden,
             "ch_mult": list(spec.base.multipliers),
             "num_res_blocks": spec.base.blocks,
             "encoder_attn_resolutions": list(spec.base.attention_at),

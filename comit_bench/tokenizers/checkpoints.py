@@ -1,7 +1,8 @@
 """Reading released checkpoints: find the files, check every key and shape, then load.
 
-safetensors only. A checkpoint that does not fit is refused with a list of what is missing, unexpected
-or of another shape, before anything is copied.
+safetensors, unless somebody allows one named pickle, which is then read as plain tensors and nothing else.
+A checkpoint that does not fit is refused with a list of what is missing, unexpected or of another shape,
+before anything is copied.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.files import atomic_path
 
 WEIGHT_FILES = ("model.safetensors", "weights.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHOWN = 8
 
 
@@ -70,6 +72,56 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: not a readable safetensors file ({error}). It is truncated or of another format: "
             "download or export it again."
         ) from error
+
+
+def read_pickled(path: Path, *, allow: bool) -> dict[str, Tensor]:
+    """A flat state dict out of a torch file, without running any code that the file may hold.
+
+    Args:
+        path: A ``.bin``, ``.pt`` or ``.pth`` file.
+        allow: Whether the user has allowed this (``--option allow_pickle=true``).
+
+    Raises:
+        UsageError: Not allowed.
+        CorruptFileError: Damaged, or it holds more than tensors.
+    """
+    import torch
+
+    if not allow:
+        raise UsageError(
+            f"{path}: a pickled checkpoint. It is read as tensors only, but even that must be asked for: "
+            "add --option allow_pickle=true, or convert it to safetensors."
+        )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged files make torch.load raise almost anything
+        raise CorruptFileError(
+            f"{path}: not a readable checkpoint of plain tensors ({str(error).splitlines()[0]}). It is "
+            "truncated, of another format, or holds objects that may not be loaded: download it again or "
+            "convert it to safetensors."
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise CorruptFileError(f"{path}: expected a flat dictionary of tensors, found {type(found).__name__}")
+    return {str(key): value for key, value in found.items()}
+
+
+def modern_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the attention layers of old diffusers autoencoders to today's names and shapes."""
+    renamed = {}
+    for key, value in tensors.items():
+        if ".attentions." in key:
+            for old, new in (
+                ("query", "to_q"),
+                ("key", "to_k"),
+                ("value", "to_v"),
+                ("proj_attn", "to_out.0"),
+            ):
+                key = key.replace(f".{old}.", f".{new}.")
+            value = value[:, :, 0, 0] if value.ndim == 4 else value
+        renamed[key] = value
+    return renamed
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,32 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def _is_comit(config: dict[str, Any]) -> bool:
+    predictor = config.get("predictor")
+    return isinstance(predictor, dict) and str(predictor.get("_target_", "")).endswith("RuledDiT")
+
+
+def _is_titok(config: dict[str, Any]) -> bool:
+    model = config.get("model")
+    return isinstance(model, dict) and isinstance(model.get("vq_model"), dict)
+
+
+# How the released config.json of a family is recognised.
+SIGNS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
+    ("comit", _is_comit),
+    ("titok", _is_titok),
+    ("alit", lambda config: config.get("system") == "alit"),
+    ("vqmodel", lambda config: config.get("_class_name") == "VQModel"),
+)
+
+
 def _family_of(directory: Path) -> str:
     config = read_config(directory)
     if isinstance(config.get("family"), str):
         return str(config["family"])
-    predictor = config.get("predictor")
-    if isinstance(predictor, dict) and str(predictor.get("_target_", "")).endswith("RuledDiT"):
-        return "comit"
+    for family, recognises in SIGNS:
+        if recognises(config):
+            return family
     families = sorted({entry.family for entry in tokenizers().values()})
     raise UsageError(
         f"{directory / 'config.json'}: cannot tell which tokenizer family this is (known: "
@@ -77,8 +97,8 @@ def entry_for(name: str, family: str | None = None) -> TokenizerEntry:
     if family is None and directory.is_dir():
         family = _family_of(directory)
     if family is None and "/" in name and not looks_like_path:
-        owner = name.split("/")[-1].lower()
-        family = "comit" if owner.startswith("comit") else None
+        repository = name.split("/")[-1].lower()
+        family = next((known for known, _ in SIGNS if known in repository), None)
     if family is not None:
         known = {entry.family: entry for entry in tokenizers().values()}
         if family not in known:
