@@ -86,7 +86,7 @@ def _base_spec(node: Mapping[str, Any]) -> VqganSpec | VaeSpec:
             hidden=inner.get("ch", default.hidden),
             multipliers=tuple(inner.get("ch_mult", default.multipliers)),
             blocks=inner.get("num_res_blocks", default.blocks),
-            latent_hidden=inner.get("z_channels", node.get("embed_dim", default.latent_channels)),
+            latent_channels=inner.get("z_channels", node.get("embed_dim", default.latent_channels)),
             codebook_size=node.get("n_embed", default.codebook_size),
         )
     if kind == "vae":
