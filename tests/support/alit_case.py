@@ -46,7 +46,8 @@ class Case(ParityCase):
         return self.model.spec.iterations
 
     def inputs(self) -> set[str]:
-        return {"images", "vae_eps", *(n for n in self.io if n.startswith("halt_uniform_t"))}
+        given = set() if self.has_encoder else {"base_latents"}
+        return {"images", "vae_eps", *given, *(n for n in self.io if n.startswith("halt_uniform_t"))}
 
     def of(self, what: str) -> list[Tensor] | None:
         """``what_t0`` … of all iterations, or None when the case has none."""
@@ -95,7 +96,7 @@ class Case(ParityCase):
         features = io["base_latents"]
         if self.has_encoder:
             features = base.encode(io["images"], io.get("vae_eps"))
-        seen.append(expect("base_latents", features, io["base_latents"], tolerance=FLOAT))
+            seen.append(expect("base_latents", features, io["base_latents"], tolerance=FLOAT))
         if isinstance(base, Vqgan):
             seen.append(expect("gt_indices", base.indices(features), io["gt_indices"]))
         return seen
