@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from alit_sizes import TINY, TINY_VAE
 from torch import Tensor
 from torch.nn import functional as F
 
 from comit_bench.models.alit import PRESETS, Alit, AlitSpec, select_length, variant
-from comit_bench.models.alit_base import Vae, VaeSpec, Vqgan
+from comit_bench.models.alit_base import Vae, Vqgan
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.registry import tokenizers
 from comit_bench.tokenizers.alit_config import VARIANTS, config_from_spec, spec_from_config
@@ -26,25 +27,6 @@ PUBLISHED = {  # spec (a): inference parameters; spec (f): tensors without the l
     "alit-small-vae": (272_107_999, 535),
     "alit-small-vae-continuous": (272_058_847, 534),
 }
-TINY = AlitSpec(
-    width=40,
-    layers=2,
-    heads=4,
-    decoder_width=32,
-    decoder_layers=3,
-    decoder_heads=2,
-    base=VqganSpec(hidden=32, multipliers=(2, 1), blocks=1, latent_channels=12, codebook_size=20),
-    codebook_size=64,
-    code_dim=5,
-    first_tokens=4,
-    iterations=3,
-    image_size=32,
-    patch_size=2,
-    threshold=0.05,
-)
-TINY_VAE = replace(
-    TINY, base=VaeSpec(hidden=32, multipliers=(1, 2), blocks=1, latent_channels=8, resolution=32)
-)
 
 
 def on_meta(spec: AlitSpec) -> Alit:
