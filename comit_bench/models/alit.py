@@ -75,7 +75,9 @@ class AlitSpec:
             )
         factor = 2 ** (len(self.base.multipliers) - 1)
         if factor != self.patch_size:
-            raise ValueError(f"the base tokenizer shrinks by {factor}, but the patch size is {self.patch_size}")
+            raise ValueError(
+                f"the base tokenizer shrinks by {factor}, but the patch size is {self.patch_size}"
+            )
         for name, width, heads in (
             ("encoder", self.width, self.heads),
             ("decoder", self.decoder_width, self.decoder_heads),
@@ -83,10 +85,12 @@ class AlitSpec:
             if width % heads:
                 raise ValueError(f"{name} width {width} must be a multiple of its {heads} heads")
         if self.width <= self.base.latent_channels:
-            raise ValueError(f"encoder width {self.width} must exceed the {self.base.latent_channels} base channels")
+            raise ValueError(
+                f"encoder width {self.width} must exceed the {self.base.latent_channels} base channels"
+            )
         if min(self.first_tokens, self.iterations) < 1 or self.message_length > POSITIONS:
             raise ValueError(
-                f"{self.iterations} iterations of {self.first_tokens} tokens: expected 1 to {POSITIONS} in all"
+                f"{self.iterations} iterations of {self.first_tokens} tokens: 1 to {POSITIONS} are possible"
             )
 
     @property

@@ -96,7 +96,9 @@ class AlitTokenizer:
         self.device, self.dtype = device, dtype
         self.iterations = spec.iterations if iterations is None else iterations
         if not isinstance(self.iterations, int) or not 1 <= self.iterations <= spec.iterations:
-            raise UsageError(f"iterations must be a whole number from 1 to {spec.iterations}, got {iterations!r}")
+            raise UsageError(
+                f"iterations must be a whole number from 1 to {spec.iterations}, got {iterations!r}"
+            )
         self.halting = _flag(halting, "halting") and spec.halting
         if posterior not in ("mode", "sample"):
             raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
@@ -159,9 +161,7 @@ class AlitTokenizer:
     def _pixels(self, images_u8: Tensor) -> Tensor:
         return images_u8.to(self.device, torch.float32).div(255)
 
-    def _noise(
-        self, own: Sequence[torch.Generator] | None
-    ) -> tuple[Tensor | None, list[Tensor] | None]:
+    def _noise(self, own: Sequence[torch.Generator] | None) -> tuple[Tensor | None, list[Tensor] | None]:
         """Posterior noise [B, C, 16, 16] and halting noise, T - 1 times [B, N], image by image.
 
         All T - 1 are drawn whatever ``iterations`` is, each by a call of its own, so an iteration's
@@ -242,7 +242,12 @@ class AlitTokenizer:
         spec = self.model.spec
         length = codes.shape[1] if codes.ndim == 3 else -1
         whole, wrong = divmod(length, spec.first_tokens)
-        if codes.ndim != 3 or wrong or not 1 <= whole <= spec.iterations or codes.shape[2] != self.info.code_dim:
+        if (
+            codes.ndim != 3
+            or wrong
+            or not 1 <= whole <= spec.iterations
+            or codes.shape[2] != self.info.code_dim
+        ):
             raise ValueError(
                 f"{self.info.name} decodes codes of shape [B, K, {self.info.code_dim}] with K a multiple of "
                 f"{spec.first_tokens} up to {spec.message_length}, got {list(codes.shape)}"
@@ -372,8 +377,8 @@ def _local(name: str, weights: str | None, choice: Variant | None, base: object,
     if VARIANTS.get(name) != choice:
         raise UsageError(
             f"no weights were released for {choice.preset} with base={base or choice.base} and "
-            f"latent={latent or ('quantized' if choice.quantized else 'continuous')}: pass --weights. Released: "
-            f"{', '.join(VARIANTS)}"
+            f"latent={latent or ('quantized' if choice.quantized else 'continuous')}: pass --weights. "
+            f"Released: {', '.join(VARIANTS)}"
         )
     return required(name, hint=" or pass --weights DIR")
 
@@ -433,5 +438,3 @@ def load(
     data = choice.data if choice is not None and released else "unknown"
     info = _info(model, label, sha256_file(path), data=data, licence="none stated" if released else "unknown")
     return AlitTokenizer(model, info, device=device, **options)
-
-

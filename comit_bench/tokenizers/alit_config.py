@@ -218,7 +218,9 @@ def unpack(content: object, source: Path) -> dict[str, Tensor]:
     """
     inner = content.get("ema", content) if isinstance(content, Mapping) else content
     if not isinstance(inner, Mapping) or not all(isinstance(v, Tensor) for v in inner.values()):
-        raise CorruptFileError(f"{source}: expected a state dict, or a mapping with the entry 'ema' that is one")
+        raise CorruptFileError(
+            f"{source}: expected a state dict, or a mapping with the entry 'ema' that is one"
+        )
     return without_losses(inner)
 
 

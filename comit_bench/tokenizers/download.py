@@ -58,7 +58,7 @@ def download(url: str, target: Path, *, advance: Advance | None = None, pause: f
             now = part.stat().st_size if part.is_file() else 0
             failures = 0 if now > before else failures + 1
             if failures >= ATTEMPTS or not _worth_a_retry(error):
-                reason = getattr(error, "reason", None) or error or type(error).__name__
+                reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
                 kept = f" {now:,} bytes are kept; the same command continues from there." if now else ""
                 raise MissingError(f"{url}: the download failed ({reason}).{kept}") from error
             time.sleep(pause)
@@ -71,7 +71,9 @@ def download(url: str, target: Path, *, advance: Advance | None = None, pause: f
 def _worth_a_retry(error: Exception) -> bool:
     """An unknown host or a refused connection will not mend itself within seconds."""
     reason = getattr(error, "reason", None)
-    return not (isinstance(error, URLError) and not isinstance(error, HTTPError) and isinstance(reason, OSError))
+    return not (
+        isinstance(error, URLError) and not isinstance(error, HTTPError) and isinstance(reason, OSError)
+    )
 
 
 def _read_note(note: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ is noticed even after the folder was deleted.
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -94,10 +95,8 @@ def _remember(source: str, digest: str) -> None:
     write_atomic(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
-def fetch(
-    name: str, *, keep: bool = False, url: str | None = None, advance: Advance | None = None
-) -> Path:
-    """Bring the released weights of ``name`` into the cache, as safetensors; does nothing when they are there.
+def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Advance | None = None) -> Path:
+    """Bring the released weights of ``name`` into the cache, as safetensors, unless they are there.
 
     Args:
         name: A name of ``releases.RELEASES``.
@@ -207,10 +206,15 @@ def read_pickle(file: Path, *, allow: tuple[str, ...] = ()) -> Any:
         with torch.serialization.safe_globals(classes):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the reader raises whatever the bytes make of it
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own text advises to run it: not repeated
+        if named:
+            raise CorruptFileError(
+                f"{file}: it names {named[1]}, which is no tensor and will not be loaded. It is not the "
+                "released file."
+            ) from error
         raise CorruptFileError(
-            f"{file}: cannot be read as a weight file ({reason}). It is truncated or of another format: "
-            "fetch it again."
+            f"{file}: cannot be read as a weight file ({type(error).__name__}). It is truncated or of "
+            "another format: fetch it again."
         ) from error
 
 

@@ -139,9 +139,7 @@ class Case(ParityCase):
             seen.append(expect(f"halt_prob_t{t}", done.halt_probability, want, tolerance=FLOAT))
             seen.append(expect(f"drop_mask_t{t}", done.dropped.to(want), self.io[f"drop_mask_t{t}"]))
             if f"logits_t{t}" in self.io:
-                seen.append(
-                    expect(f"logits_t{t}", done.predicted, self.io[f"logits_t{t}"], tolerance=FLOAT)
-                )
+                seen.append(expect(f"logits_t{t}", done.predicted, self.io[f"logits_t{t}"], tolerance=FLOAT))
         return seen
 
     def decoder(self) -> list[str]:
