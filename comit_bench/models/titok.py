@@ -43,6 +43,7 @@ class VitSize:
     heads: int
 
 
+SPREAD = 2.0  # of untrained baselines; with 1.0 most tokens are still the same for all images
 SIZES = {
     "small": VitSize(width=512, layers=8, heads=8),
     "base": VitSize(width=768, layers=12, heads=12),
@@ -147,7 +148,7 @@ class TitokEncoder(nn.Module):
         else:
             columns = latents.transpose(1, 2)
         z: Tensor = self.conv_out(columns.unsqueeze(-1))  # [B, d, K, 1]
-        return rearrange(z, "b d k 1 -> b k d")
+        return z.squeeze(-1).transpose(1, 2)
 
     def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
         """[B, 3, S, S] in [0, 1] and [K, D] -> [B, K, d]."""
@@ -197,11 +198,11 @@ class TitokDecoder(nn.Module):
         last = 1 + self.grid**2
         x = run_blocks(self.transformer, self.sequence(codes), read=slice(1, last), shared=last)
         x = rearrange(self.ln_post(x), "b (h w) d -> b d h w", h=self.grid)
-        x = self.ffn(x)
+        out: Tensor = self.ffn(x)
         if self.conv_out is None:
-            return x
-        x = rearrange(x, "b (p q c) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
-        out: Tensor = self.conv_out(x)
+            return out
+        x = rearrange(out, "b (p q c) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
+        out = self.conv_out(x)
         return out
 
 
@@ -240,11 +241,16 @@ class Titok(nn.Module):
         return image
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Initialise for training from scratch, section (c) of the spec, from an explicit CPU generator.
+    def init_weights(self, generator: torch.Generator, *, spread: bool = False) -> None:
+        """Initialise for training from scratch, section (c) of the spec.
 
         What the spec leaves open (the pixel decoder is never trained from scratch) is initialised as
         torch initialises convolutions.
+
+        Args:
+            generator: CPU generator.
+            spread: Draw the transformers' matrices much wider. A freshly initialised network sends
+                nearly the same message for every image, so the untrained baseline does this.
         """
         for module in self.modules():
             if isinstance(module, nn.LayerNorm | nn.GroupNorm):
@@ -266,6 +272,8 @@ class Titok(nn.Module):
                 value.normal_(0.0, value.shape[-1] ** -0.5, generator=generator)
             else:
                 nn.init.trunc_normal_(value, std=0.02, generator=generator)
+            if spread and ".transformer." in name and value.ndim == 2:
+                value.normal_(0.0, SPREAD * value.shape[1] ** -0.5, generator=generator)
             parameter.copy_(value)
 
 

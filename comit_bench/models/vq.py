@@ -9,6 +9,8 @@ Shape legend: ``...`` any leading shape, ``d`` code dimension, ``V`` vocabulary.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,11 @@ def nearest(z: Tensor, table: Tensor, *, entries: int = CHUNK_ENTRIES) -> Tensor
     return torch.cat(parts) if parts else z.new_zeros(0, dtype=torch.int64)
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside; the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class VectorQuantizer(nn.Module):
     """A codebook of ``size`` rows; the parameter is ``embedding.weight`` [V, d].
 
@@ -56,7 +63,7 @@ class VectorQuantizer(nn.Module):
 
     def ids(self, z: Tensor) -> Tensor:
         """[..., d] -> int64 [...]."""
-        with torch.autocast(z.device.type, enabled=False):
+        with _full_precision(z.device):
             flat = z.float().flatten(0, -2)
             if self.l2_norm:
                 flat = F.normalize(flat, dim=-1, eps=EPS)
@@ -64,7 +71,7 @@ class VectorQuantizer(nn.Module):
 
     def codes(self, ids: Tensor) -> Tensor:
         """Ids [...] -> float32 [..., d]."""
-        with torch.autocast(ids.device.type, enabled=False):
+        with _full_precision(ids.device):
             return F.embedding(ids, self.table())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:

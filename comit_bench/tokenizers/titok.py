@@ -120,13 +120,13 @@ def spec_from_config(config: Mapping[str, Any], source: Path) -> TitokSpec:
     mode = node.get("quantize_mode", "vq")
     if mode != "vq":
         raise UsageError(
-            f"{source}: quantize_mode {mode!r}: only 'vq' has discrete tokens; the VAE variants are continuous"
+            f"{source}: quantize_mode {mode!r}: only 'vq' is discrete; the VAE variants are continuous"
         )
     legacy, pixels = (_flag(node, key, True, source) for key in ("is_legacy", "finetune_decoder"))
     if legacy != pixels:
         raise UsageError(
-            f"{source}: is_legacy {legacy} with finetune_decoder {pixels}: released tokenizers have both true "
-            "(pixels from a VQGAN) or both false (RGB directly). A stage-1 checkpoint has no pixel decoder."
+            f"{source}: is_legacy {legacy} with finetune_decoder {pixels}: released tokenizers have both "
+            "true (pixels from a VQGAN) or both false (RGB directly); a stage-1 file has no pixel decoder."
         )
     reduced = _node(config, "reduced", source) if "reduced" in config else {}
     try:
@@ -390,7 +390,7 @@ def _load_random(preset: str, seed: int) -> tuple[Titok, TokenizerInfo]:
     if preset not in PRESETS:
         raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
     model = build(PRESETS[preset], empty=True).to_empty(device="cpu")
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model.init_weights(torch.Generator().manual_seed(seed), spread=True)
     return model, _info(model, preset, f"random:{seed}", released=False, trained=False)
 
 
