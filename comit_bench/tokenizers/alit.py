@@ -94,11 +94,10 @@ class AlitTokenizer:
         spec = model.spec
         self.model = model.to(device).requires_grad_(False).eval()
         self.device, self.dtype = device, dtype
-        self.iterations = spec.iterations if iterations is None else iterations
-        if not isinstance(self.iterations, int) or not 1 <= self.iterations <= spec.iterations:
-            raise UsageError(
-                f"iterations must be a whole number from 1 to {spec.iterations}, got {iterations!r}"
-            )
+        wanted = spec.iterations if iterations is None else iterations
+        if wanted not in range(1, spec.iterations + 1):
+            raise UsageError(f"iterations must be a whole number from 1 to {spec.iterations}, got {wanted!r}")
+        self.iterations = int(wanted)
         self.halting = _flag(halting, "halting") and spec.halting
         if posterior not in ("mode", "sample"):
             raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
@@ -136,7 +135,7 @@ class AlitTokenizer:
         automatic = cuda and importlib.util.find_spec("triton") is not None
         decoder = self.model.base.decoder
         if cuda:
-            decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            decoder.to(memory_format=torch.channels_last)
         if automatic if wanted == "auto" else _flag(wanted, "compile"):
             decoder.compile()  # in place: parameter names stay
 

@@ -201,7 +201,7 @@ def read_pickle(file: Path, *, allow: tuple[str, ...] = ()) -> Any:
     """
     import torch
 
-    classes: list[Callable[..., Any]] = [resolve(target) for target in allow]
+    classes: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [resolve(target) for target in allow]
     try:
         with torch.serialization.safe_globals(classes):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
