@@ -57,6 +57,7 @@ _COMIT = "comit_bench.tokenizers.comit:load"
 _TITOK = "comit_bench.tokenizers.titok:load"
 _FLEXTOK = "comit_bench.tokenizers.flextok:load"
 _VQMODEL = "comit_bench.tokenizers.vqmodel:load"
+_ALIT = "comit_bench.tokenizers.alit:load"
 _KMEANS = "comit_bench.tokenizers.kmeans:load"
 _PIXELS = "comit_bench.tokenizers.pixels:load"
 BUILTIN = (
@@ -191,6 +192,67 @@ BUILTIN = (
         family="vqmodel",
         target=_VQMODEL,
         source="any diffusers VQModel: --weights DIR",
+    ),
+    TokenizerEntry(
+        name="alit-small",
+        family="alit",
+        target=_ALIT,
+        parameters=262.05,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-small",
+    ),
+    TokenizerEntry(
+        name="alit-small-in100",
+        family="alit",
+        target=_ALIT,
+        parameters=262.05,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-small-in100",
+    ),
+    TokenizerEntry(
+        name="alit-base",
+        family="alit",
+        target=_ALIT,
+        parameters=228.69,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-base",
+    ),
+    TokenizerEntry(
+        name="alit-semilarge",
+        family="alit",
+        target=_ALIT,
+        parameters=463.59,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-semilarge",
+    ),
+    TokenizerEntry(
+        name="alit-small-continuous",
+        family="alit",
+        target=_ALIT,
+        parameters=262.0,
+        message_length=256,
+        source="comit-bench weights fetch alit-small-continuous",
+    ),
+    TokenizerEntry(
+        name="alit-small-vae",
+        family="alit",
+        target=_ALIT,
+        parameters=272.11,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-small-vae",
+    ),
+    TokenizerEntry(
+        name="alit-small-vae-continuous",
+        family="alit",
+        target=_ALIT,
+        parameters=272.06,
+        message_length=256,
+        source="comit-bench weights fetch alit-small-vae-continuous",
     ),
     TokenizerEntry(
         name="kmeans-patch",

@@ -70,6 +70,7 @@ SIGNS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
     ("comit", _is_comit),
     ("titok", _is_titok),
     ("flextok", _is_flextok),
+    ("alit", lambda config: config.get("system") == "alit"),
     ("vqmodel", lambda config: config.get("_class_name") == "VQModel"),
 )
 
