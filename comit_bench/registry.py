@@ -58,6 +58,7 @@ _TITOK = "comit_bench.tokenizers.titok:load"
 _FLEXTOK = "comit_bench.tokenizers.flextok:load"
 _VQMODEL = "comit_bench.tokenizers.vqmodel:load"
 _ALIT = "comit_bench.tokenizers.alit:load"
+_SELFTOK = "comit_bench.tokenizers.selftok:load"
 _KMEANS = "comit_bench.tokenizers.kmeans:load"
 _PIXELS = "comit_bench.tokenizers.pixels:load"
 BUILTIN = (
@@ -253,6 +254,24 @@ BUILTIN = (
         parameters=272.06,
         message_length=256,
         source="comit-bench weights fetch alit-small-vae-continuous",
+    ),
+    TokenizerEntry(
+        name="selftok-512",
+        family="selftok",
+        target=_SELFTOK,
+        parameters=2169.4,
+        message_length=512,
+        vocab_size=32768,
+        source="comit-bench weights fetch selftok-512",
+    ),
+    TokenizerEntry(
+        name="selftok-1024",
+        family="selftok",
+        target=_SELFTOK,
+        parameters=2169.66,
+        message_length=1024,
+        vocab_size=32768,
+        source="comit-bench weights fetch selftok-1024",
     ),
     TokenizerEntry(
         name="kmeans-patch",

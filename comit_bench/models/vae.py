@@ -113,13 +113,18 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KLVaeSpec:
-    """A diffusers ``AutoencoderKL`` with a latent scale; defaults are the sizes of Stable Diffusion's."""
+    """A diffusers ``AutoencoderKL`` with a latent scale; defaults are the sizes of Stable Diffusion's.
+
+    Latents are ``(mode - shift) * scale``; ``quant_convs`` are the 1x1 convolutions beside the latents.
+    """
 
     channels: int = 4
     widths: tuple[int, ...] = (128, 256, 512, 512)
     layers: int = 2
     groups: int = 32
     scale: float = 1.0
+    shift: float = 0.0
+    quant_convs: bool = True
 
     @property
     def factor(self) -> int:
@@ -129,10 +134,12 @@ class KLVaeSpec:
 class KLVae(nn.Module):
     """A KL autoencoder with any number of latent channels and any latent scale.
 
-    Unlike :class:`SDVae` it always computes in float32, also under autocast, and shows its posterior.
+    Unlike :class:`SDVae` it computes in one type, float32 unless :meth:`set_dtype` says otherwise, also
+    under autocast, and shows its posterior.
     """
 
     stochastic = True
+    dtype = torch.float32
 
     def __init__(self, spec: KLVaeSpec) -> None:
         super().__init__()
@@ -150,8 +157,15 @@ class KLVae(nn.Module):
                 "latent_channels": spec.channels,
                 "norm_num_groups": spec.groups,
                 "scaling_factor": spec.scale,
+                "use_quant_conv": spec.quant_convs,
+                "use_post_quant_conv": spec.quant_convs,
             }
         )
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in ``dtype``, images and the arithmetic around the latents of ``encode`` included."""
+        self.dtype = dtype
+        self.vae.to(dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -180,7 +194,7 @@ class KLVae(nn.Module):
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] -> mean and clamped log-variance, [B, C, S/f, S/f] each, unscaled."""
         with _full_precision(images.device):
-            posterior = self.vae.encode(images.float()).latent_dist
+            posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         return posterior.mean, posterior.logvar
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -188,12 +202,13 @@ class KLVae(nn.Module):
         mean, logvar = self.posterior(images)
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar) * noise
-        return mean * self.scale
+        return (mean - self.spec.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 3, f h, f w], not clamped."""
         with _full_precision(latents.device):
-            images: Tensor = self.vae.decode(latents.float() / self.scale).sample
+            unscaled = latents.float() / self.scale + self.spec.shift
+            images: Tensor = self.vae.decode(unscaled.to(self.dtype)).sample
         return images
 
 

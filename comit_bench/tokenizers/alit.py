@@ -41,7 +41,7 @@ from comit_bench.tokenizers.weights import required, weight_source
 
 LATENTS = ("codes", "prequant", "raw")
 ADAPTER_OPTIONS = ("iterations", "halting", "posterior", "latents", "compile", "dtype")
-OPTIONS = ("base", "latent", *ADAPTER_OPTIONS)
+OPTIONS = ("base", "latent", "allow_pickle", *ADAPTER_OPTIONS)
 DEMO_LAYER = 6  # of 8, in the released notebook
 _log = logging.getLogger(__name__)
 
@@ -364,10 +364,18 @@ def _load_random(name: str, choice: Variant | None, seed: int) -> tuple[Alit, To
     return model.eval(), _info(model, name, f"random:{seed}", data="none", licence="none")
 
 
-def _local(name: str, weights: str | None, choice: Variant | None, base: object, latent: object) -> Path:
+def _local(
+    name: str,
+    weights: str | None,
+    choice: Variant | None,
+    base: object,
+    latent: object,
+    *,
+    allow_pickle: bool,
+) -> Path:
     """The directory or file that holds the weights."""
     if weights:
-        return weight_source(name, Path(weights).expanduser())
+        return weight_source(name, Path(weights).expanduser(), allow_pickle=allow_pickle)
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory
@@ -396,13 +404,13 @@ def load(
     Args:
         name: ``alit-small``, ``alit-base``, ``alit-semilarge``, one of their released variants, or a
             checkpoint directory.
-        weights: Checkpoint directory, a file of weights (``.safetensors``, or a released ``.pth``, which is
-            converted once), ``random`` (untrained), or None: the directory or the cache.
+        weights: Checkpoint directory, a file of weights (``.safetensors``, or, if ``allow_pickle``, a released
+            ``.pth``, which is converted once), ``random`` (untrained), or None: the directory or the cache.
         device: Where it runs.
         offline: Changes nothing: loading never uses the network, ``weights fetch`` does.
         seed: Of random weights.
-        **options: ``base`` (vqgan, vae) and ``latent`` (quantized, continuous) choose a variant; the others
-            are those of :class:`AlitTokenizer`.
+        **options: ``base`` (vqgan, vae) and ``latent`` (quantized, continuous) choose a variant;
+            ``allow_pickle`` (default off); the others are those of :class:`AlitTokenizer`.
 
     Raises:
         MissingError: The weights are not on this machine.
@@ -412,6 +420,7 @@ def load(
     for option in options.keys() - set(OPTIONS):
         raise UsageError(f"ALIT has no option {option!r}.{did_you_mean(option, OPTIONS)}")
     base, latent = options.pop("base", None), options.pop("latent", None)
+    allow = _flag(options.pop("allow_pickle", "off"), "allow_pickle")
     label, choice = name.lower(), None
     if label in VARIANTS and not Path(name).is_dir():
         label, choice = choose_variant(label, base, latent)
@@ -419,7 +428,7 @@ def load(
         raise UsageError("the options base and latent choose among released names; a checkpoint has its own")
     if weights == "random":
         return AlitTokenizer(*_load_random(label, choice, seed), device=device, **options)
-    local = _local(label if choice else name, weights, choice, base, latent)
+    local = _local(label if choice else name, weights, choice, base, latent, allow_pickle=allow)
     if local.is_file():
         if choice is None:
             raise UsageError(

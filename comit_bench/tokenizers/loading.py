@@ -65,12 +65,19 @@ def _is_flextok(config: dict[str, Any]) -> bool:
     return all(isinstance(part, dict) and isinstance(part.get("module_dict"), dict) for part in parts)
 
 
+def _is_selftok(config: dict[str, Any]) -> bool:
+    encoder = config.get("encoder")
+    kind = config.get("kind") in ("tokenizer", "renderer")
+    return config.get("system") == "selftok" or (kind and isinstance(encoder, dict) and "query_dim" in encoder)
+
+
 # How the released config.json of a family is recognised.
 SIGNS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
     ("comit", _is_comit),
     ("titok", _is_titok),
     ("flextok", _is_flextok),
     ("alit", lambda config: config.get("system") == "alit"),
+    ("selftok", _is_selftok),
     ("vqmodel", lambda config: config.get("_class_name") == "VQModel"),
 )
 

@@ -71,6 +71,20 @@ def _alit(name: str, file: str, link: str, state: str) -> Release:
     )
 
 
+_SELFTOK = "comit_bench.tokenizers.selftok_config"
+
+
+def _selftok(name: str, file: str) -> Release:
+    return Release(
+        name=name,
+        file=f"{file}_ckpt.pth",
+        hub="selftok-team/SelftokTokenizer",
+        unpack=f"{_SELFTOK}:unpack",
+        config=f"{_SELFTOK}:released_config",
+        check=f"{_SELFTOK}:check_fits",
+    )
+
+
 RELEASES: tuple[Release, ...] = (
     _alit(
         "alit-small",
@@ -114,6 +128,10 @@ RELEASES: tuple[Release, ...] = (
         "bq2yzr7dufvrpnycb856b/alit_small_vae_continuous_latents.pth?rlkey=hjx6jpr6vvfzhtgkp1cc1rnrs",
         "4aa1vyh9",
     ),
+    _selftok("selftok-512", "tokenizer_512"),
+    _selftok("selftok-512-renderer", "renderer_512"),
+    _selftok("selftok-1024", "tokenizer_1024"),
+    _selftok("selftok-1024-renderer", "renderer_1024"),
 )
 
 

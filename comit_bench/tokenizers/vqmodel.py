@@ -179,6 +179,22 @@ def _encode_flops(model: Any, side: int) -> float:
     return float(counter.get_total_flops())
 
 
+def _directory(source: str, *, offline: bool) -> Path:
+    """The checkpoint directory of that name, or of a hub id.
+
+    Raises:
+        MissingError: It is not here and cannot be had.
+    """
+    from comit_bench.tokenizers.hub import fetch
+
+    local = Path(source).expanduser()
+    if not local.is_dir():
+        if "/" not in source or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise MissingError(f"{source}: no such directory. Give one that holds {' and '.join(FILES)}.")
+        local = fetch(source, FILES, offline=offline, hint="or pass --weights DIR")
+    return local
+
+
 def load(
     name: str,
     *,
@@ -205,8 +221,6 @@ def load(
     """
     from diffusers import VQModel
 
-    from comit_bench.tokenizers.hub import fetch
-
     for option in options.keys() - set(OPTIONS):
         raise UsageError(f"vqmodel has no option {option!r}.{did_you_mean(option, OPTIONS)}")
     resolution = options.pop("resolution", None)
@@ -216,11 +230,7 @@ def load(
             "vqmodel stands for any diffusers VQModel: name one with --weights DIR (or a hub id), or give "
             "the directory itself as the tokenizer. There are no weights of its own."
         )
-    local = Path(source).expanduser()
-    if not local.is_dir():
-        if "/" not in source or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise MissingError(f"{source}: no such directory. Give one that holds {' and '.join(FILES)}.")
-        local = fetch(source, FILES, offline=offline, hint="or pass --weights DIR")
+    local = _directory(source, offline=offline)
     config = read_config(local)
     side, grid = read_spec(config, local / FILES[0], resolution)
     path = local / FILES[1]

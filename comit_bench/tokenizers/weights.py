@@ -4,6 +4,10 @@ Below ``<cache>/weights`` every name has a folder with ``model.safetensors``, ``
 family knows one, and ``source.json`` (where the file came from, its checksum). ``checksums.json`` remembers
 the checksum of every source that was ever fetched or converted, so that a file that changes behind its link
 is noticed even after the folder was deleted.
+
+Pickles: ``fetch`` and ``convert`` read the file that the command names, as tensors only, without further
+questions. A pickle that is loaded as a tokenizer (``--weights FILE.pth``) needs ``allow_pickle=true``
+(``weight_source``). The rule stands in ``checkpoints.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import cache_root, sha256_file, write_atomic
-from comit_bench.tokenizers.checkpoints import WEIGHT_FILES, write_tensors
+from comit_bench.tokenizers.checkpoints import PICKLES, WEIGHT_FILES, require_allowed, write_tensors
 from comit_bench.tokenizers.download import Advance, download
 from comit_bench.tokenizers.releases import Release, find_release, resolve
 
@@ -27,7 +31,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 SOURCE = "source.json"
 
 
@@ -237,22 +240,23 @@ def state(name: str) -> str:
     return "downloading" if folder.is_dir() and any(folder.glob("*.part")) else "missing"
 
 
-def weight_source(name: str, weights: Path) -> Path:
+def weight_source(name: str, weights: Path, *, allow_pickle: bool) -> Path:
     """What ``--weights PATH`` means: a directory or safetensors file as it is, a pickle converted.
 
     Raises:
         MissingError: No such path.
-        UsageError: A file of another kind.
+        UsageError: A file of another kind, or a pickle that was not allowed.
     """
     if weights.is_dir():
         return weights
     if not weights.is_file():
         raise MissingError(
             f"--weights {weights}: no such file or directory. Give a directory with config.json and "
-            f"{WEIGHT_FILES[0]}, a .safetensors or {PICKLED[0]} file of {name}, or 'random'."
+            f"{WEIGHT_FILES[0]}, a .safetensors or .pth file of {name}, or 'random'."
         )
     if weights.suffix == ".safetensors":
         return weights
-    if weights.suffix in PICKLED:
+    if weights.suffix in PICKLES:
+        require_allowed(weights, allow_pickle)
         return converted(name, weights)
-    raise UsageError(f"--weights {weights}: expected .safetensors or one of {', '.join(PICKLED)}")
+    raise UsageError(f"--weights {weights}: expected .safetensors or one of {', '.join(PICKLES)}")
