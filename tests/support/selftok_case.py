@@ -99,7 +99,7 @@ class Case(ParityCase):
         spec, config = self.model.spec, self.config
         assert (spec.tokens, spec.vocab_size) == (config["k"], config["quantizer"]["codebook_size"])
         assert config.get("batch", len(self.io["latents"])) == len(self.io["latents"])
-        return []
+        return ["latents"]
 
     def encoder(self) -> list[str]:
         io, encoder = self.io, self.model.encoder
@@ -177,10 +177,11 @@ class Case(ParityCase):
         io, seen = self.io, []
         if self.config["kind"] == "renderer":
             return self.see("pred_latents", plain_render(self.model, io["codes"]))
-        grid = time_grid(self.steps)
-        for step in range(self.steps):
+        grid, schedule = time_grid(self.steps), self.model.spec.schedule
+        assert schedule is not None
+        counts = visible_counts(grid[:-1], schedule, self.model.spec.tokens)
+        for step, visible in enumerate(counts):
             if f"step{step}_x" in io:
-                visible = int(io["k_visible"][step])
                 velocity = plain_velocity(self.model, io[f"step{step}_x"], io["codes"], grid[step], visible)
                 seen += self.see(f"step{step}_v", velocity)
         return seen
