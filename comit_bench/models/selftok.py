@@ -296,7 +296,7 @@ class _Head(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class TimeStates:
-    """Modulations of T times: of the image per block [6, T, 1, H], the last context and the head [2, T, 1, H]."""
+    """Modulations of T times: image per block [6, T, 1, H], last context and head [2, T, 1, H]."""
 
     blocks: list[Tensor]
     last_context: Tensor
@@ -430,7 +430,7 @@ class Selftok(nn.Module):
                     nn.init.constant_(parameter, float(name.endswith("weight")))
                 elif name.endswith("bias"):
                     nn.init.normal_(parameter, std=0.5 if gate else 0.0, generator=generator)
-                elif "t_embedder" in name or not name.endswith("weight"):
+                elif not name.endswith("weight") or ("t_embedder" in name and zero_gates):
                     nn.init.normal_(parameter, std=0.02, generator=generator)
                 else:
                     nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)

@@ -158,9 +158,7 @@ class DualBlock(nn.Module):
         mlp_ratio: Hidden size of both MLPs over their width.
     """
 
-    def __init__(
-        self, width: int, heads: int, query_width: int, query_heads: int, mlp_ratio: float
-    ) -> None:
+    def __init__(self, width: int, heads: int, query_width: int, query_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.attn = DualAttention(width, heads, query_width, query_heads)
         self.mlp = Mlp(width, int(width * mlp_ratio))

@@ -55,7 +55,9 @@ def constants(model: Selftok) -> Constants:
     decoder = model.model
     one = torch.ones(1, device=decoder.context_pos_embed.device)
     return Constants(
-        model.encoder.states(), decoder.context_states(), decoder.time_states(one) if decoder.renders else None
+        model.encoder.states(),
+        decoder.context_states(),
+        decoder.time_states(one) if decoder.renders else None,
     )
 
 

@@ -164,8 +164,9 @@ class KLVae(nn.Module):
 
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Compute in ``dtype``, images and the arithmetic around the latents of ``encode`` included."""
-        self.dtype = dtype
-        self.vae.to(dtype)
+        if dtype != self.dtype:
+            self.dtype = dtype
+            nn.Module.to(self.vae, dtype)  # diffusers' own warns that it would be wrong for other models
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

@@ -404,8 +404,9 @@ def load(
     Args:
         name: ``alit-small``, ``alit-base``, ``alit-semilarge``, one of their released variants, or a
             checkpoint directory.
-        weights: Checkpoint directory, a file of weights (``.safetensors``, or, if ``allow_pickle``, a released
-            ``.pth``, which is converted once), ``random`` (untrained), or None: the directory or the cache.
+        weights: Checkpoint directory, a file of weights (``.safetensors``, or, if ``allow_pickle``, a
+            released ``.pth``, which is converted once), ``random`` (untrained), or None: the directory or
+            the cache.
         device: Where it runs.
         offline: Changes nothing: loading never uses the network, ``weights fetch`` does.
         seed: Of random weights.

@@ -1,8 +1,8 @@
 """Reading released checkpoints: find the files, check every key and shape, then load.
 
-safetensors, unless somebody names one pickle, which is then read as plain tensors and nothing else. One rule for
-all families: ``comit-bench weights fetch | convert NAME`` may read the released pickle of that name, for the
-command itself names it; a pickle that is to be loaded as a tokenizer must be allowed with
+safetensors, unless somebody names one pickle, which is then read as plain tensors and nothing else. One
+rule for all families: ``comit-bench weights fetch | convert NAME`` may read the released pickle of that
+name, for the command itself names it; a pickle that is to be loaded as a tokenizer must be allowed with
 ``--option allow_pickle=true`` (:func:`require_allowed`).
 A checkpoint that does not fit is refused with a list of what is missing, unexpected or of another shape,
 before anything is copied.

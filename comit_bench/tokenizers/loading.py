@@ -68,7 +68,9 @@ def _is_flextok(config: dict[str, Any]) -> bool:
 def _is_selftok(config: dict[str, Any]) -> bool:
     encoder = config.get("encoder")
     kind = config.get("kind") in ("tokenizer", "renderer")
-    return config.get("system") == "selftok" or (kind and isinstance(encoder, dict) and "query_dim" in encoder)
+    return config.get("system") == "selftok" or (
+        kind and isinstance(encoder, dict) and "query_dim" in encoder
+    )
 
 
 # How the released config.json of a family is recognised.

@@ -100,8 +100,9 @@ def choose_schedule(
     if spec.tokens == sum(ASSUMED_1024.counts):
         return ASSUMED_1024, True
     raise UsageError(
-        f"SelfTok: the schedule of visible tokens of a diffusion decoder with {spec.tokens} tokens is not known. "
-        "Pass --option k_per_stage=N,N,… (tokens per stage), and --option stages=…,1000 if there are not five."
+        f"SelfTok: the schedule of visible tokens of a diffusion decoder with {spec.tokens} tokens is not "
+        "known. Pass --option k_per_stage=N,N,… (tokens per stage), and --option stages=…,1000 if there are "
+        "not five."
     )
 
 
@@ -321,8 +322,8 @@ def _open(
     if weights is None and not directory.is_dir():
         if preset not in PRESETS:
             raise MissingError(
-                f"{name}: no such directory, and no name of SelfTok (the hub repository holds .pth files only: "
-                f"`comit-bench weights fetch {' | '.join(PRESETS)}`).{did_you_mean(name, PRESETS)}"
+                f"{name}: no such directory, and no name of SelfTok (the hub repository holds .pth files "
+                f"only: `comit-bench weights fetch {' | '.join(PRESETS)}`).{did_you_mean(name, PRESETS)}"
             )
         directory = required(release, hint=" or pass --weights DIR")
     elif weights is not None:
@@ -347,8 +348,8 @@ def _released(
     spec, preset = found.model.spec, name.lower()
     if spec.kind != chosen and (decoder is not None or preset in PRESETS):
         raise UsageError(
-            f"{found.weights}: this is a checkpoint with the decoder {spec.kind}, not {chosen}: pass --option "
-            f"decoder={spec.kind}, or the other checkpoint"
+            f"{found.weights}: this is a checkpoint with the decoder {spec.kind}, not {chosen}: pass "
+            f"--option decoder={spec.kind}, or the other checkpoint"
         )
     if preset in PRESETS and spec.tokens != PRESETS[preset].tokens:
         raise UsageError(f"{found.weights}: a checkpoint of {spec.tokens} tokens is not {preset}")
@@ -379,13 +380,14 @@ def load(
 
     Args:
         name: ``selftok-512``, ``selftok-1024``, or a checkpoint directory.
-        weights: Checkpoint directory, a file of weights (``.safetensors``, or, if ``allow_pickle``, a released
-            ``.pth``, which is converted once), ``random`` (untrained), or None: the directory or the cache.
+        weights: Checkpoint directory, a file of weights (``.safetensors``, or, if ``allow_pickle``, a
+            released ``.pth``, which is converted once), ``random`` (untrained), or None: the directory or
+            the cache.
         device: Where it runs.
         offline: Never ask the hub for the VAE.
         seed: Of random weights.
-        **options: ``decoder`` (diffusion, renderer), ``vae`` (directory of SD3's), ``allow_pickle``; the others
-            are those of :class:`SelftokTokenizer`.
+        **options: ``decoder`` (diffusion, renderer), ``vae`` (directory of SD3's), ``allow_pickle``; the
+            others are those of :class:`SelftokTokenizer`.
 
     Raises:
         MissingError: The weights are not on this machine.

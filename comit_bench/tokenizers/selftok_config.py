@@ -1,9 +1,9 @@
 """SelfTok's released files and ``config.json`` -> sizes, tensors, schedule.
 
-The original's configs are YAML files of a whole program and are not shipped with the weights. Here, as in the
-parity cases, a ``config.json`` states what the tensors cannot: the kind of decoder, the numbers of heads, the
-schedule of visible tokens, and the constructor arguments of the VAE. Sizes are read off the tensors; where the
-config states one as well, both must agree.
+The original's configs are YAML files of a whole program and are not shipped with the weights. Here, as in
+the parity cases, a ``config.json`` states what the tensors cannot: the kind of decoder, the numbers of
+heads, the schedule of visible tokens, and the constructor arguments of the VAE. Sizes are read off the
+tensors; where the config states one as well, both must agree.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class _Node:
         for key, allowed in _FIXED.get(name, {}).items():
             if node.get(key, allowed[0]) not in allowed:
                 raise UsageError(
-                    f"{source}: {name}.{key} is {node[key]!r}: only {allowed[0]!r} was released and is computed"
+                    f"{source}: {name}.{key} is {node[key]!r}: only {allowed[0]!r} was released and is "
+                    "computed"
                 )
 
     def _label(self, key: str) -> str:
@@ -129,8 +130,8 @@ class _Node:
         stated = self.node.get(key, found)
         if stated != found:
             raise UsageError(
-                f"{self.source}: {self._label(key)} is {stated!r}, but the tensors have {found:g}. Config and "
-                "weights do not belong together."
+                f"{self.source}: {self._label(key)} is {stated!r}, but the tensors have {found:g}. "
+                "Config and weights do not belong together."
             )
 
 
@@ -144,9 +145,7 @@ def _numbers(value: object, what: str) -> tuple[int, ...]:
     try:
         return tuple(int(str(part).strip()) for part in parts)
     except ValueError as error:
-        raise UsageError(
-            f"{what}: expected whole numbers separated by commas, got {value!r}"
-        ) from error
+        raise UsageError(f"{what}: expected whole numbers separated by commas, got {value!r}") from error
 
 
 def read_schedule(stages: object, counts: object, what: str) -> Schedule:
@@ -261,7 +260,9 @@ def spec_from_config(
     top, codes = _Node(config, "", source), _Node(config, "quantizer", source)
     kind = "renderer" if is_renderer(shapes) else "diffusion"
     if KINDS.get(config.get("kind", ""), kind) != kind:
-        raise UsageError(f"{source}: kind is {config['kind']!r}, but the tensors are those of a {kind} decoder")
+        raise UsageError(
+            f"{source}: kind is {config['kind']!r}, but the tensors are those of a {kind} decoder"
+        )
     tokens = _dimension(shapes, "encoder.query_tokens", 1, 3, source)
     size, dim = (_dimension(shapes, "encoder.quantizer._codebook.embed", axis, 3, source) for axis in (1, 2))
     patch_weight = "encoder.x_embedder.proj.weight"

@@ -1,9 +1,9 @@
 """SelfTok's files <-> network.
 
-A checkpoint is a directory with ``model.safetensors`` (or ``weights.safetensors``) under the released key names
-and ``config.json`` (``selftok_config.py``), or one file of weights together with a name. The VAE is not in it:
-``vae_weights.safetensors`` beside it, with its constructor arguments in the config's node ``vae``; or a
-diffusers directory ``vae/``, or one that is named; or the hub's.
+A checkpoint is a directory with ``model.safetensors`` (or ``weights.safetensors``) under the released key
+names and ``config.json`` (``selftok_config.py``), or one file of weights together with a name. The VAE is
+not in it: ``vae_weights.safetensors`` beside it, with its constructor arguments in the config's node
+``vae``; or a diffusers directory ``vae/``, or one that is named; or the hub's.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def find_vae(
         return vae_spec(read_config(folder), folder / VAE_FILES[0]), folder / VAE_FILES[1]
     if named is not None:
         raise MissingError(
-            f"--option vae={named}: this directory does not hold {' and '.join(VAE_FILES)}, the VAE of SD3 as "
-            "diffusers stores it."
+            f"--option vae={named}: this directory does not hold {' and '.join(VAE_FILES)}, the VAE of SD3 "
+            "as diffusers stores it."
         )
     from comit_bench.tokenizers.hub import fetch
 

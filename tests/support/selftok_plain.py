@@ -114,7 +114,9 @@ def _trunk(
         if not last:
             own = silu(time_embedding(state, f"{b}.context_block.t_embedder", positions(k)))
         o = linear(state, f"{b}.context_block.adaLN_modulation.1", own).split(width, dim=-1)
-        q1, k1, v1 = linear(state, f"{b}.context_block.attn.qkv", norm(context) * (1 + o[1]) + o[0]).chunk(3, -1)
+        q1, k1, v1 = linear(state, f"{b}.context_block.attn.qkv", norm(context) * (1 + o[1]) + o[0]).chunk(
+            3, -1
+        )
         q2, k2, v2 = linear(state, f"{b}.x_block.attn.qkv", norm(image) * (1 + m[1]) + m[0]).chunk(3, -1)
         joined = [torch.cat(pair, dim=1) for pair in ((q1, q2), (k1, k2), (v1, v2))]
         mixed = softmax_attention(*joined, heads, mask)

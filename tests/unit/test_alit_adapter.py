@@ -342,9 +342,11 @@ def test_files_of_weights_by_name(tmp_path: Path, checkpoint: Path, monkeypatch:
     content = {"ema": {**tensors, **extra}, "args": Namespace(epochs=1), "epoch": 3}
     torch.save(content, released)
     for given in (checkpoint / "model.safetensors", released, released):
-        tokenizer = load_tokenizer("alit-small", weights=str(given), device="cpu")
+        tokenizer = load_tokenizer("alit-small", weights=str(given), device="cpu", allow_pickle="true")
         assert tokenizer.info.name == "alit-small"
         assert torch.equal(tokenizer.encode(images(2)).ids, want)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="allow_pickle=true"):
+        load_tokenizer("alit-small", weights=str(released), device="cpu")
     folders = list((tmp_path / "cache" / "weights").glob("alit-small-*"))
     assert len(folders) == 1, "converted once"
     assert not any(key.startswith("gan_losses") for key in load_file(folders[0] / "model.safetensors"))

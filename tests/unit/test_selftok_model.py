@@ -154,9 +154,13 @@ def test_key_contract_and_published_sizes(k: int, decoder: str) -> None:
     assert found == key_table(k, decoder)
     every = found | ignored
     assert len(every) == len(found) + len(ignored) == 998
-    numbers = {part: sum(key.startswith(part) for key in every) for part in ("diffusion.", "encoder.", "model.")}
+    numbers = {
+        part: sum(key.startswith(part) for key in every) for part in ("diffusion.", "encoder.", "model.")
+    }
     assert list(numbers.values()) == [4, 406, 588]
-    assert used({key: torch.empty(shape, device="meta") for key, shape in every.items()}).keys() == found.keys()
+    assert (
+        used({key: torch.empty(shape, device="meta") for key, shape in every.items()}).keys() == found.keys()
+    )
     unread = {"encoder": 2 * (512 + 16), "model": 2 * 1536**2 + (256 + 16) * 1536 + 4 * 1536}  # parameters
     assert sum(torch.Size(s).numel() for n, s in ignored.items() if ".final_layer" in n) == unread["encoder"]
     encoder, network = count(model.encoder) + unread["encoder"], count(model.model) + unread["model"]
@@ -225,7 +229,9 @@ def test_positions() -> None:
         central_crop(table, 6, 2)
     context = context_table(3, 8).double()
     w = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    torch.testing.assert_close(context[0, 2], torch.cat([(1016 * w).sin(), (1016 * w).cos()]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        context[0, 2], torch.cat([(1016 * w).sin(), (1016 * w).cos()]), atol=1e-6, rtol=0
+    )
     embed = ScalarEmbed(8)
     seen: list[Tensor] = []
     embed.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -352,7 +358,9 @@ def test_grid_is_rounded_once(steps: int) -> None:
         return Fraction(struct.unpack("f", struct.pack("f", float(value)))[0])
 
     delta = Fraction(struct.unpack("f", struct.pack("f", -1 / steps))[0])
-    want = [f32(1 + i * delta) if i < (steps + 1) // 2 else f32(-(steps - i) * delta) for i in range(steps + 1)]
+    want = [
+        f32(1 + i * delta) if i < (steps + 1) // 2 else f32(-(steps - i) * delta) for i in range(steps + 1)
+    ]
     assert [Fraction(s) for s in time_grid(steps).tolist()] == want
 
 
