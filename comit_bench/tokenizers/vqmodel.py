@@ -236,11 +236,10 @@ def load(
     path = local / FILES[1]
     if not path.is_file():
         raise MissingError(f"{path}: not found. A VQModel directory holds {' and '.join(FILES)}.")
-    tensors = modern_attention(read_tensors(path))
     with torch.device("meta"):
         model: Any = cast(Any, VQModel).from_config(config)
     flops = _encode_flops(model, side)
-    load_checked(model, tensors, path)
+    load_checked(model, modern_attention(read_tensors(path)), path)
     size, dim = model.quantize.embedding.weight.shape
     info = TokenizerInfo(
         name=source if not Path(source).is_dir() else local.resolve().name,
