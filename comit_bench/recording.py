@@ -81,7 +81,7 @@ def make_record(
     }
     notes = [f"{key}: {value}" for key, value in result.extra.items() if key in NOTES]
     if not row.trained:
-        notes.append("untrained: random weights with non-zero gates, so that messages differ at all")
+        notes.append("untrained: random weights, drawn so wide that messages differ at all")
     return Record(
         tokenizer=row,
         task=task,

@@ -30,6 +30,7 @@ from comit_bench.models.vae import build_vae
 from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
 from comit_bench.tokenizers.checkpoints import (
     load_checked,
+    modern_attention,
     read_config,
     read_tensors,
     weight_file,
@@ -260,13 +261,7 @@ def sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor
     if not (local / VAE_FILES[1]).is_file():
         directory = fetch(repository, VAE_FILES, offline=offline, hint=f"or put them into {local}")
     tensors = read_tensors(directory / VAE_FILES[1])
-    renamed = {}
-    for key, value in tensors.items():
-        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-            key = key.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
-        squeezed = value[:, :, 0, 0] if ".attentions." in key and value.ndim == 4 else value
-        renamed[f"vae.vae.{key}"] = squeezed
-    return renamed
+    return {f"vae.vae.{key}": value for key, value in modern_attention(tensors).items()}
 
 
 class ComitTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,49 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def _is_comit(config: dict[str, Any]) -> bool:
+    predictor = config.get("predictor")
+    return isinstance(predictor, dict) and str(predictor.get("_target_", "")).endswith("RuledDiT")
+
+
+def _is_titok(config: dict[str, Any]) -> bool:
+    model = config.get("model")
+    return isinstance(model, dict) and isinstance(model.get("vq_model"), dict)
+
+
+def _is_flextok(config: dict[str, Any]) -> bool:
+    inner = config.get("config", {})  # some files wrap everything in one more node
+    blocks = config if "encoder" in config else inner if isinstance(inner, dict) else {}
+    parts = (blocks.get("encoder"), blocks.get("decoder"))
+    return all(isinstance(part, dict) and isinstance(part.get("module_dict"), dict) for part in parts)
+
+
+def _is_selftok(config: dict[str, Any]) -> bool:
+    encoder = config.get("encoder")
+    kind = config.get("kind") in ("tokenizer", "renderer")
+    return config.get("system") == "selftok" or (
+        kind and isinstance(encoder, dict) and "query_dim" in encoder
+    )
+
+
+# How the released config.json of a family is recognised.
+SIGNS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
+    ("comit", _is_comit),
+    ("titok", _is_titok),
+    ("flextok", _is_flextok),
+    ("alit", lambda config: config.get("system") == "alit"),
+    ("selftok", _is_selftok),
+    ("vqmodel", lambda config: config.get("_class_name") == "VQModel"),
+)
+
+
 def _family_of(directory: Path) -> str:
     config = read_config(directory)
     if isinstance(config.get("family"), str):
         return str(config["family"])
-    predictor = config.get("predictor")
-    if isinstance(predictor, dict) and str(predictor.get("_target_", "")).endswith("RuledDiT"):
-        return "comit"
+    for family, recognises in SIGNS:
+        if recognises(config):
+            return family
     families = sorted({entry.family for entry in tokenizers().values()})
     raise UsageError(
         f"{directory / 'config.json'}: cannot tell which tokenizer family this is (known: "
@@ -77,8 +114,8 @@ def entry_for(name: str, family: str | None = None) -> TokenizerEntry:
     if family is None and directory.is_dir():
         family = _family_of(directory)
     if family is None and "/" in name and not looks_like_path:
-        owner = name.split("/")[-1].lower()
-        family = "comit" if owner.startswith("comit") else None
+        repository = name.split("/")[-1].lower()
+        family = next((known for known, _ in SIGNS if known in repository), None)
     if family is not None:
         known = {entry.family: entry for entry in tokenizers().values()}
         if family not in known:

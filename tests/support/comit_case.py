@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
+from parity import ParityCase, expect
 from torch import Tensor, nn
 
 from comit_bench.models.comit import Comit
@@ -29,39 +28,18 @@ from comit_bench.models.comit_codec import (
 )
 from comit_bench.models.crops import CropPolicy
 from comit_bench.models.flow import Guidance
-from comit_bench.tokenizers.checkpoints import read_tensors
 from comit_bench.tokenizers.comit import load_directory
 
 FLOAT, SAMPLED = 1e-4, 1e-4  # stricter than the case READMEs, which allow 2e-4 for sampled latents
 INPUTS = {"images", "dec.noise", "adapt.noise", "vel.t", "vel.t_batch"}
 
 
-def expect(name: str, got: Tensor, want: Tensor, *, tolerance: float | None = None) -> str:
-    """Compare and return the name. Integers and tolerance None compare exactly."""
-    assert got.shape == want.shape, f"{name}: shape {list(got.shape)} instead of {list(want.shape)}"
-    if tolerance is None or not want.is_floating_point():
-        wrong = int((got.to(want.dtype) != want).sum())
-        assert wrong == 0, f"{name}: {wrong} of {want.numel()} values differ"
-    else:
-        worst = (got.double() - want.double()).abs().max().item()
-        assert worst <= tolerance, f"{name}: largest difference {worst:.2e}, allowed {tolerance:.0e}"
-    return name
-
-
-@dataclass
-class ComitCase:
-    """A case folder and what has been compared so far."""
-
-    folder: Path
-    compared: dict[str, list[str]] = field(default_factory=dict)
+class Case(ParityCase):
+    """One COMiT case: ``calls.json`` says which calls of the original were recorded."""
 
     @cached_property
     def model(self) -> Comit:
         return load_directory(self.folder, offline=True)[0].requires_grad_(False)
-
-    @cached_property
-    def io(self) -> dict[str, Tensor]:
-        return read_tensors(self.folder / "io.safetensors")
 
     @cached_property
     def calls(self) -> dict[str, Any]:
@@ -71,6 +49,9 @@ class ComitCase:
     @property
     def images(self) -> Tensor:
         return self.io["images"].float()
+
+    def inputs(self) -> set[str]:
+        return INPUTS
 
     def checks(self) -> dict[str, Callable[[], list[str]]]:
         """One named check per recorded call and per tensor group. Unknown names become failures."""
@@ -96,13 +77,6 @@ class ComitCase:
         if any(name.startswith("dbg.") for name in self.io):
             jobs["dbg"] = self.internals
         return jobs
-
-    def run(self, name: str) -> list[str]:
-        """Run one check once, without gradients (as the adapter does), and remember what it compared."""
-        if name not in self.compared:
-            with torch.no_grad():
-                self.compared[name] = self.checks()[name]()
-        return self.compared[name]
 
     def unknown(self, key: str) -> list[str]:
         raise AssertionError(f"{self.folder}: calls.json records {key!r}, which this test does not know")

@@ -1,0 +1,257 @@
+"""Adapter for any diffusers ``VQModel``: a grid of discrete tokens from a convolutional autoencoder.
+
+A checkpoint is a directory as diffusers writes it: ``config.json`` (``_class_name`` is ``VQModel``) and
+``diffusion_pytorch_model.safetensors``. Tokens are read in raster order; the code of a token is its codebook
+row, before ``post_quant_conv``.
+
+Unusual: such a network takes images of any size, and the ``sample_size`` of its config is only a hint that
+several released ones left at the class's default of 32. ``resolution=N`` overrides it, and is stored with
+every score.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.files import sha256_file
+from comit_bench.models.vq import nearest
+from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.checkpoints import load_checked, modern_attention, read_config, read_tensors
+from comit_bench.tokenizers.pixels import warn_policy
+
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+OPTIONS = ("dtype", "resolution")
+DEFAULT_SAMPLE_SIZE = 32  # of the diffusers class, whatever the network was trained on
+_log = logging.getLogger(__name__)
+
+
+def read_spec(config: dict[str, Any], source: Path, resolution: object) -> tuple[int, int]:
+    """Image side and tokens per side.
+
+    Args:
+        config: Content of ``config.json``.
+        source: File named in errors.
+        resolution: What the user asked for, or None.
+
+    Raises:
+        UsageError: Another class, or images that the network cannot cut into whole tokens.
+    """
+    if config.get("_class_name") != "VQModel":
+        raise UsageError(f"{source}: _class_name is {config.get('_class_name')!r}, expected 'VQModel'")
+    blocks = config.get("down_block_types") or ["DownEncoderBlock2D"]
+    factor = 1 << (len(blocks) - 1)
+    if resolution is None:
+        resolution = int(config.get("sample_size") or DEFAULT_SAMPLE_SIZE)
+        if resolution == DEFAULT_SAMPLE_SIZE:
+            _log.warning(
+                "%s: sample_size is %d, the class's default, which may not be what the network was trained "
+                "on: --option resolution=N sets it",
+                source,
+                resolution,
+            )
+    if not isinstance(resolution, int) or resolution < factor or resolution % factor:
+        raise UsageError(
+            f"--option resolution={resolution}: this VQModel makes one token of {factor} x {factor} pixels, "
+            f"so the side must be a multiple of {factor}"
+        )
+    if config.get("in_channels", 3) != 3 or config.get("out_channels", 3) != 3:
+        raise UsageError(f"{source}: in_channels and out_channels must be 3 (RGB)")
+    return resolution, resolution // factor
+
+
+class VqModelTokenizer:
+    """A diffusers ``VQModel`` behind the tokenizer contract.
+
+    Args:
+        model: Network in eval mode.
+        info: Its description.
+        grid: Tokens per side.
+        flops: FLOPs of encoding one image.
+        device: Where it runs.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the search stays in float32.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        info: TokenizerInfo,
+        *,
+        grid: int,
+        flops: float,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model.to(device).requires_grad_(False).eval()
+        self.grid, self.flops = grid, flops
+        self.device = device
+        self.dtype = dtype
+        self.info = info
+        info.options["dtype"] = str(dtype).split(".")[-1]
+
+    @property
+    def table(self) -> Tensor:
+        """The codebook, float32 [V, d]."""
+        weight: Tensor = self.model.quantize.embedding.weight
+        return weight.float()
+
+    def encode_flops(self, policy: str | None) -> float:
+        """FLOPs per image of the encoder, counted when it was loaded."""
+        return self.flops
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def encode(
+        self,
+        images_u8: Tensor,
+        *,
+        policy: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tokens:
+        """Tokenize uint8 [B, 3, S, S]; nothing about it is random.
+
+        Raises:
+            ValueError: Wrong shape or type.
+        """
+        check_images(images_u8, self.info)
+        warn_policy(self.info.name, policy)
+
+        def tile(images: Tensor) -> Tokens:
+            with torch.inference_mode():
+                x = images.to(self.device, torch.float32).div(127.5).sub(1)
+                with self._autocast():
+                    z = self.model.quant_conv(self.model.encoder(x))
+                flat = rearrange(z.float(), "b d h w -> (b h w) d")
+                ids = nearest(flat, self.table).view(len(images), -1)
+                return Tokens(ids, self.codes_from_ids(ids))
+
+        return in_tiles(tile, images_u8, tile=TILE)
+
+    def codes_from_ids(self, ids: Tensor) -> Tensor:
+        """Integers [..., K] -> float32 [..., K, d].
+
+        Raises:
+            ValueError: An id outside the vocabulary.
+        """
+        size = self.info.vocab_size or 0
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+            raise ValueError(f"ids must lie in 0..{size - 1}")
+        return torch.nn.functional.embedding(ids.to(self.device), self.table)
+
+    def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """Messages -> uint8 [B, 3, S, S]; the seeds change nothing.
+
+        Raises:
+            ValueError: Codes of another shape.
+        """
+        expected = (self.info.message_length, self.info.code_dim)
+        if tokens.codes.ndim != 3 or tuple(tokens.codes.shape[1:]) != expected:
+            raise ValueError(
+                f"{self.info.name} decodes codes of shape [B, {expected[0]}, {expected[1]}], "
+                f"got {list(tokens.codes.shape)}"
+            )
+        spatial = self.model.config.get("norm_type", "group") == "spatial"
+
+        def tile(codes: Tensor) -> Tokens:
+            with torch.inference_mode(), self._autocast():
+                latents = rearrange(codes.to(self.device), "b (h w) d -> b d h w", h=self.grid)
+                hidden = self.model.post_quant_conv(latents)
+                image = self.model.decoder(hidden, latents if spatial else None).float()
+                return Tokens(None, image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
+
+        return in_tiles(tile, tokens.codes, tile=TILE).codes
+
+
+def _encode_flops(model: Any, side: int) -> float:
+    """Of a network on the meta device, where counting costs nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.quant_conv(model.encoder(torch.empty(1, 3, side, side, device="meta")))
+    return float(counter.get_total_flops())
+
+
+def _directory(source: str, *, offline: bool) -> Path:
+    """The checkpoint directory of that name, or of a hub id.
+
+    Raises:
+        MissingError: It is not here and cannot be had.
+    """
+    from comit_bench.tokenizers.hub import fetch
+
+    local = Path(source).expanduser()
+    if not local.is_dir():
+        if "/" not in source or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise MissingError(f"{source}: no such directory. Give one that holds {' and '.join(FILES)}.")
+        local = fetch(source, FILES, offline=offline, hint="or pass --weights DIR")
+    return local
+
+
+def load(
+    name: str,
+    *,
+    weights: str | None = None,
+    device: torch.device,
+    offline: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> VqModelTokenizer:
+    """Load a diffusers ``VQModel``.
+
+    Args:
+        name: A directory, a hub id, or ``vqmodel`` together with ``weights``.
+        weights: Directory or hub id.
+        device: Where it runs.
+        offline: Never ask the hub.
+        seed: Makes no difference.
+        **options: ``resolution`` in pixels (default: the config's ``sample_size``) and ``dtype``.
+
+    Raises:
+        MissingError: No weights on this machine and the hub is out of reach.
+        UsageError: Unknown option, no checkpoint named, or one that does not fit.
+        CorruptFileError: A file that cannot be read.
+    """
+    from diffusers import VQModel
+
+    for option in options.keys() - set(OPTIONS):
+        raise UsageError(f"vqmodel has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    resolution = options.pop("resolution", None)
+    source = weights or name
+    if source.lower() in ("vqmodel", "random"):
+        raise UsageError(
+            "vqmodel stands for any diffusers VQModel: name one with --weights DIR (or a hub id), or give "
+            "the directory itself as the tokenizer. There are no weights of its own."
+        )
+    local = _directory(source, offline=offline)
+    config = read_config(local)
+    side, grid = read_spec(config, local / FILES[0], resolution)
+    path = local / FILES[1]
+    if not path.is_file():
+        raise MissingError(f"{path}: not found. A VQModel directory holds {' and '.join(FILES)}.")
+    with torch.device("meta"):
+        model: Any = cast(Any, VQModel).from_config(config)
+    flops = _encode_flops(model, side)
+    load_checked(model, modern_attention(read_tensors(path)), path)
+    size, dim = model.quantize.embedding.weight.shape
+    info = TokenizerInfo(
+        name=source if not Path(source).is_dir() else local.resolve().name,
+        family="vqmodel",
+        kind="learned",
+        weights=sha256_file(path),
+        parameters=sum(p.numel() for p in model.parameters()),
+        message_length=grid * grid,
+        vocab_size=size,
+        code_dim=dim,
+        resolution=side,
+        preprocessing=f"resize_short({side},bicubic)|center_crop({side})",
+        options={"resolution": str(side)},
+    )
+    return VqModelTokenizer(model, info, grid=grid, flops=flops, device=device, **options)
