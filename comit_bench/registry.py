@@ -58,6 +58,7 @@ class TokenizerEntry:
 _COMIT = "comit_bench.tokenizers.comit:load"
 _TITOK = "comit_bench.tokenizers.titok:load"
 _FLEXTOK = "comit_bench.tokenizers.flextok:load"
+_GRID = "comit_bench.tokenizers.vq_grid:load"
 _VQMODEL = "comit_bench.tokenizers.vqmodel:load"
 _ALIT = "comit_bench.tokenizers.alit:load"
 _SELFTOK = "comit_bench.tokenizers.selftok:load"
@@ -165,6 +166,24 @@ BUILTIN = (
         message_length=256,
         vocab_size=8192,
         source="hub yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
+    ),
+    TokenizerEntry(
+        name="titok-nano",
+        family="titok",
+        target=_TITOK,
+        parameters=0.28,
+        message_length=16,
+        vocab_size=1024,
+        source="ships with the package",
+    ),
+    TokenizerEntry(
+        name="vq-grid-nano",
+        family="vq-grid",
+        target=_GRID,
+        parameters=0.49,
+        message_length=16,
+        vocab_size=1000,
+        source="ships with the package",
     ),
     TokenizerEntry(
         name="flextok-d12-d12",

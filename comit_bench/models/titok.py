@@ -108,6 +108,18 @@ PRESETS: dict[str, TitokSpec] = {
     "titok-bl-64": _single_stage("base", 64),
     "titok-bl-128": _single_stage("base", 128),
     "titok-sl-256": _single_stage("small", 256),
+    # ours, for the embedded scenes: the single-stage decoder with the codebook on the sphere of the legacy
+    # family, which stays in use where the plain one collapses
+    "titok-nano": TitokSpec(
+        encoder=VitSize(width=64, layers=2, heads=2),
+        decoder=VitSize(width=64, layers=3, heads=2),
+        message_length=16,
+        vocab_size=1024,
+        image_size=32,
+        encoder_patch=4,
+        decoder_patch=4,
+        pixels=None,
+    ),
 }
 
 

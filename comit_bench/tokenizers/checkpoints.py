@@ -21,6 +21,7 @@ from comit_bench.files import atomic_path
 
 WEIGHT_FILES = ("model.safetensors", "weights.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+ATTENTION_NAMES = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 SHOWN = 8
 
 
@@ -125,14 +126,10 @@ def modern_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for key, value in tensors.items():
         if ".attentions." in key:
-            for old, new in (
-                ("query", "to_q"),
-                ("key", "to_k"),
-                ("value", "to_v"),
-                ("proj_attn", "to_out.0"),
-            ):
+            for old, new in ATTENTION_NAMES:
                 key = key.replace(f".{old}.", f".{new}.")
-            value = value[:, :, 0, 0] if value.ndim == 4 else value
+            projection = any(f".{new}." in key for _, new in ATTENTION_NAMES)
+            value = value[:, :, 0, 0] if projection and value.ndim == 4 else value
         renamed[key] = value
     return renamed
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import sha256_file, write_atomic
+from comit_bench.files import sha256_file, shipped_weights, write_atomic
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.models.titok import PRESETS, SIZES, Titok, TitokSpec, VitSize
 from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
@@ -45,6 +45,7 @@ HUB = {
     "titok-bl-128": "yucornetto/tokenizer_titok_bl128_vq8k_imagenet",
     "titok-sl-256": "yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
 }
+SHIPPED = ("titok-nano",)  # weights come with the package
 PICKLED = "pytorch_model.bin"
 IGNORED = ("quantize.embed_prob", "pixel_encoder.")  # never needed to encode or decode
 OPTIONS = ("dtype", "compile", "allow_pickle")
@@ -183,15 +184,22 @@ def config_from_spec(spec: TitokSpec) -> dict[str, Any]:
     return {**config, "reduced": reduced} if reduced else config
 
 
-def save(model: Titok, directory: Path, *, config: dict[str, Any] | None = None) -> None:
+def save(
+    model: Titok,
+    directory: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write ``config.json`` and ``model.safetensors`` in the released layout.
 
     Args:
         model: The network.
         directory: Made if absent.
         config: Written verbatim when given (to keep a released config as it was).
+        dtype: Of the stored weights; loading always gives float32.
     """
-    write_tensors(directory / WEIGHT_FILES[0], model.state_dict())
+    write_tensors(directory / WEIGHT_FILES[0], {k: v.to(dtype) for k, v in model.state_dict().items()})
     text = json.dumps(config or config_from_spec(model.spec), indent=1)
     write_atomic(directory / "config.json", text + "\n")
 
@@ -353,8 +361,21 @@ def _yes(value: object, option: str) -> bool:
     return text in ("true", "yes", "1")
 
 
-def _info(model: Titok, name: str, weights: str, *, released: bool, trained: bool = True) -> TokenizerInfo:
+def _info(
+    model: Titok,
+    name: str,
+    weights: str,
+    *,
+    released: bool,
+    trained: bool = True,
+    facts: Mapping[str, Any] | None = None,
+) -> TokenizerInfo:
     spec = model.spec
+    known = {
+        "training_data": ("ImageNet-1k" if released else "unknown") if trained else "none",
+        "weights_licence": ("Apache-2.0 (earlier: MIT)" if released else "unknown") if trained else "none",
+        **(facts or {}),  # what our own files say about themselves
+    }
     return TokenizerInfo(
         name=name,
         family="titok",
@@ -367,8 +388,8 @@ def _info(model: Titok, name: str, weights: str, *, released: bool, trained: boo
         resolution=spec.image_size,
         preprocessing=f"resize_short({spec.image_size},bicubic)|center_crop({spec.image_size})",
         trained=trained,
-        training_data=("ImageNet-1k" if released else "unknown") if trained else "none",
-        weights_licence=("Apache-2.0 (earlier: MIT)" if released else "unknown") if trained else "none",
+        training_data=str(known["training_data"]),
+        weights_licence=str(known["weights_licence"]),
     )
 
 
@@ -406,9 +427,9 @@ def load(
     """Load a TiTok tokenizer by preset name, hub id or directory.
 
     Args:
-        name: ``titok-l-32`` … ``titok-sl-256``, a hub id, or a checkpoint directory.
+        name: ``titok-l-32`` … ``titok-sl-256``, ``titok-nano``, a hub id, or a checkpoint directory.
         weights: Checkpoint directory, a single file of weights (with a preset name), ``random``
-            (untrained), or None: the directory or the hub.
+            (untrained), or None: the directory, what ships, or the hub.
         device: Where it runs.
         offline: Never ask the hub.
         seed: Of random weights.
@@ -432,9 +453,12 @@ def load(
             f"--weights {weights}: no such file or directory. Give a directory with config.json and "
             "model.safetensors, one file of weights, or 'random'."
         )
-    released = weights is None and not local.is_dir()
+    released = weights is None and not local.is_dir() and preset not in SHIPPED
+    if weights is None and preset in SHIPPED and not local.is_dir():
+        local = shipped_weights(preset)
     if released:
         local = _fetch(HUB.get(preset, name), offline=offline, allow_pickle=allow)
+    facts: Mapping[str, Any] | None = None
     if local.is_file():
         if preset not in PRESETS:
             raise UsageError(
@@ -444,7 +468,7 @@ def load(
         path, model = local, load_file(PRESETS[preset], local, allow_pickle=allow)
     else:
         path, model = find_weights(local), load_directory(local, allow_pickle=allow)
+        facts = read_config(local).get("comit_bench")
     label = preset if preset in PRESETS else (name if not Path(name).is_dir() else Path(name).resolve().name)
-    return TitokTokenizer(
-        model, _info(model, label, sha256_file(path), released=released), device=device, **options
-    )
+    info = _info(model, label, sha256_file(path), released=released, facts=facts)
+    return TitokTokenizer(model, info, device=device, **options)

@@ -15,7 +15,7 @@ import typer
 from comit_bench.errors import BenchError, UsageError
 
 if TYPE_CHECKING:
-    from comit_bench.train.config import TeacherRun, TrainConfig
+    from comit_bench.train.config import AutoencoderRun, TeacherRun, TrainConfig
 
 INTERRUPTED = 130
 
@@ -33,12 +33,12 @@ def train(
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train a COMiT tokenizer and export it as a folder that `comit-bench run --tokenizer` takes.
+    """Train a tokenizer and export it as a folder that `comit-bench run --tokenizer` takes.
 
     On several GPUs or nodes: `torchrun --nproc-per-node N -m comit_bench.train …` or `accelerate launch`.
     """
     from comit_bench.console import set_up_logging
-    from comit_bench.train.config import TeacherRun, load_run
+    from comit_bench.train.config import TrainConfig, load_run
 
     set_up_logging()
     if list_presets:
@@ -50,8 +50,8 @@ def train(
     # for model cards; where the files lie changes nothing
     told = [text for text in overrides or () if not text.startswith("output=")]
     command = "python -m comit_bench.train --config " + shlex.join([config, *told])
-    if isinstance(settings, TeacherRun):
-        raise typer.Exit(_train_teacher(settings, dry_run, command, progress=not quiet))
+    if not isinstance(settings, TrainConfig):
+        raise typer.Exit(_train_small(settings, dry_run, command, progress=not quiet))
     if dry_run:
         typer.echo(_plan(settings, device))
         return
@@ -113,17 +113,25 @@ def _push(config: TrainConfig, exported: Path) -> int:
     return 0
 
 
-def _train_teacher(run: TeacherRun, dry_run: bool, command: str, *, progress: bool) -> int:
+def _train_small(run: TeacherRun | AutoencoderRun, dry_run: bool, command: str, *, progress: bool) -> int:
     import yaml
+
+    from comit_bench.train.config import TeacherRun
 
     if dry_run:
         text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
         typer.echo(f"{text}# output: {run.output / run.name}")
         return 0
-    from comit_bench.train.teacher import fit_teacher
-
     try:
-        typer.echo(str(fit_teacher(run, progress=progress, command=command)))
+        if isinstance(run, TeacherRun):
+            from comit_bench.train.teacher import fit_teacher
+
+            folder = fit_teacher(run, progress=progress, command=command)
+        else:
+            from comit_bench.train.autoencoder import fit_autoencoder
+
+            folder = fit_autoencoder(run, progress=progress, command=command)
+        typer.echo(str(folder))
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; the same command continues from the last checkpoint.\n")
         return INTERRUPTED

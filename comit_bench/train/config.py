@@ -310,6 +310,41 @@ class TeacherRun(_Config):
             raise UsageError(f"scenes-teacher: {error}") from error
 
 
+class AutoencoderRun(_Config):
+    """A run that trains a small autoencoder on the scenes: one loss on pixels, one on the codebook."""
+
+    kind: Literal["autoencoder"]
+    name: str
+    model: Literal["vq-grid-nano", "titok-nano"]
+    seed: int = 0
+    steps: Count = 3000
+    batch: Annotated[int, Field(ge=2)] = 64
+    count: Count = 50000  # training scenes, those of data.count of the COMiT presets
+    val_count: Annotated[int, Field(ge=2)] = 500
+    codebook_weight: NotNegative = 1.0  # of the quantizer's losses, where it has any
+    commitment: NotNegative = 0.25
+    # rows of a codebook that nothing chose for that many steps become vectors of the batch; 0: never
+    restart_every: Annotated[int, Field(ge=0)] = 0
+    restart_until: Annotated[int, Field(ge=0)] = 0  # no restarts from this step on
+    log_every: Count = 25
+    validate_every: Count = 250
+    save_every: Count = 250
+    output: Path = Path("runs")
+    weights_licence: str = "Apache-2.0"
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> AutoencoderRun:
+        if self.optim.ema or self.optim.ema_warmup:
+            raise ValueError("optim.ema: an autoencoder exports its last weights, set optim.ema to 0")
+        if self.restart_every and self.model == "vq-grid-nano":
+            raise ValueError("restart_every: vq-grid-nano has no codebook to restart, set it to 0")
+        return self
+
+
+AnyRun = TrainConfig | TeacherRun | AutoencoderRun
+
+
 def preset_folder() -> Path:
     """Where the shipped training presets lie."""
     return Path(str(files("comit_bench"))) / "train" / "presets"
@@ -365,7 +400,7 @@ def _read(name_or_file: str, overrides: tuple[str, ...]) -> tuple[dict[str, Any]
     return raw, path
 
 
-def load_run(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConfig | TeacherRun:
+def load_run(name_or_file: str, overrides: tuple[str, ...] = ()) -> AnyRun:
     """Like :func:`load_config`, for anything that can be trained: ``kind`` says what.
 
     Raises:
@@ -378,8 +413,10 @@ def load_run(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConfig 
         teacher = validate_mapping(raw, path, TeacherRun)
         teacher.spec()
         return teacher
+    if kind == "autoencoder":
+        return validate_mapping(raw, path, AutoencoderRun)
     if raw.pop("kind", "comit") != "comit":
-        raise UsageError(f"{path}: kind {kind!r}: expected comit or scenes-teacher")
+        raise UsageError(f"{path}: kind {kind!r}: expected comit, scenes-teacher or autoencoder")
     config = validate_mapping(raw, path, TrainConfig)
     config.model.spec()
     return config

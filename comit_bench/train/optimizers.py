@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import UsageError
-from comit_bench.train.config import TrainConfig
+from comit_bench.train.config import AutoencoderRun, TrainConfig
 
 
 class Together:
@@ -59,7 +59,7 @@ class Together:
             first += size
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig, device: torch.device) -> Together:
+def make_optimizer(module: nn.Module, config: TrainConfig | AutoencoderRun, device: torch.device) -> Together:
     """The optimizer of the trainable parameters of ``module``.
 
     Raises:
@@ -97,4 +97,5 @@ def make_optimizer(module: nn.Module, config: TrainConfig, device: torch.device)
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon may have it: the matrices of attention and MLP inside the blocks."""
-    return parameter.ndim == 2 and "blocks." in name and "adaLN" not in name
+    inside = "blocks." in name or ".transformer." in name
+    return parameter.ndim == 2 and inside and "adaLN" not in name

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench import __version__
-from comit_bench.errors import CorruptFileError, UsageError
 from comit_bench.files import atomic_path
 from comit_bench.models.teachers import WEIGHTS, ScenesTeacherNet
 from comit_bench.recipes import GeneratorSpec
 from comit_bench.seeding import generator_for
-from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
+from comit_bench.tokenizers.checkpoints import write_tensors
 from comit_bench.train.config import TeacherRun
 from comit_bench.train.logs import CsvLog
+from comit_bench.train.runstate import RunState
 
 PROBE_SCENES = 4000  # the recipes' train splits end before this number
 PROBE_VAL = 1000  # and their val splits before this one
@@ -98,54 +98,12 @@ class InverseRendering(nn.Module):
         return where + what + self.patch_weight * here
 
 
-class _Run:
-    """State of a run on disk: one directory with network, moments and step."""
+class _Run(RunState):
+    """State of a run on disk."""
 
     def __init__(self, run: TeacherRun, module: InverseRendering, optimizer: torch.optim.Adam) -> None:
-        self.run, self.module, self.optimizer = run, module, optimizer
-        self.directory = run.output.expanduser() / run.name
-        self.names = [name for name, _ in module.named_parameters()]
-        self.seconds = 0.0
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return self.run.model_dump(mode="json", exclude={"output", "log_every", "save_every"})
-
-    def save(self, step: int) -> None:
-        """Replace the checkpoint, whole or not at all."""
-        state = self.optimizer.state_dict()["state"]
-        moments = {
-            f"{self.names[i]}/{key}": torch.as_tensor(v) for i, s in state.items() for key, v in s.items()
-        }
-        with atomic_path(self.directory / "checkpoint") as temporary:
-            temporary.mkdir(parents=True)
-            write_tensors(temporary / WEIGHTS, self.module.state_dict())
-            write_tensors(temporary / "optimizer.safetensors", moments)
-            content = {"step": step, "seconds": self.seconds, "settings": self._settings}
-            (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
-
-    def load(self) -> int:
-        """Continue where the last checkpoint is; 0 without one."""
-        place = self.directory / "checkpoint"
-        if not place.is_dir():
-            return 0
-        try:
-            content = json.loads((place / "state.json").read_text(encoding="utf-8"))
-            step, saved, self.seconds = content["step"], content["settings"], content["seconds"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CorruptFileError(f"{place}: no checkpoint of a scenes-teacher. Remove it.") from error
-        if saved != self._settings:
-            raise UsageError(
-                f"{place}: made with other settings. Use the same ones, or another name=… or output=… ."
-            )
-        self.module.load_state_dict(read_tensors(place / WEIGHTS))
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key, value in read_tensors(place / "optimizer.safetensors").items():
-            name, _, part = key.rpartition("/")
-            entries.setdefault(self.names.index(name), {})[part] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        return int(step)
+        settings = run.model_dump(mode="json", exclude={"output", "log_every", "save_every"})
+        super().__init__("scenes-teacher", run.output.expanduser() / run.name, settings, module, optimizer)
 
 
 def _rate(run: TeacherRun, step: int) -> float:

@@ -81,8 +81,19 @@ print("satisfied")
 def test_it_runs_by_name_from_images_to_a_record(installed: Path, tmp_path: Path) -> None:
     data, recipes = write_images(tmp_path / "data", train=12, val=6), write_recipes(tmp_path / "recipes")
     run(
-        *(sys.executable, "-m", "comit_bench.run", "--tokenizer", "mean-colour", "--task", "tiny-colours"),
+        *(
+            sys.executable,
+            "-m",
+            "comit_bench.run",
+            "--tokenizer",
+            "mean-colour",
+            "--tasks",
+            "tiny-colours",
+            "--suite",
+            "scenes",
+        ),
         *("--include-path", recipes, "--data-root", data, "--output", tmp_path / "out", "--device", "cpu"),
+        "--no-references",
         cwd=tmp_path,
         path=(installed, ROOT),
         COMIT_BENCH_CACHE=str(tmp_path / "cache"),
