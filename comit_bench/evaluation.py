@@ -207,8 +207,10 @@ class Bench(Resources):
         if len(self.seeds(job)) < 2:  # fits run in this process
             return None
         tokenizer = self.peek(job)
-        flops = getattr(tokenizer, "encode_flops", None)
-        if tokenizer is None or self.profile is not None or (flops and flops(job.policy) >= SMALL_FLOPS):
+        if tokenizer is None:
+            return None
+        flops: Any = getattr(tokenizer, "encode_flops", None)
+        if flops is not None and flops(job.policy) >= SMALL_FLOPS:
             return None
 
         def work() -> None:

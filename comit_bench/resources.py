@@ -225,7 +225,7 @@ class Resources:
                     batch_size=self.settings.batch_size,
                     num_workers=self.settings.num_workers,
                     advance=advance,
-                    profile=self.profile,
+                    profile=None if quiet else self.profile,
                 )
 
         try:

@@ -229,7 +229,8 @@ class StreamBlock(nn.Module):
     def update(self, s: Tensor, mixed: Tensor, state: Tensor) -> Tensor:
         """Stream [B or 1, L, H] and what attention gave it [B, L, H] -> [B, L, H]."""
         s = s + state[2] * self.attn.proj(mixed)
-        return s + state[5] * self.mlp(modulated(s, state[3], state[4]))
+        out: Tensor = s + state[5] * self.mlp(modulated(s, state[3], state[4]))
+        return out
 
 
 class JointBlock(nn.Module):

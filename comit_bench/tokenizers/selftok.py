@@ -141,7 +141,7 @@ class SelftokTokenizer:
         spec = model.spec
         self.latents = _one_of(latents, "latents", LATENTS)
         self.schedule, self.assumed = choose_schedule(spec, stages, k_per_stage)
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        if steps is not None and (type(steps) is not int or steps < 1):  # options come from a command line
             raise UsageError(f"SelfTok: steps must be a whole number of at least 1, got {steps!r}")
         if steps is not None and self.schedule is None:
             raise UsageError("SelfTok: steps is a setting of decoder=diffusion, the renderer has one step")
