@@ -8,9 +8,12 @@ executor of the task's kind (``tasks/executor.py``); data and tokens come from `
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from comit_bench.jobs import Job
 from comit_bench.recipes import KINDS
 from comit_bench.recording import make_record, task_row, tokenizer_row
 from comit_bench.registry import MAJORITY
-from comit_bench.resources import ENCODE_SEED, Reporter, Resources
+from comit_bench.resources import ENCODE_SEED, SMALL_FLOPS, Reporter, Resources
 
 if TYPE_CHECKING:
     from comit_bench.data.store import TokenStore
@@ -150,8 +153,12 @@ class Bench(Resources):
             }
         return protocol
 
-    def do(self, job: Job) -> Record | None:
+    def do(self, job: Job, following: Job | None = None) -> Record | None:
         """Do one job, or return the record that it left earlier; None in all processes but the first.
+
+        Args:
+            job: What to do.
+            following: The next job; its tokens may be made while this one's probes keep the workers busy.
 
         Raises:
             BenchError: The job cannot be done; other jobs are not affected.
@@ -170,7 +177,10 @@ class Bench(Resources):
         if not self.ranks.first:
             return None
         tokenized = time.perf_counter()
+        beside = self._tokenize_beside(following)
         result = self._measure(job, inputs, tokenizer)
+        if beside is not None:
+            beside.join()
         record = make_record(
             result,
             row=tokenizer_row(tokenizer),
@@ -185,6 +195,33 @@ class Bench(Resources):
         )
         save_record(self.settings.records, record, overwrite=self.settings.overwrite == "always")
         return record
+
+    def _tokenize_beside(self, job: Job | None) -> threading.Thread | None:
+        """Make tokens of a job in a thread: three fits leave a core idle now and then.
+
+        Only where it costs nobody: one process, on a CPU, a small network that is loaded already. What
+        goes wrong is left to be met again when it is the job's turn.
+        """
+        if job is None or job.label == MAJORITY or self.ranks.world > 1 or self.device.type != "cpu":
+            return None
+        if len(self.seeds(job)) < 2:  # fits run in this process
+            return None
+        tokenizer = self.peek(job)
+        if tokenizer is None:
+            return None
+        flops: Any = getattr(tokenizer, "encode_flops", None)
+        if flops is not None and flops(job.policy) >= SMALL_FLOPS:
+            return None
+
+        def work() -> None:
+            with suppress(Exception):
+                roles = self.inputs(job).roles.values()
+                for name in dict.fromkeys(role.split.name for role in roles):
+                    self.tokens(job, tokenizer, name, quiet=True)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
 
     def _begin(self, job: Job) -> tuple[Tokenizer | None, Inputs, dict[str, Any], Record | None]:
         """Everything before tokens: tokenizer, data, protocol, and the record if there is one."""
@@ -277,10 +314,10 @@ def do_jobs(jobs: Sequence[Job], bench: Bench) -> Outcome:
     """Do all jobs and close the bench; a job that fails does not stop the others."""
     outcome = Outcome()
     try:
-        for job in jobs:
+        for job, following in zip_longest(jobs, jobs[1:]):
             bench.reporter.check()
             try:
-                record = bench.do(job)
+                record = bench.do(job, following)
                 if record is not None:
                     outcome.records.append(record)
             except BenchError as error:

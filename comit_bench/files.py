@@ -40,7 +40,8 @@ def shipped_weights(name: str) -> Path:
     return directory
 
 
-def _explain(error: OSError, path: Path) -> BenchError:
+def explain_write_error(error: OSError, path: Path) -> BenchError:
+    """The message for a file that cannot be written: disk full, not allowed, or what the system says."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BenchError(
             f"{path}: the disk is full. Free some space and run the same command again; everything "
@@ -81,7 +82,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     except BenchError:
         raise
     except OSError as error:
-        raise _explain(error, target) from error
+        raise explain_write_error(error, target) from error
     finally:
         if temporary is not None and temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

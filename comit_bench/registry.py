@@ -57,8 +57,11 @@ class TokenizerEntry:
 
 _COMIT = "comit_bench.tokenizers.comit:load"
 _TITOK = "comit_bench.tokenizers.titok:load"
+_FLEXTOK = "comit_bench.tokenizers.flextok:load"
 _GRID = "comit_bench.tokenizers.vq_grid:load"
 _VQMODEL = "comit_bench.tokenizers.vqmodel:load"
+_ALIT = "comit_bench.tokenizers.alit:load"
+_SELFTOK = "comit_bench.tokenizers.selftok:load"
 _KMEANS = "comit_bench.tokenizers.kmeans:load"
 _PIXELS = "comit_bench.tokenizers.pixels:load"
 BUILTIN = (
@@ -183,10 +186,125 @@ BUILTIN = (
         source="ships with the package",
     ),
     TokenizerEntry(
+        name="flextok-d12-d12",
+        family="flextok",
+        target=_FLEXTOK,
+        parameters=257.83,
+        message_length=256,
+        vocab_size=64000,
+        source="hub EPFL-VILAB/flextok_d12_d12_in1k",
+    ),
+    TokenizerEntry(
+        name="flextok-d18-d18",
+        family="flextok",
+        target=_FLEXTOK,
+        parameters=865.91,
+        message_length=256,
+        vocab_size=64000,
+        source="hub EPFL-VILAB/flextok_d18_d18_in1k",
+    ),
+    TokenizerEntry(
+        name="flextok-d18-d28",
+        family="flextok",
+        target=_FLEXTOK,
+        parameters=2457.06,
+        message_length=256,
+        vocab_size=64000,
+        source="hub EPFL-VILAB/flextok_d18_d28_in1k",
+    ),
+    TokenizerEntry(
+        name="flextok-d18-d28-dfn",
+        family="flextok",
+        target=_FLEXTOK,
+        parameters=2457.06,
+        message_length=256,
+        vocab_size=64000,
+        source="hub EPFL-VILAB/flextok_d18_d28_dfn",
+    ),
+    TokenizerEntry(
         name="vqmodel",
         family="vqmodel",
         target=_VQMODEL,
         source="any diffusers VQModel: --weights DIR",
+    ),
+    TokenizerEntry(
+        name="alit-small",
+        family="alit",
+        target=_ALIT,
+        parameters=262.05,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-small",
+    ),
+    TokenizerEntry(
+        name="alit-small-in100",
+        family="alit",
+        target=_ALIT,
+        parameters=262.05,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-small-in100",
+    ),
+    TokenizerEntry(
+        name="alit-base",
+        family="alit",
+        target=_ALIT,
+        parameters=228.69,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-base",
+    ),
+    TokenizerEntry(
+        name="alit-semilarge",
+        family="alit",
+        target=_ALIT,
+        parameters=463.59,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-semilarge",
+    ),
+    TokenizerEntry(
+        name="alit-small-continuous",
+        family="alit",
+        target=_ALIT,
+        parameters=262.0,
+        message_length=256,
+        source="comit-bench weights fetch alit-small-continuous",
+    ),
+    TokenizerEntry(
+        name="alit-small-vae",
+        family="alit",
+        target=_ALIT,
+        parameters=272.11,
+        message_length=256,
+        vocab_size=4096,
+        source="comit-bench weights fetch alit-small-vae",
+    ),
+    TokenizerEntry(
+        name="alit-small-vae-continuous",
+        family="alit",
+        target=_ALIT,
+        parameters=272.06,
+        message_length=256,
+        source="comit-bench weights fetch alit-small-vae-continuous",
+    ),
+    TokenizerEntry(
+        name="selftok-512",
+        family="selftok",
+        target=_SELFTOK,
+        parameters=2169.4,
+        message_length=512,
+        vocab_size=32768,
+        source="comit-bench weights fetch selftok-512",
+    ),
+    TokenizerEntry(
+        name="selftok-1024",
+        family="selftok",
+        target=_SELFTOK,
+        parameters=2169.66,
+        message_length=1024,
+        vocab_size=32768,
+        source="comit-bench weights fetch selftok-1024",
     ),
     TokenizerEntry(
         name="kmeans-patch",

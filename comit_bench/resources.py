@@ -76,7 +76,7 @@ class Resources:
         from comit_bench.tokenizers.loading import resolve_device
 
         device = resolve_device(self.settings.device)
-        if device.type == "cuda" and device.index is None and self.ranks.world > 1:
+        if str(device) == "cuda" and self.ranks.world > 1:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return device
 
@@ -184,8 +184,15 @@ class Resources:
             return None
         return str(parse(job.policy))
 
-    def tokens(self, job: Job, tokenizer: Tokenizer, split_name: str) -> TokenStore:
-        """The complete token store of one split; all processes make their part of what is missing."""
+    def tokens(self, job: Job, tokenizer: Tokenizer, split_name: str, *, quiet: bool = False) -> TokenStore:
+        """The complete token store of one split; all processes make their part of what is missing.
+
+        Args:
+            job: Whose data and policy.
+            tokenizer: What encodes.
+            split_name: The split.
+            quiet: Neither a progress bar nor a word about broken images.
+        """
         from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
 
         data = self.data(job.dataset)
@@ -203,7 +210,8 @@ class Resources:
         missing = self.ranks.share(store.missing_shards() if self.ranks.first else [])
         mine = missing[self.ranks.rank :: self.ranks.world]
         total = sum(len(store.shard_range(shard)) for shard in mine)
-        advance = self.reporter.start(f"{job.label}: {data.name}/{split_name}", total, "images")
+        reporter = Reporter() if quiet else self.reporter
+        advance = reporter.start(f"{job.label}: {data.name}/{split_name}", total, "images")
 
         def work() -> None:
             with self._threads(job, tokenizer):
@@ -217,14 +225,15 @@ class Resources:
                     batch_size=self.settings.batch_size,
                     num_workers=self.settings.num_workers,
                     advance=advance,
-                    profile=self.profile,
+                    profile=None if quiet else self.profile,
                 )
 
         try:
             self.ranks.together(work)
         finally:
-            self.reporter.stop()
-        self._check_broken(job, store, split_name)
+            reporter.stop()
+        if not quiet:
+            self._check_broken(job, store, split_name)
         return store
 
     def _threads(self, job: Job, tokenizer: Tokenizer) -> AbstractContextManager[None]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.evaluation import Bench, Outcome, Reporter, do_jobs
 from comit_bench.jobs import Job, Settings, make_jobs
-from comit_bench.recipes import find_tasks
+from comit_bench.recipes import KINDS, find_tasks
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
@@ -60,9 +60,10 @@ def choose_suite(suite: str | None, data_root: Path | None) -> tuple[str, str]:
 
 
 def suite_tasks(suite: str, settings: Settings) -> list[str]:
-    """All tasks of a suite, by name."""
+    """All tasks of a suite: recognition, pairs, relations, then others by name."""
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
-    return [name for name, recipe in recipes.items() if recipe.spec.suite == suite]
+    chosen = [recipe.spec for recipe in recipes.values() if recipe.spec.suite == suite]
+    return [spec.name for spec in sorted(chosen, key=lambda spec: (list(KINDS).index(spec.kind), spec.name))]
 
 
 def with_references(tokenizers: Sequence[str | Tokenizer], suite: str) -> list[str | Tokenizer]:

@@ -198,8 +198,8 @@ class Predictor(nn.Module):
         As :meth:`init_weights` leaves them, codes reach the first block at a tenth of the amplitude
         of the learnt positions they are added to, and a short training ends before this has changed.
         """
-        for layer, factor in ((self.r_embedder[0], 4.0), (self.r_embedder[2], 2.0)):
-            layer.weight.mul_(factor)
+        self.get_parameter("r_embedder.0.weight").mul_(4.0)
+        self.get_parameter("r_embedder.2.weight").mul_(2.0)
         self.r_pos_embed.mul_(0.3)
 
     # ------------------------------------------------------------------ time

@@ -84,8 +84,11 @@ class ProjectedGuidance:
         self.settings = settings
         self.average: Tensor | None = None
 
-    def __call__(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """Combine two velocities [B, C, h, w] into the guided one."""
+    def __call__(self, conditional: Tensor, unconditional: Tensor, *, weight: float | None = None) -> Tensor:
+        """Combine two velocities [B, C, h, w] into the guided one.
+
+        ``weight`` replaces the settings' for this call (a weight that changes with time).
+        """
         s = self.settings
         direction = conditional - unconditional
         if s.weight > 0:
@@ -99,4 +102,5 @@ class ProjectedGuidance:
         unit = F.normalize(conditional.double().flatten(1), dim=1, eps=1e-12).view_as(wide)
         parallel = (wide * unit).sum(dim=dims, keepdim=True) * unit
         update = (wide - parallel) + s.eta * parallel
-        return conditional + (s.weight - 1.0) * update.to(conditional.dtype)
+        strength = (s.weight if weight is None else weight) - 1.0
+        return conditional + strength * update.to(conditional.dtype)

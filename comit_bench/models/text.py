@@ -50,7 +50,8 @@ def random_t5(words: Sequence[str], *, seed: int) -> Any:
     """
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(vocab_size=2 + len(words), dropout_rate=0.0, feed_forward_proj="relu", **RANDOM_T5)
+    sizes: dict[str, Any] = dict(RANDOM_T5)
+    config: Any = T5Config(vocab_size=2 + len(words), dropout_rate=0.0, feed_forward_proj="relu", **sizes)
     with torch.device("meta"):
         model: Any = T5EncoderModel(config)
     model = model.to_empty(device="cpu").eval()

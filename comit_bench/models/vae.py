@@ -1,4 +1,4 @@
-"""Image autoencoders that COMiT's flow runs in: SD-VAE, DCT, none, and the parity stand-in.
+"""Image autoencoders that a flow runs in: SD-VAE, FlexTok's, DCT, none, and the parity stand-in.
 
 All map images [B, 3, S, S] in [-1, 1] to latents [B, C, S/f, S/f] and back; none is trained here.
 The random part of encoding is explicit: pass ``noise`` of the latent's shape to sample the posterior,
@@ -8,6 +8,8 @@ or nothing for its mode.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -145,6 +147,113 @@ class SDVae(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 4, h, w] -> [B, 3, 8h, 8w], not clamped."""
         images: Tensor = self.vae.decode(latents / SD_SCALE).sample
+        return images
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside; the meta device has none to switch off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KLVaeSpec:
+    """A diffusers ``AutoencoderKL`` with a latent scale; defaults are the sizes of Stable Diffusion's.
+
+    Latents are ``(mode - shift) * scale``; ``quant_convs`` are the 1x1 convolutions beside the latents.
+    """
+
+    channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    layers: int = 2
+    groups: int = 32
+    scale: float = 1.0
+    shift: float = 0.0
+    quant_convs: bool = True
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** (len(self.widths) - 1))
+
+
+class KLVae(nn.Module):
+    """A KL autoencoder with any number of latent channels and any latent scale.
+
+    Unlike :class:`SDVae` it computes in one type, float32 unless :meth:`set_dtype` says otherwise, also
+    under autocast, and shows its posterior.
+    """
+
+    stochastic = True
+    dtype = torch.float32
+
+    def __init__(self, spec: KLVaeSpec) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        self.spec, self.factor, self.scale = spec, spec.factor, spec.scale
+        blocks = len(spec.widths)
+        self.vae: Any = AutoencoderKL.from_config(
+            {
+                **SD_CONFIG,
+                "down_block_types": ["DownEncoderBlock2D"] * blocks,
+                "up_block_types": ["UpDecoderBlock2D"] * blocks,
+                "block_out_channels": list(spec.widths),
+                "layers_per_block": spec.layers,
+                "latent_channels": spec.channels,
+                "norm_num_groups": spec.groups,
+                "scaling_factor": spec.scale,
+                "use_quant_conv": spec.quant_convs,
+                "use_post_quant_conv": spec.quant_convs,
+            }
+        )
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in ``dtype``, images and the arithmetic around the latents of ``encode`` included."""
+        if dtype != self.dtype:
+            self.dtype = dtype
+            nn.Module.to(self.vae, dtype)  # diffusers' own warns that it would be wrong for other models
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Random weights from a CPU generator: Xavier-uniform maps, unit norms, zero biases."""
+        for name, parameter in self.vae.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter, generator=generator)
+            else:
+                nn.init.constant_(parameter, float(name.endswith("weight")))
+
+    def prepare(self, device: torch.device, *, compiled: bool | None = None) -> None:
+        """Faster pixels: channels last on CUDA, and a compiled decoder.
+
+        Args:
+            device: Where it runs.
+            compiled: Compile the decoder; None does so on CUDA where Triton is installed.
+        """
+        from importlib.util import find_spec
+
+        cuda = device.type == "cuda"
+        if cuda:
+            self.vae.to(memory_format=torch.channels_last)
+        if compiled or (compiled is None and cuda and find_spec("triton") is not None):
+            self.vae.decoder.compile()  # in place: parameter names stay
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] -> mean and clamped log-variance, [B, C, S/f, S/f] each, unscaled."""
+        with _full_precision(images.device):
+            posterior = self.vae.encode(images.to(self.dtype)).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[B, 3, S, S] -> scaled latents: mean of the posterior, or mean + std * noise."""
+        mean, logvar = self.posterior(images)
+        if noise is not None:
+            mean = mean + torch.exp(0.5 * logvar) * noise
+        return (mean - self.spec.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, 3, f h, f w], not clamped."""
+        with _full_precision(latents.device):
+            unscaled = latents.float() / self.scale + self.spec.shift
+            images: Tensor = self.vae.decode(unscaled.to(self.dtype)).sample
         return images
 
 

@@ -36,7 +36,23 @@ def nearest(z: Tensor, table: Tensor, *, entries: int = CHUNK_ENTRIES) -> Tensor
     return torch.cat(parts) if parts else z.new_zeros(0, dtype=torch.int64)
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+def most_similar(z: Tensor, table: Tensor, *, entries: int = CHUNK_ENTRIES) -> Tensor:
+    """Index of the row of ``table`` with the largest inner product, as the rows are stored.
+
+    Args:
+        z: float32 [M, d].
+        table: float32 [V, d].
+        entries: Products that may exist at once.
+
+    Returns:
+        int64 [M].
+    """
+    rows = max(entries // table.shape[0], 1)
+    parts = [(part @ table.T).argmax(1) for part in z.split(rows)]
+    return torch.cat(parts) if parts else z.new_zeros(0, dtype=torch.int64)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside; the meta device has none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -63,7 +79,7 @@ class VectorQuantizer(nn.Module):
 
     def ids(self, z: Tensor) -> Tensor:
         """[..., d] -> int64 [...]."""
-        with _full_precision(z.device):
+        with full_precision(z.device):
             flat = z.float().flatten(0, -2)
             if self.l2_norm:
                 flat = F.normalize(flat, dim=-1, eps=EPS)
@@ -71,7 +87,7 @@ class VectorQuantizer(nn.Module):
 
     def codes(self, ids: Tensor) -> Tensor:
         """Ids [...] -> float32 [..., d]."""
-        with _full_precision(ids.device):
+        with full_precision(ids.device):
             return F.embedding(ids, self.table())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:

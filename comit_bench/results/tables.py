@@ -327,7 +327,9 @@ def row_key(record: Record) -> tuple[str, ...]:
     """What makes a row: tokenizer, origin, weights, revision, the tokenizer's side of the protocol."""
     tokenizer = record.tokenizer
     side = digest_json(record.tokenizer_protocol)
-    return (tokenizer.name, record.origin, tokenizer.weights, tokenizer.revision or "", side)
+    # one that is fitted on each data set has weights of its own in every column, and still is one row
+    weights = "fitted" if tokenizer.weights.startswith("fitted:") else tokenizer.weights
+    return (tokenizer.name, record.origin, weights, tokenizer.revision or "", side)
 
 
 def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:

@@ -246,7 +246,7 @@ class Classification:
 
     def run(self, inputs: Inputs) -> TaskResult:
         """See :func:`run_classification`."""
-        splits = {
+        splits: dict[str, Any] = {
             name: Split(
                 role.source(),
                 torch.from_numpy(np.ascontiguousarray(role.split.labels[role.kept])),

@@ -176,7 +176,8 @@ def draw_samples(table: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.
     share = torch.rand(len(images), generator=generator, dtype=torch.float64).numpy()
     chosen = starts + np.minimum((share * counts).astype(np.int64), counts - 1)
     order = torch.randperm(len(images), generator=generator).numpy()
-    return table[chosen[order]]
+    samples: NDArray[np.int64] = table[chosen[order]]
+    return samples
 
 
 def batch_candidates(

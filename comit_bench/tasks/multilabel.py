@@ -181,7 +181,7 @@ class Multilabel:
         levels = chance_levels(targets, _categories(inputs), targets.shape[1])
         check_main_metric(inputs.spec, levels)
         stop = _stop_score(inputs.spec, levels)
-        splits = {
+        splits: dict[str, Any] = {
             name: Split(role.source(), _targets(role, every=True), role.row_tensor())
             for name, role in inputs.roles.items()
         }

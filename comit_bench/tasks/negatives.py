@@ -187,16 +187,18 @@ def _draw(
     kind: str, count: int, image: int, true: Ints, table: Ints, truth: Truth, generator: torch.Generator
 ) -> Ints:
     """Up to ``count`` distinct negatives of one kind for one sample: int64 [<= count, 3]."""
-    here = np.int64(image)
+    here = np.array(image, np.int64)
     if kind == "swapped":
         turned = true[::-1][None]
-        return turned[~truth.holds(here, turned) & (turned != true).any(axis=1)]
+        fresh: Ints = turned[~truth.holds(here, turned) & (turned != true).any(axis=1)]
+        return fresh
     if kind == "predicate":
         others = np.repeat(true[None], truth.words.predicates, axis=0)
         others[:, 1] = np.arange(truth.words.predicates)
         others = others[~truth.holds(here, others) & (others[:, 1] != true[1])]
         order = torch.randperm(len(others), generator=generator).numpy()[:count]
-        return others[order]
+        some: Ints = others[order]
+        return some
     found: dict[int, Ints] = {}
     for _ in range(_ROUNDS):
         drawn = table[torch.randint(len(table), (2 * count,), generator=generator).numpy()]

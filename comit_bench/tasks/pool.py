@@ -163,13 +163,14 @@ class ProbePool:
     """Worker processes for probe fits on the CPU. Use it as a context manager, for many tasks.
 
     Args:
-        workers: Number of processes; None is one per usable core. With 1, fits run in this process.
+        workers: Number of processes; None is one more than usable cores, so that three seeds share two
+            cores evenly. With 1, fits run in this process.
     """
 
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
-        self.workers = workers if workers is not None else usable_cores()
+        self.workers = workers if workers is not None else usable_cores() + 1
         self._running: list[_Worker] = []
 
     def __enter__(self) -> ProbePool:

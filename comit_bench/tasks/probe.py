@@ -271,13 +271,13 @@ class Probe(nn.Module):
         count, groups = extra.shape[:2]
         states = self.embed(codes, extra[:, 0])[:, : self.message_length + 1]  # [B, K + 1, D]
         tails = self.embed_extra(extra.flatten(0, 1)).unflatten(0, (count, groups))  # [B, G, E, D]
-        last = len(self.blocks) - 1
-        x = states
+        last, x = len(self.blocks) - 1, states
         for index, block in enumerate(self.blocks):
             rows = 1 if index == last else None
-            if index == 0:
+            if isinstance(block, ProbeBlock) and index == 0:
                 x = block.forward_groups(x, tails, rows=rows, generator=generator)
             else:
                 x = block(x, rows=rows, generator=generator)
         answer: Tensor = self.head(self.norm(x[:, 0]))
-        return answer.unflatten(0, (count, groups))
+        grouped: Tensor = answer.unflatten(0, (count, groups))
+        return grouped

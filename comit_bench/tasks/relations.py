@@ -171,11 +171,12 @@ class Relations:
         encoder = find_text_encoder(inputs.spec.text, offline=inputs.offline)
         data, train = inputs.data, inputs.roles["train"]
         texts = standardised(encoder.features([*data.classes, *data.predicates], inputs.cache))
+        messages: dict[str, Any] = {name: _messages(role) for name, role in inputs.roles.items()}
         task = ContrastTask(
             spec=inputs.spec.probe,
             negatives=inputs.spec.negatives.train,
             words=vocabulary(inputs),
-            **{name: _messages(role) for name, role in inputs.roles.items()},
+            **messages,
             table=role_table(train, known=False),
             known=role_table(train, known=True),
             stop_lists=lists["early_stop"],

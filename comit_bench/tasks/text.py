@@ -93,9 +93,8 @@ class TextEncoder:
 
         try:
             pieces: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model: Any = T5EncoderModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
-            ).float()
+            loader: Any = T5EncoderModel
+            model = loader.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BenchError(

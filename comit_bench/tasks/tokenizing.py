@@ -112,7 +112,8 @@ def tokenize_split(
     )
     spent = profile if profile is not None else {}
     pending = _Pending(store, shards)
-    with closing(ahead(images) if num_workers == 0 else images) as batches:
+    source: Any = ahead(images) if num_workers == 0 else images
+    with closing(source) as batches:
         for batch in _timed(batches, spent, "images"):
             with _clock(spent, "encode"):
                 generators = [generator_for(int(key["seed"]), split.ids[index]) for index in batch.indices]

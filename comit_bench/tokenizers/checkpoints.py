@@ -1,6 +1,9 @@
 """Reading released checkpoints: find the files, check every key and shape, then load.
 
-safetensors, unless somebody allows one named pickle, which is then read as plain tensors and nothing else.
+safetensors, unless somebody names one pickle, which is then read as plain tensors and nothing else. One
+rule for all families: ``comit-bench weights fetch | convert NAME`` may read the released pickle of that
+name, for the command itself names it; a pickle that is to be loaded as a tokenizer must be allowed with
+``--option allow_pickle=true`` (:func:`require_allowed`).
 A checkpoint that does not fit is refused with a list of what is missing, unexpected or of another shape,
 before anything is copied.
 """
@@ -75,6 +78,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def require_allowed(path: Path, allow: bool) -> None:
+    """The one place where a pickle that is loaded as a tokenizer is let through.
+
+    Raises:
+        UsageError: It was not allowed.
+    """
+    if not allow:
+        raise UsageError(
+            f"{path}: a pickled checkpoint. It is read as tensors only, but even that must be asked for: "
+            "add --option allow_pickle=true, or convert it to safetensors (`comit-bench weights convert NAME "
+            "FILE` for released files)."
+        )
+
+
 def read_pickled(path: Path, *, allow: bool) -> dict[str, Tensor]:
     """A flat state dict out of a torch file, without running any code that the file may hold.
 
@@ -88,11 +105,7 @@ def read_pickled(path: Path, *, allow: bool) -> dict[str, Tensor]:
     """
     import torch
 
-    if not allow:
-        raise UsageError(
-            f"{path}: a pickled checkpoint. It is read as tensors only, but even that must be asked for: "
-            "add --option allow_pickle=true, or convert it to safetensors."
-        )
+    require_allowed(path, allow)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -138,6 +151,42 @@ def _some(items: list[str]) -> str:
     return ", ".join(items[:SHOWN]) + more
 
 
+def check_tensors(
+    expected: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    *,
+    what: str,
+    optional: tuple[str, ...] = (),
+) -> None:
+    """Compare keys and shapes.
+
+    Args:
+        expected: State dict of the network, on any device.
+        tensors: The checkpoint.
+        source: File named in the error.
+        what: What it should fit.
+        optional: Prefixes of keys that may be absent.
+
+    Raises:
+        UsageError: Lists missing keys, unexpected keys and shapes that differ.
+    """
+    missing = [k for k in expected if k not in tensors and not k.startswith(optional or ("\0",))]
+    unexpected = [k for k in tensors if k not in expected]
+    shapes = [
+        f"{k} {list(tensors[k].shape)} instead of {list(v.shape)}"
+        for k, v in expected.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    if missing or unexpected or shapes:
+        lines = [f"{source}: this checkpoint does not fit {what}"]
+        for title, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)):
+            if items:
+                lines.append(f"  {title} ({len(items)}): {_some(items)}")
+        lines.append("Check that config.json and the weights belong together.")
+        raise UsageError("\n".join(lines))
+
+
 def load_checked(
     module: nn.Module, tensors: Mapping[str, Tensor], source: Path, *, optional: tuple[str, ...] = ()
 ) -> None:
@@ -152,21 +201,11 @@ def load_checked(
     Raises:
         UsageError: Lists missing keys, unexpected keys and shapes that differ.
     """
-    expected = module.state_dict()
-    missing = [k for k in expected if k not in tensors and not k.startswith(optional or ("\0",))]
-    unexpected = [k for k in tensors if k not in expected]
-    shapes = [
-        f"{k} {list(tensors[k].shape)} instead of {list(v.shape)}"
-        for k, v in expected.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        lines = [
-            f"{source}: this checkpoint does not fit {type(module).__name__} as config.json describes it"
-        ]
-        for title, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)):
-            if items:
-                lines.append(f"  {title} ({len(items)}): {_some(items)}")
-        lines.append("Check that config.json and the weights belong together.")
-        raise UsageError("\n".join(lines))
+    check_tensors(
+        module.state_dict(),
+        tensors,
+        source,
+        what=f"{type(module).__name__} as config.json describes it",
+        optional=optional,
+    )
     module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False, assign=True)

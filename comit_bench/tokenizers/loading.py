@@ -58,10 +58,28 @@ def _is_titok(config: dict[str, Any]) -> bool:
     return isinstance(model, dict) and isinstance(model.get("vq_model"), dict)
 
 
+def _is_flextok(config: dict[str, Any]) -> bool:
+    inner = config.get("config", {})  # some files wrap everything in one more node
+    blocks = config if "encoder" in config else inner if isinstance(inner, dict) else {}
+    parts = (blocks.get("encoder"), blocks.get("decoder"))
+    return all(isinstance(part, dict) and isinstance(part.get("module_dict"), dict) for part in parts)
+
+
+def _is_selftok(config: dict[str, Any]) -> bool:
+    encoder = config.get("encoder")
+    kind = config.get("kind") in ("tokenizer", "renderer")
+    return config.get("system") == "selftok" or (
+        kind and isinstance(encoder, dict) and "query_dim" in encoder
+    )
+
+
 # How the released config.json of a family is recognised.
 SIGNS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
     ("comit", _is_comit),
     ("titok", _is_titok),
+    ("flextok", _is_flextok),
+    ("alit", lambda config: config.get("system") == "alit"),
+    ("selftok", _is_selftok),
     ("vqmodel", lambda config: config.get("_class_name") == "VQModel"),
 )
 

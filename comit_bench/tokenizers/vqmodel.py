@@ -179,15 +179,14 @@ def _encode_flops(model: Any, side: int) -> float:
     return float(counter.get_total_flops())
 
 
-def _folder(source: str, *, offline: bool) -> Path:
-    """The directory behind a path or hub id."""
+def _directory(source: str, *, offline: bool) -> Path:
+    """The checkpoint directory of that name, or of a hub id.
+
+    Raises:
+        MissingError: It is not here and cannot be had.
+    """
     from comit_bench.tokenizers.hub import fetch
 
-    if source.lower() in ("vqmodel", "random"):
-        raise UsageError(
-            "vqmodel stands for any diffusers VQModel: name one with --weights DIR (or a hub id), or give "
-            "the directory itself as the tokenizer. There are no weights of its own."
-        )
     local = Path(source).expanduser()
     if not local.is_dir():
         if "/" not in source or source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -226,17 +225,21 @@ def load(
         raise UsageError(f"vqmodel has no option {option!r}.{did_you_mean(option, OPTIONS)}")
     resolution = options.pop("resolution", None)
     source = weights or name
-    local = _folder(source, offline=offline)
+    if source.lower() in ("vqmodel", "random"):
+        raise UsageError(
+            "vqmodel stands for any diffusers VQModel: name one with --weights DIR (or a hub id), or give "
+            "the directory itself as the tokenizer. There are no weights of its own."
+        )
+    local = _directory(source, offline=offline)
     config = read_config(local)
     side, grid = read_spec(config, local / FILES[0], resolution)
     path = local / FILES[1]
     if not path.is_file():
         raise MissingError(f"{path}: not found. A VQModel directory holds {' and '.join(FILES)}.")
-    tensors = modern_attention(read_tensors(path))
     with torch.device("meta"):
         model: Any = cast(Any, VQModel).from_config(config)
     flops = _encode_flops(model, side)
-    load_checked(model, tensors, path)
+    load_checked(model, modern_attention(read_tensors(path)), path)
     size, dim = model.quantize.embedding.weight.shape
     info = TokenizerInfo(
         name=source if not Path(source).is_dir() else local.resolve().name,

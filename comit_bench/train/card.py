@@ -129,11 +129,19 @@ def _objective(config: TrainConfig) -> list[str]:
 def _optimizer(config: TrainConfig) -> str:
     optim = config.optim
     warm = ", with a short memory at first" if optim.ema_warmup else ""
+    name, muon = "Adam", ""
+    if optim.name == "muon":
+        name = "Muon for the matrices inside the blocks, Adam for the rest"
+        muon = f" (Muon {optim.muon_learning_rate:g}, momentum {optim.muon_momentum:g})"
+    fall = "an inverse square root"
+    if optim.cosine_steps is not None:
+        fall = f"a cosine to 5 % at step {optim.cosine_steps:,}"
+    start = " Embedded codes start as strong as positions." if config.model.init == "message" else ""
     return (
-        f"Adam, peak learning rate {optim.learning_rate:g} after {optim.warmup_steps:,} steps, then inverse "
-        f"square root; betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}, weight decay "
+        f"{name}; peak learning rate {optim.learning_rate:g}{muon} after {optim.warmup_steps:,} steps, then "
+        f"{fall}; betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}, weight decay "
         f"{optim.weight_decay:g}, gradient norm clipped at {optim.clip:g}; averages of the weights "
-        f"{optim.ema:g}{warm}"
+        f"{optim.ema:g}{warm}.{start}"
     )
 
 
@@ -196,7 +204,7 @@ def _training(config: TrainConfig, model: Comit) -> str:
 
 - crops: {_crops(config)}
 {objective}
-- optimiser: {_optimizer(config)}
+- optimizer: {_optimizer(config)}
 - attention mask: {model.spec.mask_mode}; seed {config.seed}
 
 Choices that the paper does not print (offset of images without a message, alignment of those images, time

@@ -246,9 +246,9 @@ def load_checkpoint(directory: Path, state: TrainState, config: TrainConfig, dat
     for key, value in read_tensors(directory / "optimizer.safetensors").items():
         number, _, name = key.partition(".")
         entries.setdefault(int(number), {})[name] = value
-    for number, parameter in enumerate(state.parameters()):
-        entry = entries.get(number, {})
-        entries[number] = {k: like(v, parameter) if v.ndim else v for k, v in entry.items()}
+    for place, parameter in enumerate(state.parameters()):
+        entry = entries.get(place, {})
+        entries[place] = {k: like(v, parameter) if v.ndim else v for k, v in entry.items()}
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": entries, "param_groups": groups})
     return counters

@@ -78,7 +78,7 @@ class InverseRendering(nn.Module):
                 if parameter.ndim > 1:
                     fan = parameter[0].numel()
                     parameter.normal_(0.0, math.sqrt(1.0 / fan), generator=generator)
-                elif parameter is not None and parameter.ndim == 1:
+                else:
                     parameter.zero_()
             for module in self.modules():
                 if isinstance(module, nn.GroupNorm):

@@ -26,7 +26,7 @@ from comit_bench.models.comit_codec import (
 )
 from comit_bench.models.crops import parse_policy
 from comit_bench.models.flow import Guidance
-from comit_bench.models.vae import IdentityVae
+from comit_bench.models.vae import DctVae, IdentityVae
 
 BATCH = 2
 META = torch.device("meta")
@@ -70,11 +70,11 @@ def test_global_and_two_adaptive_crops_need_five_calls_of_640_gflop() -> None:
     total = encode_call(model, 32, prior=True) + 2 * encode_call(model, 12, prior=False)
     assert 500 < total + 2 * onestep_call(model) <= 640
 
-    nano = Comit(PRESETS["comit-nano"], IdentityVae()).requires_grad_(False)
+    nano = Comit(PRESETS["comit-nano"], DctVae(4)).requires_grad_(False)
     nano.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
     calls: list[Any] = []
     nano.predictor.register_forward_hook(lambda *_: calls.append(1))
-    noise = noise_from_tensors(adaptive=torch.randn(3, 2, 3, 32, 32))
+    noise = noise_from_tensors(adaptive=torch.randn(3, 2, 12, 8, 8))
     encode(nano, torch.rand(2, 3, 32, 32), parse_policy("global+adaptive:3"), noise=noise)
     assert len(calls) == 5
 
@@ -97,9 +97,9 @@ def test_decode_evaluation(mask_mode: str, limit: float, weight: float, passes: 
 @pytest.mark.perf
 @pytest.mark.parametrize("policy", ["global", "raster:9", "global+adaptive:3"])
 def test_nano_encode_time(benchmark: Any, policy: str) -> None:
-    model = Comit(PRESETS["comit-nano"], IdentityVae()).requires_grad_(False).eval()
+    model = Comit(PRESETS["comit-nano"], DctVae(4)).requires_grad_(False).eval()
     model.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
     images = torch.rand(8, 3, 32, 32)
-    noise = noise_from_tensors(adaptive=torch.randn(3, 8, 3, 32, 32))
+    noise = noise_from_tensors(adaptive=torch.randn(3, 8, 12, 8, 8))
     with torch.inference_mode():
         benchmark(lambda: encode(model, images, parse_policy(policy), noise=noise))

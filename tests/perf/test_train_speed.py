@@ -23,13 +23,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from comit_bench.models.comit import Comit
-from comit_bench.models.vae import IdentityVae, build_vae
+from comit_bench.models.vae import build_vae
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.ema import Ema
 from comit_bench.train.objective import TrainingModule
+from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.sampling import crop_count, plan_step
 from comit_bench.train.scaling import block_runner
-from comit_bench.train.setup import make_optimizer
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.perf
@@ -66,14 +66,14 @@ class Step:
 
     def __init__(self, config: TrainConfig, device: torch.device, *, crops: int, half: bool) -> None:
         spec = config.model.spec()
-        model = Comit(spec, IdentityVae() if spec.vae == "none" else build_vae("sd"))
+        model = Comit(spec, build_vae("sd" if spec.vae.startswith("sd") else spec.vae, spec.vae_factor))
         model.predictor.init_weights(torch.Generator().manual_seed(0))
         self.module = TrainingModule(model.to(device), config, None).train()
         model.predictor.runner = block_runner(
             compile=config.compile, recompute=config.activation_checkpointing
         )
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, config, device)
+        self.optimizer = make_optimizer(self.module, config, device)
         self.ema = Ema(model.predictor, config.optim.ema)
         number = next(s for s in range(1500, 9999) if crop_count(config.crops, seed=0, step=s) == crops)
         ids = [f"perf/{i}" for i in range(config.global_batch)]
@@ -125,7 +125,7 @@ def measure(benchmark: Any, step: Step, rate: float, rounds: int) -> None:
 
 @pytest.mark.parametrize("crops", [1, 4])
 def test_train_step_of_nano_on_the_cpu(benchmark: Any, crops: int) -> None:
-    config = load_config("comit-nano")
+    config = load_config("comit-nano-no-srepa")
     rate = matrix_rate(CPU, torch.float32, 1024)
     measure(benchmark, Step(config, CPU, crops=crops, half=False), rate, rounds=20)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pixel_nano import PIXEL_NANO
 from torch import Tensor
 
 from comit_bench.models.comit import PRESETS, Comit, ComitSpec, Predictor
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def nano(**changes: object) -> Comit:
-    spec = replace(PRESETS["comit-nano"], **{"depth": 2, "width": 32, **changes})  # type: ignore[arg-type]
+    spec = replace(PIXEL_NANO, **{"depth": 2, "width": 32, **changes})  # type: ignore[arg-type]
     model = Comit(spec, IdentityVae())
     model.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
     return model.eval().requires_grad_(False)
@@ -269,7 +270,7 @@ def test_bad_policies_are_refused(text: str) -> None:
 def test_locations_are_x_first() -> None:
     places = PRESETS["comit-b"].geometry.locations(256)
     assert places[1].tolist() == [0.0, -0.625] and places[3].tolist() == [-0.625, 0.0]
-    assert PRESETS["comit-nano"].geometry.locations(32).tolist() == places.tolist()
+    assert PIXEL_NANO.geometry.locations(32).tolist() == places.tolist()
 
 
 def test_midpoint_is_second_order_and_euler_first() -> None:
@@ -342,7 +343,7 @@ def test_full_attention_rows_sum_to_one() -> None:
 
 
 def test_training_gradients_reach_every_used_parameter() -> None:
-    model = Comit(replace(PRESETS["comit-nano"], depth=2, width=32), IdentityVae()).train()
+    model = Comit(replace(PIXEL_NANO, depth=2, width=32), IdentityVae()).train()
     model.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
     z = encode(model, images(), parse_policy("raster:2")).codes
     predictor = model.predictor
@@ -358,7 +359,7 @@ def test_training_gradients_reach_every_used_parameter() -> None:
 
 
 def test_inference_leaves_nothing_that_breaks_training() -> None:
-    model = Comit(replace(PRESETS["comit-nano"], depth=2, width=32, mask_mode="additive"), IdentityVae())
+    model = Comit(replace(PIXEL_NANO, depth=2, width=32, mask_mode="additive"), IdentityVae())
     model.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
     with torch.inference_mode():
         encode(model, images(), parse_policy("global"))
@@ -379,11 +380,11 @@ def test_kept_times_can_be_forgotten() -> None:
 )
 def test_impossible_specs_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError):
-        Comit(replace(PRESETS["comit-nano"], **changes), IdentityVae())  # type: ignore[arg-type]
+        Comit(replace(PIXEL_NANO, **changes), IdentityVae())  # type: ignore[arg-type]
 
 
 def test_untrained_gates() -> None:
-    spec: ComitSpec = replace(PRESETS["comit-nano"], depth=2)
+    spec: ComitSpec = replace(PIXEL_NANO, depth=2)
     model = Comit(spec, IdentityVae())
     model.predictor.init_weights(torch.Generator().manual_seed(0))
     constant = encode(model, images(), parse_policy("global")).ids

@@ -30,7 +30,7 @@ INVERSE = {
 # versions of the dataset recipes, and renew their checksums.
 DIGESTS = {
     "recognition": "sha256:b8bd18f41b21e4f7579ae5d0a9938c6678738d6bd8a295f43d40fbd31d3e1cf5",
-    "pairs": "sha256:64fe91ac29a8453ce1d32f6c0c9488746b11f4b33055f4b999d0b06945f14790",
+    "pairs": "sha256:09f34e8dd693442af89055418b579b0669f014e124a4b596b7a427a7a613b0f7",
     "relations": "sha256:b8d9397a0177a43deacec707e8682efa7ba79597dd27aaec893c458471a10e04",
     "objectness": "sha256:4a36a6dc3835c580bd4d97a7eae4e78b029fb531a4d886b07b425e11a03b1a0e",
 }

@@ -37,6 +37,7 @@ TINY = (
     "model.depth=1", "model.width=16", "model.heads=2", "model.message_length=4",
     "model.representation_layer=0",    "global_batch=8", "data.count=30", "data.val_count=4",
     "optim.warmup_steps=4", "crops.warmup_steps=2", "teacher.name=none", "objective.srepa_weight=0",
+    "export.dtype=float32",
     "save_every=1", "validate_every=100", "log_every=3", "keep_last=50", "steps=12",
 )  # fmt: skip
 if not hasattr(torch.optim, "Muon"):  # before torch 2.9
@@ -367,7 +368,7 @@ def test_64_scenes_are_overfitted(tmp_path: Path) -> None:
     with trainer.state.ema.applied():
         values, _ = validate(trainer.model, run, scenes, device=torch.device("cpu"))
     sys.stdout.write(f"{ {name: round(value, 2) for name, value in values.items()} }\n")
-    assert values["psnr_one_step"] > 24
-    assert values["psnr_guided"] > 24
+    assert values["psnr_one_step"] > 22
+    assert values["psnr_guided"] > 26
     assert values["shuffled_gap"] > 10
     assert values["psnr_mean_colour"] < 15

@@ -1,0 +1,325 @@
+"""Adapter for FlexTok: uint8 images <-> 256 ordered tokens, or a prefix of them.
+
+Tokenization is deterministic by default: the mean of the VAE's posterior. The released program samples it;
+``posterior=sample`` does so with one generator per image. Reading the files is ``flextok_files.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.files import sha256_file
+from comit_bench.models.flextok import PRESETS, FlexTok, FlexTokSpec
+from comit_bench.models.flextok_codec import Sampling, decode, encode, to_uint8
+from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.checkpoints import weight_file
+from comit_bench.tokenizers.flextok_files import load_directory, save
+from comit_bench.tokenizers.pixels import warn_policy
+
+HUB = {
+    "flextok-d12-d12": "EPFL-VILAB/flextok_d12_d12_in1k",
+    "flextok-d18-d18": "EPFL-VILAB/flextok_d18_d18_in1k",
+    "flextok-d18-d28": "EPFL-VILAB/flextok_d18_d28_in1k",
+    "flextok-d18-d28-dfn": "EPFL-VILAB/flextok_d18_d28_dfn",
+}
+FILES = ("config.json", "model.safetensors")
+TRAINING_DATA = {name: "DFN (web images)" if name.endswith("dfn") else "ImageNet-1k" for name in HUB}
+LICENCE = "Apple Machine Learning Research Model licence (research only)"
+GUIDANCE, GUIDANCE_SMALL = 7.5, 15.0  # the authors' choice; the second for flextok-d12-d12
+MODES = ("apg", "cfg")
+# Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_flextok_flops.py)
+VAE_ENCODE_FLOPS = 4.165e6
+OPTIONS = ("tokens", "posterior", "steps", "guidance", "guidance_mode", "scaling_factor", "compile", "dtype")
+
+
+def _number(value: object, option: str, kind: type[int] | type[float], low: float) -> float:
+    """A number from the command line or from Python.
+
+    Raises:
+        UsageError: Not a number of that kind, or below ``low``.
+    """
+    if not isinstance(value, int | float) or not math.isfinite(value) or value != kind(value) or value < low:
+        whole = "a whole number" if kind is int else "a number"
+        raise UsageError(f"FlexTok: {option} must be {whole} of at least {low:g}, got {value!r}")
+    return float(value)
+
+
+def _flag(value: object, option: str) -> bool | None:
+    """True, false, or None for ``auto``."""
+    known = {"auto": None, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if str(value).lower() not in known:
+        raise UsageError(f"FlexTok: {option} must be auto, true or false, got {value!r}")
+    return known[str(value).lower()]
+
+
+class FlexTokTokenizer:
+    """FlexTok behind the tokenizer contract.
+
+    Args:
+        model: Network in eval mode.
+        info: Its description.
+        device: Where it runs.
+        tokens: Length of the prefix that is encoded; None is all of the model's.
+        posterior: ``mode`` (default) or ``sample`` (released).
+        steps: Euler steps of ``decode``.
+        guidance: Guidance weight of ``decode``; 1 switches guidance off.
+        guidance_mode: ``apg`` (projected, the authors' choice) or ``cfg``.
+        compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the VAE, the quantizer and the sampler's
+            state stay in float32.
+    """
+
+    def __init__(
+        self,
+        model: FlexTok,
+        info: TokenizerInfo,
+        *,
+        device: torch.device,
+        tokens: int | None = None,
+        posterior: Literal["mode", "sample"] = "mode",
+        steps: int = 25,
+        guidance: float = GUIDANCE,
+        guidance_mode: Literal["apg", "cfg"] = "apg",
+        compile: bool | str = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        total = model.spec.registers
+        self.tokens = total if tokens is None else int(_number(tokens, "tokens", int, 1))
+        if self.tokens > total:
+            raise UsageError(f"FlexTok: tokens must be 1..{total}, got {tokens}")
+        if posterior not in ("mode", "sample"):
+            raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
+        if guidance_mode not in MODES:
+            raise UsageError(f"guidance_mode must be 'apg' or 'cfg', got {guidance_mode!r}")
+        self.sampling = Sampling(
+            steps=int(_number(steps, "steps", int, 1)),
+            guidance=_number(guidance, "guidance", float, 0.0),
+            projected=guidance_mode == "apg",
+        )
+        self.model = model.to(device).requires_grad_(False).eval()
+        self.model.vae.prepare(device, compiled=_flag(compile, "compile"))
+        self.device, self.dtype, self.posterior = device, dtype, posterior
+        options = {
+            "tokens": str(self.tokens),
+            "posterior": posterior,
+            "scaling_factor": f"{model.vae.scale:g}",
+            "dtype": str(dtype).split(".")[-1],
+        }
+        self.info = replace(info, message_length=self.tokens, options={**info.options, **options})
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        spec = self.model.spec
+        side = spec.image_size // spec.vae.factor
+        return (spec.vae.channels, side, side)
+
+    def encode_flops(self, policy: str | None) -> float:
+        """FLOPs per image of the VAE's encoder and the trunk, for estimates."""
+        spec = self.model.spec
+        trunk, k = spec.encoder, self.tokens
+        patches = spec.latent_size[0] * spec.latent_size[1] // (trunk.patch[0] * trunk.patch[1])
+        rows, width = patches + k, trunk.width
+        block = 24.0 * rows * width**2 + 4.0 * width * (patches**2 + k * rows)
+        last = 4.0 * rows * width**2 + 20.0 * k * width**2 + 4.0 * width * k * rows
+        vae = VAE_ENCODE_FLOPS * (spec.vae.widths[0] / 128) ** 2 * spec.image_size**2
+        return vae + (trunk.depth - 1) * block + last
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def encode(
+        self,
+        images_u8: Tensor,
+        *,
+        policy: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tokens:
+        """Tokenize uint8 [B, 3, S, S]; see the contract.
+
+        Raises:
+            ValueError: Wrong shape or type, or ``posterior=sample`` without generators.
+        """
+        check_images(images_u8, self.info)
+        warn_policy(self.info.name, policy)
+        noise = torch.zeros(images_u8.shape[0], 0)
+        sampled = self.posterior == "sample"
+        if sampled:
+            if generators is None:
+                raise ValueError("posterior='sample' needs one generator per image")
+            noise = torch.stack([torch.randn(self._latent_shape, generator=g) for g in generators])
+
+        def tile(images: Tensor, drawn: Tensor) -> Tokens:
+            pixels = images.to(self.device, torch.float32).div(255).mul(2).sub(1)
+            eps = drawn.to(self.device) if sampled else None
+            with torch.inference_mode(), self._autocast():
+                done = encode(self.model, pixels, tokens=self.tokens, noise=eps)
+            return Tokens(done.ids, done.codes)
+
+        return in_tiles(tile, images_u8, noise, tile=TILE)
+
+    def codes_from_ids(self, ids: Tensor) -> Tensor:
+        """Integers [..., K] -> float32 [..., K, d].
+
+        Raises:
+            ValueError: An id outside the vocabulary.
+        """
+        size = self.model.regularizer.vocab_size
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+            raise ValueError(f"ids must lie in 0..{size - 1}")
+        return self.model.regularizer.codes(ids.to(self.device))
+
+    def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """Messages of any length up to the model's -> uint8 [B, 3, S, S], one noise seed per image.
+
+        Raises:
+            ValueError: Codes of another shape, or not one seed per image.
+        """
+        spec, codes = self.model.spec, tokens.codes
+        if codes.ndim != 3 or codes.shape[2] != spec.code_dim or not 1 <= codes.shape[1] <= spec.registers:
+            raise ValueError(
+                f"{self.info.name} decodes codes of shape [B, 1..{spec.registers}, {spec.code_dim}], got "
+                f"{list(codes.shape)}"
+            )
+        if len(seeds) != codes.shape[0]:
+            raise ValueError(f"{len(seeds)} seeds for {codes.shape[0]} messages: expected one each")
+        own = (torch.Generator().manual_seed(seed) for seed in seeds)
+        noise = torch.stack([torch.randn(self._latent_shape, generator=g) for g in own])
+
+        def tile(codes: Tensor, noise: Tensor) -> Tokens:
+            with torch.inference_mode(), self._autocast():
+                images = decode(
+                    self.model, codes.to(self.device), noise.to(self.device), sampling=self.sampling
+                )
+                return Tokens(None, to_uint8(images))
+
+        return in_tiles(tile, codes, noise).codes
+
+    def save(self, directory: Path) -> None:
+        """Export ``config.json`` and ``model.safetensors`` in the released layout."""
+        save(self.model, directory)
+
+
+def _info(model: FlexTok, name: str, weights: str, **changes: Any) -> TokenizerInfo:
+    spec = model.spec
+    return TokenizerInfo(
+        name=name,
+        family="flextok",
+        kind="learned",
+        weights=weights,
+        parameters=sum(p.numel() for part in (model.encoder, model.decoder) for p in part.parameters()),
+        message_length=spec.registers,
+        vocab_size=model.regularizer.vocab_size,
+        code_dim=spec.code_dim,
+        resolution=spec.image_size,
+        preprocessing=f"resize_short({spec.image_size},bilinear)|center_crop({spec.image_size})",
+        **changes,
+    )
+
+
+def build_random(spec: FlexTokSpec, seed: int) -> FlexTok:
+    """An untrained network, VAE included, from a seed. Its latents have the scale 1 unless the spec says."""
+    with torch.device("meta"):
+        model = FlexTok(spec)
+    model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
+    model.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
+    return model
+
+
+def _locate(name: str, weights: str | None, *, offline: bool) -> Path:
+    """The checkpoint directory: the one given, the one named, or the hub's."""
+    from comit_bench.tokenizers.hub import fetch
+
+    local = Path(weights or name).expanduser()
+    if local.is_dir():
+        return local
+    if weights:
+        raise MissingError(
+            f"--weights {weights}: no such directory. Give one with config.json and model.safetensors, or "
+            "'random'."
+        )
+    return fetch(HUB.get(name.lower(), name), FILES, offline=offline, hint="or pass --weights DIR")
+
+
+def _untrained(preset: str, seed: int, scale: float | None) -> tuple[FlexTok, TokenizerInfo]:
+    if preset not in PRESETS:
+        raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
+    spec = PRESETS[preset]
+    model = build_random(replace(spec, vae=replace(spec.vae, scale=scale or 1.0)), seed)
+    nothing = {"training_data": "none", "weights_licence": "none"}
+    return model, _info(model, preset, f"random:{seed}", trained=False, **nothing)
+
+
+def _released(
+    name: str, preset: str, weights: str | None, scale: float | None, *, offline: bool
+) -> tuple[FlexTok, TokenizerInfo]:
+    local = _locate(name, weights, offline=offline)
+    loaded = load_directory(local, scaling_factor=scale, offline=offline)
+    extra: dict[str, str] = {}
+    if loaded.assumed:
+        extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
+    if loaded.vae_file is not None:
+        extra["vae"] = sha256_file(loaded.vae_file)
+    own = dict(loaded.config.get("comit_bench") or {})
+    is_directory = Path(name).expanduser().is_dir()
+    released = preset in PRESETS and not weights and not is_directory
+    label = Path(name).expanduser().resolve().name if is_directory else name
+    label = preset if preset in PRESETS else label
+    info = _info(
+        loaded.model,
+        label,
+        sha256_file(weight_file(local)),
+        trained=bool(own.get("trained", True)),
+        training_data=str(own.get("training_data", TRAINING_DATA[preset] if released else "unknown")),
+        weights_licence=str(own.get("weights_licence", LICENCE if released else "unknown")),
+        options=extra,
+    )
+    return loaded.model, info
+
+
+def load(
+    name: str,
+    *,
+    weights: str | None = None,
+    device: torch.device,
+    offline: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> FlexTokTokenizer:
+    """Load a FlexTok tokenizer by preset name, hub id or directory.
+
+    Args:
+        name: ``flextok-d12-d12`` … ``flextok-d18-d28-dfn``, a hub id, or a checkpoint directory.
+        weights: Checkpoint directory, ``random`` (untrained), or None: the directory or the hub.
+        device: Where it runs.
+        offline: Never ask the hub.
+        seed: Of random weights.
+        **options: ``scaling_factor`` of the latents, for checkpoints whose config has none; the others go
+            to :class:`FlexTokTokenizer`.
+
+    Raises:
+        MissingError: No weights on this machine and the hub is out of reach.
+        UsageError: Unknown name or option, or a checkpoint that does not fit.
+        CorruptFileError: A file that cannot be read.
+    """
+    for option in options.keys() - set(OPTIONS):
+        raise UsageError(f"FlexTok has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    if "scaling_factor" in options:
+        options["scaling_factor"] = _number(options["scaling_factor"], "scaling_factor", float, 1e-6)
+    scale = options.pop("scaling_factor", None)
+    by_hub = {repository.lower(): preset for preset, repository in HUB.items()}
+    preset = by_hub.get(name.lower(), name.lower())
+    if preset == "flextok-d12-d12":
+        options.setdefault("guidance", GUIDANCE_SMALL)
+    if weights == "random":
+        model, info = _untrained(preset, seed, scale)
+    else:
+        model, info = _released(name, preset, weights, scale, offline=offline)
+    return FlexTokTokenizer(model, info, device=device, **options)

@@ -1,0 +1,413 @@
+"""Adapter for SelfTok: uint8 images <-> 512 or 1024 tokens.
+
+``decoder=diffusion`` (50 steps from noise) and ``decoder=renderer`` (one step, no noise) are two released
+files with an encoder each; the message is encoded with the file whose decoder is used. Encoding is
+deterministic: the mode of the VAE's posterior, and no sampling of ids. Reading files is ``selftok_files.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.files import sha256_file
+from comit_bench.models.selftok import PRESETS, Schedule, Selftok, SelftokSpec, variant
+from comit_bench.models.selftok_codec import (
+    Constants,
+    constants,
+    decode_latents,
+    encode,
+    render,
+    sample,
+    to_uint8,
+)
+from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.pixels import warn_policy
+from comit_bench.tokenizers.selftok_config import (
+    ASSUMED_1024,
+    read_schedule,
+    release_name,
+    released_config,
+)
+from comit_bench.tokenizers.selftok_files import Loaded, build, find_vae, load_directory, load_files, save
+from comit_bench.tokenizers.weights import required, weight_source
+
+DECODERS = ("diffusion", "renderer")
+LATENTS = ("codes", "prequant", "raw")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOADING = ("decoder", "vae", "allow_pickle")
+OPTIONS = (*LOADING, "latents", "steps", "stages", "k_per_stage", "vae_dtype", "compile", "dtype")
+TRAINING_DATA = "not stated; presumably ImageNet-1k"
+LICENCE = "none stated; derived from Stable Diffusion 3, whose terms may apply"
+# Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_selftok_flops.py)
+VAE_ENCODE_FLOPS = 4.165e6
+
+
+def _flag(value: object, option: str) -> bool | None:
+    """True, false, or None for ``auto``."""
+    known = {"auto": None, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if str(value).lower() not in known:
+        raise UsageError(f"SelfTok: {option} must be auto, true or false, got {value!r}")
+    return known[str(value).lower()]
+
+
+def _one_of(value: object, option: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise UsageError(
+            f"SelfTok: {option} must be one of {', '.join(allowed)}, got {value!r}."
+            f"{did_you_mean(str(value), allowed)}"
+        )
+    return str(value)
+
+
+def choose_schedule(
+    spec: SelftokSpec, stages: object = None, k_per_stage: object = None
+) -> tuple[Schedule | None, bool]:
+    """The schedule of a diffusion decoder, and whether it is merely assumed.
+
+    Args:
+        spec: Of the network.
+        stages: Ends of the stages; None is 200, 400, 600, 800, 1000.
+        k_per_stage: Tokens per stage; None is what the checkpoint says.
+
+    Raises:
+        UsageError: None is known, or the tokens do not add up.
+    """
+    if spec.kind == "renderer":
+        if stages is not None or k_per_stage is not None:
+            raise UsageError("SelfTok: stages and k_per_stage are settings of decoder=diffusion")
+        return None, False
+    if k_per_stage is not None:
+        known = spec.schedule or Schedule()
+        chosen = read_schedule(known.ends if stages is None else stages, k_per_stage, "SelfTok: k_per_stage")
+        if sum(chosen.counts) != spec.tokens or chosen.ends[-1] != 1000:
+            raise UsageError(
+                f"SelfTok: k_per_stage {','.join(map(str, chosen.counts))} must add up to {spec.tokens} "
+                f"tokens, and the last of the stages {','.join(map(str, chosen.ends))} must end at 1000"
+            )
+        return chosen, False
+    if stages is not None:
+        raise UsageError("SelfTok: stages needs k_per_stage as well")
+    if spec.schedule is not None:
+        return spec.schedule, False
+    if spec.tokens == sum(ASSUMED_1024.counts):
+        return ASSUMED_1024, True
+    raise UsageError(
+        f"SelfTok: the schedule of visible tokens of a diffusion decoder with {spec.tokens} tokens is not "
+        "known. Pass --option k_per_stage=N,N,… (tokens per stage), and --option stages=…,1000 if there are "
+        "not five."
+    )
+
+
+class SelftokTokenizer:
+    """SelfTok behind the tokenizer contract.
+
+    Args:
+        model: Network in eval mode, with a VAE.
+        info: Its description.
+        device: Where it runs.
+        latents: What probes read: ``codes`` (what enters a decoder), ``prequant`` (projected queries before
+            quantization) or ``raw`` (the encoder's queries).
+        steps: Euler steps of the diffusion decoder; None is the checkpoint's.
+        stages: See :func:`choose_schedule`.
+        k_per_stage: See :func:`choose_schedule`.
+        vae_dtype: ``float32``, or ``bfloat16`` as in the released program.
+        compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; quantizer, modulations and the sampler's
+            state stay in float32.
+    """
+
+    def __init__(
+        self,
+        model: Selftok,
+        info: TokenizerInfo,
+        *,
+        device: torch.device,
+        latents: str = "codes",
+        steps: int | None = None,
+        stages: object = None,
+        k_per_stage: object = None,
+        vae_dtype: str = "float32",
+        compile: bool | str = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        spec = model.spec
+        self.latents = _one_of(latents, "latents", LATENTS)
+        self.schedule, self.assumed = choose_schedule(spec, stages, k_per_stage)
+        if steps is not None and (type(steps) is not int or steps < 1):  # options come from a command line
+            raise UsageError(f"SelfTok: steps must be a whole number of at least 1, got {steps!r}")
+        if steps is not None and self.schedule is None:
+            raise UsageError("SelfTok: steps is a setting of decoder=diffusion, the renderer has one step")
+        self.steps = spec.steps if steps is None else steps
+        vae_type = DTYPES[_one_of(vae_dtype, "vae_dtype", tuple(DTYPES))]
+        wanted = _flag(compile, "compile")
+        self.model = model.to(device).requires_grad_(False).eval()
+        if self.model.vae is not None:
+            self.model.vae.set_dtype(vae_type)
+            self.model.vae.prepare(device, compiled=wanted)
+        self.device, self.dtype = device, dtype
+        options = {
+            "decoder": spec.kind,
+            "latents": self.latents,
+            "vae_dtype": vae_dtype,
+            "dtype": str(dtype).split(".")[-1],
+        }
+        if self.schedule is not None:
+            counts = ",".join(map(str, self.schedule.counts))
+            options["steps"], options["stages"] = str(self.steps), ",".join(map(str, self.schedule.ends))
+            options["k_per_stage"] = counts
+            if self.assumed:
+                options["assumed"] = f"k_per_stage={counts}"
+        width = {"raw": spec.encoder.query_width, "prequant": spec.quantizer_dim, "codes": spec.code_dim}
+        self.info = replace(
+            info,
+            code_dim=width[self.latents],
+            vocab_size=spec.vocab_size if self.latents == "codes" else None,
+            options={**info.options, **options},
+        )
+
+    @cached_property
+    def _fixed(self) -> Constants:
+        """Modulations that no image enters, computed on first use, in float32."""
+        with torch.inference_mode():
+            return constants(self.model)
+
+    def encode_flops(self, policy: str | None) -> float:
+        """FLOPs per image of the VAE's encoder, the trunk and the search, for estimates."""
+        spec = self.model.spec
+        size, k = spec.encoder, spec.tokens
+        n, d, q = (spec.latent_side // spec.patch) ** 2, size.width, size.query_width
+        latents = (8.0 + 4.0 * size.mlp_ratio) * n * d**2 + 4.0 * n**2 * d
+        queries = 4.0 * n * d * q + (8.0 + 4.0 * size.mlp_ratio) * k * q**2 + 4.0 * k * (n + k) * q
+        search = 2.0 * k * (q + spec.vocab_size) * spec.quantizer_dim
+        scale = 1.0 if spec.vae is None else (spec.vae.widths[0] / 128) ** 2
+        vae = VAE_ENCODE_FLOPS * scale * spec.image_size**2
+        return vae + (size.depth - 1) * latents + size.depth * queries + search
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def encode(
+        self,
+        images_u8: Tensor,
+        *,
+        policy: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tokens:
+        """Tokenize uint8 [B, 3, S, S]; nothing about it is random.
+
+        Raises:
+            ValueError: Wrong shape or type.
+        """
+        check_images(images_u8, self.info)
+        warn_policy(self.info.name, policy)
+
+        def tile(images: Tensor) -> Tokens:
+            pixels = images.to(self.device, torch.float32).div(127.5).sub(1)
+            fixed = self._fixed
+            with torch.inference_mode(), self._autocast():
+                done = encode(self.model, pixels, fixed)
+            if self.latents == "codes":
+                return Tokens(done.ids, done.codes)
+            return Tokens(None, (done.prequant if self.latents == "prequant" else done.queries).float())
+
+        return in_tiles(tile, images_u8, tile=TILE)
+
+    def codes_from_ids(self, ids: Tensor) -> Tensor:
+        """Integers [..., K] -> float32 [..., K, d], after the LayerNorm.
+
+        Raises:
+            ValueError: An id outside the vocabulary.
+        """
+        size = self.model.spec.vocab_size
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+            raise ValueError(f"ids must lie in 0..{size - 1}")
+        with torch.inference_mode():
+            return self.model.encoder.codes(ids.to(self.device, torch.int64))
+
+    def _decoder_codes(self, codes: Tensor) -> Tensor:
+        """What was handed to probes -> what enters the decoder."""
+        if self.latents == "codes":
+            return codes
+        quantizer = self.model.encoder.quantizer
+        return self.model.encoder.codes(
+            quantizer.ids(quantizer.project(codes) if self.latents == "raw" else codes)
+        )
+
+    def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """Messages -> uint8 [B, 3, S, S]; one noise seed per image, which the renderer does not use.
+
+        Raises:
+            ValueError: Codes of another shape, or not one seed per image.
+        """
+        spec, codes = self.model.spec, tokens.codes
+        if codes.ndim != 3 or tuple(codes.shape[1:]) != (spec.tokens, self.info.code_dim):
+            raise ValueError(
+                f"{self.info.name} decodes codes of shape [B, {spec.tokens}, {self.info.code_dim}], got "
+                f"{list(codes.shape)}"
+            )
+        if len(seeds) != codes.shape[0]:
+            raise ValueError(f"{len(seeds)} seeds for {codes.shape[0]} messages: expected one each")
+        shape = (spec.channels, spec.latent_side, spec.latent_side)
+        own = (torch.Generator().manual_seed(seed) for seed in seeds)
+        if self.schedule is None:
+            noise = torch.zeros(len(seeds), 0)
+        else:
+            noise = torch.stack([torch.randn(shape, generator=g) for g in own])
+
+        def tile(codes: Tensor, noise: Tensor) -> Tokens:
+            fixed = self._fixed
+            with torch.inference_mode(), self._autocast():
+                latents = self._latents(self._decoder_codes(codes.to(self.device)), noise, fixed)
+                return Tokens(None, to_uint8(decode_latents(self.model, latents.float())))
+
+        return in_tiles(tile, codes, noise, tile=TILE).codes
+
+    def _latents(self, codes: Tensor, noise: Tensor, fixed: Constants) -> Tensor:
+        if self.schedule is None:
+            return render(self.model.model, codes, fixed)
+        return sample(
+            self.model.model,
+            codes,
+            noise.to(self.device),
+            schedule=self.schedule,
+            steps=self.steps,
+            own=fixed.context,
+        )
+
+    def save(self, directory: Path) -> None:
+        """Export a checkpoint directory with the released key names; an assumed schedule is not written."""
+        schedule = None if self.assumed else self.schedule
+        save(self.model, directory, replace(self.model.spec, schedule=schedule, steps=self.steps))
+
+
+def build_random(spec: SelftokSpec, seed: int) -> Selftok:
+    """An untrained network, VAE included, from a seed."""
+    model = build(spec)
+    model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
+    model.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
+    return model
+
+
+def _info(model: Selftok, name: str, weights: str, **changes: Any) -> TokenizerInfo:
+    spec = model.spec
+    return TokenizerInfo(
+        name=name,
+        family="selftok",
+        kind="learned",
+        weights=weights,
+        parameters=sum(p.numel() for part in (model.encoder, model.model) for p in part.parameters()),
+        message_length=spec.tokens,
+        vocab_size=spec.vocab_size,
+        code_dim=spec.code_dim,
+        resolution=spec.image_size,
+        preprocessing=f"resize_short({spec.image_size},bilinear)|center_crop({spec.image_size})",
+        **changes,
+    )
+
+
+def _open(
+    name: str, weights: str | None, decoder: str, vae: Path | None, *, offline: bool, allow_pickle: bool
+) -> Loaded:
+    """Load the checkpoint directory or file that name and weights stand for."""
+    preset, release = name.lower(), release_name(name.lower(), decoder)
+    directory = Path(weights or name).expanduser()
+    if weights is None and not directory.is_dir():
+        if preset not in PRESETS:
+            raise MissingError(
+                f"{name}: no such directory, and no name of SelfTok (the hub repository holds .pth files "
+                f"only: `comit-bench weights fetch {' | '.join(PRESETS)}`).{did_you_mean(name, PRESETS)}"
+            )
+        directory = required(release, hint=" or pass --weights DIR")
+    elif weights is not None:
+        if preset not in PRESETS and not directory.is_dir():
+            raise UsageError(
+                f"--weights {weights}: a single file says nothing about heads and schedule. Name what it is "
+                f"(--tokenizer {' or '.join(PRESETS)}), or give a directory with config.json."
+            )
+        directory = weight_source(release, directory, allow_pickle=allow_pickle)
+    if directory.is_file():
+        config = released_config(release)
+        return load_files(directory, config, directory, find_vae(config, None, vae, offline=offline))
+    return load_directory(directory, vae=vae, offline=offline)
+
+
+def _released(
+    name: str, weights: str | None, decoder: object, vae: object, *, offline: bool, allow_pickle: bool
+) -> tuple[Selftok, TokenizerInfo]:
+    chosen = "diffusion" if decoder is None else str(decoder)
+    named = None if vae is None else Path(str(vae)).expanduser()
+    found = _open(name, weights, chosen, named, offline=offline, allow_pickle=allow_pickle)
+    spec, preset = found.model.spec, name.lower()
+    if spec.kind != chosen and (decoder is not None or preset in PRESETS):
+        raise UsageError(
+            f"{found.weights}: this is a checkpoint with the decoder {spec.kind}, not {chosen}: pass "
+            f"--option decoder={spec.kind}, or the other checkpoint"
+        )
+    if preset in PRESETS and spec.tokens != PRESETS[preset].tokens:
+        raise UsageError(f"{found.weights}: a checkpoint of {spec.tokens} tokens is not {preset}")
+    is_directory = Path(name).expanduser().is_dir()
+    label = Path(name).expanduser().resolve().name if is_directory else preset
+    released = weights is None and not is_directory
+    info = _info(
+        found.model,
+        label,
+        sha256_file(found.weights),
+        training_data=TRAINING_DATA if released else "unknown",
+        weights_licence=LICENCE if released else "unknown",
+        options={} if found.vae is None else {"vae": sha256_file(found.vae)},
+    )
+    return found.model, info
+
+
+def load(
+    name: str,
+    *,
+    weights: str | None = None,
+    device: torch.device,
+    offline: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> SelftokTokenizer:
+    """Load a SelfTok tokenizer by name or directory.
+
+    Args:
+        name: ``selftok-512``, ``selftok-1024``, or a checkpoint directory.
+        weights: Checkpoint directory, a file of weights (``.safetensors``, or, if ``allow_pickle``, a
+            released ``.pth``, which is converted once), ``random`` (untrained), or None: the directory or
+            the cache.
+        device: Where it runs.
+        offline: Never ask the hub for the VAE.
+        seed: Of random weights.
+        **options: ``decoder`` (diffusion, renderer), ``vae`` (directory of SD3's), ``allow_pickle``; the
+            others are those of :class:`SelftokTokenizer`.
+
+    Raises:
+        MissingError: The weights are not on this machine.
+        UsageError: Unknown name or option, or a checkpoint that does not fit.
+        CorruptFileError: A file that cannot be read.
+    """
+    for option in options.keys() - set(OPTIONS):
+        raise UsageError(f"SelfTok has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    decoder, vae, allow = (options.pop(key, None) for key in LOADING)
+    if decoder is not None:
+        _one_of(decoder, "decoder", DECODERS)
+    if weights == "random":
+        if name.lower() not in PRESETS:
+            raise UsageError(f"--weights random needs a name, not {name!r}.{did_you_mean(name, PRESETS)}")
+        spec = variant(name.lower(), str(decoder or "diffusion"))
+        choose_schedule(spec, options.get("stages"), options.get("k_per_stage"))  # before minutes of drawing
+        model = build_random(spec, seed)
+        nothing = {"training_data": "none", "weights_licence": "none"}
+        info = _info(model, name.lower(), f"random:{seed}", trained=False, **nothing)
+    else:
+        permitted = bool(_flag(False if allow is None else allow, "allow_pickle"))
+        model, info = _released(name, weights, decoder, vae, offline=offline, allow_pickle=permitted)
+    return SelftokTokenizer(model, info, device=device, **options)

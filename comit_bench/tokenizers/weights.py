@@ -1,0 +1,262 @@
+"""Released weights in the cache: fetch, check against the first download, convert to safetensors once.
+
+Below ``<cache>/weights`` every name has a folder with ``model.safetensors``, ``config.json`` where the
+family knows one, and ``source.json`` (where the file came from, its checksum). ``checksums.json`` remembers
+the checksum of every source that was ever fetched or converted, so that a file that changes behind its link
+is noticed even after the folder was deleted.
+
+Pickles: ``fetch`` and ``convert`` read the file that the command names, as tensors only, without further
+questions. A pickle that is loaded as a tokenizer (``--weights FILE.pth``) needs ``allow_pickle=true``
+(``weight_source``). The rule stands in ``checkpoints.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.files import cache_root, sha256_file, write_atomic
+from comit_bench.tokenizers.checkpoints import PICKLES, WEIGHT_FILES, require_allowed, write_tensors
+from comit_bench.tokenizers.download import Advance, download
+from comit_bench.tokenizers.releases import Release, find_release, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+SOURCE = "source.json"
+
+
+def weights_root() -> Path:
+    """``<cache>/weights``."""
+    return cache_root() / "weights"
+
+
+def stored(name: str) -> Path | None:
+    """The folder of fetched and converted weights, or None when they are not (wholly) there."""
+    folder = weights_root() / name
+    whole = (folder / WEIGHT_FILES[0]).is_file() and (folder / SOURCE).is_file()
+    return folder if whole else None
+
+
+def required(name: str, *, hint: str = "") -> Path:
+    """The folder of fetched weights.
+
+    Raises:
+        MissingError: They are not on this machine; says how to get them.
+    """
+    folder = stored(name)
+    if folder is not None:
+        return folder
+    release = find_release(name)
+    raise MissingError(
+        f"the weights of {name} are not on this machine. Fetch them where there is a network: "
+        f"`comit-bench weights fetch {name}` (from {release.source}), then copy "
+        f"{weights_root() / name}; or convert a file that you have: "
+        f"`comit-bench weights convert {name} FILE{Path(release.file).suffix}`{hint}."
+    )
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    from filelock import FileLock
+
+    root = weights_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"{root}: cannot make this folder ({error.strerror})") from error
+    with FileLock(root / ".lock"):
+        yield
+
+
+def _remember(source: str, digest: str) -> None:
+    """Record the checksum of a source on first use; later ones must be equal.
+
+    Raises:
+        CorruptFileError: The source gave another file before.
+    """
+    path = weights_root() / "checksums.json"
+    known: dict[str, str] = {}
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptFileError(f"{path}: not valid JSON ({error}). Delete it.") from error
+    if known.setdefault(source, digest) != digest:
+        raise CorruptFileError(
+            f"{source}: the file has the checksum {digest}, but the first download had {known[source]}. It "
+            f"was changed or damaged. If the new file is right, delete the line in {path} and fetch again."
+        )
+    write_atomic(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Advance | None = None) -> Path:
+    """Bring the released weights of ``name`` into the cache, as safetensors, unless they are there.
+
+    Args:
+        name: A name of ``releases.RELEASES``.
+        keep: Leave the downloaded file beside the converted one.
+        url: Another address of the same file, e.g. a mirror. Its content must have the known checksum.
+        advance: Called with the bytes so far and the total.
+
+    Raises:
+        UsageError: Unknown name.
+        MissingError: The server cannot be reached.
+        CorruptFileError: The file is not what it should be, or not what it was.
+    """
+    release = find_release(name)
+    with _locked():
+        there = stored(release.name)
+        if there is not None:
+            return there
+        folder = weights_root() / release.name
+        if release.hub and not url:
+            from comit_bench.tokenizers.hub import fetch as hub_fetch
+
+            hint = f"or run `comit-bench weights convert {release.name} FILE`"
+            file = hub_fetch(release.hub, (release.file,), offline=False, hint=hint) / release.file
+            keep = True  # it belongs to the hub's own cache
+        else:
+            file = folder / release.file
+            if not file.is_file():
+                download(str(url or release.url), file, advance=advance)
+        digest = sha256_file(file)
+        try:
+            _remember(release.source, digest)
+            convert_file(release, file, folder, digest=digest)
+        except BenchError:
+            if not keep:
+                file.unlink(missing_ok=True)  # the next attempt must not find a wrong file
+            raise
+        if not keep:
+            file.unlink()
+        return folder
+
+
+def convert(name: str, file: Path, *, output: Path | None = None) -> Path:
+    """Convert a file that was fetched by hand.
+
+    Args:
+        name: A name of ``releases.RELEASES``: says what the file is.
+        file: The released pickle.
+        output: Directory; by default the cache, where ``--tokenizer NAME`` finds it.
+
+    Raises:
+        UsageError: Unknown name, or tensors that do not fit it.
+        MissingError: No such file.
+        CorruptFileError: The file cannot be read.
+    """
+    release = find_release(name)
+    if not file.is_file():
+        raise MissingError(f"{file}: no such file")
+    with _locked():
+        folder = output or weights_root() / release.name
+        convert_file(release, file, folder, digest=sha256_file(file))
+    return folder
+
+
+def converted(name: str, file: Path) -> Path:
+    """The converted form of a pickle that was named with ``--weights``; made once per content."""
+    digest = sha256_file(file)
+    folder = weights_root() / f"{name}-{digest.removeprefix('sha256:')[:16]}"
+    with _locked():
+        if not (folder / SOURCE).is_file():
+            convert_file(find_release(name), file, folder, digest=digest)
+    return folder
+
+
+def convert_file(release: Release, file: Path, folder: Path, *, digest: str) -> None:
+    """Write ``model.safetensors``, ``config.json`` (if the family has one) and ``source.json``.
+
+    Raises:
+        CorruptFileError: The file cannot be read.
+        UsageError: Its tensors do not fit the name.
+    """
+    content = read_pickle(file, allow=release.allow)
+    tensors: dict[str, Tensor] = resolve(release.unpack)(content, file)
+    if release.check is not None:
+        resolve(release.check)(release.name, tensors, file)
+    write_tensors(folder / WEIGHT_FILES[0], _unshared(tensors))
+    if release.config is not None:
+        config = resolve(release.config)(release.name)
+        write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    note = {"name": release.name, "source": release.source, "file": file.name, "checksum": digest}
+    write_atomic(folder / SOURCE, json.dumps(note, indent=1) + "\n")
+
+
+def read_pickle(file: Path, *, allow: tuple[str, ...] = ()) -> Any:
+    """What a ``.pth`` file holds, read without running anything it names.
+
+    Args:
+        file: Written by ``torch.save``.
+        allow: Further classes that may appear, ``module:class``.
+
+    Raises:
+        CorruptFileError: Truncated, of another format, or it names a class that is not allowed.
+    """
+    import torch
+
+    classes: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [resolve(target) for target in allow]
+    try:
+        with torch.serialization.safe_globals(classes):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # the reader raises whatever the bytes make of it
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own text advises to run it: not repeated
+        if named:
+            raise CorruptFileError(
+                f"{file}: it names {named[1]}, which is no tensor and will not be loaded. It is not the "
+                "released file."
+            ) from error
+        raise CorruptFileError(
+            f"{file}: cannot be read as a weight file ({type(error).__name__}). It is truncated or of "
+            "another format: fetch it again."
+        ) from error
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share their memory, which safetensors does not store."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        out[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return out
+
+
+def state(name: str) -> str:
+    """``here``, ``downloading`` (a part is there) or ``missing``, for lists."""
+    if stored(name) is not None:
+        return "here"
+    folder = weights_root() / name
+    return "downloading" if folder.is_dir() and any(folder.glob("*.part")) else "missing"
+
+
+def weight_source(name: str, weights: Path, *, allow_pickle: bool) -> Path:
+    """What ``--weights PATH`` means: a directory or safetensors file as it is, a pickle converted.
+
+    Raises:
+        MissingError: No such path.
+        UsageError: A file of another kind, or a pickle that was not allowed.
+    """
+    if weights.is_dir():
+        return weights
+    if not weights.is_file():
+        raise MissingError(
+            f"--weights {weights}: no such file or directory. Give a directory with config.json and "
+            f"{WEIGHT_FILES[0]}, a .safetensors or .pth file of {name}, or 'random'."
+        )
+    if weights.suffix == ".safetensors":
+        return weights
+    if weights.suffix in PICKLES:
+        require_allowed(weights, allow_pickle)
+        return converted(name, weights)
+    raise UsageError(f"--weights {weights}: expected .safetensors or one of {', '.join(PICKLES)}")

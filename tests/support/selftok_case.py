@@ -1,0 +1,198 @@
+"""Replays one SelfTok parity case: VAE, encoder, quantizer, schedule, decoder and pixels.
+
+What the implementation shortens is compared in both forms: with all tokens and a mask, all rows of the last
+block, and the short form that the adapter uses. A case may leave tensors out of ``io``; a vendored one may
+leave the decoder's weights out (``omitted_weights``). A setting that this file does not know is a failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from parity import ParityCase, expect
+from selftok_plain import plain_encode, plain_render, plain_velocity
+from torch import Tensor
+
+from comit_bench.models.selftok import Selftok
+from comit_bench.models.selftok_codec import (
+    constants,
+    decode_latents,
+    encode,
+    encode_latents,
+    render,
+    sample,
+    time_grid,
+    visible_counts,
+)
+from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors
+from comit_bench.tokenizers.selftok_config import spec_from_config, used
+from comit_bench.tokenizers.selftok_files import OWN_VAE, build, find_vae, load_directory
+
+FLOAT = 2e-5
+SETTINGS = {
+    "kind", "image_size", "k", "stages", "k_per_stage", "in_channels", "encoder_hidden_size", "encoder",
+    "quantizer", "decoder", "context_see_xt", "num_steps", "vae", "batch", "omitted_weights", "system",
+}  # fmt: skip
+
+
+class Case(ParityCase):
+    """One SelfTok case."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        config = read_config(self.folder)
+        assert config.keys() <= SETTINGS, f"unknown settings {config.keys() - SETTINGS}"
+        return config
+
+    @property
+    def omitted(self) -> dict[str, list[int]]:
+        """Weights that a vendored case leaves out, with their shapes."""
+        found: dict[str, list[int]] = self.config.get("omitted_weights", {})
+        return found
+
+    @property
+    def has_vae(self) -> bool:
+        return (self.folder / OWN_VAE).is_file()
+
+    @cached_property
+    def model(self) -> Selftok:
+        if not self.omitted:
+            return load_directory(self.folder, offline=True, latents_only=not self.has_vae).model
+        tensors = used(read_tensors(self.folder / "weights.safetensors"))
+        for key, shape in self.omitted.items():
+            assert key not in tensors, f"{key} is said to be left out"
+            tensors[key] = torch.full(shape, float("nan"))  # whoever uses it is found out
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        vae = find_vae(self.config, self.folder, None, offline=True) if self.has_vae else None
+        model = build(spec_from_config(self.config, shapes, self.folder, None if vae is None else vae[0]))
+        load_checked(model, tensors, self.folder, optional=("vae.",))
+        if vae is not None and model.vae is not None:
+            load_checked(model.vae.vae, read_tensors(vae[1]), vae[1])
+        return model.eval()
+
+    def inputs(self) -> set[str]:
+        given = {"images", "noise"}
+        return given if self.has_vae else given | {"latents"}
+
+    def checks(self) -> dict[str, Callable[[], list[str]]]:
+        jobs = {"sizes": self.sizes, "encoder": self.encoder, "quantizer": self.quantizer}
+        if self.config["kind"] == "tokenizer":
+            jobs["schedule"] = self.schedule
+        if not self.omitted:
+            jobs["decoder"] = self.sampler if self.config["kind"] == "tokenizer" else self.renderer
+            jobs["decoder-plain"] = self.plain_decoder
+        elif "pred_latents" in self.io:
+            jobs["given-latents"] = lambda: ["pred_latents"]
+        return {**jobs, "pixels": self.pixels} if self.has_vae else jobs
+
+    def see(self, name: str, got: Tensor, *, exact: bool = False) -> list[str]:
+        """Compare with a recorded tensor, if it was recorded."""
+        if name not in self.io:
+            return []
+        return [expect(name, got, self.io[name], tolerance=None if exact else FLOAT)]
+
+    def sizes(self) -> list[str]:
+        """The config says the same as tensors and network."""
+        spec, config = self.model.spec, self.config
+        assert (spec.tokens, spec.vocab_size) == (config["k"], config["quantizer"]["codebook_size"])
+        assert config.get("batch", len(self.io["latents"])) == len(self.io["latents"])
+        return ["latents"]
+
+    def encoder(self) -> list[str]:
+        io, encoder = self.io, self.model.encoder
+        states = encoder.states()
+        x, q = encoder.blocks[0](encoder.embed(io["latents"]), encoder.query_tokens, states[0])
+        short = encode_latents(self.model, io["latents"])
+        plain = plain_encode(self.model, io["latents"])
+        return [
+            *self.see("latent_tokens_block0", x),
+            *self.see("query_block0", q),
+            *self.see("query_last", short.queries),
+            *self.see("query_last", plain),
+            *self.see("z_proj", short.prequant),
+            *self.see("ids", short.ids, exact=True),
+            *self.see("codes", short.codes),
+        ]
+
+    def quantizer(self) -> list[str]:
+        encoder, io = self.model.encoder, self.io
+        ids = encoder.quantizer.ids(io["z_proj"])
+        return [
+            *self.see("z_proj", encoder.quantizer.project(io["query_last"])),
+            *self.see("ids", ids, exact=True),
+            *self.see("codes_raw", encoder.quantizer.rows(io["ids"])),
+            *self.see("codes", encoder.codes(io["ids"])),
+        ]
+
+    @property
+    def steps(self) -> int:
+        return int(self.config["num_steps"])
+
+    def schedule(self) -> list[str]:
+        grid, schedule = time_grid(self.steps)[:-1], self.model.spec.schedule
+        assert schedule is not None
+        counts = torch.tensor(visible_counts(grid, schedule, self.model.spec.tokens))
+        seen = self.see("k_visible", counts, exact=True)
+        if "t" in self.io:
+            recorded = visible_counts(self.io["t"], schedule, self.model.spec.tokens)
+            assert recorded == counts.tolist(), "the recorded times give other counts"
+        return [*seen, *self.see("t", grid)]
+
+    def sampler(self) -> list[str]:
+        """The loop as the adapter runs it, and single steps from the recorded x."""
+        io, decoder, seen = self.io, self.model.model, []
+        steps: dict[int, tuple[int, Tensor, Tensor]] = {}
+        assert self.model.spec.schedule is not None
+
+        def observe(step: int, visible: int, x: Tensor, velocity: Tensor) -> None:
+            steps[step] = (visible, x, velocity)
+
+        out = sample(
+            decoder,
+            io["codes"],
+            io["noise"],
+            schedule=self.model.spec.schedule,
+            steps=self.steps,
+            own=constants(self.model).context,
+            observe=observe,
+        )
+        for step, (visible, x, velocity) in steps.items():
+            assert "k_visible" not in io or visible == int(io["k_visible"][step])
+            seen += [*self.see(f"step{step}_x", x), *self.see(f"step{step}_v", velocity)]
+        return [*seen, *self.see("pred_latents", out)]
+
+    def renderer(self) -> list[str]:
+        decoder, io = self.model.model, self.io
+        fixed = constants(self.model)
+        return [
+            *self.see("pred_latents", render(decoder, io["codes"])),
+            *self.see("pred_latents", render(decoder, io["codes"], fixed)),
+        ]
+
+    def plain_decoder(self) -> list[str]:
+        """The equations once more, written out: all tokens, a key mask, one time at a time."""
+        io, seen = self.io, []
+        if self.config["kind"] == "renderer":
+            return self.see("pred_latents", plain_render(self.model, io["codes"]))
+        grid, schedule = time_grid(self.steps), self.model.spec.schedule
+        assert schedule is not None
+        counts = visible_counts(grid[:-1], schedule, self.model.spec.tokens)
+        for step, visible in enumerate(counts):
+            if f"step{step}_x" in io:
+                velocity = plain_velocity(self.model, io[f"step{step}_x"], io["codes"], grid[step], visible)
+                seen += self.see(f"step{step}_v", velocity)
+        return seen
+
+    def pixels(self) -> list[str]:
+        io, seen = self.io, []
+        vae = self.model.vae
+        assert vae is not None
+        if "images" in io:
+            seen += self.see("latents", vae.encode(io["images"]))
+            seen += self.see("ids", encode(self.model, io["images"]).ids, exact=True)
+        if "pred_latents" in io:
+            seen += self.see("recon", decode_latents(self.model, io["pred_latents"]))
+        return seen

@@ -1,0 +1,495 @@
+"""The SelfTok adapter: released files, round trips, refusals, batch invariance."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from selftok_sizes import SMALL
+from tiny import write_images, write_recipes
+from torch import Tensor
+
+import comit_bench
+import comit_bench.tokenizers.selftok as adapter
+from comit_bench.errors import CorruptFileError, MissingError, UsageError
+from comit_bench.models.selftok import PRESETS, SD3_VAE, Schedule, variant
+from comit_bench.seeding import generator_for
+from comit_bench.tokenizers import weights as store
+from comit_bench.tokenizers.base import Tokenizer, Tokens
+from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.releases import RELEASES
+from comit_bench.tokenizers.selftok import SelftokTokenizer, choose_schedule
+from comit_bench.tokenizers.selftok_config import (
+    config_from_spec,
+    released_config,
+    spec_from_config,
+    unpack,
+    used,
+    vae_spec,
+)
+from comit_bench.tokenizers.selftok_files import build, find_vae
+
+SIDE, K = 64, 12
+JUNK = {
+    "diffusion.timestep_map": torch.zeros(100),
+    "encoder.final_layer_norm.weight": torch.zeros(32),
+    "encoder.final_layer_norm2.bias": torch.zeros(16),
+    "encoder.quantizer.count": torch.zeros(1, 64),
+    "encoder.quantizer._codebook.embed_avg": torch.zeros(1, 64, 16),
+    "encoder.quantizer._codebook.timestep_p_over_c": torch.zeros(1, K, 64),
+    "model.y_embedder.mlp.0.weight": torch.zeros(48, 16),
+    "model.joint_blocks.2.context_block.t_embedder.mlp.0.weight": torch.zeros(48, 256),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(PRESETS, "selftok-512", SMALL)
+    monkeypatch.setitem(PRESETS, "selftok-1024", replace(SMALL, tokens=1024, schedule=None))
+    monkeypatch.setenv("COMIT_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def load(name: str = "selftok-512", **options: Any) -> SelftokTokenizer:
+    options.setdefault("device", "cpu")
+    options.setdefault("offline", True)
+    tokenizer = load_tokenizer(name, **options)
+    assert isinstance(tokenizer, SelftokTokenizer) and isinstance(tokenizer, Tokenizer)
+    return tokenizer
+
+
+@pytest.fixture
+def selftok(small_presets: None) -> SelftokTokenizer:
+    return load(weights="random")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, selftok: SelftokTokenizer) -> Path:
+    selftok.save(tmp_path / "ck")
+    return tmp_path / "ck"
+
+
+def images(count: int, side: int = SIDE) -> Tensor:
+    g = torch.Generator().manual_seed(5)
+    return torch.randint(0, 256, (count, 3, side, side), generator=g, dtype=torch.uint8)
+
+
+def ids(tokens: Tokens) -> Tensor:
+    assert tokens.ids is not None
+    return tokens.ids
+
+
+def diffusers_vae(checkpoint: Path, folder: Path) -> Path:
+    """The VAE as the hub stores it."""
+    folder.mkdir(parents=True)
+    config = json.loads((checkpoint / "config.json").read_text())["vae"]
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **config}))
+    (checkpoint / "vae_weights.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+# ----------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("decoder", ["diffusion", "renderer"])
+def test_ids_and_images_do_not_depend_on_batch_or_order(decoder: str) -> None:
+    tokenizer, count = load(weights="random", decoder=decoder), 19
+    x = images(count)
+    whole = tokenizer.encode(x, generators=[generator_for(0, f"{i}") for i in range(count)])
+    assert ids(whole).shape == (count, K) and ids(whole).dtype == torch.int64
+    pictures = tokenizer.decode(whole, seeds=range(count))
+    assert pictures.dtype == torch.uint8 and pictures.shape == (count, 3, SIDE, SIDE)
+    for size in (1, 7):
+        parts = [tokenizer.encode(x[i : i + size]) for i in range(0, count, size)]
+        assert torch.equal(torch.cat([ids(p) for p in parts]), ids(whole))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    shuffled = tokenizer.encode(x[order])
+    assert torch.equal(ids(shuffled), ids(whole)[order])
+    again = tokenizer.decode(shuffled, seeds=order.tolist())
+    assert torch.equal(again, pictures[order])
+    assert len(ids(whole).unique(dim=0)) > count / 2  # of untrained messages about uniform noise
+    other = tokenizer.decode(Tokens(None, whole.codes[3:4]), seeds=[99])
+    assert torch.equal(other[0], pictures[3]) == (decoder == "renderer")
+
+
+def test_codes_are_what_enters_the_decoder(selftok: SelftokTokenizer) -> None:
+    tokens = selftok.encode(images(3))
+    assert tokens.codes.shape == (3, K, 16) and tokens.codes.dtype == torch.float32
+    assert torch.equal(selftok.codes_from_ids(ids(tokens)), tokens.codes)
+    rows = selftok.model.encoder.quantizer.table[ids(tokens)]
+    assert not torch.allclose(rows, tokens.codes)
+    for wrong in (64, -1):
+        with pytest.raises(ValueError, match=r"0\.\.63"):
+            selftok.codes_from_ids(torch.tensor([wrong]))
+
+
+@pytest.mark.parametrize(("latents", "width"), [("prequant", 16), ("raw", 32)])
+def test_other_latents_decode_to_the_same_pictures(
+    selftok: SelftokTokenizer, latents: str, width: int
+) -> None:
+    other, x = load(weights="random", latents=latents), images(2)
+    tokens = other.encode(x)
+    assert tokens.ids is None and tokens.codes.shape == (2, K, width)
+    assert (other.info.vocab_size, other.info.code_dim, other.info.options["latents"]) == (
+        None,
+        width,
+        latents,
+    )
+    want = selftok.decode(selftok.encode(x), seeds=[0, 1])
+    assert torch.equal(other.decode(tokens, seeds=[0, 1]), want)
+
+
+def test_defaults_are_deterministic_and_in_the_protocol(selftok: SelftokTokenizer) -> None:
+    assert selftok.info.options == {
+        "decoder": "diffusion",
+        "latents": "codes",
+        "vae_dtype": "float32",
+        "dtype": "float32",
+        "steps": "4",
+        "stages": "200,400,600,800,1000",
+        "k_per_stage": "4,3,2,2,1",
+    }
+    info = load(weights="random", decoder="renderer").info
+    assert info.options.keys() == {"decoder", "latents", "vae_dtype", "dtype"}
+    assert (info.message_length, info.vocab_size, info.code_dim, info.resolution) == (K, 64, 16, SIDE)
+    assert info.preprocessing == "resize_short(64,bilinear)|center_crop(64)"
+    assert not info.trained and info.weights == "random:0" and info.name == "selftok-512"
+
+
+def test_random_weights_come_from_the_seed_alone(selftok: SelftokTokenizer) -> None:
+    torch.manual_seed(77)
+    again = load(weights="random")
+    pairs = zip(selftok.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(UsageError, match="needs a name"):
+        load("nonesuch", weights="random", family="selftok")
+
+
+def test_settings_of_the_sampler_change_pictures(selftok: SelftokTokenizer) -> None:
+    tokens = selftok.encode(images(2))
+    outs = [
+        load(weights="random", **options).decode(tokens, seeds=[0, 1])
+        for options in ({}, {"steps": 2}, {"k_per_stage": "12", "stages": 1000}, {"vae_dtype": "bfloat16"})
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(outs) for b in outs[:i])
+
+
+def test_an_unpublished_schedule_is_assumed_and_said(tmp_path: Path) -> None:
+    long = load("selftok-1024", weights="random")
+    assert long.schedule == Schedule(counts=(384, 368, 144, 96, 32))
+    assert long.info.options["assumed"] == "k_per_stage=384,368,144,96,32"
+    long.save(tmp_path / "long")
+    assert "k_per_stage" not in json.loads((tmp_path / "long" / "config.json").read_text())
+    assert "assumed" in load(str(tmp_path / "long")).info.options
+    own = load("selftok-1024", weights="random", k_per_stage="500,300,200,16,8")
+    assert "assumed" not in own.info.options and own.info.options["k_per_stage"] == "500,300,200,16,8"
+    own.save(tmp_path / "own")
+    assert load(str(tmp_path / "own")).schedule == own.schedule
+    assert "assumed" not in load("selftok-1024", weights="random", decoder="renderer").info.options
+    with pytest.raises(UsageError, match=r"with 12 tokens is not known.*k_per_stage"):
+        choose_schedule(replace(SMALL, schedule=None))
+
+
+@pytest.mark.parametrize(
+    "bad", [images(2).float(), images(2, 40), images(2)[:, :1], images(2)[0], images(2).to(torch.int64)]
+)
+def test_wrong_images_are_refused(selftok: SelftokTokenizer, bad: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"uint8 images of shape \[B, 3, 64, 64\]"):
+        selftok.encode(bad)
+
+
+def test_wrong_messages_are_refused(selftok: SelftokTokenizer) -> None:
+    codes = torch.zeros(2, K, 16)
+    for bad in (codes[0], codes[..., :5], codes[:, :11]):
+        with pytest.raises(ValueError, match="codes of shape"):
+            selftok.decode(Tokens(None, bad), seeds=[0, 1])
+    with pytest.raises(ValueError, match="1 seeds for 2"):
+        selftok.decode(Tokens(None, codes), seeds=[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"decoder": "renderr"}, "Did you mean 'renderer'"),
+        ({"latents": "queries"}, "codes, prequant, raw"),
+        ({"steps": 0}, "at least 1"),
+        ({"steps": 2.5}, "whole number"),
+        ({"steps": 3, "decoder": "renderer"}, "one step"),
+        ({"k_per_stage": "1,1,1,1,1"}, "add up to 12"),
+        ({"k_per_stage": "12", "stages": "900"}, "end at 1000"),
+        ({"k_per_stage": "4,3,x"}, "whole numbers"),
+        ({"k_per_stage": "6,6"}, "rising ends"),
+        ({"stages": "500,1000"}, "needs k_per_stage"),
+        ({"k_per_stage": "12", "decoder": "renderer"}, "decoder=diffusion"),
+        ({"vae_dtype": "float16"}, "float32, bfloat16"),
+        ({"compile": "maybe"}, "auto, true or false"),
+        ({"step": 3}, "Did you mean 'steps'"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        load(weights="random", **options)
+
+
+def test_the_whole_benchmark_runs_untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "data")
+    write_recipes(tmp_path / "recipes")
+    monkeypatch.setattr("comit_bench.tasks.pool.usable_cores", lambda: 1)
+    (record,) = comit_bench.evaluate(
+        "selftok-512",
+        ["tiny-colours"],
+        suite="scenes",
+        references=False,
+        weights="random",
+        options={"decoder": "renderer"},
+        data_root=tmp_path / "data",
+        include=(tmp_path / "recipes",),
+        cache=tmp_path / "cache",
+        output=tmp_path / "out",
+    )
+    assert record.tokenizer.name == "selftok-512" and not record.tokenizer.trained
+    assert record.protocol["tokenizer"]["options"]["decoder"] == "renderer"
+
+
+# ------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("decoder", ["diffusion", "renderer"])
+def test_round_trip(tmp_path: Path, decoder: str) -> None:
+    first = load(weights="random", decoder=decoder, **({"steps": 3} if decoder == "diffusion" else {}))
+    first.save(tmp_path / "ck")
+    path = tmp_path / "ck" / "model.safetensors"
+    tensors = load_file(path)
+    assert {key.split(".")[0] for key in tensors} == {"encoder", "model"}
+    extra = JUNK | ({"model.pos_embed": torch.zeros(1, 121, 48)} if decoder == "renderer" else {})
+    save_file({**tensors, **extra}, path)  # as released: 998 entries, some of them never read
+    x = images(2)
+    want = first.encode(x)
+    again = load(str(tmp_path / "ck"))
+    assert again.info.name == "ck" and again.info.weights.startswith("sha256:")
+    assert again.info.options["vae"].startswith("sha256:")
+    assert torch.equal(ids(again.encode(x)), ids(want))
+    pictures = [tokenizer.decode(want, seeds=[0, 1]).int() for tokenizer in (first, again)]
+    assert (pictures[0] - pictures[1]).abs().max() <= 1  # another alignment of the same weights in memory
+    named = load("SelfTok-512", weights=str(tmp_path / "ck"), decoder=decoder)
+    assert named.info.name == "selftok-512" and named.info.weights == again.info.weights
+    other = "renderer" if decoder == "diffusion" else "diffusion"
+    with pytest.raises(UsageError, match=f"decoder=?{' '}?{decoder}|decoder {decoder}"):
+        load(weights=str(tmp_path / "ck"), decoder=other)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "renderer", "other"])
+def test_config_round_trip(name: str) -> None:
+    spec = {
+        "diffusion": SMALL,
+        "renderer": variant("selftok-512", "renderer"),
+        "other": replace(
+            SMALL, sees_image=False, output_dim=20, schedule=Schedule(ends=(9, 1000), counts=(5, 7))
+        ),
+    }[name]
+    shapes = {key: tuple(value.shape) for key, value in build(spec).own_state().items()}
+    config = json.loads(json.dumps(config_from_spec(spec)))
+    found = spec_from_config(config, shapes, Path("x"), vae_spec(config["vae"], Path("x")))
+    want = spec if spec.kind == "diffusion" else replace(spec, steps=found.steps)
+    assert found == want
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_released_pickles_are_converted_by_name(
+    tmp_path: Path, checkpoint: Path, selftok: SelftokTokenizer, nested: bool
+) -> None:
+    tensors = load_file(checkpoint / "model.safetensors") | JUNK
+    file = tmp_path / "tokenizer_512_ckpt.pth"
+    content = (
+        {"state_dict": tensors, "ema_state_dict": {"x": torch.zeros(1)}, "step": 3} if nested else tensors
+    )
+    torch.save(content, file)
+    vae = diffusers_vae(checkpoint, tmp_path / "sd3")
+    folder = store.convert("selftok-512", file)  # the command names the file: no further question
+    assert folder == tmp_path / "cache" / "weights" / "selftok-512"
+    assert load_file(folder / "model.safetensors").keys() == used(tensors).keys()
+    assert json.loads((folder / "config.json").read_text()) == released_config("selftok-512")
+    x = images(2)
+    want = ids(selftok.encode(x))
+    got = load(vae=str(vae))
+    assert torch.equal(ids(got.encode(x)), want) and got.info.training_data == adapter.TRAINING_DATA
+    with pytest.raises(UsageError, match="allow_pickle=true"):
+        load(weights=str(file), vae=str(vae))
+    for _ in range(2):
+        direct = load(weights=str(file), vae=str(vae), allow_pickle="true")
+        assert torch.equal(ids(direct.encode(x)), want)
+    assert len(list(folder.parent.glob("selftok-512-*"))) == 1, "converted once"
+    plain = load(weights=str(folder / "model.safetensors"), vae=str(vae))
+    assert torch.equal(ids(plain.encode(x)), want)
+    with pytest.raises(UsageError, match="says nothing about heads"):
+        load("selftok", weights=str(folder / "model.safetensors"), family="selftok")
+    with pytest.raises(UsageError, match="does not fit the released selftok-512-renderer"):
+        store.convert("selftok-512-renderer", file)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("evil-was-here",)
+
+
+def test_bad_pickles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "x.pth"
+    torch.save({"state_dict": Evil()}, file)
+    with pytest.raises(CorruptFileError, match="mkdir"):
+        store.convert("selftok-512", file)
+    assert not (tmp_path / "evil-was-here").exists()
+    torch.save({"state_dict": {"encoder.query_tokens": torch.zeros(1)}}, file)
+    with pytest.raises(UsageError, match="missing"):
+        store.convert("selftok-512", file)
+    for content in ([1], {}, {"state_dict": {"a": 3}}):
+        with pytest.raises(CorruptFileError, match="state dict"):
+            unpack(content, file)
+
+
+def test_releases_are_the_hubs_files() -> None:
+    found = {r.name: (r.hub, r.file) for r in RELEASES if r.name.startswith("selftok")}
+    hub = "selftok-team/SelftokTokenizer"
+    assert found == {
+        "selftok-512": (hub, "tokenizer_512_ckpt.pth"),
+        "selftok-512-renderer": (hub, "renderer_512_ckpt.pth"),
+        "selftok-1024": (hub, "tokenizer_1024_ckpt.pth"),
+        "selftok-1024-renderer": (hub, "renderer_1024_ckpt.pth"),
+    }
+
+
+def test_missing_weights_say_how_to_get_them(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(MissingError, match=r"comit-bench weights fetch selftok-512`"):
+        load()
+    with pytest.raises(MissingError, match=r"comit-bench weights fetch selftok-1024-renderer`"):
+        load("selftok-1024", decoder="renderer")
+    with pytest.raises(MissingError, match="weights fetch"):
+        load("selftok-team/SelftokTokenizer")
+    with pytest.raises(MissingError, match="no such file or directory"):
+        load(weights=str(tmp_path / "gone.pth"))
+    vae = diffusers_vae(checkpoint, tmp_path / "sd3")
+    with pytest.raises(MissingError, match=r"stable-diffusion-3-medium-diffusers.*--option vae=DIR"):
+        load(str(checkpoint))
+    with pytest.raises(MissingError, match=r"does not hold config\.json"):
+        load(str(checkpoint), vae=str(tmp_path))
+    assert load(str(checkpoint), vae=str(vae)).info.options["vae"].startswith("sha256:")
+    vae.rename(checkpoint / "vae")
+    assert find_vae({}, checkpoint, None, offline=True)[1].parent == checkpoint / "vae"
+
+
+def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def _damage(checkpoint: Path, kind: str) -> None:
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    block = "encoder.blocks.1.attn.to_query_kv.weight"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "truncated vae":
+        vae = checkpoint / "vae_weights.safetensors"
+        vae.write_bytes(vae.read_bytes()[:1000])
+    elif kind == "missing key":
+        save_file({k: v for k, v in tensors.items() if k != block}, path)
+    elif kind == "positions":
+        save_file({k: v for k, v in tensors.items() if k != "model.pos_embed"}, path)
+    elif kind == "extra key":
+        save_file({**tensors, "encoder.lora": torch.zeros(2)}, path)
+    elif kind == "shape":
+        save_file({**tensors, block: torch.zeros(7)}, path)
+    elif kind == "foreign":
+        save_file({"encoder.weight": torch.zeros(3)}, path)
+    elif kind == "config":
+        (checkpoint / "config.json").write_text("{not json")
+    else:
+        assert kind == "no weights"
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "says"),
+    [
+        ("truncated", CorruptFileError, "truncated"),
+        ("truncated vae", CorruptFileError, "vae_weights.safetensors"),
+        ("missing key", UsageError, r"missing \(1\): encoder.blocks.1.attn.to_query_kv.weight"),
+        ("positions", UsageError, r"model.pos_embed is missing"),
+        ("extra key", UsageError, r"unexpected \(1\): encoder.lora"),
+        ("shape", UsageError, r"to_query_kv.weight \[7\] instead of \[64, 16\]"),
+        ("foreign", UsageError, "no whole SelfTok checkpoint"),
+        ("config", CorruptFileError, "config.json"),
+        ("no weights", MissingError, "model.safetensors"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_with_a_reason(
+    checkpoint: Path, kind: str, error: type[Exception], says: str
+) -> None:
+    _damage(checkpoint, kind)
+    with pytest.raises(error, match=says):
+        load(weights=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.update(kind="renderer"), "those of a diffusion decoder"),
+        (lambda c: c.update(k=13), "k is 13, but the tensors have 12"),
+        (lambda c: c["encoder"].update(depth=4), "encoder.depth is 4"),
+        (lambda c: c["encoder"].update(num_heads=3), "make no transformer"),
+        (lambda c: c["encoder"].update(qk_norm=True), "qk_norm"),
+        (lambda c: c["encoder"].update(num_heads="4"), "positive whole number"),
+        (lambda c: c["decoder"].update(pos_embed_max_size=9), "pos_embed_max_size is 9"),
+        (lambda c: c["quantizer"].update(codebook_size=65), "codebook_size is 65"),
+        (lambda c: c.update(quantizer=3), "quantizer should be a mapping"),
+        (lambda c: c.update(k_per_stage="1,2"), "rising ends"),
+        (lambda c: c.update(context_see_xt="yes"), "context_see_xt"),
+        (lambda c: c["vae"].update(scaling_factor=0.18), "scaling_factor is 0.18"),
+        (lambda c: c["vae"].update(use_quant_conv=True), "quant conv"),
+        (lambda c: c["vae"].update(latent_channels=4), "4 channels, the latents have 16"),
+        (lambda c: c.update(image_size=40), "no whole patches"),
+    ],
+)
+def test_configs_that_do_not_fit(
+    checkpoint: Path, change: Callable[[dict[str, Any]], Any], says: str
+) -> None:
+    rewrite(checkpoint, change)
+    with pytest.raises(UsageError, match=says):
+        load(str(checkpoint))
+
+
+def test_a_checkpoint_of_another_length_is_not_the_preset(checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="12 tokens is not selftok-1024"):
+        load("selftok-1024", weights=str(checkpoint))
+
+
+def test_released_vae() -> None:
+    """The constructor arguments of the hub's SD3 VAE."""
+    config = {
+        "block_out_channels": [128, 256, 512, 512],
+        "latent_channels": 16,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }
+    assert vae_spec(config, Path("x")) == SD3_VAE
+
+
+@pytest.mark.parametrize("name", ["selftok-512", "selftok-512-renderer"])
+def test_released_config_leaves_the_vae_and_unknown_schedules_out(name: str) -> None:
+    config = released_config(name)
+    assert config["system"] == "selftok" and "vae" not in config
+    assert ("k_per_stage" in config) == (name == "selftok-512")
+    assert "k_per_stage" not in released_config(name.replace("512", "1024"))
