@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 DATA_VARIABLE = "COMIT_BENCH_DATA"
 DEFAULT_TOKENIZERS = (
     "kmeans-patch",
-    "vq-grid-nano",
-    "titok-nano",
     "comit-nano",
     "comit-nano-no-srepa",
     "comit-nano-no-local-crops",
+    "vq-grid-nano",
+    "titok-nano",
 )
 SUITES = ("scenes", "paper")
 

@@ -25,6 +25,7 @@ LIMITS = {
     "titok-bl-64": (55.5, 201.6),
     "titok-bl-128": (68.0, 243.3),
     "titok-sl-256": (29.1, 328.9),
+    "titok-nano": (0.01345, 0.0264),
 }
 
 
@@ -50,11 +51,12 @@ def plain(size: VitSize, length: int) -> float:
 def test_encode(name: str) -> None:
     """All but the rows of the last block that nobody reads: q, projection, MLP, attention of 1 + G^2 rows."""
     model, spec = meta(name), PRESETS[name]
-    images = torch.empty(BATCH, 3, 256, 256, device="meta")
+    images = torch.empty(BATCH, 3, spec.image_size, spec.image_size, device="meta")
+    patches, values = (spec.image_size // spec.encoder_patch) ** 2, 3 * spec.encoder_patch**2
     assert 0.95 * LIMITS[name][0] < gflop(lambda: model.encode(images)) <= LIMITS[name][0]
-    width, length = spec.encoder.width, 257 + spec.message_length
-    unread = 257 * (20 * width**2 + 4 * length * width) / 1e9
-    ends = 2 * (256 * 768 * width + spec.message_length * width * spec.code_dim) / 1e9
+    width, length = spec.encoder.width, 1 + patches + spec.message_length
+    unread = (1 + patches) * (20 * width**2 + 4 * length * width) / 1e9
+    ends = 2 * (patches * values * width + spec.message_length * width * spec.code_dim) / 1e9
     assert gflop(lambda: model.vectors(images)) == pytest.approx(
         plain(spec.encoder, length) - unread + ends, rel=1e-6
     )
@@ -67,12 +69,13 @@ def test_decode(name: str) -> None:
     codes = torch.empty(BATCH, spec.message_length, spec.code_dim, device="meta")
     assert 0.95 * LIMITS[name][1] < gflop(lambda: model.decode(codes)) <= LIMITS[name][1]
     width, rows = spec.decoder.width, 1 + spec.message_length
-    length = 256 + rows
+    patches, values = (spec.image_size // spec.decoder_patch) ** 2, 3 * spec.decoder_patch**2
+    length = patches + rows
     unread = rows * (20 * width**2 + 4 * length * width) / 1e9
-    shared = 257 * 6 * width**2 * (1 - 1 / BATCH) / 1e9
-    head = 2 * width * (2 * width + 2 * 1024) if spec.legacy else 2 * width * 768
-    ends = (2 * spec.message_length * width * spec.code_dim + 256 * head) / 1e9
-    ends += 0 if spec.legacy else 2 * 81 * 256 * 256 / 1e9
+    shared = (1 + patches) * 6 * width**2 * (1 - 1 / BATCH) / 1e9
+    head = 2 * width * (2 * width + 2 * 1024) if spec.legacy else 2 * width * values
+    ends = (2 * spec.message_length * width * spec.code_dim + patches * head) / 1e9
+    ends += 0 if spec.legacy else 2 * 81 * spec.image_size**2 / 1e9
     assert gflop(lambda: model.decoder(codes)) == pytest.approx(
         plain(spec.decoder, length) - unread - shared + ends, rel=1e-6
     )
