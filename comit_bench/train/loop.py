@@ -39,7 +39,7 @@ from comit_bench.train.features import FeatureStore, compute_features, images_di
 from comit_bench.train.logs import CsvLog
 from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.pictures import save_picture
-from comit_bench.train.scaling import block_runner
+from comit_bench.train.scaling import block_runner, compile_frozen
 from comit_bench.train.schedule import alignment_ramp, learning_rate
 from comit_bench.train.setup import (
     check_spec,
@@ -137,6 +137,8 @@ class Trainer:
         self.model.predictor.runner = block_runner(
             compile=config.compile, recompute=config.activation_checkpointing
         )
+        if config.compile:
+            compile_frozen(self.model, self.teacher)
         self.sharded = config.sharding == "fsdp2" and self.work.ranks > 1
         if self.sharded:
             shard(self.raw, self.model, self.device)

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from comit_bench.models.comit import Comit
 from comit_bench.models.comit_blocks import Block, BlockRunner, BlockState, Rows
+from comit_bench.models.teachers import DinoTeacher, ScenesTeacher
+from comit_bench.models.vae import SDVae
 
 # Kinds of calls: whole image, local crop, decoding; first, middle, last block; with gradient and without.
 VARIANTS = 64
@@ -76,3 +79,17 @@ def block_runner(*, compile: bool, recompute: bool, backend: str = "inductor") -
     if recompute:
         return recomputed(run)
     return run if compile else None
+
+
+def compile_frozen(model: Comit, teacher: object, backend: Any = "inductor") -> None:
+    """Compile what is never trained: the encoder of an SD-VAE and the teacher's network. Names stay.
+
+    Other autoencoders are one product and gain nothing.
+    """
+    compiler: Any = torch.compile
+    if isinstance(model.vae, SDVae):
+        model.vae.vae.encoder.compile(backend=backend)
+    if isinstance(teacher, ScenesTeacher):
+        teacher.network.compile(backend=backend)
+    elif isinstance(teacher, DinoTeacher):
+        teacher.network.forward_features = compiler(teacher.network.forward_features, backend=backend)

@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from comit_bench.models.comit import PRESETS, Comit
+from comit_bench.models.teachers import ScenesTeacher
 from comit_bench.models.vae import DctVae
+from comit_bench.train import scaling
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.data import Batch
 from comit_bench.train.loop import Trainer
 from comit_bench.train.objective import TrainingModule
 from comit_bench.train.sampling import StepPlan, crop_count, plan_step
 from comit_bench.train.scaling import block_runner
+from comit_bench.train.setup import make_model, make_teacher
 from comit_bench.train.sharding import whole_copy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,3 +235,22 @@ def test_a_whole_copy_has_its_own_weights_and_all_names() -> None:
     assert x.data_ptr() != train.model.predictor.x_embedder.proj.weight.data_ptr()
     assert not x.requires_grad
     assert train.model.predictor.x_embedder.proj.weight.requires_grad
+
+
+def test_a_compiled_teacher_gives_the_same_features() -> None:
+    config = load_config("comit-nano", ("export.dtype=float32",))
+    model, images = make_model(config), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    teacher = make_teacher(config, torch.device("cpu"))
+    assert isinstance(teacher, ScenesTeacher)
+    plain, names = teacher.features(images * 2 - 1), list(teacher.network.state_dict())
+    calls: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        calls.append(1)
+        return graph.forward
+
+    scaling.compile_frozen(model, teacher, backend)  # type: ignore[arg-type]
+    traced = teacher.features(images * 2 - 1)
+    assert calls and list(teacher.network.state_dict()) == names
+    assert torch.allclose(traced.cls, plain.cls, atol=1e-5)
+    assert torch.allclose(traced.patches, plain.patches, atol=1e-5)
