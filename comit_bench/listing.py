@@ -11,7 +11,7 @@ from typing import Any
 from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean
 from comit_bench.files import cache_root
 from comit_bench.recipes import DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, parse_recipe
-from comit_bench.registry import tokenizers
+from comit_bench.registry import TokenizerEntry, tokenizers
 
 PIPE_WIDTH = 160
 THINGS = ("tokenizers", "tasks", "datasets")
@@ -50,7 +50,7 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
     rows: list[tuple[str, ...]]
     if what == "tokenizers":
         entries = tokenizers()
-        head = ("name", "params", "tokens", "vocab", "origin", "weights")
+        head = ("name", "params", "tokens", "vocab", "origin", "here", "weights")
         rows = [
             (
                 entry.name,
@@ -58,6 +58,7 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
                 str(entry.message_length or "-"),
                 str(entry.vocab_size or "-"),
                 entry.origin,
+                weights_state(entry),
                 entry.source,
             )
             for entry in entries.values()
@@ -72,6 +73,24 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
         _out("\n".join(row[0].split()[0] for row in rows))
     else:
         _print_rows(head, rows)
+
+
+def weights_state(entry: TokenizerEntry) -> str:
+    """Whether weights are here: ``yes``, ``no``, ``part`` (a download begun) or ``-`` (nothing to have)."""
+    kind, _, rest = entry.source.partition(" ")
+    if kind == "ships":
+        return "yes"
+    if kind == "hub":
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        snapshots = Path(HF_HUB_CACHE) / f"models--{rest.replace('/', '--')}" / "snapshots"
+        weights = (p for pattern in ("*.safetensors", "*.bin") for p in snapshots.glob(f"*/{pattern}"))
+        return "yes" if any(weights) else "no"
+    if entry.source.startswith("comit-bench weights fetch "):
+        from comit_bench.tokenizers.weights import state
+
+        return {"here": "yes", "downloading": "part", "missing": "no"}[state(entry.name)]
+    return "-"
 
 
 def _task_row(recipe: Recipe[TaskSpec]) -> tuple[str, ...]:
