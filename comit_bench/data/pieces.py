@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from comit_bench.data.readers import saliency, visual_genome
@@ -79,10 +80,10 @@ def _checks(spec: DatasetSpec, folder: Path) -> list[Callable[[], object]]:
         wanted += ["object_alias", "relationship_alias"] if spec.relations.aliases else []
         checks = [label_file(what, spec.labels.get(what, visual_genome.FILES[what])) for what in wanted]
         checks += [label_file(f"list of ids for {n!r}", files) for n, files in spec.splits.items() if files]
-        return [*checks, *(lambda n=n: _one_place(spec, folder, n) for n in visual_genome.folder_names(spec))]
+        return [*checks, *(partial(_one_place, spec, folder, n) for n in visual_genome.folder_names(spec))]
     if spec.reader == "saliency":
         return [lambda: saliency.places(spec, folder)]
-    return [lambda n=n: _class_split(spec, folder, n) for n in spec.splits]
+    return [partial(_class_split, spec, folder, n) for n in spec.splits]
 
 
 def _one_place(spec: DatasetSpec, folder: Path, name: str) -> None:

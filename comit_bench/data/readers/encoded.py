@@ -138,9 +138,10 @@ def _class_by_label(source: Any) -> Callable[[int], str | None]:
     labels = getattr(source, "labels", None)
     if labels is None:
         return lambda row: None
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
-    wnids = sorted(str(name) for name in ImageNetInfo().label_names())
+    info: Any = ImageNetInfo  # without annotations
+    wnids = sorted(str(name) for name in info().label_names())
     if len(wnids) != 1000 or max(labels) >= 1000 or min(labels) < 0:
         raise UnsupportedOperation(
             f"{source.where(0)}: labels reach from {min(labels)} to {max(labels)}; those of ImageNet-1k "
