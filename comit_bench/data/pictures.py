@@ -82,7 +82,7 @@ def _scale(axes: Any, values: list[int]) -> None:
     if values and max(values) > 20 * min(values):
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * max(values, default=1))
     axes.legend(frameon=False)
 
 
