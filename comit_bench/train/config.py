@@ -229,7 +229,8 @@ class TrainConfig(_Config):
     output: Path = Path("runs")
     precision: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False  # blocks are computed again in the backward pass
-    compile: bool = False  # the blocks, by Inductor: needs a C++ compiler (gcc) on a CPU, Triton on CUDA
+    # blocks and teacher, by Inductor: needs a C++ compiler (gcc) on a CPU, Triton on CUDA; rounds otherwise
+    compile: bool = False
     # fsdp2: weights, gradients, averages and Adam's moments are spread over the processes
     sharding: Literal["none", "fsdp2"] = "none"
     log_every: Count = 50

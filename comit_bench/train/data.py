@@ -120,6 +120,20 @@ def list_images(root: Path) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def _more_than_one_class(root: Path, names: Sequence[str]) -> None:
+    """Class folders must be several; images without any folder are a set without classes, and fine.
+
+    Raises:
+        UsageError: All images lie in one folder below ``root``.
+    """
+    folders = {name.rpartition("/")[0] for name in names}
+    if len(folders) == 1 and (only := folders.pop()):
+        raise UsageError(
+            f"data.source {root}: all images lie in one class folder, {only}/. Are the other classes "
+            f"missing? To train on these images all the same, give data.source={root / only}"
+        )
+
+
 def _folders(config: TrainConfig, side: int) -> tuple[Images, Images]:
     """Train and validation images of a directory, with its split folders or held out by a hash."""
     data = config.data
@@ -128,9 +142,13 @@ def _folders(config: TrainConfig, side: int) -> tuple[Images, Images]:
     inner, held = root / data.split, root / data.val_split
     if inner.is_dir() and held.is_dir():
         names = shuffled([f"{data.val_split}/{name}" for name in list_images(held)])[: data.val_count]
-        train = tuple(f"{data.split}/{name}" for name in list_images(inner))
+        inside = list_images(inner)
+        _more_than_one_class(inner, inside)
+        train = tuple(f"{data.split}/{name}" for name in inside)
     else:
-        train, names = hold_out(list_images(root), data.val_count, root)
+        every = list_images(root)
+        _more_than_one_class(root, every)
+        train, names = hold_out(every, data.val_count, root)
     return FolderImages(root, train, recipe), FolderImages(root, tuple(names), recipe)
 
 

@@ -5,8 +5,8 @@ Validation and export always run the plain blocks.
 
 Compiled is a function of a block, not the network: the blocks share one graph per kind of call. Only
 the number of images is dynamic in it. The rows of the groups must not be: some of the three groups
-into which a block cuts its rows are empty in some calls, and an empty group whose size is a symbol is
-what Inductor cannot bound (``ValueRangeError``); with plain numbers it drops out of the graph.
+into which a block cuts its rows are empty in some calls; an empty group whose size is a symbol is probably
+what Inductor could not bound (``ValueRangeError``). With plain numbers it drops out of the graph.
 """
 
 from __future__ import annotations

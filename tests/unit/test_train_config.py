@@ -170,9 +170,11 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def test_directories_with_and_without_splits(tmp_path: Path) -> None:
-    write_images(tmp_path / "a" / "train" / "x", 5)
+    write_images(tmp_path / "a" / "train" / "x", 4)
+    write_images(tmp_path / "a" / "train" / "y", 1)
     write_images(tmp_path / "a" / "val" / "x", 3)
-    write_images(tmp_path / "b" / "deep" / "er", 30)
+    write_images(tmp_path / "b" / "deep" / "er", 20)
+    write_images(tmp_path / "b" / "deep" / "est", 10)
     folders = ("data.kind=class-folders", "data.val_count=4")
     train, held = open_images(load("comit-nano", *folders, f"data.source={tmp_path}/a"))
     assert (len(train.ids), len(held.ids)) == (5, 3)
@@ -196,3 +198,15 @@ def test_the_command_lists_and_plans() -> None:
     )
     assert planned.exit_code == 0
     assert "4 pieces x 16 images" in planned.stdout
+
+
+def test_one_class_folder_is_refused_and_a_flat_folder_is_not(tmp_path: Path) -> None:
+    for i in range(6):
+        path = tmp_path / "data" / "cats" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i * 20, 0, 0)).save(path)
+    folders = ("data.kind=class-folders", "data.val_count=2")
+    with pytest.raises(UsageError, match=r"one class folder, cats/.*data\.source="):
+        open_images(load("comit-nano", *folders, f"data.source={tmp_path}/data"))
+    train, held = open_images(load("comit-nano", *folders, f"data.source={tmp_path}/data/cats"))
+    assert len(train.ids) + len(held.ids) == 6

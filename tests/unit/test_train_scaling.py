@@ -112,11 +112,12 @@ def check_compiled(backend: str, *, recompute: bool) -> None:
         value, got = gradients(train, *batch)
         assert torch.allclose(value, loss, rtol=1e-5)
         assert got.keys() == wanted.keys()
-        for name, gradient in wanted.items():
-            scale = float(gradient.abs().max())
-            assert float((got[name] - gradient).abs().max()) <= 1e-2 * scale + 1e-6, (
-                name
-            )  # sums in another order
+        # Inductor's arithmetic on a CPU is not the plain one: 4e-4 of the gradient's length was measured
+        # (torch 2.15), a thousand times what a change of the weights in the last bit does.
+        error = sum(float((got[name] - gradient).square().sum()) for name, gradient in wanted.items())
+        length = sum(float(gradient.square().sum()) for gradient in wanted.values())
+        limit = 2e-3 if backend == "inductor" else 1e-5
+        assert error**0.5 <= limit * length**0.5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # it was compiled,
     assert not torch._dynamo.utils.counters["graph_break"]  # in one piece
     assert list(train.state_dict()) == names
