@@ -411,7 +411,9 @@ def test_checkpoint_directory_as_tokenizer(bench: Bench, command: Command) -> No
 
 def test_ls_doctor_validate(bench: Bench, command: Command) -> None:
     assert command("ls", "tokenizers", "--names")[1].split()[:3] == ["comit-b", "comit-l", "comit-xl"]
-    lines = {line.split()[0]: line.split() for line in command("ls", "tokenizers")[1].splitlines() if line}
+    lines = {
+        line.split()[0]: line.split() for line in command("ls", "tokenizers")[1].splitlines() if line.split()
+    }
     assert "yes" in lines["comit-nano"] and "no" in lines["comit-l"] and "no" in lines["alit-small"]
     assert "imagenet100" in command("ls", "tasks")[1]
     code, _, err = command("ls", "probs")
