@@ -35,7 +35,7 @@ from comit_bench.recipes import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import write_tensors
 from comit_bench.train.config import TeacherRun
-from comit_bench.train.logs import CsvLog
+from comit_bench.train.logs import CsvLog, read_rows
 from comit_bench.train.runstate import RunState
 
 PROBE_SCENES = 4000  # the recipes' train splits end before this number
@@ -211,7 +211,8 @@ def fit_teacher(run: TeacherRun, *, progress: bool = True, command: str = "") ->
     first = state.load()
     log = CsvLog(state.directory / "log.csv", COLUMNS)
     log.start(first)
-    losses, started, mean = [], time.monotonic(), math.nan
+    logged = read_rows(log.path)  # a finished run that is exported again has no steps left to take a mean of
+    losses, started, mean = [], time.monotonic(), float(logged[-1]["loss"]) if logged else math.nan
     before = state.seconds
     bar = tqdm(range(first, run.steps), run.name, run.steps, initial=first, disable=not progress, unit="step")
     for step in bar:

@@ -68,6 +68,8 @@ def test_training_continues_bit_for_bit_and_exports(tmp_path: Path) -> None:
     features = teacher.features(pixels.float() / 127.5 - 1)
     assert features.cls.shape == (64, 8) and features.patches.shape == (64, 64, 8)
     assert features.cls.mean(0).abs().max() < 1.0 and 0.3 < float(features.cls.std(0).mean()) < 2.0
+    card = (fit_teacher(run(tmp_path / "b"), progress=False) / "README.md").read_text()
+    assert "nan" not in card  # exported again, without a step to take
     with pytest.raises(UsageError, match="other settings"):
         fit_teacher(run(tmp_path / "a", "learning_rate=1e-4"), progress=False)
     (tmp_path / "a" / "scenes-teacher" / "checkpoint" / "state.json").write_text("{")
