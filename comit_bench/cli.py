@@ -34,7 +34,9 @@ Suite = Annotated[
     str | None,
     typer.Option(help="scenes (embedded) or paper. [default: paper with a data root, else scenes]"),
 ]
-Tasks = Annotated[str | None, typer.Option(help="Comma-separated task names. [default: all of the suite]")]
+Tasks = Annotated[
+    str | None, typer.Option(help="Comma-separated task names, or all. [default: the probes of the suite]")
+]
 Policy = Annotated[
     list[str] | None,
     typer.Option(

@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comit_bench.errors import BenchError, UsageError
+from comit_bench.errors import BenchError, UnsupportedOperation, UsageError
+from comit_bench.files import digest_json
 from comit_bench.jobs import Job
 from comit_bench.recipes import KINDS
-from comit_bench.recording import make_record, task_row, tokenizer_row
+from comit_bench.recording import make_record, save_with_images, task_row, tokenizer_row
 from comit_bench.registry import MAJORITY
 from comit_bench.resources import ENCODE_SEED, SMALL_FLOPS, Reporter, Resources
 
@@ -42,15 +44,19 @@ class Bench(Resources):
     """Does jobs one after another."""
 
     def seeds(self, job: Job) -> list[int]:
-        """Probe seeds 0 .. n-1."""
-        return list(range(self.settings.seeds or job.task.spec.seeds))
+        """Seeds 0 .. n-1; ``--seeds`` is about probes."""
+        spec = job.task.spec
+        return list(range((self.settings.seeds if KINDS[spec.kind].probed else None) or spec.seeds))
 
     def control(self, job: Job) -> str | None:
         """The control of a job: that of the command line, else the recipe's own."""
-        return self.settings.control or job.task.spec.control
+        spec = job.task.spec
+        return (self.settings.control or spec.control) if KINDS[spec.kind].probed else None
 
     def roles(self, job: Job) -> dict[str, Role]:
         """For train, early_stop and report: the images that play this role, broken ones included.
+
+        Where no probe is fitted there is only ``report``.
 
         Raises:
             UsageError: The data are of another kind than the task, or a split does not exist.
@@ -59,13 +65,14 @@ class Bench(Resources):
         from comit_bench.tasks.executor import Role
 
         spec, data = job.task.spec, self.data(job.dataset)
-        if data.kind != KINDS[spec.kind].data:
+        kind = KINDS[spec.kind]
+        if not kind.takes(data.kind):
             raise UsageError(
-                f"{job.task.path}: kind {spec.kind!r} needs data of kind {KINDS[spec.kind].data!r}, but "
+                f"{job.task.path}: kind {spec.kind!r} needs data of kind {' or '.join(kind.data)}, but "
                 f"{data.name} is of kind {data.kind!r}"
             )
         source, fraction = spec.split.early_stop.source, spec.split.early_stop.fraction
-        names = (spec.split.train, spec.split.report, source)
+        names = (spec.split.train, spec.split.report, source) if kind.probed else (spec.split.report,)
         for name in names:
             if name not in data.splits:
                 known = ", ".join(data.splits)
@@ -73,6 +80,9 @@ class Bench(Resources):
                     f"{job.task.path}: split {name!r} does not exist in {data.name} (it has {known})"
                 )
         kept = {name: np.array(self.rows(data.splits[name]), dtype=np.int64) for name in names}
+        if not kind.probed:
+            every = kept[spec.split.report]
+            return {"report": Role(data.splits[spec.split.report], every, np.arange(len(every)))}
         ids = [data.splits[source].ids[image] for image in kept[source]]
         held = holdout(ids, fraction, salt=f"{spec.name}/early-stop")
         train = np.arange(len(kept[spec.split.train]))
@@ -89,7 +99,7 @@ class Bench(Resources):
         """What the executor gets, without messages."""
         from comit_bench.tasks.executor import Inputs
 
-        on_cpu = self.device.type == "cpu"
+        on_cpu, probed = self.device.type == "cpu", KINDS[job.task.spec.kind].probed
         return Inputs(
             spec=job.task.spec,
             data=self.data(job.dataset),
@@ -99,8 +109,11 @@ class Bench(Resources):
             cache=self.settings.cache_dir,
             offline=self.settings.offline,
             device=self.device,
-            pool=self.pool if on_cpu else None,
+            pool=self.pool if on_cpu and probed else None,
             workers=None if on_cpu else 1,
+            batch_size=self.settings.batch_size,
+            num_workers=self.settings.num_workers,
+            ranks=self.ranks,
         )
 
     def with_messages(
@@ -117,8 +130,8 @@ class Bench(Resources):
             split = role.split.name
             valid = stores[split].valid()[role.rows]
             messages = controlled_messages(sources[split], inputs.control, role.all_ids)
-            roles[name] = replace(role, rows=role.rows[valid], messages=messages)
-        return replace(inputs, roles=roles, whole_roles=inputs.roles), stores
+            roles[name] = replace(role, rows=role.rows[valid], messages=messages, store=stores[split])
+        return replace(inputs, roles=roles, whole_roles=inputs.roles, tokenizer=tokenizer), stores
 
     def protocol(self, job: Job, tokenizer: Tokenizer | None, inputs: Inputs) -> dict[str, Any]:
         """Everything that can change the number, except the weights, which are the row's identity."""
@@ -151,6 +164,9 @@ class Bench(Resources):
                 "options": dict(info.options),
                 "encode_seed": ENCODE_SEED,
             }
+            settings = getattr(tokenizer, "decode_options", None)
+            if settings and KINDS[spec.kind].decodes:
+                protocol["tokenizer"]["decode"] = dict(settings)
         return protocol
 
     def do(self, job: Job, following: Job | None = None) -> Record | None:
@@ -163,24 +179,28 @@ class Bench(Resources):
         Raises:
             BenchError: The job cannot be done; other jobs are not affected.
         """
-        from comit_bench.results.records import save_record
-
         started = time.perf_counter()
         tokenizer, inputs, protocol, found = self._begin(job)
         if self.ranks.share(found is not None):
             return found
-        if tokenizer is not None and self.device.type == "cpu" and self.ranks.first:
+        probed = KINDS[job.task.spec.kind].probed
+        if not probed and tokenizer is not None:
+            self._refuse(job, tokenizer)
+        if probed and tokenizer is not None and self.device.type == "cpu" and self.ranks.first:
             self.pool.start(len(inputs.seeds))  # the workers get ready while tokens are made
         stores: dict[str, TokenStore] = {}
         if tokenizer is not None:
             inputs, stores = self.with_messages(job, tokenizer, inputs)
-        if not self.ranks.first:
+        if probed and not self.ranks.first:
             return None
         tokenized = time.perf_counter()
-        beside = self._tokenize_beside(following)
-        result = self._measure(job, inputs, tokenizer)
+        work = self.settings.cache_dir / "unfinished" / _work_name(job, tokenizer, protocol)
+        beside = self._tokenize_beside(following) if probed else None
+        result = self._measure(job, replace(inputs, work=None if probed else work), tokenizer)
         if beside is not None:
             beside.join()
+        if result is None:
+            return None
         record = make_record(
             result,
             row=tokenizer_row(tokenizer),
@@ -193,8 +213,21 @@ class Bench(Resources):
             device=self.device,
             timings={"tokenize": tokenized - started, "probe": time.perf_counter() - tokenized},
         )
-        save_record(self.settings.records, record, overwrite=self.settings.overwrite == "always")
+        save_with_images(self.settings, record, result.per_image)
+        rmtree(work, ignore_errors=True)
         return record
+
+    def _refuse(self, job: Job, tokenizer: Tokenizer) -> None:
+        """Say what a tokenizer cannot do before anything is tokenized.
+
+        Raises:
+            UnsupportedOperation: As the executor says.
+        """
+        from comit_bench.tasks.executor import find_looking_executor
+
+        reason = find_looking_executor(job.task.spec).refuses(job.task.spec, tokenizer)
+        if reason is not None:
+            raise UnsupportedOperation(f"{job.label} is left out of {job.task.spec.name}: {reason}")
 
     def _tokenize_beside(self, job: Job | None) -> threading.Thread | None:
         """Make tokens of a job in a thread: three fits leave a core idle now and then.
@@ -250,12 +283,14 @@ class Bench(Resources):
         _log.info("%s on %s: the record exists and is kept", job.label, job.task.spec.name)
         return tokenizer, inputs, protocol, found
 
-    def _measure(self, job: Job, inputs: Inputs, tokenizer: Tokenizer | None) -> TaskResult:
-        from comit_bench.tasks.executor import find_executor
+    def _measure(self, job: Job, inputs: Inputs, tokenizer: Tokenizer | None) -> TaskResult | None:
+        from comit_bench.tasks.executor import find_executor, find_probe_executor
 
         executor = find_executor(job.task.spec)
         if tokenizer is None:
-            return executor.majority(inputs)
+            return find_probe_executor(job.task.spec).majority(inputs)
+        if not KINDS[job.task.spec.kind].probed:
+            return self._look(job, inputs, tokenizer)
         most = job.task.spec.probe.max_epochs
         advance = self.reporter.start(
             f"{job.label}: probing {job.task.spec.name}", len(inputs.seeds) * most, "epochs"
@@ -271,6 +306,27 @@ class Bench(Resources):
             return executor.run(replace(inputs, progress=progress))
         finally:
             self.reporter.stop()
+
+    def _look(self, job: Job, inputs: Inputs, tokenizer: Tokenizer) -> TaskResult | None:
+        from comit_bench.tasks.executor import find_looking_executor
+
+        def start(what: str, total: int, unit: str) -> Callable[[int], None]:
+            self.reporter.stop()
+            return self.reporter.start(f"{job.label}: {what} {job.task.spec.name}", total, unit)
+
+        try:
+            with self._threads(job, tokenizer):
+                return find_looking_executor(job.task.spec).run(replace(inputs, start=start))
+        finally:
+            self.reporter.stop()
+
+
+def _work_name(job: Job, tokenizer: Tokenizer | None, protocol: dict[str, Any]) -> str:
+    """A folder for unfinished work: other weights, data or settings make another one."""
+    from comit_bench.results.schema import plain_json
+
+    weights = tokenizer_row(tokenizer).weights
+    return digest_json([job.label, weights, job.task.spec.name, plain_json(protocol)])[7:31]
 
 
 def message_source(store: TokenStore, tokenizer: Tokenizer) -> MessageSource:
@@ -295,19 +351,21 @@ def message_source(store: TokenStore, tokenizer: Tokenizer) -> MessageSource:
 
 def _counts(inputs: Inputs, stores: dict[str, TokenStore]) -> Counts:
     from comit_bench.results.schema import Counts
+    from comit_bench.tasks.executor import ROLES
 
     return Counts(
-        **{name: len(role) for name, role in inputs.roles.items()},
+        **{name: len(inputs.roles[name]) if name in inputs.roles else 0 for name in ROLES},
         broken=sum(len(store.broken()) for store in stores.values()),
     )
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Records that were made or found, and what failed."""
+    """Records that were made or found, what failed, and what a tokenizer cannot do."""
 
     records: list[Record] = field(default_factory=list)
     failures: list[tuple[Job, BenchError]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
 
 def do_jobs(jobs: Sequence[Job], bench: Bench) -> Outcome:
@@ -320,6 +378,8 @@ def do_jobs(jobs: Sequence[Job], bench: Bench) -> Outcome:
                 record = bench.do(job, following)
                 if record is not None:
                     outcome.records.append(record)
+            except UnsupportedOperation as error:
+                outcome.refused.append(str(error))
             except BenchError as error:
                 outcome.failures.append((job, error))
                 _log.error("%s on %s failed: %s", job.label, job.task.spec.name, error)

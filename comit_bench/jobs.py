@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Literal
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import cache_root
-from comit_bench.recipes import CONTROLS, DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, pick
+from comit_bench.recipes import (
+    CONTROLS,
+    KINDS,
+    DatasetSpec,
+    Recipe,
+    TaskSpec,
+    find_datasets,
+    find_tasks,
+    pick,
+)
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
@@ -113,18 +122,33 @@ class Job:
 def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], settings: Settings) -> list[Job]:
     """Resolve names into jobs, task by task.
 
+    Kinds that fit no probe have no majority row, and under a control of probes they are left out.
+
     Raises:
-        UsageError: An unknown tokenizer, task or data set, with the nearest names.
+        UsageError: An unknown tokenizer, task or data set, with the nearest names; or no task is left.
     """
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
     datasets = find_datasets(settings.include, allow_override=settings.allow_override)
     chosen = [pick(name, recipes, "task") for name in dict.fromkeys(tasks)]
+    if settings.control is not None:
+        probed = [task for task in chosen if KINDS[task.spec.kind].probed]
+        if chosen and not probed:
+            raise UsageError(
+                f"--control {settings.control} is about probes, and {', '.join(tasks)} fits none: leave it "
+                "out"
+            )
+        chosen = probed
     policies: list[tuple[str | Tokenizer, str | None]] = []
     for tokenizer in tokenizers:
         crops = takes_policies(tokenizer)
         policies += [(tokenizer, policy) for policy in (settings.policies if crops else (None,))]
     data = [pick(task.spec.dataset, datasets, "dataset") for task in chosen]
-    return [Job(t, task, d, p) for task, d in zip(chosen, data, strict=True) for t, p in policies]
+    return [
+        Job(tokenizer, task, d, policy)
+        for task, d in zip(chosen, data, strict=True)
+        for tokenizer, policy in policies
+        if tokenizer != MAJORITY or KINDS[task.spec.kind].probed
+    ]
 
 
 def takes_policies(tokenizer: str | Tokenizer) -> bool:

@@ -8,11 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import MissingError
 from comit_bench.jobs import Job, Settings
-from comit_bench.recipes import DatasetSpec, Recipe
+from comit_bench.recipes import KINDS, DatasetSpec, Recipe
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
@@ -122,10 +122,11 @@ def _cost(
     job: Job, settings: Settings, counts: dict[str, int], tokenizer: Tokenizer | None, rate: float
 ) -> JobPlan:
     """Images and seconds of one job; a tokenizer that is still to be fitted counts as small."""
-    from comit_bench.tasks.executor import find_executor
+    from comit_bench.tasks.executor import find_looking_executor, find_probe_executor
 
-    split, probe = job.task.spec.split, job.task.spec.probe
-    used = {name: counts.get(name, 0) for name in (split.train, split.report, split.early_stop.source)}
+    split, probe, probed = job.task.spec.split, job.task.spec.probe, KINDS[job.task.spec.kind].probed
+    names = (split.train, split.report, split.early_stop.source) if probed else (split.report,)
+    used = {name: counts.get(name, 0) for name in names}
     images = sum(min(n, settings.limit or n) for n in used.values())
     length, code_dim, per_token, flops = 16, 192, 2, 0.0
     if tokenizer is not None:
@@ -136,8 +137,13 @@ def _cost(
         flops = estimate(job.policy) if estimate else 2.0 * info.parameters * length
     read = PNG_SECONDS if job.dataset.spec.generator else JPEG_SECONDS
     seconds = images * (read + flops / (rate * ENCODE_EFFICIENCY))
+    if not probed:
+        decoding: Any = getattr(tokenizer, "decode_flops", lambda: 20 * flops)
+        times = find_looking_executor(job.task.spec).decodings(job.task.spec) * job.task.spec.seeds
+        seconds += times * images * decoding() / (rate * ENCODE_EFFICIENCY)
+        return JobPlan(job, images, images * length * per_token, seconds)
     train = min(used[split.train], settings.limit or used[split.train])
-    passes, appended = find_executor(job.task.spec).passes(job.task.spec, train)
+    passes, appended = find_probe_executor(job.task.spec).passes(job.task.spec, train)
     block = (4 + 2 * probe.mlp_ratio) * probe.width**2
     tokens = length + 1 + appended
     per_pass = 6.0 * tokens * (block * probe.depth + code_dim * probe.width)
@@ -169,14 +175,16 @@ def describe(plan: Plan, settings: Settings, *, suite: str, why: str) -> list[st
     lines += [f"  data   {name}: {state}" for name, state in plan.data.items()]
     for part in plan.jobs:
         task = part.job.task.spec
-        seeds = settings.seeds or task.seeds
+        probed = KINDS[task.kind].probed
+        seeds = (settings.seeds or task.seeds) if probed else task.seeds
         if part.job.label == MAJORITY:
             lines.append(f"  {task.name}: {part.job.label} (labels only)")
             continue
         if plan.data[part.job.dataset.spec.name] == "missing":
             lines.append(f"  {task.name}: {part.job.label}: waits for its data")
             continue
-        cost = f"{part.images:,} images, {seeds} probe seeds, about {human_seconds(part.seconds)}"
+        what = "probe seeds" if probed else "seed" if seeds == 1 else "seeds"
+        cost = f"{part.images:,} images, {seeds} {what}, about {human_seconds(part.seconds)}"
         policy = f" ({part.job.policy})" if part.job.policy else ""
         lines.append(f"  {task.name}: {part.job.label}{policy}: {cost}")
     lines.append(

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -29,16 +28,23 @@ from pydantic import (
 )
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.sections import (
+    AttributesSpec,
+    CodebookSpec,
+    CounterfactualSpec,
+    NegativesSpec,
+    ObjectnessSpec,
+    ReconstructionSpec,
+    RetrievalSpec,
+    SpecModel,
+    TextSpec,
+)
 
 Kind = Literal["probes", "datasets", "results"]
 RECIPE_FILE = {"probes": "task.yaml", "datasets": "dataset.yaml"}
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class ProbeSpec(_Spec):
+class ProbeSpec(SpecModel):
     """The probe network and its fit (paper, Appendix B.2).
 
     ``batch_size`` is global. One epoch is one pass over the training messages.
@@ -62,7 +68,7 @@ class ProbeSpec(_Spec):
         return self
 
 
-class EarlyStopSpec(_Spec):
+class EarlyStopSpec(SpecModel):
     """Where early stopping looks: a share held out of ``source``, or ``source`` itself when 1.0.
 
     The share is taken by a hash of the sample id, so it depends on nothing else.
@@ -72,7 +78,7 @@ class EarlyStopSpec(_Spec):
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
 
 
-class SplitSpec(_Spec):
+class SplitSpec(SpecModel):
     """Which split plays which role."""
 
     train: str = "train"
@@ -80,74 +86,57 @@ class SplitSpec(_Spec):
     early_stop: EarlyStopSpec = EarlyStopSpec()
 
 
-class AttributesSpec(_Spec):
-    """Parts of a class name that get their own accuracy, e.g. ``red_3`` -> colour, digit."""
-
-    separator: str = "_"
-    fields: tuple[str, ...]
-
-
-class NegativesSpec(_Spec):
-    """Which triplets a true one has to beat (kind ``relations``).
-
-    Attributes:
-        train: In-batch negatives per true triplet while training.
-        report: Stored negatives per sample of the early-stop and report sets.
-        predicate: Hard negatives with the same objects and another predicate; 0 leaves the metric out.
-        swapped: Whether subject and object exchanged are a hard negative of their own.
-        per_image: Samples per image in the early-stop and report sets; None is every true triplet.
-    """
-
-    train: Annotated[int, Field(ge=1)] = 15
-    report: Annotated[int, Field(ge=1)] = 15
-    predicate: Annotated[int, Field(ge=0)] = 3
-    swapped: bool = True
-    per_image: Annotated[int, Field(ge=1)] | None = 1
-
-
-class TextSpec(_Spec):
-    """The frozen text encoder of kind ``relations``.
-
-    ``encoder`` is ``random-t5`` (a small T5 encoder with weights drawn from ``seed`` and one vector per
-    word), a hub id, or a local directory. Words are averaged into one vector (``mean``).
-    """
-
-    encoder: str = "random-t5"
-    pooling: Literal["mean"] = "mean"
-    seed: Annotated[int, Field(ge=0)] = 0
-    revision: str | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class TaskKind:
     """How one kind of task is done: everything about a kind stands here and in its module.
 
+    A kind that is not ``probed`` fits nothing: it looks at the images of ``split.report`` only, once per
+    seed of the recipe, has no majority row, and controls of probes mean nothing to it.
+
     Attributes:
         module: Module of ``comit_bench.tasks`` that defines ``EXECUTOR`` (``tasks/executor.py``).
-        data: Kind of data set it needs, see ``comit_bench.data.datasets``.
+        data: Kinds of data set it can use, see ``comit_bench.data.opened``; empty is any.
         main_metric: What a recipe reports first when it does not say.
         sections: Sections of a recipe that only this kind has.
+        probed: Whether a probe is fitted on messages.
+        decodes: Whether images are decoded, so that the decoder's settings are part of the protocol.
     """
 
     module: str
-    data: str
+    data: tuple[str, ...]
     main_metric: str
     sections: frozenset[str] = frozenset()
+    probed: bool = True
+    decodes: bool = False
+
+    def takes(self, data: str) -> bool:
+        """Whether a data set of this kind can be used."""
+        return not self.data or data in self.data
+
+
+def _looking(module: str, data: tuple[str, ...], main_metric: str, *, decodes: bool = False) -> TaskKind:
+    return TaskKind(module, data, main_metric, frozenset({module}), probed=False, decodes=decodes)
 
 
 KINDS = {
-    "classification": TaskKind("classification", "classes", "top1", frozenset({"attributes"})),
-    "multilabel": TaskKind("multilabel", "multilabel", "top5"),
-    "relations": TaskKind("relations", "relations", "top1", frozenset({"negatives", "text"})),
+    "classification": TaskKind("classification", ("classes",), "top1", frozenset({"attributes"})),
+    "multilabel": TaskKind("multilabel", ("multilabel",), "top5"),
+    "relations": TaskKind("relations", ("relations",), "top1", frozenset({"negatives", "text"})),
+    "reconstruction": _looking("reconstruction", (), "psnr", decodes=True),
+    "objectness": _looking("objectness", ("masks",), "miou_top20", decodes=True),
+    "retrieval": _looking("retrieval", ("classes",), "recall@1"),
+    "codebook": _looking("codebook", (), "perplexity"),
+    "counterfactual": _looking("counterfactual", ("classes",), "disentanglement"),
 }
 CONTROLS = ("permute-labels", "shuffle-tokens", "bag-of-tokens")
 
 
-class TaskSpec(_Spec):
+class TaskSpec(SpecModel):
     """One ``probes/<name>/task.yaml``. Bump ``version`` whenever a score may change.
 
     ``control`` makes every run of the recipe a control (see ``comit_bench.tasks.controls``); the command
-    line can ask for one too.
+    line can ask for one too. Tasks with ``by_default: false`` are done only when they are named, or with
+    ``--tasks all``. ``seeds`` are probe seeds, or where nothing is fitted seeds of the decoder's noise.
     """
 
     name: str
@@ -161,9 +150,15 @@ class TaskSpec(_Spec):
     seeds: Annotated[int, Field(ge=1)] = 3
     main_metric: str = ""
     control: Literal["permute-labels", "shuffle-tokens", "bag-of-tokens"] | None = None
+    by_default: bool = True
     attributes: AttributesSpec | None = None
     negatives: NegativesSpec = NegativesSpec()
     text: TextSpec = TextSpec()
+    reconstruction: ReconstructionSpec = ReconstructionSpec()
+    objectness: ObjectnessSpec = ObjectnessSpec()
+    retrieval: RetrievalSpec = RetrievalSpec()
+    codebook: CodebookSpec = CodebookSpec()
+    counterfactual: CounterfactualSpec = CounterfactualSpec()
 
     @field_validator("kind")
     @classmethod
@@ -176,9 +171,9 @@ class TaskSpec(_Spec):
 
     @model_validator(mode="after")
     def _sections_of_the_kind(self) -> TaskSpec:
-        own = KINDS[self.kind].sections
+        own = KINDS[self.kind].sections | ({"probe"} if KINDS[self.kind].probed else set())
         for other in KINDS.values():
-            for section in sorted(other.sections - own):
+            for section in sorted((other.sections | {"probe"}) - own):
                 if section in self.model_fields_set and getattr(self, section) is not None:
                     raise ValueError(f"section {section!r} means nothing to kind {self.kind!r}: remove it")
         if not self.main_metric:
@@ -190,12 +185,15 @@ class TaskSpec(_Spec):
         """Without the sections of other kinds: their defaults must not enter this recipe's digest."""
         values: dict[str, Any] = handler(self)
         foreign = set().union(*(kind.sections for kind in KINDS.values())) - KINDS[self.kind].sections
+        if not KINDS[self.kind].probed:
+            foreign.add("probe")
         if self.control is None:
             foreign.add("control")
+        foreign.add("by_default")  # no number depends on it
         return {key: value for key, value in values.items() if key not in foreign}
 
 
-class GeneratorSpec(_Spec):
+class GeneratorSpec(SpecModel):
     """How an embedded dataset is made (``comit_bench.data.scenes``)."""
 
     name: Literal["scenes"] = "scenes"
@@ -207,7 +205,7 @@ class GeneratorSpec(_Spec):
     val: Annotated[int, Field(ge=1)] = 1000
 
 
-class PairsSpec(_Spec):
+class PairsSpec(SpecModel):
     """Which images of a COCO file are samples, and how they are split (reader ``coco``).
 
     Samples are the images with exactly two categories. ``pair-disjoint`` pools the files of ``splits`` and
@@ -225,7 +223,7 @@ class PairsSpec(_Spec):
     columns: Annotated[int, Field(ge=2)] | None = None
 
 
-class RelationsSpec(_Spec):
+class RelationsSpec(SpecModel):
     """Which relations are samples, and how images are split (reader ``visual-genome``).
 
     ``min_area`` is a share of the image's area, asked of ``both`` objects or of at least one (``either``).
@@ -244,7 +242,7 @@ class RelationsSpec(_Spec):
     exclude_coco: bool = False
 
 
-class DownloadSpec(_Spec):
+class DownloadSpec(SpecModel):
     """One file that may be downloaded freely, and where its content goes (relative to the folder).
 
     ``checksum`` is ``<algorithm>:<hex>``; ``creates`` names what is there once it is unpacked.
@@ -258,7 +256,7 @@ class DownloadSpec(_Spec):
     creates: str
 
 
-class DatasetSpec(_Spec):
+class DatasetSpec(SpecModel):
     """One ``datasets/<name>/dataset.yaml``.
 
     ``folder`` names the directory under the data root (or, with a generator, under the cache). ``splits``
@@ -273,16 +271,16 @@ class DatasetSpec(_Spec):
     title: str
     reader: Literal["class-folders", "coco", "visual-genome", "saliency"]
     folder: str
-    splits: dict[str, tuple[str, ...]] = {}
+    splits: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     class_list: str | None = None
     labelled: bool = True
-    shards: dict[str, tuple[str, ...]] = {}
+    shards: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     hub_copies: tuple[str, ...] = ()
-    images: dict[str, tuple[str, ...]] = {}
-    labels: dict[str, tuple[str, ...]] = {}
+    images: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     pairs: PairsSpec = PairsSpec()
     relations: RelationsSpec = RelationsSpec()
-    expected: dict[str, int] = {}
+    expected: dict[str, int] = Field(default_factory=dict)
     generator: GeneratorSpec | None = None
     checksum: str | None = None
     downloads: tuple[DownloadSpec, ...] = ()
@@ -292,7 +290,7 @@ class DatasetSpec(_Spec):
     max_broken: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 
-S = TypeVar("S", bound=_Spec)
+S = TypeVar("S", bound=SpecModel)
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -408,7 +406,7 @@ def parse_recipe(path: Path, model: type[M]) -> M:
 def _discover(
     kind: Kind, model: type[S], include: tuple[Path, ...], allow_override: bool
 ) -> dict[str, Recipe[S]]:
-    found: dict[str, Recipe[S]] = {}
+    found: dict[str, Recipe[S]] = Field(default_factory=dict)
     for origin, root in _search_roots(kind, include):
         for path in sorted(root.glob(f"*/{RECIPE_FILE[kind]}")):
             spec = parse_recipe(path, model)

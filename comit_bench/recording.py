@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from comit_bench.files import atomic_path
 from comit_bench.jobs import Job, Settings
 from comit_bench.registry import MAJORITY
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
 
 NOTES = ("best_epoch", "epochs_run")  # of a result's details; the rest of these goes nowhere
-DETAILS = ("by_predicate",)
 
 
 def tokenizer_row(tokenizer: Tokenizer | None) -> TokenizerRow:
@@ -75,7 +75,9 @@ def make_record(
             n=m.n,
             chance=m.chance,
             higher_is_better=m.higher_is_better,
+            unit=m.unit,
             binomial=m.share,
+            stderr=None if m.share else m.stderr,
         )
         for name, m in result.metrics.items()
     }
@@ -96,7 +98,7 @@ def make_record(
         environment=Environment.collect(device=device_name(device), dtype=settings.dtype),
         timings=timings,
         notes=tuple(notes),
-        details={key: result.extra[key] for key in DETAILS if key in result.extra},
+        details=dict(result.details),
     )
 
 
@@ -109,3 +111,28 @@ def device_name(device: torch.device) -> str:
     import platform
 
     return f"cpu ({platform.machine()})"
+
+
+def save_with_images(settings: Settings, record: Record, per_image: Mapping[str, Any] | None) -> None:
+    """Write a record and, before it, its numbers per image as Parquet beside it.
+
+    Args:
+        settings: Where to, and what to do about a record that exists.
+        record: What was measured.
+        per_image: Columns of one entry per image, or None.
+
+    Raises:
+        BenchError: The disk is full or not writable.
+    """
+    from comit_bench.results.records import record_path, save_record
+
+    overwrite = settings.overwrite == "always"
+    if per_image is not None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = record_path(settings.records, record).with_suffix(".parquet")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as partial:
+            pq.write_table(pa.table(dict(per_image)), partial, compression="zstd")
+    save_record(settings.records, record, overwrite=overwrite)

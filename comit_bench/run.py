@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DATA_VARIABLE = "COMIT_BENCH_DATA"
 DEFAULT_TOKENIZERS = ("kmeans-patch", "comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops")
+ALL = "all"
 SUITES = ("scenes", "paper")
 
 
@@ -52,11 +53,28 @@ def choose_suite(suite: str | None, data_root: Path | None) -> tuple[str, str]:
     return "scenes", f"embedded data; give --data-root or set {DATA_VARIABLE} for the paper suite"
 
 
-def suite_tasks(suite: str, settings: Settings) -> list[str]:
-    """All tasks of a suite: recognition, pairs, relations, then others by name."""
+def suite_tasks(suite: str, settings: Settings, *, every: bool = False) -> list[str]:
+    """Tasks of a suite: recognition, pairs, relations, then others by kind and name.
+
+    Args:
+        suite: The suite.
+        settings: Where to look for recipes.
+        every: Also those that are done only when asked for (``by_default: false``).
+    """
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
     chosen = [recipe.spec for recipe in recipes.values() if recipe.spec.suite == suite]
-    return [spec.name for spec in sorted(chosen, key=lambda spec: (list(KINDS).index(spec.kind), spec.name))]
+    ordered = sorted(chosen, key=lambda spec: (list(KINDS).index(spec.kind), spec.name))
+    return [spec.name for spec in ordered if every or spec.by_default]
+
+
+def choose_tasks(tasks: Sequence[str] | None, suite: str, settings: Settings) -> list[str]:
+    """Task names; ``all`` among them stands for every task of the suite, None for its default ones."""
+    if tasks is None or not list(tasks):
+        return suite_tasks(suite, settings)
+    chosen: list[str] = []
+    for task in tasks:
+        chosen += suite_tasks(suite, settings, every=True) if task == ALL else [task]
+    return list(dict.fromkeys(chosen))
 
 
 def with_references(tokenizers: Sequence[str | Tokenizer], suite: str) -> list[str | Tokenizer]:
@@ -79,7 +97,7 @@ def evaluate(
 
     Args:
         tokenizer: Name, hub id, directory or object satisfying the tokenizer contract; or several.
-        tasks: Task names; None is all of the suite.
+        tasks: Task names; None is the default ones of the suite, ``all`` every one of it.
         suite: ``scenes`` or ``paper``; None is ``paper`` when ``data_root`` is given, else ``scenes``.
         references: Also measure the reference rows.
         reporter: Progress hooks.
@@ -100,7 +118,7 @@ def evaluate(
     )
     name, _ = choose_suite(suite, chosen.data_root)
     rows = with_references(several, name) if references else several
-    jobs = make_jobs(rows, tasks or suite_tasks(name, chosen), chosen)
+    jobs = make_jobs(rows, choose_tasks(tasks, name, chosen), chosen)
     bench = Bench(chosen, reporter=reporter)
     for error in make_plan(jobs, bench).missing:
         raise error
@@ -127,7 +145,7 @@ def run_command(
     name, why = choose_suite(suite, settings.data_root)
     chosen: list[str | Tokenizer] = list(tokenizers or DEFAULT_TOKENIZERS)
     rows = with_references(chosen, name) if references else chosen
-    jobs = make_jobs(rows, tasks or suite_tasks(name, settings), settings)
+    jobs = make_jobs(rows, choose_tasks(tasks, name, settings), settings)
     bench = Bench(settings)
     plan = make_plan(jobs, bench)
     first = bench.ranks.first
@@ -181,6 +199,8 @@ def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
         print_table(table)
         files = write_tables(table, settings.output / "tables", records)
         say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
+    for reason in dict.fromkeys(outcome.refused):
+        say(reason)
     for job, error in outcome.failures:
         say(f"failed: {job.label} on {job.task.spec.name}: {error}")
     if not outcome.failures:

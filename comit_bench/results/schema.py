@@ -74,9 +74,9 @@ class Metric(_Model):
     - ``std`` is the sample standard deviation (n - 1) over seeds: how much the fit varies. It is
       what tables print after the ±. None with a single seed. The standard error of the mean over
       seeds is ``std / sqrt(len(per_seed))``.
-    - ``stderr`` is the sampling error of one evaluation on ``n`` samples, for proportions the
-      binomial ``100 * sqrt(p (1 - p) / n)``: how much another test set of this size would vary.
-      None for metrics that are no proportion of samples.
+    - ``stderr`` is the sampling error of one evaluation on ``n`` samples: how much another test set of
+      this size would vary. For proportions the binomial ``100 * sqrt(p (1 - p) / n)``, for means over
+      images (PSNR, mIoU) their standard error. None for metrics of a whole set (a Fréchet distance).
 
     Attributes:
         value: Mean over seeds, in ``unit``.
@@ -105,6 +105,7 @@ class Metric(_Model):
         chance: float | None = None,
         unit: str = "%",
         binomial: bool | None = None,
+        stderr: float | None = None,
     ) -> Metric:
         """Summarise one value per seed.
 
@@ -115,6 +116,7 @@ class Metric(_Model):
             chance: Score of guessing, in ``unit``.
             unit: See the class.
             binomial: Whether the value is a share of samples; default: whether ``unit`` is ``%``.
+            stderr: Sampling error of a value that is no share of samples.
 
         Raises:
             ValueError: No values, or a share outside 0..100.
@@ -123,7 +125,6 @@ class Metric(_Model):
         if not values:
             raise ValueError("a metric needs at least one value, one per seed")
         mean = statistics.fmean(values)
-        stderr = None
         if unit == "%" if binomial is None else binomial:
             if not all(0 <= v <= 100 for v in values):
                 raise ValueError(f"shares are in percent, 0 to 100; got {values}")

@@ -326,10 +326,22 @@ def _decimals(unit: str, values: list[float]) -> int:
 def row_key(record: Record) -> tuple[str, ...]:
     """What makes a row: tokenizer, origin, weights, revision, the tokenizer's side of the protocol."""
     tokenizer = record.tokenizer
-    side = digest_json(record.tokenizer_protocol)
+    side = digest_json(_row_side(record))
     # one that is fitted on each data set has weights of its own in every column, and still is one row
     weights = "fitted" if tokenizer.weights.startswith("fitted:") else tokenizer.weights
     return (tokenizer.name, record.origin, weights, tokenizer.revision or "", side)
+
+
+def _row_side(record: Record) -> dict[str, Any]:
+    """The tokenizer's side of the protocol, without settings that only some tasks use, at their defaults.
+
+    So that probes, which decode nothing, and reconstruction by the default decoder share a row.
+    """
+    side = dict(record.tokenizer_protocol)
+    decode = side.get("decode")
+    if isinstance(decode, dict) and decode.get("default") is True:
+        del side["decode"]
+    return side
 
 
 def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:
@@ -376,7 +388,7 @@ def row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], str
             sides = {
                 key: _flat(
                     {
-                        **rows[key].tokenizer_protocol,
+                        **_row_side(rows[key]),
                         "weights": rows[key].tokenizer.weights,
                         "revision": rows[key].tokenizer.revision,
                         "record": rows[key].origin,

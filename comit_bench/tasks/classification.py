@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.recipes import AttributesSpec, TaskSpec
+from comit_bench.recipes import TaskSpec
+from comit_bench.sections import AttributesSpec
 from comit_bench.tasks.controls import check_control
 from comit_bench.tasks.executor import Inputs, check_main_metric, fit_details, same_for_all
 from comit_bench.tasks.fit import FitTask, ProgressCallback, Split

@@ -6,11 +6,11 @@ A kind is one line in ``comit_bench.recipes.KINDS`` and one module here that def
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import UsageError
+from comit_bench.ranks import Ranks
 from comit_bench.recipes import KINDS, TaskSpec
 from comit_bench.tasks.fit import FitResult, MessageSource, ProgressCallback
 from comit_bench.tasks.pool import ProbePool
@@ -26,6 +27,8 @@ from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
 if TYPE_CHECKING:
     from comit_bench.data.datasets import OpenData
     from comit_bench.data.datasets import Split as DataSplit
+    from comit_bench.data.store import TokenStore
+    from comit_bench.tokenizers.base import Tokenizer, Tokens
 
 ROLES = ("train", "early_stop", "report")
 Rows = NDArray[np.int64]
@@ -40,12 +43,14 @@ class Role:
         kept: int64 [N], the images of that split that were tokenized (all, or some with ``--limit``).
         rows: int64 [n], positions in ``kept`` of the images that play the role; none of them is broken.
         messages: N messages in the order of ``kept``; None for a row that sees no image.
+        store: Where they lie, with everything a decoder needs.
     """
 
     split: DataSplit
     kept: Rows
     rows: Rows
     messages: MessageSource | None = None
+    store: TokenStore | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,6 +78,25 @@ class Role:
         """``rows`` for indexing messages."""
         return torch.from_numpy(np.ascontiguousarray(self.rows))
 
+    def tokens(self, tokenizer: Tokenizer, positions: Rows) -> Tokens:
+        """Messages with everything a decoder needs.
+
+        Args:
+            tokenizer: Looks up codes.
+            positions: int64 [b], positions in ``rows``.
+        """
+        from comit_bench.tokenizers.base import Tokens
+
+        assert self.store is not None
+        rows = self.rows[positions]
+        offsets = self.store.offsets(rows)
+        if self.store.layout.vocab_size is None:
+            ids, codes = None, torch.from_numpy(self.store.codes(rows))
+        else:
+            ids = torch.from_numpy(self.store.ids(rows)).long()
+            codes = tokenizer.codes_from_ids(ids)
+        return Tokens(ids, codes, None if offsets is None else torch.from_numpy(offsets))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Inputs:
@@ -90,6 +114,13 @@ class Inputs:
         pool: Worker processes, or None.
         workers: Without a pool, the number of processes; None is one per usable core.
         progress: Called after every epoch of every seed.
+        tokenizer: Who is measured; None for a row that sees no image.
+        batch_size: Images per call of the tokenizer; no number depends on it.
+        num_workers: Image-reading processes.
+        ranks: This process among its siblings. All of them run an executor of a kind that fits no probe.
+        work: Where such an executor keeps what it has finished (``tasks/looking.py``); removed once the
+            record is written.
+        start: Begins a progress bar: what, how many, of what; returns what to call with the number done.
         whole_roles: The roles with the images that turned out to be broken; None when none is.
     """
 
@@ -104,6 +135,12 @@ class Inputs:
     pool: ProbePool | None = None
     workers: int | None = None
     progress: ProgressCallback | None = None
+    tokenizer: Tokenizer | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
+    work: Path | None = None
+    start: Callable[[str, int, str], Callable[[int], None]] = lambda what, total, unit: lambda done: None
     whole_roles: Mapping[str, Role] | None = None
 
     def with_roles(self, roles: Mapping[str, Role]) -> Inputs:
@@ -132,12 +169,12 @@ class Executor(Protocol):
         """What can change the numbers besides recipe, data and tokenizer (stored in the record)."""
         ...
 
-    def majority(self, inputs: Inputs) -> TaskResult:
-        """The row of a reader that knows the training labels and never looks at an image."""
-        ...
+    def run(self, inputs: Inputs) -> TaskResult | None:
+        """Measure; None in all processes but the first.
 
-    def run(self, inputs: Inputs) -> TaskResult:
-        """Fit one probe per seed and measure it on the report split."""
+        Raises:
+            UnsupportedOperation: The tokenizer cannot do what is measured (it has no decoder, ...).
+        """
         ...
 
     def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
@@ -148,8 +185,28 @@ class Executor(Protocol):
         """
         ...
 
+
+class ProbeExecutor(Executor, Protocol):
+    """One kind of task that fits probes; only the first process runs it."""
+
+    def majority(self, inputs: Inputs) -> TaskResult:
+        """The row of a reader that knows the training labels and never looks at an image."""
+        ...
+
     def passes(self, spec: TaskSpec, images: int) -> tuple[float, int]:
         """For the plan: probe passes per epoch over ``images`` training images, tokens appended to each."""
+        ...
+
+
+class LookingExecutor(Executor, Protocol):
+    """One kind of task that fits nothing; all processes run it together."""
+
+    def refuses(self, spec: TaskSpec, tokenizer: Tokenizer) -> str | None:
+        """Why this tokenizer cannot be measured, as far as can be said beforehand; None when it can."""
+        ...
+
+    def decodings(self, spec: TaskSpec) -> float:
+        """For the plan: how often each image is decoded, about."""
         ...
 
 
@@ -157,6 +214,18 @@ def find_executor(spec: TaskSpec) -> Executor:
     """The executor of a recipe's kind."""
     executor: Executor = import_module(f"comit_bench.tasks.{KINDS[spec.kind].module}").EXECUTOR
     return executor
+
+
+def find_probe_executor(spec: TaskSpec) -> ProbeExecutor:
+    """The executor of a kind that fits probes."""
+    assert KINDS[spec.kind].probed
+    return cast(ProbeExecutor, find_executor(spec))
+
+
+def find_looking_executor(spec: TaskSpec) -> LookingExecutor:
+    """The executor of a kind that fits nothing."""
+    assert not KINDS[spec.kind].probed
+    return cast(LookingExecutor, find_executor(spec))
 
 
 def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:

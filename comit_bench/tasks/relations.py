@@ -217,7 +217,7 @@ class Relations:
             for name, level in levels.items()
         }
         tables = by_predicate([one["top1"] for one in scores], lists, inputs.data.predicates)
-        return TaskResult(metrics=metrics, extra={"by_predicate": tables})
+        return TaskResult(metrics=metrics, details={"by_predicate": tables})
 
 
 def _messages(role: Role) -> Split:

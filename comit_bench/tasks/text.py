@@ -18,7 +18,7 @@ from torch import Tensor
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import atomic_path, digest_json, sha256_file
 from comit_bench.models.text import RANDOM_T5, mean_states, random_t5, word_ids, words_of
-from comit_bench.recipes import TextSpec
+from comit_bench.sections import TextSpec
 from comit_bench.tasks.fit import one_thread
 
 RANDOM = "random-t5"

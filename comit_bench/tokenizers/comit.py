@@ -50,6 +50,7 @@ UNUSED = ("predictor.y_pos_offset", "predictor.c_final_layer.")  # in released f
 _log = logging.getLogger(__name__)
 PREFIX = "comit.components"  # class paths as in the reference cases; only the last part is matched
 
+DECODE_DEFAULTS: dict[str, Any] = {"steps": 10, "solver": "euler", "guidance": 7.5, "momentum": -0.5}
 PREDICTOR_DEFAULTS: dict[str, Any] = {
     "max_input_size": 32,
     "patch_size": 2,
@@ -337,6 +338,26 @@ class ComitTokenizer:
         if parsed.adaptive:
             flops += (crops - 1) * call(whole, spec.mask_mode == "additive")
         return flops
+
+    def decode_flops(self) -> float:
+        """FLOPs per image of a guided decoding, for estimates (attention and linear layers)."""
+        spec = self.model.spec
+        n = 1 + (spec.max_input_size // spec.patch_size) ** 2 + spec.message_length
+        call = spec.depth * (2 * n * spec.width**2 * (4 + 2 * spec.mlp_ratio) + 4 * n**2 * spec.width)
+        return (
+            call * self.steps * (2 if self.guidance.active else 1) * (2 if self.solver == "midpoint" else 1)
+        )
+
+    @property
+    def decode_options(self) -> dict[str, Any]:
+        """Settings of :meth:`decode`; part of the protocol of tasks that decode."""
+        settings = {
+            "steps": self.steps,
+            "solver": self.solver,
+            "guidance": self.guidance.weight,
+            "momentum": self.guidance.momentum,
+        }
+        return {**settings, "default": settings == DECODE_DEFAULTS}
 
     def _pixels(self, images_u8: Tensor) -> Tensor:
         return images_u8.to(self.device, torch.float32).div(255).sub(0.5).div(0.5)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.recipes import AttributesSpec, ProbeSpec, TaskSpec, find_tasks, parse_recipe
+from comit_bench.recipes import ProbeSpec, TaskSpec, find_tasks, parse_recipe
+from comit_bench.sections import AttributesSpec
 from comit_bench.tasks.classification import (
     chance_levels,
     class_parts,

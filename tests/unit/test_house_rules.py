@@ -29,18 +29,20 @@ DATA_FOLDERS = ("probes", "datasets", "results")
 
 # What each part may import of ours; ``BASE`` holds the modules that stand below all others. A part
 # that is not listed here (run, cli, ...) may import everything and is imported by nothing listed.
-BASE = {"errors", "files", "recipes", "seeding"}
+BASE = {"errors", "files", "recipes", "sections", "seeding"}
 ARROWS = {
     "errors": set(),
     "seeding": set(),
     "files": {"errors"},
-    "recipes": {"errors", "files"},
+    "sections": set(),
+    "recipes": {"errors", "files", "sections"},
+    "ranks": {"errors"},
     "models": {"models"},
     "data": BASE | {"data"},
     "tokenizers": BASE | {"tokenizers", "models", "registry"},
     "registry": {"errors"},
     "train": BASE | {"train", "models", "data", "tokenizers", "console"},
-    "tasks": BASE | {"tasks", "data", "tokenizers", "models"},
+    "tasks": BASE | {"tasks", "data", "tokenizers", "models", "ranks"},
     "results": BASE | {"results", "data", "tokenizers"},
 }
 # The only modules whose business is standard output.

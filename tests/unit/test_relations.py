@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from comit_bench.data.datasets import OpenData, Triplets
 from comit_bench.data.datasets import Split as DataSplit
 from comit_bench.errors import CorruptFileError, UsageError
-from comit_bench.recipes import NegativesSpec, ProbeSpec, TaskSpec
+from comit_bench.recipes import ProbeSpec, TaskSpec
+from comit_bench.sections import NegativesSpec
 from comit_bench.tasks import contrast
 from comit_bench.tasks.contrast import ContrastTask, batch_candidates, draw_samples, ranked
 from comit_bench.tasks.executor import Inputs, Role
@@ -241,7 +242,7 @@ def test_relations_are_read_and_the_control_lands_at_chance(tmp_path: Path) -> N
     assert set(result.metrics) == {"top1", "predicate", "swapped"}
     assert result.metrics["top1"].value > 80 and result.metrics["top1"].chance == pytest.approx(25)
     assert result.metrics["swapped"].chance == pytest.approx(50)
-    assert sum(part["n"] for part in result.extra["by_predicate"].values()) == 200
+    assert sum(part["n"] for part in result.details["by_predicate"].values()) == 200
     control = EXECUTOR.run(replace(given, control="permute-labels", seeds=[0, 1, 2]))
     metric = control.metrics["top1"]
     assert metric.chance is not None and abs(metric.value - metric.chance) < 3 * metric.stderr

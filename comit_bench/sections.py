@@ -1,0 +1,111 @@
+"""Sections of a task recipe that belong to one kind of task (``comit_bench.recipes.KINDS``)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SpecModel(BaseModel):
+    """What every part of a recipe has in common: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class AttributesSpec(SpecModel):
+    """Parts of a class name that get their own accuracy, e.g. ``red_3`` -> colour, digit."""
+
+    separator: str = "_"
+    fields: tuple[str, ...]
+
+
+class NegativesSpec(SpecModel):
+    """Which triplets a true one has to beat (kind ``relations``).
+
+    Attributes:
+        train: In-batch negatives per true triplet while training.
+        report: Stored negatives per sample of the early-stop and report sets.
+        predicate: Hard negatives with the same objects and another predicate; 0 leaves the metric out.
+        swapped: Whether subject and object exchanged are a hard negative of their own.
+        per_image: Samples per image in the early-stop and report sets; None is every true triplet.
+    """
+
+    train: Annotated[int, Field(ge=1)] = 15
+    report: Annotated[int, Field(ge=1)] = 15
+    predicate: Annotated[int, Field(ge=0)] = 3
+    swapped: bool = True
+    per_image: Annotated[int, Field(ge=1)] | None = 1
+
+
+class TextSpec(SpecModel):
+    """The frozen text encoder of kind ``relations``.
+
+    ``encoder`` is ``random-t5`` (a small T5 encoder with weights drawn from ``seed`` and one vector per
+    word), a hub id, or a local directory. Words are averaged into one vector (``mean``).
+    """
+
+    encoder: str = "random-t5"
+    pooling: Literal["mean"] = "mean"
+    seed: Annotated[int, Field(ge=0)] = 0
+    revision: str | None = None
+
+
+class ReconstructionSpec(SpecModel):
+    """What is compared with the original images (kind ``reconstruction``).
+
+    Attributes:
+        features: Network whose features the Fréchet distance compares: ``inception`` gives ``rfid``,
+            ``scenes-teacher`` gives ``fd_scenes_teacher``, None leaves it out.
+        kid: Also the kernel distance on those features.
+        precision_recall: Also improved precision and recall on those features.
+        ssim: Also structural similarity.
+        lpips: Also LPIPS, when its weights are on this machine.
+    """
+
+    features: Literal["inception", "scenes-teacher"] | None = "inception"
+    kid: bool = False
+    precision_recall: bool = False
+    ssim: bool = True
+    lpips: bool = True
+
+
+class ObjectnessSpec(SpecModel):
+    """Which attention maps are compared with the object's mask, and how (kind ``objectness``).
+
+    Attributes:
+        shares: Percent of the pixels with the largest attention that become the binary map; each is a metric.
+        layers: Zero-based blocks whose maps are read; negative ones count from the last block.
+        times: Flow times in [0, 1) at which maps are read while decoding.
+        path: ``hard`` as in the released extraction, or ``model`` (see spec, attention maps).
+        resize: How maps are brought to the mask's size before the largest are taken.
+        null_draws: Random blobs per image for the null model.
+    """
+
+    shares: tuple[Annotated[int, Field(gt=0, lt=100)], ...] = (10, 20, 30, 40)
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
+    times: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.5,)
+    path: Literal["hard", "model"] = "hard"
+    resize: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    null_draws: Annotated[int, Field(ge=1)] = 256
+
+
+class RetrievalSpec(SpecModel):
+    """Nearest neighbours by message (kind ``retrieval``); ``k`` are the depths of recall@k."""
+
+    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 5, 10)
+    distance: Literal["cosine"] = "cosine"
+
+
+class CodebookSpec(SpecModel):
+    """How ids are used (kind ``codebook``); ``pairs`` position pairs are drawn for mutual information."""
+
+    pairs: Annotated[int, Field(ge=1)] = 64
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class CounterfactualSpec(SpecModel):
+    """Which tokens change when one thing in a scene changes (kind ``counterfactual``)."""
+
+    null_draws: Annotated[int, Field(ge=1)] = 64
+    seed: Annotated[int, Field(ge=0)] = 0
