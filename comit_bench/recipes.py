@@ -406,7 +406,7 @@ def parse_recipe(path: Path, model: type[M]) -> M:
 def _discover(
     kind: Kind, model: type[S], include: tuple[Path, ...], allow_override: bool
 ) -> dict[str, Recipe[S]]:
-    found: dict[str, Recipe[S]] = Field(default_factory=dict)
+    found: dict[str, Recipe[S]] = {}
     for origin, root in _search_roots(kind, include):
         for path in sorted(root.glob(f"*/{RECIPE_FILE[kind]}")):
             spec = parse_recipe(path, model)

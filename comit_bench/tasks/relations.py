@@ -196,7 +196,7 @@ class Relations:
         )
         outputs = [result.outputs for result in results if result.outputs is not None]
         found = self._result(inputs, outputs, lists["report"])
-        return TaskResult(metrics=found.metrics, extra={**fit_details(results, "top1"), **found.extra})
+        return TaskResult(metrics=found.metrics, extra=fit_details(results, "top1"), details=found.details)
 
     def _lists(self, inputs: Inputs, name: str) -> Lists:
         """The candidates of the images of a role that could be read."""
