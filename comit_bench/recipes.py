@@ -114,8 +114,15 @@ class TaskKind:
         return not self.data or data in self.data
 
 
-def _looking(module: str, data: tuple[str, ...], main_metric: str, *, decodes: bool = False) -> TaskKind:
-    return TaskKind(module, data, main_metric, frozenset({module}), probed=False, decodes=decodes)
+def _looking(
+    module: str,
+    data: tuple[str, ...],
+    main_metric: str,
+    *,
+    also: tuple[str, ...] = (),
+    decodes: bool = False,
+) -> TaskKind:
+    return TaskKind(module, data, main_metric, frozenset({module, *also}), probed=False, decodes=decodes)
 
 
 KINDS = {
@@ -124,7 +131,7 @@ KINDS = {
     "relations": TaskKind("relations", ("relations",), "top1", frozenset({"negatives", "text"})),
     "reconstruction": _looking("reconstruction", (), "psnr", decodes=True),
     "objectness": _looking("objectness", ("masks",), "miou_top20", decodes=True),
-    "retrieval": _looking("retrieval", ("classes",), "recall@1"),
+    "retrieval": _looking("retrieval", ("classes",), "recall@1", also=("attributes",)),
     "codebook": _looking("codebook", (), "perplexity"),
     "counterfactual": _looking("counterfactual", ("classes",), "disentanglement"),
 }
