@@ -204,7 +204,7 @@ class GeneratorSpec(SpecModel):
     """How an embedded dataset is made (``comit_bench.data.scenes``)."""
 
     name: Literal["scenes"] = "scenes"
-    layout: Literal["recognition", "pairs", "relations", "objectness"]
+    layout: Literal["recognition", "pairs", "relations", "objectness", "counterfactual"]
     variant: Literal["default", "hard"] = "default"
     seed: int = 0
     image_size: Annotated[int, Field(ge=16)] = 32
