@@ -6,7 +6,8 @@ messages of the original and of an edited image:
 1. *Change* ``d[i, f, k]`` of scene i, edit f and position k: 1 when the ids differ, else 0; for continuous
    codes their distance in units of the position's usual distance between two originals.
 2. *Pattern* ``p[i, f, :] = d[i, f, :] / sum``: where a change of this edit falls. Every pattern weighs the
-   same, however many tokens it changes. An edit that changes nothing has no pattern.
+   same, however many tokens it changes. Where an edit changes nothing, the mean of all patterns stands in:
+   it tells nothing about the edit.
 3. *Profile* ``c[f, :]``: mean pattern over the scenes. Draw a scene, make the edit, draw one of the changed
    tokens: it is at position k with probability ``c[f, k]``.
 4. *Score*: the mutual information between the edit and the position of that token, edits equally likely,
@@ -23,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,57 +155,84 @@ def moved_codes(codes: NDArray[np.float32], pairs: Pairs) -> Changes:
     return Changes(change, present, distance(pairs.unchanged[twice], original[twice]))
 
 
-def patterns_of(change: Floats) -> tuple[Floats, Bools]:
-    """Patterns [n, F, K] that sum to 1 (or are 0), and bool [n, F] whether anything changed."""
-    total = change.sum(axis=-1)
-    active = total > 0
-    return change / np.where(active, total, 1.0)[..., None], active
+@dataclass(frozen=True, slots=True, eq=False)
+class Patterns:
+    """Where changes fall.
+
+    Attributes:
+        share: float64 [n, F, K], sums to 1 over the positions, or 0 where nothing changed.
+        active: bool [n, F], whether anything changed.
+        present: bool [n, F], whether there is a pair.
+    """
+
+    share: Floats
+    active: Bools
+    present: Bools
+
+    @classmethod
+    def of(cls, changes: Changes) -> Patterns:
+        """The patterns of changes."""
+        total = changes.change.sum(axis=-1)
+        active = total > 0
+        return cls(changes.change / np.where(active, total, 1.0)[..., None], active, changes.present)
+
+    def edits(self, chosen: Sequence[int]) -> Patterns:
+        """Some of the edits, in this order."""
+        columns = list(chosen)
+        return Patterns(self.share[:, columns], self.active[:, columns], self.present[:, columns])
+
+    def permuted(self, order: Ints) -> Patterns:
+        """The edits of every scene in another order, int64 [n, F]."""
+        return Patterns(
+            np.take_along_axis(self.share, order[..., None], axis=1),
+            np.take_along_axis(self.active, order, axis=1),
+            np.take_along_axis(self.present, order, axis=1),
+        )
+
+    def profiles(self) -> Floats:
+        """Mean pattern of every edit, [F, K]; all 0 when no edit ever changes anything."""
+        return _profiles(self.share.sum(axis=0), self.active.sum(axis=0), self.present.sum(axis=0))
+
+    def profiles_without(self, scene: int) -> Floats:
+        """The same without one of the scenes."""
+        rest = [values.sum(axis=0) - values[scene] for values in (self.share, self.active, self.present)]
+        return _profiles(*rest)
 
 
-def profiles_of(patterns: Floats, active: Bools) -> Floats:
-    """Mean pattern of every edit, [F, K]; zeros for an edit that never changes anything."""
-    count = active.sum(axis=0)
-    profiles: Floats = patterns.sum(axis=0) / np.maximum(count, 1)[:, None]
+def _profiles(total: Floats, active: Ints, present: Ints) -> Floats:
+    """Sums of patterns [F, K], numbers of patterns and of pairs [F] -> profiles [F, K]."""
+    mean = total.sum(axis=0) / max(int(active.sum()), 1)
+    filled = total + (present - active)[:, None] * mean
+    profiles: Floats = np.where(present[:, None] > 0, filled / np.maximum(present, 1)[:, None], mean)
     return profiles
 
 
 def grouped(profiles: Floats, groups: Sequence[Sequence[int]]) -> Floats:
-    """Mean profile of the edits of every group, [G, K]; edits that change nothing are left out."""
-    alive = profiles.sum(axis=-1) > 0
-
-    def mean(members: Sequence[int]) -> Floats:
-        there = [member for member in members if alive[member]]
-        empty: Floats = np.zeros(profiles.shape[1])
-        return profiles[there].mean(axis=0) if there else empty
-
-    return np.stack([mean(members) for members in groups])
+    """Mean profile of the edits of every group, [G, K]."""
+    return np.stack([profiles[list(members)].mean(axis=0) for members in groups])
 
 
 def information(profiles: Floats) -> float:
-    """Share of log G that a changed position tells about the group, 0 to 1, from profiles [G, K].
-
-    A group that changes nothing tells nothing; it counts as one of the G.
-    """
-    alive = profiles[profiles.sum(axis=-1) > 0]
-    if len(profiles) < 2 or not len(alive):
+    """Share of log G that a changed position tells about the group, 0 to 1, from profiles [G, K]."""
+    if len(profiles) < 2:
         return 0.0
-    mean = alive.mean(axis=0)
-    ratio = np.divide(alive, mean, out=np.ones_like(alive), where=alive > 0)
-    nats = float((alive * np.log(ratio)).sum()) / len(profiles)
+    mean = profiles.mean(axis=0)
+    ratio = np.divide(profiles, mean, out=np.ones_like(profiles), where=profiles > 0)
+    nats = float((profiles * np.log(ratio)).sum()) / len(profiles)
     return min(max(nats / math.log(len(profiles)), 0.0), 1.0)
 
 
-def readout(patterns: Floats, active: Bools) -> float:
+def readout(patterns: Patterns) -> float:
     """How often the nearest profile names the edit of a pattern, 0 to 1, mean over the edits.
 
     The profile of the pattern's own edit is computed without the pattern's scene. Patterns of edits that
-    changed nothing are left out; equally near profiles share the hit.
+    changed nothing are left out here; equally near profiles share the hit.
     """
-    total, count = patterns.sum(axis=0), active.sum(axis=0)  # [F, K], [F]
+    total, count = patterns.share.sum(axis=0), patterns.active.sum(axis=0)  # [F, K], [F]
     profiles = total / np.maximum(count, 1)[:, None]
     shares = []
-    for f in range(patterns.shape[1]):
-        chosen = patterns[active[:, f], f]  # [m, K]
+    for f in range(len(total)):
+        chosen = patterns.share[patterns.active[:, f], f]  # [m, K]
         if count[f] < 2:
             continue
         own = (total[f] - chosen) / (count[f] - 1)
@@ -211,7 +240,7 @@ def readout(patterns: Floats, active: Bools) -> float:
         gaps[:, f] = ((chosen - own) ** 2).sum(axis=-1)
         near = gaps <= gaps.min(axis=1, keepdims=True) + 1e-12
         shares.append(float((near[:, f] / near.sum(axis=1)).mean()))
-    return float(np.mean(shares)) if shares else 1.0 / patterns.shape[1]
+    return float(np.mean(shares)) if shares else 1.0 / len(total)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,33 +263,26 @@ class Score:
         return float(self.null.mean())
 
 
-def score_groups(
-    patterns: Floats, active: Bools, groups: Sequence[Sequence[int]], *, draws: int, seed: int
-) -> Score:
+def score_groups(patterns: Patterns, groups: Sequence[Sequence[int]], *, draws: int, seed: int) -> Score:
     """How well a changed position tells the group of the edit.
 
     Args:
-        patterns: float64 [n, F, K].
-        active: bool [n, F].
+        patterns: Of all edits.
         groups: Edits of every group; only these edits are permuted in the null.
         draws: Permutations.
         seed: Of the permutations.
     """
-    chosen = [member for members in groups for member in members]
-    starts = np.cumsum([0, *(len(members) for members in groups)])
-    places = [list(range(a, b)) for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
-    p, a = patterns[:, chosen], active[:, chosen]
-    null = []
-    for order in permutations_within(len(p), len(chosen), draws, seed):
-        mixed = np.take_along_axis(p, order[..., None], axis=1), np.take_along_axis(a, order, axis=1)
-        null.append(information(grouped(profiles_of(*mixed), places)))
-    total, count = p.sum(axis=0), a.sum(axis=0)
-    left_out = [
-        information(grouped((total - p[i]) / np.maximum(count - a[i], 1)[:, None], places))
-        for i in range(len(p))
-    ]
-    value = information(grouped(profiles_of(p, a), places))
-    return Score(value, np.array(null), jackknife(left_out))
+    chosen = patterns.edits([member for members in groups for member in members])
+    starts = np.cumsum([0, *(len(members) for members in groups)]).tolist()
+    places = [range(start, stop) for start, stop in pairwise(starts)]
+    scenes, edits = chosen.active.shape
+
+    def told(profiles: Floats) -> float:
+        return information(grouped(profiles, places))
+
+    null = [told(chosen.permuted(o).profiles()) for o in permutations_within(scenes, edits, draws, seed)]
+    left_out = [told(chosen.profiles_without(scene)) for scene in range(scenes)]
+    return Score(told(chosen.profiles()), np.array(null), jackknife(left_out))
 
 
 def permutations_within(scenes: int, edits: int, draws: int, seed: int) -> list[Ints]:

@@ -26,15 +26,14 @@ from comit_bench.tasks.changes import (
     Changes,
     Floats,
     Pairs,
+    Patterns,
     Score,
     changed_ids,
     grouped,
     information,
     moved_codes,
     pair_up,
-    patterns_of,
     permutations_within,
-    profiles_of,
     readout,
     score_groups,
 )
@@ -69,31 +68,28 @@ class Assignment:
 
 def assign(pairs: Pairs, changes: Changes, spec: CounterfactualSpec) -> Assignment:
     """Score the changes of counterfactual pairs."""
-    patterns, active = patterns_of(changes.change)
+    patterns = Patterns.of(changes)
     settings = {"draws": spec.null_draws, "seed": spec.seed}
     singles = [[edit] for edit in range(len(pairs.edits))]
-    scores = {"disentanglement": score_groups(patterns, active, singles, **settings)}
+    scores = {"disentanglement": score_groups(patterns, singles, **settings)}
     for name, part in (("object", 1), ("attribute", 0)):
         groups = list(pairs.groups(part).values())
         if len(groups) > 1:
-            scores[name] = score_groups(patterns, active, groups, **settings)
+            scores[name] = score_groups(patterns, groups, **settings)
     return Assignment(
         pairs=pairs,
         changes=changes,
-        profiles=profiles_of(patterns, active),
-        band=_band(patterns, active, spec),
+        profiles=patterns.profiles(),
+        band=_band(patterns, spec),
         scores=scores,
-        readout=readout(patterns, active),
+        readout=readout(patterns),
     )
 
 
-def _band(patterns: Floats, active: Any, spec: CounterfactualSpec) -> Floats:
-    drawn = []
-    for order in permutations_within(*active.shape, spec.null_draws, spec.seed):
-        mixed = np.take_along_axis(patterns, order[..., None], axis=1)
-        drawn.append(profiles_of(mixed, np.take_along_axis(active, order, axis=1)))
-    stacked = np.concatenate(drawn)  # [draws F, K]
-    return np.stack([stacked.mean(axis=0), *np.percentile(stacked, BAND, axis=0)])
+def _band(patterns: Patterns, spec: CounterfactualSpec) -> Floats:
+    orders = permutations_within(*patterns.active.shape, spec.null_draws, spec.seed)
+    drawn = np.concatenate([patterns.permuted(order).profiles() for order in orders])  # [draws F, K]
+    return np.stack([drawn.mean(axis=0), *np.percentile(drawn, BAND, axis=0)])
 
 
 def changed_share(changes: Changes) -> Floats:
@@ -145,9 +141,11 @@ def _tell(score: Score) -> dict[str, float]:
 
 def _details(found: Assignment) -> dict[str, Any]:
     pairs, changes = found.pairs, found.changes
-    patterns, active = patterns_of(changes.change)
-    logs = np.log(np.where(patterns > 0, patterns, 1.0))
-    effective = np.exp(-(patterns * logs).sum(axis=-1))  # [n, F]; positions that share a change evenly
+    patterns = Patterns.of(changes)
+    share, active = patterns.share, patterns.active
+    effective = np.exp(
+        -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=-1)
+    )  # [n, F]; positions that share a change evenly
     with np.errstate(invalid="ignore"):
         rate = changes.change.sum(axis=0) / np.maximum(changes.present.sum(axis=0), 1)[:, None]
     columns = found.profiles.T  # [K, F]
@@ -174,9 +172,9 @@ def _details(found: Assignment) -> dict[str, Any]:
     }
     objects = pairs.groups(1)
     if len(objects) > 1:
-        share = grouped(found.profiles, list(objects.values()))
-        whole = share.sum(axis=0)
-        preferred = np.divide(share, whole, out=np.full_like(share, 1 / len(objects)), where=whole > 0)
+        split = grouped(found.profiles, list(objects.values()))
+        whole = split.sum(axis=0)
+        preferred = np.divide(split, whole, out=np.full_like(split, 1 / len(objects)), where=whole > 0)
         details["object_share_by_position"] = dict(zip(objects, preferred.round(5).tolist(), strict=True))
         details["between_objects_by_attribute"] = _between(found, objects)
     return details
@@ -234,7 +232,6 @@ class Counterfactual:
             return None
         role, spec = inputs.roles["report"], inputs.spec.counterfactual
         pairs = pair_up(role.ids)
-        inputs.start("comparing", 1, "set")
         codes = role.source().take(role.row_tensor()).cpu().numpy()
         by_code = assign(pairs, moved_codes(codes, pairs), spec)
         assert role.store is not None
