@@ -36,7 +36,12 @@ class FigureEntry:
 
 
 DECODE, ATTENTION, COMIT, TOKENS = "decode", "attention", "COMiT only", "any tokenizer"
-FIGURES: tuple[FigureEntry, ...] = ()
+FIGURES: tuple[FigureEntry, ...] = (
+    FigureEntry("edit", "tokens swapped between two images, decoded", DECODE),
+    FigureEntry("evolution", "what a message knows after each crop, and its error by region", COMIT),
+    FigureEntry("policies", "reconstructions by cropping policy, and PSNR by number of crops", COMIT),
+    FigureEntry("reconstruction", "originals beside the reconstructions of several tokenizers", DECODE),
+)
 
 One = Annotated[
     str, typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory of the tokenizer.")
@@ -79,6 +84,47 @@ def put(figure: Figure, output: Path, *parts: str) -> None:
         typer.echo(path)
 
 
+@app.command(name="edit")
+def edit(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Annotated[int, typer.Option(min=2, help="How many images; every two are a pair.")] = 6,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    span: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per span. [default: a quarter of the message]")
+    ] = None,
+) -> None:
+    """Swap spans of tokens between two images and decode."""
+    from comit_bench.figures.edit import compute, draw
+
+    loaded = load(tokenizer, weights, device)
+    data = compute(loaded, read(images, loaded, count, seed), span=span, policy=policy, seed=seed)
+    put(draw(data), output, "edit", loaded.info.name)
+
+
+@app.command(name="evolution")
+def evolution(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Count = 2,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """What a message knows after each crop. COMiT only; default policy: adaptive:6."""
+    from comit_bench.figures.evolution import DEFAULT_POLICY, compute, draw
+
+    loaded = load(tokenizer, weights, device)
+    data = compute(loaded, read(images, loaded, count, seed), policy=policy or DEFAULT_POLICY, seed=seed)
+    put(draw(data), output, "evolution", loaded.info.name)
+
+
 @app.command(name="ls")
 def ls() -> None:
     """List the figures, what they show and which tokenizers can."""
@@ -86,3 +132,53 @@ def ls() -> None:
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     for name, needs, shows in rows:
         typer.echo(f"{name:<{first}}  {needs:<{second}}  {shows}")
+
+
+@app.command(name="policies")
+def policies(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row each; may be repeated. [default: global, raster:9, random:9, adaptive:9, "
+            "global+raster:10]"
+        ),
+    ] = None,
+    count: Count = 6,
+    curve_count: Annotated[int, typer.Option(min=0, help="Images behind the curves; 0 draws none.")] = 32,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Reconstructions by cropping policy, and PSNR by number of crops. COMiT only."""
+    from comit_bench.figures.policies import DEFAULT_POLICIES, compute, compute_curves, draw, draw_curves
+
+    loaded = load(tokenizer, weights, device)
+    chosen = policy or DEFAULT_POLICIES
+    data = compute(loaded, read(images, loaded, count, seed), policies=chosen, seed=seed)
+    put(draw(data), output, "policies", loaded.info.name)
+    if curve_count:
+        curves = compute_curves(loaded, read(images, loaded, curve_count, seed), seed=seed)
+        put(draw_curves(curves), output, "policies", "curves", loaded.info.name)
+
+
+@app.command(name="reconstruction")
+def reconstruction(
+    tokenizer: Several = None,
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Count = 6,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Originals beside the reconstructions of several tokenizers, PSNR under each."""
+    from comit_bench.figures.reconstruction import compute, draw
+
+    loaded = [load(name, weights, device) for name in tokenizer or ["comit-nano"]]
+    inputs = [read(images, one, count, seed) for one in loaded]
+    data = compute(loaded, inputs, policy=policy, seed=seed)
+    put(draw(data), output, "reconstruction", "+".join(one.info.name for one in loaded))

@@ -116,6 +116,9 @@ def encode(
     Raises:
         UsageError: Not a policy of this tokenizer.
     """
+    if policy is not None and getattr(tokenizer, "policy", None) is None:
+        _log.warning("%s looks at whole images: policy %s is ignored for it", tokenizer.info.name, policy)
+        policy = None
     parts = []
     for start in range(0, len(inputs), batch):
         stop = start + batch

@@ -32,7 +32,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SEQUENTIAL = "cividis"  # a colour map made for readers with and without colour blindness
 FONT, SMALL = 8.0, 7.0  # points
 LEAST_CELL = 0.5  # a picture of a gallery is never smaller; the page grows instead
-GAP = 0.05
+GAP, CAPTION, BREAK = 0.05, 0.13, 0.12
 DPI = 300
 RC: Any = {
     "font.family": "sans-serif",
@@ -140,6 +140,7 @@ def gallery(
     captions: Sequence[Sequence[str] | None] | None = None,
     width: float = FULL,
     most_cell: float = 1.1,
+    block: int | None = None,
 ) -> tuple[Figure, list[list[Axes]]]:
     """A grid of square pictures with names at the left, names above, and numbers below pictures.
 
@@ -150,6 +151,7 @@ def gallery(
         captions: Per row None, or a short text for every picture.
         width: In inches; wider when pictures would be smaller than ``LEAST_CELL``.
         most_cell: Pictures are never larger.
+        block: There is more space after every so many rows.
 
     Returns:
         The figure and its axes, row by row.
@@ -159,7 +161,11 @@ def gallery(
     longest = max((len(line) for text in labels for line in text.split("\n")), default=0)
     left = longest * 0.62 * SMALL / 72 + GAP
     cell = min(max((width - left) / columns - GAP, LEAST_CELL), most_cell)
-    below = [0.0 if captions is None or captions[r] is None else 0.16 for r in range(len(rows))]
+    below = [
+        (0.0 if captions is None or captions[r] is None else CAPTION)
+        + (BREAK if block and (r + 1) % block == 0 and r + 1 < len(rows) else 0.0)
+        for r in range(len(rows))
+    ]
     above = 0.0 if column_labels is None else 0.05 + 0.14 * max(t.count("\n") + 1 for t in column_labels)
     width = left + columns * (cell + GAP)
     height = above + len(rows) * (cell + GAP) + sum(below)
