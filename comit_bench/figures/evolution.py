@@ -95,7 +95,7 @@ def draw(data: Evolution, *, width: float = FULL) -> Figure:
     captions: list[list[str] | None] = []
     for i in range(count):
         rows += [[data.images[i]] * steps, list(data.one_step[:, i]), [None] * steps]
-        labels += ["original", "one step", "squared error × 100"]
+        labels += ["original", "one step", "100 × squared error"]
         captions += [None, [f"{value:.1f} dB" for value in data.psnr[:, i]], None]
     columns = ["whole image" if (data.cells[k] == GLOBAL).all() else f"crop {k + 1}" for k in range(steps)]
     figure, axes = gallery(
