@@ -5,7 +5,7 @@ Nothing heavy is imported at the top, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,12 +99,7 @@ def tokenize(
                 overwrite=overwrite,
                 start=bars.start,
             )
-        for name, why in list(done.broken.items())[:LISTED]:
-            say(f"warning: {name}: {why}")
-        if done.broken:
-            rest = len(done.broken) - LISTED
-            named = f", {rest} more than named here" if rest > 0 else ""
-            say(f"unreadable images: {len(done.broken)}{named}; they have no row, the file lists them")
+        _name_broken(done.broken)
         found = done.messages + len(done.broken) - done.computed
         say(
             f"messages: {done.messages}, of {done.message_length} tokens"
@@ -114,6 +109,17 @@ def tokenize(
         return 0
 
     raise typer.Exit(stoppable(work))
+
+
+def _name_broken(broken: Mapping[str, str]) -> None:
+    from comit_bench.console import say
+
+    for name, why in list(broken.items())[:LISTED]:
+        say(f"warning: {name}: {why}")
+    if broken:
+        rest = len(broken) - LISTED
+        named = f", {rest} more than named here" if rest > 0 else ""
+        say(f"unreadable images: {len(broken)}{named}; they have no row, the file lists them")
 
 
 def detokenize(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLACES = 4  # default number of spans, and of steps of the progressive swap
+MOST = 8  # spans of a given length that fit beside each other; of more, so many are shown
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,7 +88,7 @@ def compute(
         tokenizer: Must decode.
         inputs: An even number of images.
         span: Positions per span; None: a quarter of the message.
-        starts: First positions of the spans; None: one span after the other.
+        starts: First positions of the spans; None: one span after the other, or eight spread evenly.
         policy: Cropping policy; None is the tokenizer's default.
         seed: Of all noise.
 
@@ -122,7 +123,9 @@ def _spans(length: int, span: int | None, starts: Sequence[int] | None) -> tuple
     if span is None and starts is None:
         return default_spans(length)
     size = span if span is not None else max(1, length // PLACES)
-    chosen = list(starts) if starts is not None else list(range(0, length - size + 1, size))
+    chosen = list(starts) if starts is not None else list(range(0, length - size + 1, max(size, 1)))
+    if starts is None and len(chosen) > MOST:
+        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, MOST).round().astype(int)]
     bad = [start for start in chosen if start < 0 or start + size > length]
     if size < 1 or bad or not chosen:
         raise UsageError(

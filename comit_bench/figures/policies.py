@@ -108,13 +108,15 @@ def compute_curves(
         UsageError: More crops than there are.
     """
     comit = require_comit(tokenizer, "policies")
-    seeds = noise_seeds(inputs.names, seed)
+    seeds = noise_seeds(inputs.names, seed) * crops
+    truth = inputs.images.repeat(crops, 1, 1, 1)
     one_step, full = [], []
     for order in ORDERS:
         found = trace(comit, inputs, f"{order}:{crops}", seed)
-        steps = list(zip(found.codes, found.offsets, strict=True))
-        one_step.append([psnr(inputs.images, one_step_images(comit, c, o, seeds)) for c, o in steps])
-        full.append([psnr(inputs.images, decode(comit, Tokens(None, c, o), seeds)) for c, o in steps])
+        codes, offsets = found.codes.flatten(0, 1), found.offsets.flatten(0, 1)  # [K * n, ...]
+        shape = (crops, len(inputs))
+        one_step.append(psnr(truth, one_step_images(comit, codes, offsets, seeds)).reshape(shape))
+        full.append(psnr(truth, decode(comit, Tokens(None, codes, offsets), seeds)).reshape(shape))
     return PolicyCurves(comit.info.name, tuple(ORDERS), np.array(one_step), np.array(full))
 
 

@@ -34,6 +34,7 @@ FONT, SMALL = 8.0, 7.0  # points
 LEAST_CELL = 0.5  # a picture of a gallery is never smaller; the page grows instead
 GAP, CAPTION, BREAK = 0.05, 0.13, 0.12
 DPI = 300
+METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
 RC: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same figure on every machine
@@ -94,15 +95,28 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         BenchError: The disk is full or not writable.
     """
     written = []
-    kinds: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
-    for kind, metadata in kinds.items():
-        stream = io.BytesIO()
-        with _own_settings():
-            figure.savefig(stream, format=kind, dpi=DPI, metadata=metadata)
+    for kind in METADATA:
         target = stem.with_name(f"{stem.name}.{kind}")
-        write_atomic(target, stream.getvalue())
+        write_atomic(target, _bytes(figure, kind, DPI))
         written.append(target)
     return written
+
+
+def _bytes(figure: Figure, kind: str, dpi: int) -> bytes:
+    stream = io.BytesIO()
+    with _own_settings():
+        figure.savefig(stream, format=kind, dpi=dpi, metadata=METADATA[kind])
+    return stream.getvalue()
+
+
+class Shown:
+    """A figure as the result of a notebook cell; notebooks do not display figures made without pyplot."""
+
+    def __init__(self, figure: Figure, dpi: int = 150) -> None:
+        self.figure, self.dpi = figure, dpi
+
+    def _repr_png_(self) -> bytes:
+        return _bytes(self.figure, "png", self.dpi)
 
 
 def file_stem(*parts: str) -> str:
@@ -117,13 +131,18 @@ def picture(image: Any) -> NDArray[np.uint8]:
 
 
 def show(axes: Axes, image: Any) -> None:
-    """Put an image [3, H, W] or a map [H, W] on axes without ticks; pixels of small ones stay squares."""
+    """Put an image [3, H, W] or a map [H, W] on axes without ticks; pixels of small ones stay squares.
+
+    None leaves the axes empty.
+    """
+    bare(axes)
+    if image is None:
+        return
     values = np.asarray(image)
     small = values.shape[-1] <= 128
     axes.imshow(
         values if values.ndim == 2 else picture(values), interpolation="nearest" if small else "antialiased"
     )
-    bare(axes)
 
 
 def bare(axes: Axes) -> None:
@@ -161,10 +180,10 @@ def gallery(
     longest = max((len(line) for text in labels for line in text.split("\n")), default=0)
     left = longest * 0.62 * SMALL / 72 + GAP
     cell = min(max((width - left) / columns - GAP, LEAST_CELL), most_cell)
+    ends = [bool(block) and (r + 1) % (block or 1) == 0 and r + 1 < len(rows) for r in range(len(rows))]
     below = [
-        (0.0 if captions is None or captions[r] is None else CAPTION)
-        + (BREAK if block and (r + 1) % block == 0 and r + 1 < len(rows) else 0.0)
-        for r in range(len(rows))
+        CAPTION * (captions is not None and captions[r] is not None) + BREAK * end
+        for r, end in enumerate(ends)
     ]
     above = 0.0 if column_labels is None else 0.05 + 0.14 * max(t.count("\n") + 1 for t in column_labels)
     width = left + columns * (cell + GAP)
@@ -179,12 +198,9 @@ def gallery(
         figure.text((left - GAP) / width, middle, labels[number], ha="right", va="center", fontsize=SMALL)
         for column, image in enumerate(row):
             x = left + column * (cell + GAP)
-            place = figure.add_axes((x / width, bottom / height, cell / width, cell / height))
-            axes[-1].append(place)
-            bare(place)
-            if image is not None:
-                show(place, image)
-            texts = None if captions is None else captions[number]
+            axes[-1].append(figure.add_axes((x / width, bottom / height, cell / width, cell / height)))
+            show(axes[-1][-1], image)
+            texts = captions[number] if captions is not None else None
             if texts is not None:
                 where = ((x + cell / 2) / width, (bottom - 0.02) / height)
                 figure.text(*where, texts[column], ha="center", va="top", fontsize=SMALL - 0.5)

@@ -104,26 +104,18 @@ def tokenize_folder(
             f"{output}: this is a folder; give the name of a file, e.g. {output / 'tokens.safetensors'}"
         )
     names = list_images(folder)
-    paths = PathList(folder, names)
     canonical = _canonical(tokenizer, policy)
-    key = store_key(
-        tokenizer, policy=canonical, fingerprint=folder_fingerprint(folder, names), seed=seed, selection="all"
-    )
+    found = folder_fingerprint(folder, names)
+    key = store_key(tokenizer, policy=canonical, fingerprint=found, seed=seed, selection="all")
     store = open_store(tokenizer, cache, key, count=len(names), shard_size=shard_size)
     missing = store.missing_shards()
     total = sum(len(store.shard_range(shard)) for shard in missing)
     if missing:
-        tokenize_split(
-            tokenizer,
-            Split("folder", names, paths, None),
-            store,
-            key=key,
-            rows=range(len(names)),
-            shards=missing,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            advance=start(f"{tokenizer.info.name}: {folder.name}", total, "images"),
-        )
+        split = Split("folder", names, PathList(folder, names), None)
+        advance = start(f"{tokenizer.info.name}: {folder.name}", total, "images")
+        sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+        rows = range(len(names))
+        tokenize_split(tokenizer, split, store, key=key, rows=rows, shards=missing, advance=advance, **sizes)
     content = _export(tokenizer, names, store, policy=canonical, seed=seed, folder=folder)
     _write(output, token_file_bytes(content), overwrite=overwrite)
     length = tokenizer.info.message_length
