@@ -24,7 +24,7 @@ from comit_bench.tokenizers.base import Tokenizer, Tokens
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLACES = 4  # default number of spans, and of steps of the progressive swap
+PLACES = 4  # default number of spans; there are as many prefixes as spans
 MOST = 8  # spans of a given length that fit beside each other; of more, so many are shown
 
 
@@ -101,7 +101,7 @@ def compute(
     tokens = encode(tokenizer, inputs, policy=policy, seed=seed)
     length = tokens.codes.shape[1]
     spans = _spans(length, span, starts)
-    prefixes = tuple((0, stop) for _, stop in default_spans(length))
+    prefixes = tuple((0, stop) for _, stop in default_spans(length, len(spans)))
     a, b = _rows(tokens, 0), _rows(tokens, 1)
     seeds = noise_seeds(inputs.names[::2], seed)
     pair = torch.stack([decode(tokenizer, one, seeds) for one in (a, b)], dim=1)

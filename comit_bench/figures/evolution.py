@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.figures.inputs import Inputs, psnr, require_comit
-from comit_bench.figures.style import FULL, SEQUENTIAL, VERMILION, gallery, show, styled
+from comit_bench.figures.style import FULL, SEQUENTIAL, VERMILION, decibels, gallery, show, styled
 from comit_bench.figures.tracing import boxes, trace
 from comit_bench.models.crops import CELLS, GLOBAL
 from comit_bench.tokenizers.base import Tokenizer
@@ -96,7 +96,7 @@ def draw(data: Evolution, *, width: float = FULL) -> Figure:
     for i in range(count):
         rows += [[data.images[i]] * steps, list(data.one_step[:, i]), [None] * steps]
         labels += ["original", "one step", "100 × squared error"]
-        captions += [None, [f"{value:.1f} dB" for value in data.psnr[:, i]], None]
+        captions += [None, [decibels(value) for value in data.psnr[:, i]], None]
     columns = ["whole image" if (data.cells[k] == GLOBAL).all() else f"crop {k + 1}" for k in range(steps)]
     figure, axes = gallery(
         rows,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr, require_comit
-from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, gallery, new_figure, styled
+from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, decibels, gallery, new_figure, styled
 from comit_bench.figures.tracing import one_step_images, trace
 from comit_bench.models.crops import CELLS
 from comit_bench.tokenizers.base import Tokenizer, Tokens
@@ -128,7 +128,7 @@ def draw(data: PolicyGallery, *, width: float = FULL) -> Figure:
         data: From :func:`compute`.
         width: In inches.
     """
-    captions = [[f"{value:.1f} dB" for value in row] for row in data.psnr]
+    captions = [[decibels(value) for value in row] for row in data.psnr]
     figure, _ = gallery(
         [list(data.images), *(list(row) for row in data.reconstructions)],
         row_labels=["original", *data.policies],

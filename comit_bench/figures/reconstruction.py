@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr
-from comit_bench.figures.style import FULL, gallery, styled
+from comit_bench.figures.style import FULL, decibels, gallery, styled
 from comit_bench.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -92,6 +92,6 @@ def draw(data: Reconstructions, *, width: float = FULL) -> Figure:
             shown.append(given)
         rows.append(list(data.images[t]))
         labels.append(name)
-        captions.append([f"{value:.1f} dB" for value in data.psnr[t]])
+        captions.append([decibels(value) for value in data.psnr[t]])
     figure, _ = gallery(rows, row_labels=labels, captions=captions, width=width)
     return figure

@@ -145,6 +145,17 @@ def show(axes: Axes, image: Any) -> None:
     )
 
 
+def decibels(value: float) -> str:
+    """A PSNR as a caption; equal images have no finite one."""
+    return "exact" if np.isinf(value) else f"{value:.1f} dB"
+
+
+def _fitting(texts: Sequence[str], cell: float) -> float:
+    """Points at which the longest text is no wider than a picture and its gap."""
+    longest = max((len(line) for text in texts for line in text.split("\n")), default=0)
+    return min(SMALL - 0.5, (cell + GAP / 2) * 72 / (0.6 * max(longest, 1)))
+
+
 def bare(axes: Axes) -> None:
     """No ticks, no frame."""
     axes.set(xticks=[], yticks=[])
@@ -189,6 +200,8 @@ def gallery(
     width = left + columns * (cell + GAP)
     height = above + len(rows) * (cell + GAP) + sum(below)
     figure = new_figure(width, height)
+    small = _fitting([text for texts in captions or () for text in texts or ()], cell)
+    head = _fitting(column_labels or (), cell)
     axes: list[list[Axes]] = []
     top = height - above
     for number, row in enumerate(rows):
@@ -203,9 +216,9 @@ def gallery(
             texts = captions[number] if captions is not None else None
             if texts is not None:
                 where = ((x + cell / 2) / width, (bottom - 0.02) / height)
-                figure.text(*where, texts[column], ha="center", va="top", fontsize=SMALL - 0.5)
+                figure.text(*where, texts[column], ha="center", va="top", fontsize=small)
             if number == 0 and column_labels is not None:
                 where = ((x + cell / 2) / width, (top + 0.04) / height)
-                figure.text(*where, column_labels[column], ha="center", va="bottom", fontsize=SMALL)
+                figure.text(*where, column_labels[column], ha="center", va="bottom", fontsize=head)
         top = bottom - GAP - below[number]
     return figure, axes

@@ -336,7 +336,8 @@ def test_curves_are_those_of_the_policies_with_fewer_crops(nano: Any, scenes: In
 def test_swapped_positions_come_from_b(nano: Any, tmp_path: Path) -> None:
     pairs = load_inputs("scenes", nano.info, 4, 0)
     data = edit.compute(nano, pairs, span=3, starts=(0, 13))
-    assert data.spans == ((0, 3), (13, 16), (0, 4), (0, 8), (0, 12), (0, 16))
+    assert data.spans == ((0, 3), (13, 16), (0, 8), (0, 16))
+    assert data.prefixes == 2
     assert data.names == ((pairs.names[0], pairs.names[1]), (pairs.names[2], pairs.names[3]))
     ids = nano.encode(pairs.images).ids
     mixed = ids[2].clone()
@@ -376,7 +377,9 @@ def test_of_many_spans_eight_are_shown(nano: Any, scenes: Inputs) -> None:
     pair = Inputs(scenes.names[:2], scenes.images[:2], scenes.paths[:2])
     data = edit.compute(nano, pair, span=1)
     assert data.spans[:8] == tuple((start, start + 1) for start in (0, 2, 4, 6, 9, 11, 13, 15))
-    check_texts(edit.draw(data))
+    figure = edit.draw(data)
+    assert figure.get_size_inches()[0] == pytest.approx(style.FULL)
+    check_texts(figure)
 
 
 def test_equal_images_have_no_way_between_them(nano: Any, scenes: Inputs) -> None:
