@@ -8,6 +8,7 @@ UTF-8 bytes of a JSON list and a JSON mapping. The metadata say how the tokens w
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from comit_bench.data.folders import SUFFIXES
 from comit_bench.data.shards import Array, checksum, id_dtype, sorted_header
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 
@@ -226,13 +228,17 @@ def _check(content: TokenFile) -> None:
         check_name(name)
 
 
-def check_name(name: object) -> None:
+def check_name(name: object, *, windows: bool = os.name == "nt") -> None:
     """Refuse a name that is no relative path inside a folder.
+
+    Args:
+        name: With forward slashes.
+        windows: Whether backslashes and colons mean something to this system's paths.
 
     Raises:
         ValueError: Empty, absolute, or leading out of the folder.
     """
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or ":" in name[1:2]:
+    if not isinstance(name, str) or not name or "\0" in name or (windows and set("\\:") & set(name)):
         raise ValueError(f"the name {name!r} is not a relative path with forward slashes")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.name or path.as_posix() != name:
@@ -245,7 +251,7 @@ def output_names(names: Sequence[str]) -> list[str]:
     ``a.png`` keeps its name. ``a.jpg`` becomes ``a.png`` if no other image could, else ``a.jpg.png``; if even
     that is taken, a number is put in between. The mapping depends on the names alone.
     """
-    short = {name: PurePosixPath(name).with_suffix(".png").as_posix() for name in names}
+    short = {name: _as_png(PurePosixPath(name)) for name in names}
     wanted: dict[str, int] = {}
     for name in names:
         wanted[_key(short[name])] = wanted.get(_key(short[name]), 0) + 1
@@ -257,6 +263,11 @@ def output_names(names: Sequence[str]) -> list[str]:
         chosen[name] = next(option for option in options if _key(option) not in taken)
         taken.add(_key(chosen[name]))
     return [chosen[name] for name in names]
+
+
+def _as_png(name: PurePosixPath) -> str:
+    image = name.suffix.lower() in SUFFIXES
+    return name.with_suffix(".png").as_posix() if image else f"{name}.png"
 
 
 def _key(name: str) -> str:
