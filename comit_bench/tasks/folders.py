@@ -105,8 +105,8 @@ def tokenize_folder(
         )
     names = list_images(folder)
     canonical = _canonical(tokenizer, policy)
-    found = folder_fingerprint(folder, names)
-    key = store_key(tokenizer, policy=canonical, fingerprint=found, seed=seed, selection="all")
+    fingerprint = folder_fingerprint(folder, names)
+    key = store_key(tokenizer, policy=canonical, fingerprint=fingerprint, seed=seed, selection="all")
     store = open_store(tokenizer, cache, key, count=len(names), shard_size=shard_size)
     missing = store.missing_shards()
     total = sum(len(store.shard_range(shard)) for shard in missing)
@@ -125,7 +125,13 @@ def tokenize_folder(
 def _canonical(tokenizer: Tokenizer, policy: str | None) -> str | None:
     parse = getattr(tokenizer, "policy", None)
     if parse is not None:
-        return str(parse(policy))
+        name = str(parse(policy))
+        if "-shared" in name:
+            raise UsageError(
+                f"policy {name}: images of a batch share their crops, so tokens would depend on the other "
+                f"images of the folder. Use {name.replace('-shared', '')}."
+            )
+        return name
     if policy is not None:
         _log.warning("%s looks at whole images: --policy is ignored for it", tokenizer.info.name)
     return None

@@ -439,6 +439,15 @@ def test_only_broken_images_make_no_file(tmp_path: Path, nano: Any) -> None:
     assert not (tmp_path / "t").exists()
 
 
+def test_policies_under_which_images_depend_on_each_other_are_refused(
+    folder: Path, tmp_path: Path, nano: Any
+) -> None:
+    with pytest.raises(UsageError, match=r"Use global\+random:4"):
+        tokenize_folder(
+            nano, folder, tmp_path / "t", cache=tmp_path / "cache", policy="global+random-shared:4"
+        )
+
+
 def test_a_tokenizer_without_decoder_says_so(folder: Path, tmp_path: Path, nano: Any) -> None:
     class Blind(Counting):
         def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> torch.Tensor:
