@@ -159,7 +159,7 @@ def _strip(axes: Axes, change: NDArray[np.float64]) -> None:
     grid = cells.reshape(-1, row)
     axes.imshow(grid, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     bare(axes)
-    lines = {"color": "white", "linewidth": 0.3}
+    lines: dict[str, Any] = {"color": "white", "linewidth": 0.3}
     for x in range(1, row):
         axes.axvline(x - 0.5, **lines)
     for y in range(1, len(grid)):
