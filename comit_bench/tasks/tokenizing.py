@@ -59,7 +59,7 @@ def store_key(
 
 
 def open_store(
-    tokenizer: Tokenizer, cache: Path, key: Mapping[str, Any], *, count: int, shard_size: int = SHARD_SIZE
+    tokenizer: Tokenizer, cache: Path, key: Mapping[str, Any], *, count: int, shard_size: int | None = None
 ) -> TokenStore:
     """Find or begin the store of ``count`` messages of a tokenizer under a key of :func:`store_key`."""
     info = tokenizer.info
@@ -70,7 +70,7 @@ def open_store(
         message_length=info.message_length,
         vocab_size=info.vocab_size,
         code_dim=info.code_dim,
-        shard_size=shard_size,
+        shard_size=shard_size or SHARD_SIZE,  # looked up when called: a test makes it small
     )
 
 
