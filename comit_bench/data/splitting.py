@@ -18,6 +18,11 @@ every category shall have pairs on both sides. The steps, all decided by names a
    nothing changes.
 4. *Swap.* While the target is missed, the two pairs whose exchange comes nearest to it (and keeps the cover)
    change places; then step 3 again. It ends when no single move and no exchange helps.
+5. *Balance.* A reader that has learnt nothing but how often each category occurs in train should gain nothing by
+   it, so every category's share of val images shall be near the target too: the *imbalance* is the sum over
+   categories of (val images - target * images)^2 / images. Again and again the two pairs change places whose
+   exchange lowers it most, among those that keep the cover and bring the number of val images no
+   farther from the target than it was; ties go to the earlier pairs of step 3's order. It ends when none helps.
 """
 
 from __future__ import annotations
@@ -112,6 +117,7 @@ def pair_disjoint(counts: Mapping[Pair, int], share: float, *, seed: int = 0) ->
     sizes = np.array([images[pair] for pair in pairs], dtype=np.int64)
     sides = _Sides(pairs, sizes, _euler_sides(pairs), goal=round(share * int(sizes.sum())))
     sides.settle()
+    sides.balance(share)
     val = frozenset(pair for pair, chosen in zip(pairs, sides.val.tolist(), strict=True) if chosen)
     total = int(sizes.sum())
     return PairSplit(
@@ -290,3 +296,31 @@ class _Sides:
         self._flip(leaving)
         self._flip(entering)
         return False
+
+    def balance(self, share: float) -> None:
+        """Step 5."""
+        if not self.pairs:
+            return
+        names = sorted({name for pair in self.pairs for name in pair})
+        column = {name: i for i, name in enumerate(names)}
+        member = np.zeros((len(self.pairs), len(names)))  # images of a pair, in the columns of its two
+        for number, (a, b) in enumerate(self.pairs):
+            member[number, [column[a], column[b]]] = self.sizes[number]
+        total = member.sum(axis=0)
+        weighted = member / total
+        alone = (member * weighted).sum(axis=1)  # [pairs], the square term of one pair that moves
+        while True:
+            excess = member[self.val].sum(axis=0) - share * total
+            slope = 2 * weighted @ excess
+            inside, outside = np.flatnonzero(self.val), np.flatnonzero(~self.val)
+            change = (alone - slope)[inside][:, None] + (alone + slope)[outside][None, :]
+            change -= 2 * member[inside] @ weighted[outside].T
+            gaps = np.abs(self.gap + self.sizes[outside][None, :] - self.sizes[inside][:, None])
+            change[gaps > abs(self.gap)] = np.inf
+            flat = np.flatnonzero(change < -1e-9)
+            for number in flat[np.argsort(change.ravel()[flat], kind="stable")].tolist():
+                leaving, entering = divmod(number, len(outside))
+                if self._exchange(int(inside[leaving]), int(outside[entering])):
+                    break
+            else:
+                return
