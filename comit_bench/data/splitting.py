@@ -18,11 +18,12 @@ every category shall have pairs on both sides. The steps, all decided by names a
    nothing changes.
 4. *Swap.* While the target is missed, the two pairs whose exchange comes nearest to it (and keeps the cover)
    change places; then step 3 again. It ends when no single move and no exchange helps.
-5. *Balance.* A reader that has learnt nothing but how often each category occurs in train should gain nothing by
-   it, so every category's share of val images shall be near the target too: the *imbalance* is the sum over
+5. *Balance.* A reader that has learnt nothing but how often each category occurs in train should gain nothing
+   by it, so every category's share of val images shall be near the target too: the *imbalance* is the sum over
    categories of (val images - target * images)^2 / images. Again and again the two pairs change places whose
-   exchange lowers it most, among those that keep the cover and bring the number of val images no
-   farther from the target than it was; ties go to the earlier pairs of step 3's order. It ends when none helps.
+   exchange lowers it most, among those that keep the cover and leave the number of val images within half a
+   percent of all images of the target, or no farther from it than step 4 came. Ties go to the earlier
+   pairs of step 3's order. It ends when none helps.
 """
 
 from __future__ import annotations
@@ -309,18 +310,20 @@ class _Sides:
         total = member.sum(axis=0)
         weighted = member / total
         alone = (member * weighted).sum(axis=1)  # [pairs], the square term of one pair that moves
+        most = max(abs(self.gap), int(self.sizes.sum()) // 200)
         while True:
             excess = member[self.val].sum(axis=0) - share * total
             slope = 2 * weighted @ excess
             inside, outside = np.flatnonzero(self.val), np.flatnonzero(~self.val)
+            if not len(inside) or not len(outside):
+                return
             change = (alone - slope)[inside][:, None] + (alone + slope)[outside][None, :]
             change -= 2 * member[inside] @ weighted[outside].T
             gaps = np.abs(self.gap + self.sizes[outside][None, :] - self.sizes[inside][:, None])
-            change[gaps > abs(self.gap)] = np.inf
-            flat = np.flatnonzero(change < -1e-9)
-            for number in flat[np.argsort(change.ravel()[flat], kind="stable")].tolist():
-                leaving, entering = divmod(number, len(outside))
-                if self._exchange(int(inside[leaving]), int(outside[entering])):
+            change[gaps > most] = np.inf
+            while (number := int(change.argmin())) >= 0 and change.flat[number] < -1e-9:
+                if self._exchange(int(inside[number // len(outside)]), int(outside[number % len(outside)])):
                     break
+                change.flat[number] = np.inf
             else:
                 return
