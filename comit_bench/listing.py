@@ -154,7 +154,8 @@ def examine(data_root: Path | None) -> int:
     """Print the state of the installation; returns 0, or 3 when a required package is missing."""
     import torch
 
-    from comit_bench.tokenizers.comit import HUB, VAE_FILES, VAE_HUB
+    from comit_bench.tokenizers.comit import HUB
+    from comit_bench.tokenizers.comit_files import VAE_FILES, VAE_HUB
 
     packages = _packages()
     _out("packages")
