@@ -271,6 +271,19 @@ def table(
     )
 
 
+@app.command(name="cost")
+def cost(
+    names: Annotated[list[str] | None, typer.Argument(help="Presets. [default: all with a network]")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds that one image may take.")] = 120.0,
+    memory: Annotated[float, typer.Option(help="GB that the weights may take.")] = 24.0,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Also measure processor time.")] = True,
+) -> None:
+    """Print what one image costs, as Markdown: FLOPs, and processor seconds of one thread."""
+    from comit_bench.cost import write
+
+    write(names or [], limit=limit, memory=memory, timed=timed)
+
+
 @app.command(name="push")
 def push(
     folder: Annotated[

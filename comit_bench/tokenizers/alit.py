@@ -34,7 +34,7 @@ from comit_bench.tokenizers.alit_config import (
     load_directory,
     load_file,
 )
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import TokenizerInfo, Tokens, autocast, check_images, in_tiles
 from comit_bench.tokenizers.checkpoints import WEIGHT_FILES, weight_file, write_tensors
 from comit_bench.tokenizers.pixels import warn_policy
 from comit_bench.tokenizers.weights import required, weight_source
@@ -139,9 +139,6 @@ class AlitTokenizer:
         if automatic if wanted == "auto" else _flag(wanted, "compile"):
             decoder.compile()  # in place: parameter names stay
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of encoding, for estimates: transformers and, roughly, the base encoder."""
         spec = self.model.spec
@@ -191,7 +188,7 @@ class AlitTokenizer:
         self, images_u8: Tensor, *, generators: Sequence[torch.Generator] | None = None
     ) -> list[Step]:
         """All iterations of one un-tiled encoding with their trace, for figures and inspection."""
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), autocast(self.device, self.dtype):
             return list(self._steps(images_u8, generators, self.iterations))
 
     def encode(
@@ -213,14 +210,14 @@ class AlitTokenizer:
             own = None
             if generators is not None:  # clones: a padded row must not advance its original's stream
                 own = [generators[i].clone_state() for i in index.tolist()]
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 for step in self._steps(images, own, self.iterations):
                     last = step
             if self.latents == "codes":
                 return Tokens(last.ids, last.codes)
             return Tokens(None, (last.latents if self.latents == "raw" else last.prequant).float())
 
-        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), tile=TILE)
+        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], unit vectors.
@@ -264,10 +261,10 @@ class AlitTokenizer:
         """
 
         def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(None, to_uint8(self.model.reconstruct(self._decoder_codes(codes))))
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        return in_tiles(tile, tokens.codes).codes
 
     def attention(
         self, tokens: Tokens, request: AttentionRequest | None = None, *, seeds: Sequence[int] = ()
@@ -282,10 +279,10 @@ class AlitTokenizer:
         chosen = request or AttentionRequest(layer=min(DEMO_LAYER, self.model.spec.decoder_layers - 1))
 
         def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(None, self.model.attention(self._decoder_codes(codes), [chosen.layer])[0])
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        return in_tiles(tile, tokens.codes).codes
 
     def lengths(
         self,
@@ -305,7 +302,7 @@ class AlitTokenizer:
         chosen = []
         for index, image in enumerate(images_u8):
             own = None if generators is None else [generators[index].clone_state()]
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 steps = self._steps(image[None], own, self.iterations)
                 target = self._pixels(image[None])
                 chosen.append(select_length(steps, self.model.reconstruct, target, threshold=threshold)[0])
@@ -356,11 +353,14 @@ def _info(model: Alit, name: str, weights: str, *, data: str, licence: str) -> T
     )
 
 
-def _load_random(name: str, choice: Variant | None, seed: int) -> tuple[Alit, TokenizerInfo]:
+def _load_random(
+    name: str, choice: Variant | None, seed: int, device: torch.device
+) -> tuple[Alit, TokenizerInfo]:
     if choice is None:
         raise UsageError(f"--weights random needs a name, not {name!r}.{did_you_mean(name, VARIANTS)}")
-    model = build(choice.spec, empty=True).to_empty(device="cpu")
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model = build(choice.spec, empty=True)
+    if device.type != "meta":
+        model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed))
     return model.eval(), _info(model, name, f"random:{seed}", data="none", licence="none")
 
 
@@ -428,7 +428,7 @@ def load(
     elif base or latent:
         raise UsageError("the options base and latent choose among released names; a checkpoint has its own")
     if weights == "random":
-        return AlitTokenizer(*_load_random(label, choice, seed), device=device, **options)
+        return AlitTokenizer(*_load_random(label, choice, seed, device), device=device, **options)
     local = _local(label if choice else name, weights, choice, base, latent, allow_pickle=allow)
     if local.is_file():
         if choice is None:

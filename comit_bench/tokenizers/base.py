@@ -6,6 +6,8 @@ Shape legend: ``B`` batch, ``K`` message length, ``d`` code dimension, ``H W`` i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -15,8 +17,9 @@ from torch import Tensor
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
 # image then never depends on how many others were handed over, so ids are the same bits for every
 # --batch-size (matrix kernels and vector tails may differ between batch sizes in the last place,
-# which is enough to flip a token at a rounding boundary).
+# which is enough to flip a token at a rounding boundary). Only measurements of one image change it.
 TILE = 8
+tile_rows: ContextVar[int] = ContextVar("tile_rows", default=TILE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,15 +117,15 @@ class Tokenizer(Protocol):
         ...
 
 
-def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int = TILE) -> Tokens:
+def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int | None = None) -> Tokens:
     """Call ``function`` on slices of exactly ``tile`` rows; the last one is padded by repetition.
 
     Args:
         function: Takes one slice of every batch, returns Tokens with ``tile`` rows.
         *batches: Tensors with equal first dimension B >= 1.
-        tile: Rows per call.
+        tile: Rows per call; None is ``TILE``.
     """
-    total = batches[0].shape[0]
+    total, tile = batches[0].shape[0], tile or tile_rows.get()
     parts: list[Tokens] = []
     for start in range(0, total, tile):
         index = torch.arange(start, start + tile).clamp_(max=total - 1)
@@ -135,6 +138,13 @@ def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int = TILE
     codes = join([p.codes for p in parts])
     assert codes is not None
     return Tokens(join([p.ids for p in parts]), codes, join([p.offsets for p in parts]))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Where a network computes in ``dtype``; for float32 also an outer autocast is switched off."""
+    if device.type == "meta":  # nothing is computed there, and torch knows no autocast for it
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def check_images(images_u8: Tensor, info: TokenizerInfo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,7 +17,7 @@ from comit_bench.models.comit import PRESETS, Comit
 from comit_bench.models.comit_codec import AttentionRequest, Encoded, decode, encode, to_uint8
 from comit_bench.models.crops import CropPolicy, parse_policy
 from comit_bench.models.flow import SOLVERS, Guidance
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import TokenizerInfo, Tokens, autocast, check_images, in_tiles
 from comit_bench.tokenizers.checkpoints import weight_file
 from comit_bench.tokenizers.comit_files import build, load_directory, save
 
@@ -105,8 +106,8 @@ class ComitTokenizer:
     def _pixels(self, images_u8: Tensor) -> Tensor:
         return images_u8.to(self.device, torch.float32).div(255).sub(0.5).div(0.5)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def _autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.device, self.dtype)
 
     def messages(
         self, images_u8: Tensor, policy: CropPolicy, generators: Sequence[torch.Generator] | None
@@ -142,7 +143,7 @@ class ComitTokenizer:
             done = self.messages(images, parsed, own)
             return Tokens(done.ids, done.codes, done.offset)
 
-        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), tile=TILE)
+        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -230,8 +231,9 @@ def _load_random(preset: str, device: torch.device, seed: int, options: dict[str
     network = SHIPPED.get(preset, preset)
     if network not in PRESETS:
         raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
-    model = build(PRESETS[network])
-    model.predictor.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
+    model = build(PRESETS[network], empty=device.type == "meta")
+    if device.type != "meta":
+        model.predictor.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
     info = _info(model, preset, f"random:{seed}", trained=False, training_data="none", licence="none")
     return ComitTokenizer(model, info, device=device, **options)
 

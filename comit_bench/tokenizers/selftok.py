@@ -28,7 +28,7 @@ from comit_bench.models.selftok_codec import (
     sample,
     to_uint8,
 )
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import TokenizerInfo, Tokens, autocast, check_images, in_tiles
 from comit_bench.tokenizers.pixels import warn_policy
 from comit_bench.tokenizers.selftok_config import (
     ASSUMED_1024,
@@ -191,9 +191,6 @@ class SelftokTokenizer:
         vae = VAE_ENCODE_FLOPS * scale * spec.image_size**2
         return vae + (size.depth - 1) * latents + size.depth * queries + search
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def encode(
         self,
         images_u8: Tensor,
@@ -212,13 +209,13 @@ class SelftokTokenizer:
         def tile(images: Tensor) -> Tokens:
             pixels = images.to(self.device, torch.float32).div(127.5).sub(1)
             fixed = self._fixed
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 done = encode(self.model, pixels, fixed)
             if self.latents == "codes":
                 return Tokens(done.ids, done.codes)
             return Tokens(None, (done.prequant if self.latents == "prequant" else done.queries).float())
 
-        return in_tiles(tile, images_u8, tile=TILE)
+        return in_tiles(tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], after the LayerNorm.
@@ -264,11 +261,11 @@ class SelftokTokenizer:
 
         def tile(codes: Tensor, noise: Tensor) -> Tokens:
             fixed = self._fixed
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 latents = self._latents(self._decoder_codes(codes.to(self.device)), noise, fixed)
                 return Tokens(None, to_uint8(decode_latents(self.model, latents.float())))
 
-        return in_tiles(tile, codes, noise, tile=TILE).codes
+        return in_tiles(tile, codes, noise).codes
 
     def _latents(self, codes: Tensor, noise: Tensor, fixed: Constants) -> Tensor:
         if self.schedule is None:
@@ -288,9 +285,11 @@ class SelftokTokenizer:
         save(self.model, directory, replace(self.model.spec, schedule=schedule, steps=self.steps))
 
 
-def build_random(spec: SelftokSpec, seed: int) -> Selftok:
-    """An untrained network, VAE included, from a seed."""
+def build_random(spec: SelftokSpec, seed: int, device: torch.device | None = None) -> Selftok:
+    """An untrained network, VAE included, from a seed; on the meta ``device`` it stays without weights."""
     model = build(spec)
+    if device is not None and device.type == "meta":
+        return model
     model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
     model.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
     return model
@@ -404,7 +403,7 @@ def load(
             raise UsageError(f"--weights random needs a name, not {name!r}.{did_you_mean(name, PRESETS)}")
         spec = variant(name.lower(), str(decoder or "diffusion"))
         choose_schedule(spec, options.get("stages"), options.get("k_per_stage"))  # before minutes of drawing
-        model = build_random(spec, seed)
+        model = build_random(spec, seed, device)
         nothing = {"training_data": "none", "weights_licence": "none"}
         info = _info(model, name.lower(), f"random:{seed}", trained=False, **nothing)
     else:

@@ -24,7 +24,7 @@ from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file, shipped_weights, write_atomic
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.models.titok import PRESETS, SIZES, Titok, TitokSpec, VitSize
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import TokenizerInfo, Tokens, autocast, check_images, in_tiles
 from comit_bench.tokenizers.checkpoints import (
     PICKLES,
     WEIGHT_FILES,
@@ -287,9 +287,6 @@ class TitokTokenizer:
             if wanted:
                 model.pixel_decoder.compile()  # in place: parameter names stay
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of the encoder, for estimates (attention and linear layers)."""
         spec = self.model.spec
@@ -313,10 +310,10 @@ class TitokTokenizer:
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(*self.model.encode(images.to(self.device, torch.float32).div(255)))
 
-        return in_tiles(tile, images_u8, tile=TILE)
+        return in_tiles(tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], the vectors that enter the decoder.
@@ -343,10 +340,10 @@ class TitokTokenizer:
             )
 
         def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(None, to_uint8(self.model.decode(codes.to(self.device))))
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        return in_tiles(tile, tokens.codes).codes
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors`` in the released layout."""
@@ -407,11 +404,12 @@ def _fetch(repository: str, *, offline: bool, allow_pickle: bool) -> Path:
         return fetch(repository, ("config.json", PICKLED), offline=offline, hint=hint)
 
 
-def _load_random(preset: str, seed: int) -> tuple[Titok, TokenizerInfo]:
+def _load_random(preset: str, seed: int, device: torch.device) -> tuple[Titok, TokenizerInfo]:
     if preset not in PRESETS:
         raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
-    model = build(PRESETS[preset], empty=True).to_empty(device="cpu")
-    model.init_weights(torch.Generator().manual_seed(seed), spread=True)
+    model = build(PRESETS[preset], empty=True)
+    if device.type != "meta":
+        model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed), spread=True)
     return model, _info(model, preset, f"random:{seed}", released=False, trained=False)
 
 
@@ -445,7 +443,7 @@ def load(
     allow = _yes(options.pop("allow_pickle", False), "allow_pickle")
     preset = name.lower()
     if weights == "random":
-        model, info = _load_random(preset, seed)
+        model, info = _load_random(preset, seed, device)
         return TitokTokenizer(model, info, device=device, **options)
     local = Path(weights or name).expanduser()
     if weights and not local.exists():

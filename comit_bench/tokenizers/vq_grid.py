@@ -19,7 +19,7 @@ from torch import Tensor
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file, shipped_weights, write_atomic
 from comit_bench.models.vq_grid import PRESETS, VqGrid, VqGridSpec
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import TokenizerInfo, Tokens, autocast, check_images, in_tiles
 from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
     load_checked,
@@ -130,9 +130,6 @@ class VqGridTokenizer:
         self.device, self.dtype, self.info = device, dtype, info
         info.options["dtype"] = str(dtype).split(".")[-1]
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of the encoder, for estimates (attention and linear layers)."""
         spec = self.model.spec
@@ -159,10 +156,10 @@ class VqGridTokenizer:
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(*self.model.encode(images.to(self.device, torch.float32).div(255)))
 
-        return in_tiles(tile, images_u8, tile=TILE)
+        return in_tiles(tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -189,11 +186,11 @@ class VqGridTokenizer:
             )
 
         def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 images = self.model.decode(codes.to(self.device)).float()
                 return Tokens(None, images.clamp(0, 1).mul(255).round().to(torch.uint8))
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        return in_tiles(tile, tokens.codes).codes
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors``; :func:`load` takes the folder."""
@@ -253,8 +250,9 @@ def load(
             raise UsageError(
                 f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}"
             )
-        model = build(PRESETS[preset])
-        model.init_weights(torch.Generator().manual_seed(seed))
+        model = build(PRESETS[preset], empty=device.type == "meta")
+        if device.type != "meta":
+            model.init_weights(torch.Generator().manual_seed(seed))
         nothing = {"trained": False, "training_data": "none", "weights_licence": "none"}
         info = _info(model, preset, f"random:{seed}", nothing)
         return VqGridTokenizer(model, info, device=device, **options)
