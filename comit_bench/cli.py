@@ -46,7 +46,9 @@ Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'ran
 Option = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", help="KEY=VALUE for learned tokenizers, e.g. posterior=sample; may be repeated."
+        "--option",
+        help="KEY=VALUE for the tokenizers that know it, e.g. posterior=sample, or FAMILY.KEY=VALUE for one "
+        "family; may be repeated.",
     ),
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
@@ -163,11 +165,12 @@ def _options(pairs: list[str]) -> dict[str, str | int | float]:
     options: dict[str, str | int | float] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
-        if not sign or not key or not value:
+        whose, dot, name = key.rpartition(".")
+        if not sign or not name or not value:
             raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. posterior=sample")
         for kind in (int, float, str):
             try:
-                options[key.replace("-", "_")] = kind(value)
+                options[whose.lower() + dot + name.replace("-", "_")] = kind(value)
                 break
             except ValueError:
                 continue

@@ -184,8 +184,8 @@ class KMeansPatchTokenizer:
             ValueError: Images of another type or shape.
         """
         check_grid(resolution, patch)
-        if vocab < 1:
-            raise UsageError(f"{FAMILY}: vocab {vocab}: expected at least 1 centroid")
+        if type(vocab) is not int or vocab < 1:
+            raise UsageError(f"{FAMILY}: vocab {vocab!r}: expected a whole number of centroids, at least 1")
         patches = _sample_patches(images, patch=patch, resolution=resolution, seed=seed)
         if len(patches) < vocab:
             raise UsageError(

@@ -26,8 +26,12 @@ def check_grid(resolution: int, patch: int) -> int:
     """Patches per side of a square image.
 
     Raises:
-        UsageError: The patches do not tile the image; names the nearest sizes that they do tile.
+        UsageError: No whole numbers, or the patches do not tile the image; names the nearest sizes that
+            they do tile.
     """
+    for what, value in (("resolution", resolution), ("patch", patch)):
+        if type(value) is not int:  # they may come from a command line
+            raise UsageError(f"{what} must be a whole number of pixels, got {value!r}")
     if patch < 1 or resolution < patch or resolution % patch:
         if patch < 1:
             raise UsageError(f"patch {patch}: expected a side of at least 1 pixel")
