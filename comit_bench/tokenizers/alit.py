@@ -10,7 +10,6 @@ the VAE's posterior. Both can be asked for; the noise then comes from the image'
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -34,9 +33,21 @@ from comit_bench.tokenizers.alit_config import (
     load_directory,
     load_file,
 )
-from comit_bench.tokenizers.base import TokenizerInfo, Tokens, autocast, check_images, in_tiles
+from comit_bench.tokenizers.base import (
+    TokenizerInfo,
+    Tokens,
+    autocast,
+    check_ids,
+    check_images,
+    in_tiles,
+    own_streams,
+    refuse_unknown,
+    speed_up,
+    switch,
+    switch_or_auto,
+    warn_policy,
+)
 from comit_bench.tokenizers.checkpoints import WEIGHT_FILES, weight_file, write_tensors
-from comit_bench.tokenizers.pixels import warn_policy
 from comit_bench.tokenizers.weights import required, weight_source
 
 LATENTS = ("codes", "prequant", "raw")
@@ -98,7 +109,7 @@ class AlitTokenizer:
         if wanted not in range(1, spec.iterations + 1):
             raise UsageError(f"iterations must be a whole number from 1 to {spec.iterations}, got {wanted!r}")
         self.iterations = int(wanted)
-        self.halting = _flag(halting, "halting") and spec.halting
+        self.halting = switch(halting, "halting") and spec.halting
         if posterior not in ("mode", "sample"):
             raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
         if latents not in LATENTS:
@@ -111,7 +122,7 @@ class AlitTokenizer:
             self.halting = False
         if posterior == "sample" and quantized:
             _log.warning("%s: posterior=sample changes nothing: a VQGAN has no posterior", info.name)
-        self._speed_up(compile)
+        speed_up(self.model.base.decoder, device, compiled=switch_or_auto(compile, "compile"))
         options = {
             "base": model.base_tokenizer.kind,
             "iterations": str(self.iterations),
@@ -128,16 +139,6 @@ class AlitTokenizer:
             code_dim=spec.width if latents == "raw" else spec.code_dim,
             options={**info.options, **options},
         )
-
-    def _speed_up(self, wanted: bool | str) -> None:
-        """Channels-last and compiled pixel decoder; results stay within rounding of the eager ones."""
-        cuda = self.device.type == "cuda"
-        automatic = cuda and importlib.util.find_spec("triton") is not None
-        decoder = self.model.base.decoder
-        if cuda:
-            decoder.to(memory_format=torch.channels_last)
-        if automatic if wanted == "auto" else _flag(wanted, "compile"):
-            decoder.compile()  # in place: parameter names stay
 
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of encoding, for estimates: transformers and, roughly, the base encoder."""
@@ -207,9 +208,7 @@ class AlitTokenizer:
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor, index: Tensor) -> Tokens:
-            own = None
-            if generators is not None:  # clones: a padded row must not advance its original's stream
-                own = [generators[i].clone_state() for i in index.tolist()]
+            own = own_streams(generators, index)
             with torch.inference_mode(), autocast(self.device, self.dtype):
                 for step in self._steps(images, own, self.iterations):
                     last = step
@@ -229,8 +228,7 @@ class AlitTokenizer:
         quantizer = self.model.quantize
         if quantizer is None or self.latents != "codes":
             raise UnsupportedOperation(f"{self.info.name} with latents={self.latents} is continuous: no ids")
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= quantizer.size):
-            raise ValueError(f"ids must lie in 0..{quantizer.size - 1}")
+        check_ids(ids, quantizer.size)
         return quantizer.codes(ids.to(self.device))
 
     def _decoder_codes(self, codes: Tensor) -> Tensor:
@@ -326,14 +324,6 @@ def save(model: Alit, directory: Path, *, config: dict[str, Any] | None = None) 
     write_atomic(directory / "config.json", text + "\n")
 
 
-def _flag(value: object, option: str) -> bool:
-    """A switch of the command line, where every value is text or a number."""
-    text = str(value).lower()
-    if text not in ("on", "off", "true", "false", "1", "0"):
-        raise UsageError(f"{option} must be on or off, got {value!r}")
-    return text in ("on", "true", "1")
-
-
 def _info(model: Alit, name: str, weights: str, *, data: str, licence: str) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
@@ -418,10 +408,9 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    for option in options.keys() - set(OPTIONS):
-        raise UsageError(f"ALIT has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    refuse_unknown(options, OPTIONS, "ALIT")
     base, latent = options.pop("base", None), options.pop("latent", None)
-    allow = _flag(options.pop("allow_pickle", "off"), "allow_pickle")
+    allow = switch(options.pop("allow_pickle", "off"), "allow_pickle")
     label, choice = name.lower(), None
     if label in VARIANTS and not Path(name).is_dir():
         label, choice = choose_variant(label, base, latent)

@@ -17,7 +17,16 @@ from comit_bench.models.comit import PRESETS, Comit
 from comit_bench.models.comit_codec import AttentionRequest, Encoded, decode, encode, to_uint8
 from comit_bench.models.crops import CropPolicy, parse_policy
 from comit_bench.models.flow import SOLVERS, Guidance
-from comit_bench.tokenizers.base import TokenizerInfo, Tokens, autocast, check_images, in_tiles
+from comit_bench.tokenizers.base import (
+    TokenizerInfo,
+    Tokens,
+    autocast,
+    check_ids,
+    check_images,
+    in_tiles,
+    own_streams,
+    refuse_unknown,
+)
 from comit_bench.tokenizers.checkpoints import weight_file
 from comit_bench.tokenizers.comit_files import build, load_directory, save
 
@@ -27,6 +36,7 @@ UNTRAINED = "comit-nano-untrained"
 SHIPPED = dict.fromkeys(
     ("comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops", UNTRAINED), "comit-nano"
 )
+OPTIONS = ("posterior", "steps", "solver", "guidance", "momentum", "dtype")
 
 
 class ComitTokenizer:
@@ -137,9 +147,7 @@ class ComitTokenizer:
         parsed = self.policy(policy)
 
         def tile(images: Tensor, index: Tensor) -> Tokens:
-            own = None
-            if generators is not None:  # clones: a padded row must not advance its original's stream
-                own = [generators[i].clone_state() for i in index.tolist()]
+            own = own_streams(generators, index)
             done = self.messages(images, parsed, own)
             return Tokens(done.ids, done.codes, done.offset)
 
@@ -151,8 +159,7 @@ class ComitTokenizer:
         Raises:
             ValueError: An id outside the vocabulary.
         """
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.model.quantizer.vocab_size):
-            raise ValueError(f"ids must lie in 0..{self.model.quantizer.vocab_size - 1}")
+        check_ids(ids, self.model.quantizer.vocab_size)
         return self.model.quantizer.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
@@ -263,9 +270,7 @@ def load(
     """
     from comit_bench.tokenizers.hub import fetch
 
-    known = {"posterior", "steps", "solver", "guidance", "momentum", "dtype"}
-    for option in options.keys() - known:
-        raise UsageError(f"COMiT has no option {option!r}.{did_you_mean(option, known)}")
+    refuse_unknown(options, OPTIONS, "COMiT")
     preset = name.lower()
     if preset == UNTRAINED and weights not in (None, "random"):
         raise UsageError(f"{UNTRAINED} always has random weights: --weights {weights} is for comit-nano")

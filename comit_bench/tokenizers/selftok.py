@@ -28,8 +28,19 @@ from comit_bench.models.selftok_codec import (
     sample,
     to_uint8,
 )
-from comit_bench.tokenizers.base import TokenizerInfo, Tokens, autocast, check_images, in_tiles
-from comit_bench.tokenizers.pixels import warn_policy
+from comit_bench.tokenizers.base import (
+    TokenizerInfo,
+    Tokens,
+    autocast,
+    check_ids,
+    check_images,
+    in_tiles,
+    refuse_unknown,
+    seeded_noise,
+    switch,
+    switch_or_auto,
+    warn_policy,
+)
 from comit_bench.tokenizers.selftok_config import (
     ASSUMED_1024,
     read_schedule,
@@ -48,14 +59,6 @@ TRAINING_DATA = "not stated; presumably ImageNet-1k"
 LICENCE = "none stated; derived from Stable Diffusion 3, whose terms may apply"
 # Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_selftok_flops.py)
 VAE_ENCODE_FLOPS = 4.165e6
-
-
-def _flag(value: object, option: str) -> bool | None:
-    """True, false, or None for ``auto``."""
-    known = {"auto": None, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if str(value).lower() not in known:
-        raise UsageError(f"SelfTok: {option} must be auto, true or false, got {value!r}")
-    return known[str(value).lower()]
 
 
 def _one_of(value: object, option: str, allowed: Sequence[str]) -> str:
@@ -147,7 +150,7 @@ class SelftokTokenizer:
             raise UsageError("SelfTok: steps is a setting of decoder=diffusion, the renderer has one step")
         self.steps = spec.steps if steps is None else steps
         vae_type = DTYPES[_one_of(vae_dtype, "vae_dtype", tuple(DTYPES))]
-        wanted = _flag(compile, "compile")
+        wanted = switch_or_auto(compile, "compile")
         self.model = model.to(device).requires_grad_(False).eval()
         if self.model.vae is not None:
             self.model.vae.set_dtype(vae_type)
@@ -223,9 +226,7 @@ class SelftokTokenizer:
         Raises:
             ValueError: An id outside the vocabulary.
         """
-        size = self.model.spec.vocab_size
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-            raise ValueError(f"ids must lie in 0..{size - 1}")
+        check_ids(ids, self.model.spec.vocab_size)
         with torch.inference_mode():
             return self.model.encoder.codes(ids.to(self.device, torch.int64))
 
@@ -250,14 +251,8 @@ class SelftokTokenizer:
                 f"{self.info.name} decodes codes of shape [B, {spec.tokens}, {self.info.code_dim}], got "
                 f"{list(codes.shape)}"
             )
-        if len(seeds) != codes.shape[0]:
-            raise ValueError(f"{len(seeds)} seeds for {codes.shape[0]} messages: expected one each")
         shape = (spec.channels, spec.latent_side, spec.latent_side)
-        own = (torch.Generator().manual_seed(seed) for seed in seeds)
-        if self.schedule is None:
-            noise = torch.zeros(len(seeds), 0)
-        else:
-            noise = torch.stack([torch.randn(shape, generator=g) for g in own])
+        noise = seeded_noise(seeds, (0,) if self.schedule is None else shape, codes.shape[0])
 
         def tile(codes: Tensor, noise: Tensor) -> Tokens:
             fixed = self._fixed
@@ -393,8 +388,7 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    for option in options.keys() - set(OPTIONS):
-        raise UsageError(f"SelfTok has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    refuse_unknown(options, OPTIONS, "SelfTok")
     decoder, vae, allow = (options.pop(key, None) for key in LOADING)
     if decoder is not None:
         _one_of(decoder, "decoder", DECODERS)
@@ -407,6 +401,6 @@ def load(
         nothing = {"training_data": "none", "weights_licence": "none"}
         info = _info(model, name.lower(), f"random:{seed}", trained=False, **nothing)
     else:
-        permitted = bool(_flag(False if allow is None else allow, "allow_pickle"))
+        permitted = switch(False if allow is None else allow, "allow_pickle")
         model, info = _released(name, weights, decoder, vae, offline=offline, allow_pickle=permitted)
     return SelftokTokenizer(model, info, device=device, **options)
