@@ -48,7 +48,9 @@ Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'ran
 Option = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", help="KEY=VALUE for learned tokenizers, e.g. posterior=sample; may be repeated."
+        "--option",
+        help="KEY=VALUE for the tokenizers that know it, e.g. posterior=sample, or FAMILY.KEY=VALUE for one "
+        "family; may be repeated.",
     ),
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
@@ -165,11 +167,12 @@ def _options(pairs: list[str]) -> dict[str, str | int | float]:
     options: dict[str, str | int | float] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
-        if not sign or not key or not value:
+        whose, dot, name = key.rpartition(".")
+        if not sign or not name or not value:
             raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. posterior=sample")
         for kind in (int, float, str):
             try:
-                options[key.replace("-", "_")] = kind(value)
+                options[whose.lower() + dot + name.replace("-", "_")] = kind(value)
                 break
             except ValueError:
                 continue
@@ -271,6 +274,19 @@ def table(
         metrics=_names(metrics),
         published=published,
     )
+
+
+@app.command(name="cost")
+def cost(
+    names: Annotated[list[str] | None, typer.Argument(help="Presets. [default: all with a network]")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds that one image may take.")] = 120.0,
+    memory: Annotated[float, typer.Option(help="GB that the weights may take.")] = 24.0,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Also measure processor time.")] = True,
+) -> None:
+    """Print what one image costs, as Markdown: FLOPs, and processor seconds of one thread."""
+    from comit_bench.cost import write
+
+    write(names or [], limit=limit, memory=memory, timed=timed)
 
 
 @app.command(name="push")

@@ -20,10 +20,10 @@ every category shall have pairs on both sides. The steps, all decided by names a
    change places; then step 3 again. It ends when no single move and no exchange helps.
 5. *Balance.* A reader that has learnt nothing but how often each category occurs in train should gain nothing
    by it, so every category's share of val images shall be near the target too: the *imbalance* is the sum
-   over categories of (val images - target * images)^2 / images. Again and again the two pairs change places whose
-   exchange lowers it most, among those that keep the cover and leave the number of val images within half a
-   percent of all images of the target, or no farther from it than step 4 came. Ties go to the earlier
-   pairs of step 3's order. It ends when none helps.
+   over categories of (val images - target * images)^2 / images. Again and again the two pairs whose exchange
+   lowers it most change places, among those that keep the cover and leave the number of val images within
+   half a percent of all images of the target, or no farther from it than step 4 came. Ties go to the
+   earlier pairs of step 3's order. It ends when none helps.
 """
 
 from __future__ import annotations
