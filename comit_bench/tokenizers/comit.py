@@ -14,7 +14,15 @@ from torch import Tensor
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file, shipped_weights
 from comit_bench.models.comit import PRESETS, Comit
-from comit_bench.models.comit_codec import AttentionRequest, Encoded, decode, encode, to_uint8
+from comit_bench.models.comit_codec import (
+    AttentionRequest,
+    Encoded,
+    NoiseSource,
+    decode,
+    encode,
+    one_step_decode,
+    to_uint8,
+)
 from comit_bench.models.crops import CropPolicy, parse_policy
 from comit_bench.models.flow import SOLVERS, Guidance
 from comit_bench.tokenizers.base import (
@@ -141,13 +149,40 @@ class ComitTokenizer:
         return autocast(self.device, self.dtype)
 
     def messages(
-        self, images_u8: Tensor, policy: CropPolicy, generators: Sequence[torch.Generator] | None
+        self,
+        images_u8: Tensor,
+        policy: CropPolicy,
+        generators: Sequence[torch.Generator] | None,
+        *,
+        noise: NoiseSource | None = None,
     ) -> Encoded:
-        """One un-tiled encoding with its trace, for figures and inspection."""
+        """One un-tiled encoding with its trace, for figures and inspection; ``noise`` is as in ``encode``."""
         with torch.inference_mode(), self._autocast():
             return encode(
-                self.model, self._pixels(images_u8), policy, generators=generators, posterior=self.posterior
+                self.model,
+                self._pixels(images_u8),
+                policy,
+                generators=generators,
+                noise=noise,
+                posterior=self.posterior,
             )
+
+    def one_step(self, codes: Tensor, offsets: Tensor, noise: Tensor) -> Tensor:
+        """What a message [B, M, d] says after one Euler step without guidance, un-tiled.
+
+        Args:
+            codes: [B, M, d].
+            offsets: [B, 2] decoding offsets.
+            noise: [B, C, h, w].
+
+        Returns:
+            float32 [B, 3, S, S], about [-1, 1], as adaptive policies compare it with the image.
+        """
+        with torch.inference_mode(), self._autocast():
+            latents = one_step_decode(
+                self.model, codes.to(self.device), offsets.to(self.device), noise.to(self.device)
+            )
+            return cast(Tensor, cast(Any, self.model.vae).decode(latents))
 
     def encode(
         self,
@@ -187,7 +222,7 @@ class ComitTokenizer:
         """Messages -> uint8 [B, 3, S, S], one noise seed per image."""
         if tokens.offsets is None:
             raise ValueError("COMiT decodes from codes and their decoding offsets; these tokens have none")
-        noise = torch.stack([self._noise(seed) for seed in seeds])
+        noise = torch.stack([self.noise(seed) for seed in seeds])
 
         def tile(codes: Tensor, offsets: Tensor, y: Tensor) -> Tokens:
             with torch.inference_mode(), self._autocast():
@@ -204,7 +239,8 @@ class ComitTokenizer:
 
         return in_tiles(tile, tokens.codes, tokens.offsets, noise).codes
 
-    def _noise(self, seed: int) -> Tensor:
+    def noise(self, seed: int) -> Tensor:
+        """The noise [C, h, w] that ``decode`` starts from, for one image's seed."""
         spec = self.model.spec
         shape = (spec.in_channels, spec.max_input_size, spec.max_input_size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -213,7 +249,7 @@ class ComitTokenizer:
         """Message-to-image maps [B, H, M, h, w] recorded while decoding."""
         if tokens.offsets is None:
             raise ValueError("COMiT decodes from codes and their decoding offsets; these tokens have none")
-        noise = torch.stack([self._noise(seed) for seed in seeds]).to(self.device)
+        noise = torch.stack([self.noise(seed) for seed in seeds]).to(self.device)
         with torch.inference_mode(), self._autocast():
             out = decode(
                 self.model,
