@@ -1,4 +1,4 @@
-"""The command line: ``comit-bench run | train | ls | doctor | data | weights | validate | table | push``.
+"""The command line: ``comit-bench run | sweep | train | ls | doctor | data | weights | table | ...``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -14,6 +14,7 @@ import typer
 
 from comit_bench import __version__, data_command
 from comit_bench.errors import BenchError, UsageError, did_you_mean
+from comit_bench.sweep_command import sweep
 from comit_bench.train.command import train
 from comit_bench.weights_command import app as weights_app
 
@@ -203,6 +204,7 @@ def _auto_workers() -> int:
 
 
 app.command(name="run")(run)
+app.command(name="sweep")(sweep)
 app.command(name="train")(train)
 app.add_typer(data_command.app, name="data")
 app.add_typer(weights_app, name="weights")

@@ -349,6 +349,14 @@ def _row_side(record: Record) -> dict[str, Any]:
     return side
 
 
+def _told_side(record: Record) -> dict[str, Any]:
+    """The same for labels: settings of the decoder under their bare names."""
+    side = _row_side(record)
+    decode = side.pop("decode", None)
+    settings = decode if isinstance(decode, dict) else {}
+    return {**side, **{name: value for name, value in settings.items() if name != "default"}}
+
+
 def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:
     tokenizer = newest.tokenizer
     section = SECTIONS.index(tokenizer.kind)
@@ -393,7 +401,7 @@ def row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], str
             sides = {
                 key: _flat(
                     {
-                        **_row_side(rows[key]),
+                        **_told_side(rows[key]),
                         "weights": rows[key].tokenizer.weights,
                         "revision": rows[key].tokenizer.revision,
                         "record": rows[key].origin,
