@@ -5,15 +5,12 @@ Nothing heavy is imported at the top, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from comit_bench.errors import UsageError
-
-N = TypeVar("N", int, float)
 
 
 def sweep(
@@ -79,7 +76,7 @@ def sweep(
     raise typer.Exit(_stoppable(lambda: _run(names, chosen, settings)))
 
 
-def _numbers(text: str | None, kind: Callable[[str], N], option: str) -> list[N]:
+def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> list[float]:
     """Comma-separated numbers; None is an empty list."""
     if text is None:
         return []

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.errors import MissingError
-from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, SMALL, new_figure, styled
+from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, new_figure, styled
 from comit_bench.files import digest_json
 from comit_bench.results.records import Record
 
@@ -44,7 +44,7 @@ class Curve:
         distance: float64 [p] Fréchet distance, NaN where it was not measured.
         psnr: float64 [p] in dB.
         psnr_error: float64 [p], standard error over images; NaN where unknown.
-        names: What the points are called, or empty.
+        names: Tokenizers, one per point, where the points are not of one tokenizer; else empty.
     """
 
     label: str
@@ -183,7 +183,7 @@ def _labels(records: list[Record], axis: str) -> list[str]:
 
 
 def _bottleneck(records: list[Record], metric: str) -> Panel:
-    """A point per tokenizer at its own decoder settings and policy; continuous messages have no bits."""
+    """A point per tokenizer at its own decoder settings; of several policies the one measured first."""
     points: dict[tuple[float, str], Record] = {}
     for record in records:
         row = record.tokenizer
@@ -195,9 +195,9 @@ def _bottleneck(records: list[Record], metric: str) -> Panel:
     if len({bits for (bits, _), _ in ordered}) < 2:
         return Panel("bits", ())
     values = [_values(record, metric) for _, record in ordered]
-    columns = (np.array(column, dtype=np.float64) for column in zip(*values, strict=True))
-    x = np.array([bits for (bits, _), _ in ordered])
-    return Panel("bits", (Curve("", x, *columns, names=tuple(name for (_, name), _ in ordered)),))
+    numbers = np.array(values, dtype=np.float64)
+    x, names = np.array([bits for (bits, _), _ in ordered]), tuple(name for (_, name), _ in ordered)
+    return Panel("bits", (Curve("", x, numbers[:, 0], numbers[:, 1], numbers[:, 2], names),))
 
 
 def _values(record: Record, metric: str) -> tuple[float, float, float]:
@@ -224,8 +224,12 @@ def draw(data: Sweeps) -> Figure:
     width = COLUMN if columns == 1 else FULL
     figure = new_figure(width, 0.5 + 1.55 * len(rows), layout="constrained")
     grid: Any = figure.subplots(len(rows), columns, sharex="col", squeeze=False)
-    labels = sorted({curve.label for panel in data.panels for curve in panel.curves if curve.label})
-    looks = {label: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, label in enumerate(labels)}
+    names = {
+        name for panel in data.panels for curve in panel.curves for name in curve.names or (curve.label,)
+    }
+    looks = {
+        name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(sorted(names))
+    }
     for column, panel in enumerate(data.panels):
         for row, name in enumerate(rows):
             _panel(grid[row, column], panel, name, looks)
@@ -235,10 +239,13 @@ def draw(data: Sweeps) -> Figure:
     for row, name in enumerate(rows):
         better = "↓" if name == "distance" else "↑"
         grid[row, 0].set_ylabel(f"{DISTANCES[data.metric] if name == 'distance' else 'PSNR in dB'} {better}")
-    if looks:
-        drawn = {line.get_label(): line for axes in grid.flat for line in axes.lines}
-        lines = [drawn[label] for label in looks]
-        figure.legend(lines, list(looks), loc="outside upper center", ncols=min(3, len(looks)))
+    drawn: dict[str, Any] = {}
+    for line in (line for axes in grid.flat for line in axes.lines):
+        drawn.setdefault(str(line.get_label()), line)  # the first: a curve rather than a lone point
+    lines = [drawn[name] for name in looks]
+    figure.legend(
+        lines, list(looks), loc="outside upper center", ncols=min(4 if columns > 1 else 2, len(looks))
+    )
     return figure
 
 
@@ -246,18 +253,21 @@ def _panel(axes: Axes, panel: Panel, name: str, looks: dict[str, tuple[str, str]
     for curve in panel.curves:
         y = curve.distance if name == "distance" else curve.psnr
         if panel.axis == "bits":
-            axes.plot(curve.x, y, linestyle="", marker="o", color=COLOURS[-1])
-            _name_points(axes, curve, y)
+            for x, value, point in zip(curve.x, y, curve.names, strict=True):
+                colour, marker = looks[point]
+                axes.plot(x, value, linestyle="", marker=marker, color=colour, label=point)
+            if curve.x.max() < 1.2 * curve.x.min():  # a tenth of a bit is no distance to look at
+                axes.set_xlim(0.8 * curve.x.min(), 1.2 * curve.x.max())
             continue
         colour, marker = looks[curve.label]
-        style = {"linestyle": ""} if panel.ticks else {}
-        axes.plot(curve.x, y, color=colour, marker=marker, label=curve.label, **style)
+        line = "" if panel.ticks else "-"
+        axes.plot(curve.x, y, color=colour, marker=marker, label=curve.label, linestyle=line)
         if name == "psnr" and np.isfinite(curve.psnr_error).all():
             axes.errorbar(curve.x, y, curve.psnr_error, color=colour, fmt="none", elinewidth=0.8)
     if panel.axis == "steps":
         _log_axis(axes, sorted({float(x) for curve in panel.curves for x in curve.x}))
     if panel.ticks:
-        axes.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=30, ha="right")
+        axes.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
 
 
@@ -266,22 +276,3 @@ def _log_axis(axes: Axes, values: list[float]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.set_xticks([], minor=True)
-
-
-def _name_points(axes: Axes, curve: Curve, y: NDArray[np.float64]) -> None:
-    """Names beside points, on the side where there is room; several at one place stand below each other."""
-    axes.margins(x=0.15, y=0.2)
-    middle = (float(curve.x.min()) + float(curve.x.max())) / 2
-    order = np.argsort(np.nan_to_num(y))
-    for x, value, name in ((curve.x[i], y[i], curve.names[i]) for i in order):
-        if np.isfinite(value):
-            left = x > middle
-            axes.annotate(
-                name,
-                (x, value),
-                xytext=(-4 if left else 4, 0),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                va="center",
-                fontsize=SMALL - 1,
-            )

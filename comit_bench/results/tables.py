@@ -350,9 +350,9 @@ def _row_side(record: Record) -> dict[str, Any]:
 
 
 def _told_side(record: Record) -> dict[str, Any]:
-    """The same for labels: settings of the decoder under their bare names."""
-    side = _row_side(record)
-    decode = side.pop("decode", None)
+    """The same for labels: all settings of the decoder, under their bare names."""
+    side = {key: value for key, value in record.tokenizer_protocol.items() if key != "decode"}
+    decode = record.tokenizer_protocol.get("decode")
     settings = decode if isinstance(decode, dict) else {}
     return {**side, **{name: value for name, value in settings.items() if name != "default"}}
 
@@ -360,7 +360,8 @@ def _told_side(record: Record) -> dict[str, Any]:
 def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:
     tokenizer = newest.tokenizer
     section = SECTIONS.index(tokenizer.kind)
-    return (section, tokenizer.family.lower(), tokenizer.parameters or 0, key)
+    settings = tuple(newest.decoder_setting(name) or 0.0 for name in ("guidance", "steps"))
+    return (section, tokenizer.family.lower(), tokenizer.parameters or 0, key[0], settings, key)
 
 
 def _newest(records: list[Record]) -> tuple[list[Record], int]:
