@@ -216,6 +216,18 @@ def load_from(paths: Sequence[Path], index: int, recipe: str) -> NDArray[np.uint
     return decode_image(read(index), recipe, name=str(paths[index]))
 
 
+def image_size(paths: Sequence[Path], index: int) -> tuple[int, int] | None:
+    """Width and height of ``paths[index]`` by its header; None when it is no image that can be opened."""
+    from PIL import Image
+
+    read = getattr(paths, "read", None)
+    try:
+        with Image.open(paths[index] if read is None else BytesIO(read(index)), formats=FORMATS) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
 def _decode(source: Path | BytesIO, recipe: str, name: str, *, size: int | None) -> NDArray[np.uint8]:
     """uint8 [3, S, S] of a file or of ``size`` bytes; an OSError that leaves here is the system's."""
     from PIL import Image, UnidentifiedImageError

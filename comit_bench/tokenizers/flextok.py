@@ -134,6 +134,18 @@ class FlexTokTokenizer:
         vae = VAE_ENCODE_FLOPS * (spec.vae.widths[0] / 128) ** 2 * spec.image_size**2
         return vae + (trunk.depth - 1) * block + last
 
+    @property
+    def decode_options(self) -> dict[str, Any]:
+        """Settings of :meth:`decode`; part of the protocol of tasks that decode."""
+        sampling = self.sampling
+        usual = GUIDANCE_SMALL if self.info.name == "flextok-d12-d12" else GUIDANCE
+        settings = {
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "guidance_mode": "apg" if sampling.projected else "cfg",
+        }
+        return {**settings, "default": settings == {"steps": 25, "guidance": usual, "guidance_mode": "apg"}}
+
     def encode(
         self,
         images_u8: Tensor,
