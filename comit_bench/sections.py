@@ -78,8 +78,8 @@ class ObjectnessSpec(SpecModel):
     Attributes:
         shares: Percent of the pixels with the largest attention that become the binary map; each is a metric.
         layers: Blocks whose maps are read. A fraction is a relative depth: 24/28 = 0.857 is the 24th of 28
-            blocks, the 10th of 12, the 3rd of 4. Whole numbers count from 0, negative ones from the end; those
-            that a tokenizer does not have are left out of its sweep.
+            blocks, the 10th of 12, the 3rd of 4. Whole numbers count from 0, negative ones from the end;
+            those that a tokenizer does not have are left out of its sweep.
         times: Flow times in [0, 1) at which maps are read while decoding; a decoder of one pass has no time.
         path: ``hard`` as in the released extraction, or ``model`` (see spec, attention maps).
         values: What is averaged over heads: ``logits`` as the released extraction gives them, or attention

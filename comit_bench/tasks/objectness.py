@@ -9,7 +9,8 @@ The best of K maps is far from zero by chance, so every number stands beside a n
 own. They have the tokenizer's number of maps, their smoothness and their size, but know nothing of the image
 or of where objects usually are. The same maps left where they are (``other_image``) know the latter.
 
-Shape legend: ``S`` seeds, ``C`` cells = layers x times, ``P`` shares, ``n`` images, ``K`` tokens, ``H`` heads.
+Shape legend: ``S`` seeds, ``C`` cells (layers x times), ``P`` shares, ``n`` images, ``K`` tokens,
+``H`` heads.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 LEVELS = ("best", "head", "mean", "null", "null_head", "null_mean", "other_image")
 Floats = NDArray[np.float64]
 OPTIMISTIC = (
-    "The metrics use the first layer and time of the recipe, chosen before anything was measured. The best cell of "
-    "the sweep was found on these very images: it is an optimistic number."
+    "The metrics use the first layer and time of the recipe, chosen before anything was measured. The best "
+    "cell of the sweep was found on these very images: it is an optimistic number."
 )
 
 
@@ -273,7 +274,7 @@ class ObjectnessExecutor:
         """The rules that stand in no recipe."""
         return {
             "objectness": {
-                "mask": "through the image's crop, nearest pixel, white from 128 on; without object: left out",
+                "mask": "through the image's crop, nearest pixel, white from 128; empty ones left out",
                 "null": "maps of another image of the same 64, each rolled at random",
             }
         }
@@ -314,8 +315,8 @@ class ObjectnessExecutor:
         there = joined(shards, "object").astype(np.float64) > 0
         if not there.any():
             raise UsageError(
-                f"{inputs.spec.name}: none of the {len(role)} masks has an object left after the tokenizer's crop "
-                f"({the_tokenizer(inputs).info.preprocessing})"
+                f"{inputs.spec.name}: none of the {len(role)} masks has an object left after the tokenizer's "
+                f"crop ({the_tokenizer(inputs).info.preprocessing})"
             )
         levels = {level: joined(shards, level).astype(np.float64)[there].swapaxes(0, 1) for level in LEVELS}
         scores = _Scores(levels, spec.shares)

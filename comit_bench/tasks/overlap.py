@@ -1,4 +1,4 @@
-"""How well attention maps cover an object: binary maps, intersection over union, random blobs to compare with.
+"""How well attention maps cover an object: binary maps, intersection over union, random blobs.
 
 Shape legend: ``n`` maps, ``K`` tokens, ``h w`` grid of a map, ``S`` side of a mask, ``P`` shares.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-AT_ONCE = 1 << 24  # pixels that are sorted at once
+AT_ONCE = 1 << 24  # pixels of enlarged maps in memory
 
 
 def pixels_kept(share: int, pixels: int) -> int:
@@ -48,22 +49,35 @@ def overlaps(maps: Tensor, mask: Tensor, shares: Sequence[int], *, resize: str) 
     """
     side = mask.shape[-1]
     target = mask.flatten().to(maps.device)
-    size = int(target.sum())
+    kept = [pixels_kept(share, target.numel()) for share in shares]
     step = max(1, AT_ONCE // target.numel())
     parts = []
     for start in range(0, maps.shape[0], step):
         values = enlarge(maps[start : start + step].float(), side, resize).flatten(1)
-        if not bool(values.isfinite().all()):
-            raise ValueError("attention maps hold values that are not finite")
-        order = values.sort(dim=1, descending=True, stable=True).indices
-        inside = target[order].cumsum(dim=1)  # [n, S * S], object pixels among the largest so many
-        columns = []
-        for share in shares:
-            kept = pixels_kept(share, target.numel())
-            both = inside[:, kept - 1].double()
-            columns.append(both / (kept + size - both))
-        parts.append(torch.stack(columns).cpu())
+        both = _both(values, target, kept)
+        union = torch.tensor(kept, device=both.device) + target.sum() - both
+        parts.append((both.double() / union).T.cpu())
     return torch.cat(parts, dim=1)
+
+
+def _both(values: Tensor, target: Tensor, kept: Sequence[int]) -> Tensor:
+    """How many of the ``kept`` largest values of every row [n, pixels] lie in the target, [n, P]."""
+    if values.device.type == "cpu":  # five times faster than torch's, which also finds the order
+        ordered = torch.from_numpy(np.sort(values.numpy(), axis=1))
+    else:
+        ordered = values.sort(dim=1).values
+    if not bool(ordered[:, [0, -1]].isfinite().all()):  # NaN comes last
+        raise ValueError("attention maps hold values that are not finite")
+    pixels = values.shape[1]
+    first = torch.tensor([pixels - count for count in kept], device=values.device)
+    least = ordered[:, first]  # [n, P]
+    both = (values[:, None, target] >= least[:, :, None]).sum(dim=2)
+    surplus = (ordered[:, (first - 1).clamp(min=0)] == least) & (first > 0)
+    for row, column in surplus.nonzero().tolist():  # equal values at the edge: the first ones are kept
+        above, equal = values[row] > least[row, column], values[row] == least[row, column]
+        chosen = above | (equal & (equal.cumsum(dim=0) <= kept[column] - above.sum()))
+        both[row, column] = (chosen & target).sum()
+    return both
 
 
 def shifted(maps: Tensor, generator: torch.Generator) -> Tensor:
