@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from comit_bench.errors import MissingError, UnsupportedOperation, UsageError, d
 from comit_bench.files import sha256_file, write_atomic
 from comit_bench.models.alit import GRID, Alit, Step, select_length
 from comit_bench.models.alit_base import Vqgan
+from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.tokenizers.alit_config import (
     VARIANTS,
     Variant,
@@ -34,8 +35,10 @@ from comit_bench.tokenizers.alit_config import (
     load_file,
 )
 from comit_bench.tokenizers.base import (
+    TileReceiver,
     TokenizerInfo,
     Tokens,
+    attention_in_tiles,
     autocast,
     check_ids,
     check_images,
@@ -53,19 +56,7 @@ from comit_bench.tokenizers.weights import required, weight_source
 LATENTS = ("codes", "prequant", "raw")
 ADAPTER_OPTIONS = ("iterations", "halting", "posterior", "latents", "compile", "dtype")
 OPTIONS = ("base", "latent", "allow_pickle", *ADAPTER_OPTIONS)
-DEMO_LAYER = 6  # of 8, in the released notebook
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionRequest:
-    """Attention maps wanted from the distillation decoder.
-
-    Attributes:
-        layer: Zero-based block; the released notebook uses 6 of alit-small's 8.
-    """
-
-    layer: int = DEMO_LAYER
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -264,23 +255,29 @@ class AlitTokenizer:
 
         return in_tiles(tile, tokens.codes).codes
 
+    @property
+    def attention_layers(self) -> int:
+        """Blocks whose maps can be read."""
+        return self.model.spec.decoder_layers
+
+    def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """Empty: the distillation decoder is a single pass."""
+        return ()
+
     def attention(
-        self, tokens: Tokens, request: AttentionRequest | None = None, *, seeds: Sequence[int] = ()
-    ) -> Tensor:
-        """How much every image position looks at every token, float32 [B, heads, K, 16, 16].
+        self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
+    ) -> None:
+        """How much every image position looks at every token, float32 [b, heads, K, 16, 16]; the contract.
 
-        The released notebook averages the heads, resizes bilinearly and stretches every map to [0, 1].
-
-        Raises:
-            ValueError: A layer that does not exist, or codes of another shape.
+        The released notebook shows block 6 (from 0) of alit-small's 8, averages the heads, resizes
+        bilinearly and stretches every map to [0, 1].
         """
-        chosen = request or AttentionRequest(layer=min(DEMO_LAYER, self.model.spec.decoder_layers - 1))
 
-        def tile(codes: Tensor) -> Tokens:
+        def tile(codes: Tensor, hand_on: MapReceiver) -> None:
             with torch.inference_mode(), autocast(self.device, self.dtype):
-                return Tokens(None, self.model.attention(self._decoder_codes(codes), [chosen.layer])[0])
+                self.model.attention(self._decoder_codes(codes), request.layers, hand_on)
 
-        return in_tiles(tile, tokens.codes).codes
+        attention_in_tiles(tile, receive, tokens.codes)
 
     def lengths(
         self,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.models.attention import AttentionRequest
 
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
 # image then never depends on how many others were handed over, so ids are the same bits for every
@@ -119,6 +120,94 @@ class Tokenizer(Protocol):
             UnsupportedOperation: When the tokenizer has no decoder.
         """
         ...
+
+
+# (row of the first image, position in request.layers, in request.times, maps [b, H, K, h, w])
+TileReceiver = Callable[[int, int, int, Tensor], None]
+
+
+@runtime_checkable
+class AttendingTokenizer(Protocol):
+    """A tokenizer whose decoder lets message and image attend to each other, so that maps can be read."""
+
+    @property
+    def info(self) -> TokenizerInfo: ...
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of blocks whose maps can be read."""
+        ...
+
+    def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """When maps asked for at ``times`` are really read; empty for a decoder of a single pass.
+
+        Raises:
+            ValueError: Decoding is over before one of them.
+        """
+        ...
+
+    def attention(
+        self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
+    ) -> None:
+        """Hand out message-to-image maps of several layers and times while decoding once.
+
+        Nothing is computed past the last map. Images are decoded in tiles (:data:`TILE`), so the maps of
+        an image do not depend on the others.
+
+        Args:
+            tokens: B messages.
+            request: Which maps. A decoder of a single pass answers the first time only.
+            receive: Gets the maps of one tile, layer and time as they are computed, [b, H, K, h, w] on the
+                tokenizer's device. Whatever it does not keep is freed.
+            seeds: One noise seed per image, as for ``decode``.
+
+        Raises:
+            ValueError: A layer that does not exist, or a time that decoding does not reach.
+        """
+        ...
+
+
+def attention_in_tiles(
+    function: Callable[..., None], receive: TileReceiver, *batches: Tensor, tile: int | None = None
+) -> None:
+    """Call ``function`` as :func:`in_tiles` does and pass its maps on without the padding.
+
+    Args:
+        function: Takes one slice of every batch and a :data:`MapReceiver`.
+        receive: Gets the maps of every tile.
+        *batches: Tensors with equal first dimension B >= 1.
+        tile: Rows per call; None is ``TILE``.
+    """
+    total, tile = batches[0].shape[0], tile or tile_rows.get()
+    for start in range(0, total, tile):
+        index = torch.arange(start, start + tile).clamp_(max=total - 1)
+        count = min(tile, total - start)
+
+        def hand_on(layer: int, time: int, maps: Tensor, start: int = start, count: int = count) -> None:
+            receive(start, layer, time, maps[:count])
+
+        function(*(b[index.to(b.device)] for b in batches), hand_on)
+
+
+def gather_attention(
+    tokenizer: AttendingTokenizer, tokens: Tokens, request: AttentionRequest, *, seeds: Sequence[int]
+) -> Tensor:
+    """All maps of a few images at once, float32 [layers, times, B, H, K, h, w] on the CPU.
+
+    ``times`` is 1 for a decoder of a single pass. Meant for figures and inspection: nothing is streamed.
+    """
+    found: dict[tuple[int, int], list[Tensor]] = {}
+
+    def keep(first: int, layer: int, time: int, maps: Tensor) -> None:
+        found.setdefault((layer, time), []).append(maps.float().cpu())
+
+    tokenizer.attention(tokens, request, keep, seeds=seeds)
+    times = 1 + max(time for _, time in found)
+    layers = [
+        torch.stack([torch.cat(found[layer, time]) for time in range(times)])
+        for layer in range(len(request.layers))
+    ]
+    return torch.stack(layers)
 
 
 def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int | None = None) -> Tokens:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file, shipped_weights
+from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.comit import PRESETS, Comit
 from comit_bench.models.comit_codec import (
-    AttentionRequest,
     Encoded,
     NoiseSource,
     decode,
@@ -24,10 +24,12 @@ from comit_bench.models.comit_codec import (
     to_uint8,
 )
 from comit_bench.models.crops import CropPolicy, parse_policy
-from comit_bench.models.flow import SOLVERS, Guidance
+from comit_bench.models.flow import SOLVERS, Guidance, evaluation_times, reached
 from comit_bench.tokenizers.base import (
+    TileReceiver,
     TokenizerInfo,
     Tokens,
+    attention_in_tiles,
     autocast,
     check_ids,
     check_images,
@@ -245,25 +247,43 @@ class ComitTokenizer:
         shape = (spec.in_channels, spec.max_input_size, spec.max_input_size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    def attention(self, tokens: Tokens, request: AttentionRequest, *, seeds: Sequence[int]) -> Tensor:
-        """Message-to-image maps [B, H, M, h, w] recorded while decoding."""
+    @property
+    def attention_layers(self) -> int:
+        """Blocks whose maps can be read."""
+        return self.model.spec.depth
+
+    def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """The evaluation at which each of ``times`` is read; see the contract."""
+        grid = evaluation_times(self.steps, self.solver)
+        if late := [time for time in times if not reached(grid[-1], time)]:
+            raise ValueError(f"no evaluation has t >= {max(late)} with {self.steps} {self.solver} steps")
+        return tuple(next(t for t in grid if reached(t, time)) for time in times)
+
+    def attention(
+        self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
+    ) -> None:
+        """Message-to-image maps recorded while decoding; see the contract."""
         if tokens.offsets is None:
             raise ValueError("COMiT decodes from codes and their decoding offsets; these tokens have none")
-        noise = torch.stack([self.noise(seed) for seed in seeds]).to(self.device)
-        with torch.inference_mode(), self._autocast():
-            out = decode(
-                self.model,
-                tokens.codes.to(self.device),
-                tokens.offsets.to(self.device),
-                noise,
-                steps=self.steps,
-                solver=self.solver,
-                guidance=self.guidance,
-                attention=request,
-            )
-        if out.attention is None:
-            raise ValueError(f"no evaluation has t >= {request.time} with {self.steps} {self.solver} steps")
-        return out.attention
+        self.attention_times(request.times)
+        noise = torch.stack([self.noise(seed) for seed in seeds])
+
+        def tile(codes: Tensor, offsets: Tensor, y: Tensor, hand_on: MapReceiver) -> None:
+            with torch.inference_mode(), self._autocast():
+                decode(
+                    self.model,
+                    codes.to(self.device),
+                    offsets.to(self.device),
+                    y.to(self.device),
+                    steps=self.steps,
+                    solver=self.solver,
+                    guidance=self.guidance,
+                    attention=request,
+                    receive=hand_on,
+                    finish=False,
+                )
+
+        attention_in_tiles(tile, receive, tokens.codes, tokens.offsets, noise)
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors`` in the released layout."""

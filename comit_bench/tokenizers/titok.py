@@ -21,11 +21,14 @@ from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file, shipped_weights, write_atomic
+from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.models.titok import PRESETS, SIZES, Titok, TitokSpec, VitSize
 from comit_bench.tokenizers.base import (
+    TileReceiver,
     TokenizerInfo,
     Tokens,
+    attention_in_tiles,
     autocast,
     check_codes,
     check_ids,
@@ -339,6 +342,26 @@ class TitokTokenizer:
                 return Tokens(None, to_uint8(self.model.decode(codes.to(self.device))))
 
         return in_tiles(tile, tokens.codes).codes
+
+    @property
+    def attention_layers(self) -> int:
+        """Blocks whose maps can be read."""
+        return self.model.spec.decoder.layers
+
+    def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """Empty: the decoder is a single pass."""
+        return ()
+
+    def attention(
+        self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
+    ) -> None:
+        """How much every decoded position looks at every token, [b, heads, K, G, G]; see the contract."""
+
+        def tile(codes: Tensor, hand_on: MapReceiver) -> None:
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                self.model.decoder.attention(codes.to(self.device), request, hand_on)
+
+        attention_in_tiles(tile, receive, tokens.codes)
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors`` in the released layout."""
