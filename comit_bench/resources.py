@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comit_bench.errors import BenchError
+from comit_bench.errors import BenchError, UnsupportedOperation
 from comit_bench.jobs import Job, Settings, options_for
 from comit_bench.ranks import Ranks
 from comit_bench.recipes import DatasetSpec, Recipe
@@ -131,6 +131,11 @@ class Resources:
         from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
 
         data, name = self.data(job.dataset), job.task.spec.split.train
+        if name not in data.splits:
+            raise UnsupportedOperation(
+                f"{job.label} is left out of {job.task.spec.name}: it is fitted on training images, and "
+                f"{data.name} has no split {name!r} (it has {', '.join(data.splits)})"
+            )
         split = data.splits[name]
         rows = self.rows(split)
         resolution = options.get("resolution", 32)

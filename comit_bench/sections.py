@@ -122,9 +122,16 @@ class RetrievalSpec(SpecModel):
 
 
 class CodebookSpec(SpecModel):
-    """How ids are used (kind ``codebook``); ``pairs`` position pairs are drawn for mutual information."""
+    """How ids are used (kind ``codebook``).
+
+    Attributes:
+        pairs: Pairs of positions drawn for mutual information; all of them when there are not more.
+        shuffles: Shuffles per pair behind its null.
+        seed: Of pairs and shuffles.
+    """
 
     pairs: Annotated[int, Field(ge=1)] = 64
+    shuffles: Annotated[int, Field(ge=2)] = 16
     seed: Annotated[int, Field(ge=0)] = 0
 
 
