@@ -48,9 +48,9 @@ def sweep(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Reconstruct for lists of settings; each point is a record, so the same command continues a sweep."""
-    from comit_bench.cli import _options, _stoppable
-    from comit_bench.console import set_up_logging
+    from comit_bench.console import set_up_logging, stoppable
     from comit_bench.run import data_root_from
+    from comit_bench.token_command import key_values
 
     set_up_logging()
     chosen = {
@@ -61,7 +61,7 @@ def sweep(
     settings: dict[str, Any] = {
         "policy": policy or None,
         "weights": weights,
-        "options": _options(option or []),
+        "options": key_values(option or []),
         "data_root": data_root_from(data_root),
         "limit": limit,
         "device": device,
@@ -73,7 +73,7 @@ def sweep(
         "progress": not quiet,
     }
     names = tokenizer or ["comit-nano"]
-    raise typer.Exit(_stoppable(lambda: _run(names, chosen, settings)))
+    raise typer.Exit(stoppable(lambda: _run(names, chosen, settings)))
 
 
 def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> list[float]:
