@@ -1,4 +1,4 @@
-"""The command line: ``comit-bench run | train | ls | doctor | data | weights | validate | table | push``.
+"""The command line: ``comit-bench run | sweep | figure | train | ls | doctor | data | weights | ...``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -12,8 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from comit_bench import __version__, data_command
+from comit_bench import __version__, data_command, figure_command, token_command
 from comit_bench.errors import BenchError, UsageError, did_you_mean
+from comit_bench.sweep_command import sweep
+from comit_bench.token_command import key_values
 from comit_bench.train.command import train
 from comit_bench.weights_command import app as weights_app
 
@@ -48,7 +50,9 @@ Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'ran
 Option = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", help="KEY=VALUE for learned tokenizers, e.g. posterior=sample; may be repeated."
+        "--option",
+        help="KEY=VALUE for the tokenizers that know it, e.g. posterior=sample, or FAMILY.KEY=VALUE for one "
+        "family; may be repeated.",
     ),
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
@@ -80,7 +84,6 @@ AllowOverride = Annotated[
 Profile = Annotated[bool, typer.Option("--profile", help="Say where the time of tokenization went.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")]
-INTERRUPTED = 130
 OVERWRITE = ("always", "never", "only-missing")
 
 
@@ -112,7 +115,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Tokenize, probe, print a table. Without arguments: the embedded suite, a few minutes on two cores."""
-    from comit_bench.console import set_up_logging
+    from comit_bench.console import set_up_logging, stoppable
     from comit_bench.jobs import Settings
     from comit_bench.run import data_root_from, run_command
 
@@ -122,7 +125,7 @@ def run(
         data_root=data_root_from(data_root),
         policy=policy or None,
         weights=weights,
-        options=_options(option or []),
+        options=key_values(option or []),
         limit=limit,
         seeds=seeds,
         device=device,
@@ -138,16 +141,7 @@ def run(
     )
     names = _names(tasks)
     plan: dict[str, Any] = {"suite": suite, "dry_run": dry_run, "references": references, "profile": profile}
-    raise typer.Exit(_stoppable(lambda: run_command(tokenizer or [], names, settings=settings, **plan)))
-
-
-def _stoppable(command: Callable[[], int]) -> int:
-    """The command's exit code; Ctrl-C is one message and a code of its own."""
-    try:
-        return command()
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped. Everything finished is kept; the same command continues from here.\n")
-        return INTERRUPTED
+    raise typer.Exit(stoppable(lambda: run_command(tokenizer or [], names, settings=settings, **plan)))
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -158,22 +152,6 @@ def _names(text: str | None) -> list[str] | None:
     if not names:
         raise UsageError("an empty list of names: give names separated by commas, see `comit-bench ls`")
     return names
-
-
-def _options(pairs: list[str]) -> dict[str, str | int | float]:
-    """KEY=VALUE texts as a mapping; values that look like numbers become numbers."""
-    options: dict[str, str | int | float] = {}
-    for pair in pairs:
-        key, sign, value = pair.partition("=")
-        if not sign or not key or not value:
-            raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. posterior=sample")
-        for kind in (int, float, str):
-            try:
-                options[key.replace("-", "_")] = kind(value)
-                break
-            except ValueError:
-                continue
-    return options
 
 
 def _checked_overwrite(value: str, resume: bool) -> Any:
@@ -203,8 +181,12 @@ def _auto_workers() -> int:
 
 
 app.command(name="run")(run)
+app.command(name="sweep")(sweep)
 app.command(name="train")(train)
+app.command(name="tokenize")(token_command.tokenize)
+app.command(name="detokenize")(token_command.detokenize)
 app.add_typer(data_command.app, name="data")
+app.add_typer(figure_command.app, name="figure")
 app.add_typer(weights_app, name="weights")
 
 
@@ -271,6 +253,19 @@ def table(
         metrics=_names(metrics),
         published=published,
     )
+
+
+@app.command(name="cost")
+def cost(
+    names: Annotated[list[str] | None, typer.Argument(help="Presets. [default: all with a network]")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds that one image may take.")] = 120.0,
+    memory: Annotated[float, typer.Option(help="GB that the weights may take.")] = 24.0,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Also measure processor time.")] = True,
+) -> None:
+    """Print what one image costs, as Markdown: FLOPs, and processor seconds of one thread."""
+    from comit_bench.cost import write
+
+    write(names or [], limit=limit, memory=memory, timed=timed)
 
 
 @app.command(name="push")

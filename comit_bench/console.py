@@ -10,11 +10,22 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+INTERRUPTED = 130  # exit code after Ctrl-C
+
 
 def say(text: str) -> None:
     """Write a message to stderr."""
     sys.stderr.write(text.rstrip("\n") + "\n")
     sys.stderr.flush()
+
+
+def stoppable(command: Callable[[], int]) -> int:
+    """The command's exit code; Ctrl-C is one message and a code of its own."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        say("\nstopped. Everything finished is kept; the same command continues from here.")
+        return INTERRUPTED
 
 
 class _Handler(logging.Handler):

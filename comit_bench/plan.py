@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import MissingError
-from comit_bench.jobs import Job, Settings
+from comit_bench.jobs import Job, Settings, left_out
 from comit_bench.recipes import KINDS, DatasetSpec, Recipe
 from comit_bench.registry import MAJORITY
 
@@ -191,6 +191,10 @@ def describe(plan: Plan, settings: Settings, *, suite: str, why: str) -> list[st
         f"  in all about {human_seconds(plan.seconds)} at most; token cache {human_bytes(plan.cache_bytes)} "
         f"in {_short(settings.cache_dir)}; results in {_short(settings.output)}"
     )
+    without = left_out([part.job.tokenizer for part in plan.jobs], settings.options)
+    for key, names in without.items():
+        option = f"{key}={settings.options[key]}"
+        lines.append(f"  --option {option}: not known to {', '.join(names)}, which run without it")
     if settings.limit is not None:
         lines.append(f"  --limit {settings.limit}: records will be marked incomplete")
     return lines

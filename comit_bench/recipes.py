@@ -114,8 +114,15 @@ class TaskKind:
         return not self.data or data in self.data
 
 
-def _looking(module: str, data: tuple[str, ...], main_metric: str, *, decodes: bool = False) -> TaskKind:
-    return TaskKind(module, data, main_metric, frozenset({module}), probed=False, decodes=decodes)
+def _looking(
+    module: str,
+    data: tuple[str, ...],
+    main_metric: str,
+    *,
+    also: tuple[str, ...] = (),
+    decodes: bool = False,
+) -> TaskKind:
+    return TaskKind(module, data, main_metric, frozenset({module, *also}), probed=False, decodes=decodes)
 
 
 KINDS = {
@@ -124,7 +131,7 @@ KINDS = {
     "relations": TaskKind("relations", ("relations",), "top1", frozenset({"negatives", "text"})),
     "reconstruction": _looking("reconstruction", (), "psnr", decodes=True),
     "objectness": _looking("objectness", ("masks",), "miou_top20", decodes=True),
-    "retrieval": _looking("retrieval", ("classes",), "recall@1"),
+    "retrieval": _looking("retrieval", ("classes",), "recall@1", also=("attributes",)),
     "codebook": _looking("codebook", (), "perplexity"),
     "counterfactual": _looking("counterfactual", ("classes",), "disentanglement"),
 }
@@ -197,7 +204,7 @@ class GeneratorSpec(SpecModel):
     """How an embedded dataset is made (``comit_bench.data.scenes``)."""
 
     name: Literal["scenes"] = "scenes"
-    layout: Literal["recognition", "pairs", "relations", "objectness"]
+    layout: Literal["recognition", "pairs", "relations", "objectness", "counterfactual"]
     variant: Literal["default", "hard"] = "default"
     seed: int = 0
     image_size: Annotated[int, Field(ge=16)] = 32

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comit_bench.errors import BenchError
-from comit_bench.jobs import Job, Settings
+from comit_bench.errors import BenchError, UnsupportedOperation
+from comit_bench.jobs import Job, Settings, options_for
 from comit_bench.ranks import Ranks
 from comit_bench.recipes import DatasetSpec, Recipe
 
@@ -100,6 +100,7 @@ class Resources:
 
         entry = entry_for(job.tokenizer)
         options: dict[str, Any] = dict(entry.paper_options) if job.task.spec.suite == "paper" else {}
+        options |= options_for(entry, self.settings.options)
         fitted = entry.fitted and not Path(job.tokenizer).is_dir()
         key = f"{job.tokenizer}|{options}|{job.dataset.spec.name if fitted else ''}"
         if key not in self._tokenizers:
@@ -112,7 +113,7 @@ class Resources:
                     device=str(self.device) if self.ranks.world > 1 else self.settings.device,
                     dtype=self.settings.dtype if entry.takes_weights else "float32",
                     offline=self.settings.offline,
-                    **({**options, **self.settings.options} if entry.takes_weights else options),
+                    **options,
                 )
         return self._tokenizers[key]
 
@@ -130,6 +131,11 @@ class Resources:
         from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
 
         data, name = self.data(job.dataset), job.task.spec.split.train
+        if name not in data.splits:
+            raise UnsupportedOperation(
+                f"{job.label} is left out of {job.task.spec.name}: it is fitted on training images, and "
+                f"{data.name} has no split {name!r} (it has {', '.join(data.splits)})"
+            )
         split = data.splits[name]
         rows = self.rows(split)
         resolution = options.get("resolution", 32)

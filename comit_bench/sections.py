@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class SpecModel(BaseModel):
@@ -60,14 +60,22 @@ class ReconstructionSpec(SpecModel):
         kid: Also the kernel distance on those features.
         precision_recall: Also improved precision and recall on those features.
         ssim: Also structural similarity.
-        lpips: Also LPIPS, when its weights are on this machine.
+        lpips: Backbone of LPIPS, which is measured when its weights are on this machine; None leaves it out.
+        count: Compare this many images, the first in the order of a hash of their ids; None is all.
     """
 
     features: Literal["inception", "scenes-teacher"] | None = "inception"
     kid: bool = False
     precision_recall: bool = False
     ssim: bool = True
-    lpips: bool = True
+    lpips: Literal["alex", "vgg", "squeeze"] | None = "alex"
+    count: Annotated[int, Field(ge=2)] | None = None
+
+    @model_validator(mode="after")
+    def _features_for_sets(self) -> ReconstructionSpec:
+        if self.features is None and (self.kid or self.precision_recall):
+            raise ValueError("kid and precision_recall compare features: name a network for features")
+        return self
 
 
 class ObjectnessSpec(SpecModel):
@@ -114,9 +122,16 @@ class RetrievalSpec(SpecModel):
 
 
 class CodebookSpec(SpecModel):
-    """How ids are used (kind ``codebook``); ``pairs`` position pairs are drawn for mutual information."""
+    """How ids are used (kind ``codebook``).
+
+    Attributes:
+        pairs: Pairs of positions drawn for mutual information; all of them when there are not more.
+        shuffles: Shuffles per pair behind its null.
+        seed: Of pairs and shuffles.
+    """
 
     pairs: Annotated[int, Field(ge=1)] = 64
+    shuffles: Annotated[int, Field(ge=2)] = 16
     seed: Annotated[int, Field(ge=0)] = 0
 
 

@@ -218,8 +218,20 @@ def load_from(paths: Sequence[Path], index: int, recipe: str) -> NDArray[np.uint
     return decode_image(read(index), recipe, name=str(paths[index]))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file, read off its header.
+def image_size(paths: Sequence[Path], index: int) -> tuple[int, int] | None:
+    """Width and height of ``paths[index]`` by its header; None when it is no image that can be opened."""
+    from PIL import Image
+
+    read = getattr(paths, "read", None)
+    try:
+        with Image.open(paths[index] if read is None else BytesIO(read(index)), formats=FORMATS) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file that must be one, read off its header.
 
     Raises:
         CorruptFileError: Not an image.

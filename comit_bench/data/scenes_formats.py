@@ -1,4 +1,4 @@
-"""The four official layouts of the embedded scenes: which files, and what the label files say.
+"""The layouts of the embedded scenes, official ones but for the last: which files, what the label files say.
 
 =============  ==========================================================================
 layout         tree
@@ -8,6 +8,7 @@ pairs          ``annotations/instances_{train,val}.json`` (COCO), ``train/``, ``
 relations      ``relationships.json``, ``image_data.json`` (Visual Genome), ``VG_100K/`` holding the
                train images and ``VG_100K_2/`` the val images, ``splits/{train,val}.json`` id lists
 objectness     ``images/0001.jpg``, ``ground_truth_mask/0001.png`` (CSSD)
+counterfactual ``val/moved_left/00042.png``: class folders, one per edit; equal names are one scene
 =============  ==========================================================================
 
 Files named ``.jpg`` (as Visual Genome and CSSD want) hold PNG data: image libraries recognise a file
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from comit_bench.data.scenes_painting import COLOUR_NAMES, Scenes, Split, paint
+from comit_bench.data.scenes_painting import COLOUR_NAMES, EDITS, Scenes, Split, paint
 from comit_bench.files import write_atomic
 from comit_bench.recipes import GeneratorSpec
 
@@ -78,6 +79,8 @@ def _objects(scenes: Scenes, row: int) -> list[dict[str, Any]]:
 def _image_path(spec: GeneratorSpec, split: str, index: int, class_name: str) -> str:
     if spec.layout == "recognition":
         return f"{split}/{class_name}/{index:05d}.png"
+    if spec.layout == "counterfactual":
+        return f"{split}/{EDITS[index % len(EDITS)]}/{index // len(EDITS):05d}.png"
     if spec.layout == "objectness":
         return f"images/{index + 1:04d}.jpg"
     number = _image_id(spec, split, index)
@@ -104,7 +107,7 @@ def paint_files(
         if spec.layout == "objectness":
             mask = scenes.masks[row].any(axis=0)
             files[f"ground_truth_mask/{index + 1:04d}.png"] = mask.astype(np.uint8) * np.uint8(255)
-        elif spec.layout != "recognition":
+        elif spec.layout not in ("recognition", "counterfactual"):
             record = {"id": _image_id(spec, split, index), "path": path, "objects": _objects(scenes, row)}
         yield files, record
 

@@ -51,7 +51,14 @@ MAX_SIDE = 256
 _MARGIN = 1.25 / 32  # empty border, and
 _GAP = 1.5 / 32  # least distance of two objects, as shares of the image side
 
-_LAYOUTS = ("recognition", "pairs", "relations", "objectness")
+# Counterfactual: every scene is painted once per entry. Objects are the one in the left and the one in the
+# right half; "unchanged" is the original once more, under another name.
+OBJECTS = ("left", "right")
+ATTRIBUTES = ("moved", "recoloured", "replaced", "removed")
+ORIGINAL, UNCHANGED, BACKGROUND = "original", "unchanged", "background"
+EDITS = (ORIGINAL, UNCHANGED, *(f"{a}_{o}" for a in ATTRIBUTES for o in OBJECTS), BACKGROUND)
+
+_LAYOUTS = ("recognition", "pairs", "relations", "objectness", "counterfactual")
 _VARIANTS = ("default", "hard")
 _SPLITS = ("train", "val")
 _WORDS = 32  # random numbers per image
@@ -60,6 +67,10 @@ _SOFT = 2.2  # width of the outline in pixels, at most
 _CRISP = 1.2  # least steepness of the outline: nothing is left where the field is 0
 # Pairs: greatest width, height and range of the centre, as shares of the side.
 _SLOT = (12.5 / 32, 24 / 32, 1 / 32)
+# Counterfactual: greatest width and height, least distance from the middle of the image, as shares of the
+# side; a moved object moves by this share of its vertical range, or by what is left of it.
+_BOX, _MIDDLE, _LEAP = (10 / 32, 14 / 32), 2.5 / 32, (0.35, 0.65)
+_EDIT_WORDS = 48  # random numbers per scene
 _SLENDER = 0.5  # two-object scenes leave out digits narrower than this share of their height
 
 
@@ -168,15 +179,20 @@ def check_spec(spec: GeneratorSpec) -> None:
     """
     if spec.image_size > MAX_SIDE:
         raise UsageError(f"generator.image_size = {spec.image_size}: scenes go up to {MAX_SIDE} pixels")
-    if spec.layout in ("pairs", "relations") and spec.image_size < 32:
+    if spec.layout in ("pairs", "relations", "counterfactual") and spec.image_size < 32:
         raise UsageError(
             f"generator.image_size = {spec.image_size}: two objects need 32 pixels or more to be readable"
         )
     if spec.seed < 0:
         raise UsageError(f"generator.seed = {spec.seed}: expected 0 or more")
-    if spec.layout == "objectness" and spec.train:
+    if spec.layout in ("objectness", "counterfactual") and spec.train:
         raise UsageError(
-            f"generator.train = {spec.train}: the objectness set has one split only, set train to 0"
+            f"generator.train = {spec.train}: the {spec.layout} set has one split only, set train to 0"
+        )
+    if spec.layout == "counterfactual" and spec.val % len(EDITS):
+        raise UsageError(
+            f"generator.val = {spec.val}: every scene is painted {len(EDITS)} times, so the set "
+            f"needs a multiple of {len(EDITS)}"
         )
 
 
@@ -413,26 +429,116 @@ def paint(spec: GeneratorSpec, split: Split, indices: Sequence[int]) -> Scenes:
     check_spec(spec)
     sources, look, side = load_sources(), LOOKS[spec.variant], spec.image_size
     key = (spec.seed, _LAYOUTS.index(spec.layout), _VARIANTS.index(spec.variant), _SPLITS.index(split))
-    draw = _Draws(uniforms(key, indices, _WORDS))
     numbers = np.asarray(indices, np.int64)
+    if spec.layout == "counterfactual":
+        draw = _Draws(uniforms(key, (numbers // len(EDITS)).tolist(), _EDIT_WORDS))
+        return _paint_edits(draw, sources, spec, split, numbers % len(EDITS))
+    draw = _Draws(uniforms(key, indices, _WORDS))
     digits, colours = _labels(spec, draw, numbers)
     canvas, photos = _backgrounds(draw, sources, split, side, look)
     if digits.shape[1] == 1:
         things = [_place_one(draw, sources, spec, split, digits[:, 0])]
     else:
         things = _place_two(draw, sources, spec, split, digits, numbers)
-    one, half, masks = np.float32(1), np.float32(0.5), []
-    palette = np.array(list(COLOURS.values()), np.float32)
+    masks = []
     for position, thing in enumerate(things):
-        field, scale = _sample(sources, thing, side)
-        gain = np.maximum(scale * np.float32(FINE / _SOFT), np.float32(_CRISP))[:, None, None]
-        cover = np.clip((field - np.float32(EDGE)) * gain + half, 0, 1)
-        shade = np.clip(field * np.float32(4), 0, 1) * np.float32(look.halo)
-        paint_rgb = palette[colours[:, position]] * draw.between((0.92, 1.0))[:, None]
-        canvas = canvas * (one - shade)[..., None]
-        canvas = canvas * (one - cover)[..., None] + paint_rgb[:, None, None, :] * cover[..., None]
-        masks.append(cover >= half)
-    images = np.clip(np.floor(canvas + half), 0, 255).astype(np.uint8)
+        cover, shade = _layers(sources, thing, side, look)
+        canvas = _put(canvas, cover, shade, colours[:, position], draw.between((0.92, 1.0)))
+        masks.append(cover >= np.float32(0.5))
+    return _finish(canvas, masks, digits, colours, [t.exemplar for t in things], photos)
+
+
+def _layers(sources: Sources, thing: _Placed, side: int, look: Look) -> tuple[Floats, Floats]:
+    """How much the object covers each pixel, and how much it darkens what is behind: [n, S, S], 0 to 1."""
+    field, scale = _sample(sources, thing, side)
+    gain = np.maximum(scale * np.float32(FINE / _SOFT), np.float32(_CRISP))[:, None, None]
+    cover = np.clip((field - np.float32(EDGE)) * gain + np.float32(0.5), 0, 1)
+    shade = np.clip(field * np.float32(4), 0, 1) * np.float32(look.halo)
+    return cover.astype(np.float32), shade.astype(np.float32)
+
+
+def _put(canvas: Floats, cover: Floats, shade: Floats, colour: Ints, brightness: Floats) -> Floats:
+    """Paint an object onto [n, S, S, 3]."""
+    one = np.float32(1)
+    palette = np.array(list(COLOURS.values()), np.float32)
+    paint_rgb = palette[colour] * brightness[:, None]
+    canvas = canvas * (one - shade)[..., None]
+    painted: Floats = canvas * (one - cover)[..., None] + paint_rgb[:, None, None, :] * cover[..., None]
+    return painted
+
+
+def _finish(
+    canvas: Floats,
+    masks: Sequence[NDArray[np.bool_]],
+    digits: Ints,
+    colours: Ints,
+    exemplars: Sequence[Ints],
+    photos: Ints,
+) -> Scenes:
+    """Round to bytes and gather what is known."""
+    images = np.clip(np.floor(canvas + np.float32(0.5)), 0, 255).astype(np.uint8)
     stacked = np.stack(masks, axis=1)
-    exemplars = np.stack([t.exemplar for t in things], axis=1)
-    return Scenes(images, stacked, _boxes(stacked), digits, colours, exemplars, photos)
+    boxes = _boxes(stacked) * stacked.any(axis=(2, 3))[..., None]  # an object that was removed has none
+    return Scenes(images, stacked, boxes, digits, colours, np.stack(exemplars, axis=1), photos)
+
+
+def _another(draw: _Draws, one: Ints, two: Ints) -> Ints:
+    """A number below 10 that is neither of two different ones."""
+    number = draw.below(8)
+    for taken in (np.minimum(one, two), np.maximum(one, two)):
+        number = number + (number >= taken)
+    return number
+
+
+def _paint_edits(draw: _Draws, sources: Sources, spec: GeneratorSpec, split: str, edits: Ints) -> Scenes:
+    """Two objects, one in each half, with one thing changed; all images of a scene draw the same numbers.
+
+    An object and the shadow around it stay in its half, so the other half is the same to the last bit.
+
+    Args:
+        draw: One row of numbers per image.
+        sources, spec, split: As elsewhere.
+        edits: int64 [n], positions in ``EDITS``.
+    """
+    look, side, half = LOOKS[spec.variant], np.float32(spec.image_size), np.float32(0.5)
+
+    def edited(name: str) -> NDArray[np.bool_]:
+        return edits == EDITS.index(name)
+
+    plain = _backgrounds(draw, sources, split, spec.image_size, look)
+    other = _backgrounds(draw, sources, split, spec.image_size, look)
+    swap = edited(BACKGROUND)
+    canvas = np.where(swap[:, None, None, None], other[0], plain[0])
+    photos = np.where(swap[:, None], other[1], plain[1])
+    first = [draw.below(10), draw.below(10)]  # digit and colour of the left object
+    second = [(name + 1 + draw.below(9)) % 10 for name in first]  # and of the right one
+    owned = list(zip(first, second, strict=True))
+    masks, digits, colours, exemplars = [], [], [], []
+    columns = np.arange(spec.image_size) < spec.image_size // 2
+    free = (np.float32(0.5 - _MARGIN - _MIDDLE - _BOX[0]), np.float32(1 - 2 * _MARGIN - _BOX[1]))
+    for number, place in enumerate(OBJECTS):
+        digit, colour = owned[0][number], owned[1][number]
+        replaced, recoloured = edited(f"replaced_{place}"), edited(f"recoloured_{place}")
+        digit = np.where(replaced, _another(draw, *owned[0]), digit)
+        colour = np.where(recoloured, _another(draw, *owned[1]), colour)
+        words = [draw.unit() for _ in range(4)]
+        leap, moved = draw.between(_LEAP), edited(f"moved_{place}")
+        lower = words[1] + leap
+        u = np.where(moved, words[2], words[0])
+        v = np.where(moved, lower - np.floor(lower), words[1])
+        x = np.float32(_MARGIN + _BOX[0] / 2) + u * free[0]
+        x = np.where(np.full(len(x), place == OBJECTS[0]), x, np.float32(1) - x)
+        y = np.float32(_MARGIN + _BOX[1] / 2) + v * free[1]
+        exemplar = _choose(draw, sources, split, digit, slender=False)
+        upright = np.zeros(len(exemplar), np.float32)
+        w, h = _extents(sources, exemplar, np.full(len(exemplar), side, np.float32), upright)
+        fit = np.minimum(side * np.float32(_BOX[0]) / w, side * np.float32(_BOX[1]) / h).astype(np.float32)
+        thing = _Placed(exemplar, w * fit, h * fit, upright, (x * side).astype(np.float32), y * side)
+        there = (columns == (place == OBJECTS[0]))[None, None] & ~edited(f"removed_{place}")[:, None, None]
+        cover, shade = (layer * there for layer in _layers(sources, thing, spec.image_size, look))
+        canvas = _put(canvas, cover, shade, colour, draw.between((0.92, 1.0)))
+        masks.append(cover >= half)
+        digits.append(digit)
+        colours.append(colour)
+        exemplars.append(exemplar)
+    return _finish(canvas, masks, np.stack(digits, 1), np.stack(colours, 1), exemplars, photos)

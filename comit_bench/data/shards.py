@@ -109,7 +109,7 @@ class Shard:
     broken: dict[int, str]
 
 
-def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> str:
+def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> str:
     """sha256 over the metadata (without the checksum itself) and the tensors by name."""
     rest = {name: value for name, value in metadata.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
@@ -135,11 +135,11 @@ def shard_bytes(tensors: dict[str, Array], broken: Mapping[int, str], *, store: 
         "shard": str(shard),
         "broken": json.dumps({str(row): broken[row] for row in sorted(broken)}),
     }
-    metadata["sha256"] = _checksum(metadata, tensors)
-    return _sorted_header(save(tensors, metadata))
+    metadata["sha256"] = checksum(metadata, tensors)
+    return sorted_header(save(tensors, metadata))
 
 
-def _sorted_header(content: bytes) -> bytes:
+def sorted_header(content: bytes) -> bytes:
     """The same safetensors file with its header keys in order: equal tokens are equal bytes."""
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
@@ -209,7 +209,7 @@ def read_shard(path: Path, layout: ShardLayout, rows: int, *, store: str, shard:
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
         if (metadata["store"], metadata["shard"]) != (store, str(shard)):
             raise ValueError("it was written for another place")
-        if check and _checksum(metadata, tensors) != metadata["sha256"]:
+        if check and checksum(metadata, tensors) != metadata["sha256"]:
             raise ValueError("its checksum differs")
         broken = {int(row): str(text) for row, text in json.loads(metadata["broken"]).items()}
     except (LookupError, TypeError, AttributeError) as error:  # a header that is JSON of another form

@@ -139,6 +139,7 @@ def crop_latents(
     """
     codec = _codec(model)
     steps: list[Latents] = [{} for _ in range(table.shape[0])]
+    table = table.cpu()  # which crop goes where is counted on the host, whatever computes the latents
     for is_global in (True, False):
         mask = (table == GLOBAL) if is_global else (table != GLOBAL)
         where = mask.nonzero()  # [n, 2] of (step, image), ordered by step
@@ -165,7 +166,7 @@ def crop_latents(
         for k in range(table.shape[0]):
             if mask[k].any():
                 chosen = step == k
-                steps[k][latents.shape[-1]] = (image[chosen], latents[chosen])
+                steps[k][latents.shape[-1]] = (image[chosen].to(images.device), latents[chosen])
     return steps
 
 
@@ -255,8 +256,9 @@ def encode(
         if noise is None:
             raise ValueError("an adaptive policy needs generators or explicit noise")
         return _encode_adaptive(model, images, policy, noise, latent_noise)
-    cells = policy.indices(images.shape[0], generators).to(images.device)
+    cells = policy.indices(images.shape[0], generators)
     latents = crop_latents(model, images, cells, noise=latent_noise)
+    cells = cells.to(images.device)
     return encode_sequence(model, latents, cells, locate(model, cells, images.shape[-1]))
 
 

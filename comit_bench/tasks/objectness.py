@@ -121,14 +121,14 @@ def read_masks(
     Raises:
         CorruptFileError: A mask that cannot be read or does not fit its image.
     """
-    from comit_bench.data.images import image_size, load_mask
+    from comit_bench.data.images import header_size, load_mask
 
     masks, other = [], []
     for image in role.images[positions].tolist():
         path: Path = role.split.labels[image]
-        size = image_size(role.split.paths[image])
+        size = header_size(role.split.paths[image])
         masks.append(load_mask(path, preprocessing, size))
-        other.append(image_size(path) != size)
+        other.append(header_size(path) != size)
     return np.stack(masks), np.array(other)
 
 

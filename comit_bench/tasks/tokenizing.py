@@ -58,7 +58,9 @@ def store_key(
     }
 
 
-def open_store(tokenizer: Tokenizer, cache: Path, key: Mapping[str, Any], *, count: int) -> TokenStore:
+def open_store(
+    tokenizer: Tokenizer, cache: Path, key: Mapping[str, Any], *, count: int, shard_size: int = SHARD_SIZE
+) -> TokenStore:
     """Find or begin the store of ``count`` messages of a tokenizer under a key of :func:`store_key`."""
     info = tokenizer.info
     return TokenStore.open(
@@ -68,7 +70,7 @@ def open_store(tokenizer: Tokenizer, cache: Path, key: Mapping[str, Any], *, cou
         message_length=info.message_length,
         vocab_size=info.vocab_size,
         code_dim=info.code_dim,
-        shard_size=SHARD_SIZE,
+        shard_size=shard_size,
     )
 
 

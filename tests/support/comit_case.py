@@ -28,7 +28,7 @@ from comit_bench.models.comit_codec import (
 )
 from comit_bench.models.crops import CropPolicy
 from comit_bench.models.flow import Guidance
-from comit_bench.tokenizers.comit import load_directory
+from comit_bench.tokenizers.comit_files import load_directory
 
 FLOAT, SAMPLED = 1e-4, 1e-4  # stricter than the case READMEs, which allow 2e-4 for sampled latents
 INPUTS = {"images", "dec.noise", "adapt.noise", "vel.t", "vel.t_batch"}

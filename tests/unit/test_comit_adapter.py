@@ -17,8 +17,8 @@ from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.models.comit import PRESETS
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens, in_tiles
-from comit_bench.tokenizers.comit import (
-    ComitTokenizer,
+from comit_bench.tokenizers.comit import ComitTokenizer
+from comit_bench.tokenizers.comit_files import (
     build,
     config_from_spec,
     load_directory,

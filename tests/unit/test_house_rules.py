@@ -44,6 +44,8 @@ ARROWS = {
     "train": BASE | {"train", "models", "data", "tokenizers", "console"},
     "tasks": BASE | {"tasks", "data", "tokenizers", "models", "ranks"},
     "results": BASE | {"results", "data", "tokenizers"},
+    "figures": BASE | {"figures", "tasks", "results", "data", "tokenizers", "models", "registry"},
+    "figure_command": BASE | {"figures", "tasks", "results", "data", "tokenizers", "models", "console"},
 }
 # The only modules whose business is standard output.
 RENDERERS: set[str] = set()

@@ -1,0 +1,184 @@
+"""``comit-bench figure NAME``: figures of messages, each as PDF and PNG. Paths go to stdout.
+
+One short function per figure, in alphabetical order; what is computed and drawn is in
+``comit_bench/figures/``. Nothing heavy is imported at the top, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from comit_bench.tokenizers.base import Tokenizer
+
+app = typer.Typer(
+    help="Draw figures of messages (PDF and PNG).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FigureEntry:
+    """One line of ``comit-bench figure ls``: what a figure shows and what a tokenizer must be able to do."""
+
+    name: str
+    shows: str
+    needs: str
+
+
+DECODE, ATTENTION, COMIT, TOKENS = "decode", "attention", "COMiT only", "any tokenizer"
+FIGURES: tuple[FigureEntry, ...] = (
+    FigureEntry("edit", "tokens swapped between two images, decoded", DECODE),
+    FigureEntry("evolution", "what a message knows after each crop, and its error by region", COMIT),
+    FigureEntry("policies", "reconstructions by cropping policy, and PSNR by number of crops", COMIT),
+    FigureEntry("reconstruction", "originals beside the reconstructions of several tokenizers", DECODE),
+)
+
+One = Annotated[
+    str, typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory of the tokenizer.")
+]
+Several = Annotated[
+    list[str] | None,
+    typer.Option("--tokenizer", "-t", help="May be repeated, a row each. [default: comit-nano]"),
+]
+Images = Annotated[str, typer.Option(help="'scenes' (embedded) or a folder of images, searched recursively.")]
+Output = Annotated[Path, typer.Option(help="The PDF and the PNG go here.")]
+Policy = Annotated[str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")]
+Count = Annotated[int, typer.Option(min=1, help="How many images.")]
+Seed = Annotated[int, typer.Option(help="Which images, and all noise.")]
+Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+FIGURES_FOLDER = Path("figures")
+
+
+def load(name: str, weights: str | None, device: str) -> Tokenizer:
+    """The tokenizer a figure is about; warnings go to stderr from here on."""
+    from comit_bench.console import set_up_logging
+    from comit_bench.tokenizers.loading import load_tokenizer
+
+    set_up_logging()
+    return load_tokenizer(name, weights=weights, device=device)
+
+
+def read(source: str, tokenizer: Tokenizer, count: int | None, seed: int) -> Any:
+    """Its images, see :func:`comit_bench.figures.inputs.load_inputs`."""
+    from comit_bench.figures.inputs import load_inputs
+
+    return load_inputs(source, tokenizer.info, count, seed)
+
+
+def put(figure: Figure, output: Path, *parts: str) -> None:
+    """Save a figure under a name made of ``parts`` and print where."""
+    from comit_bench.figures.style import file_stem, save
+
+    for path in save(figure, output / file_stem(*parts)):
+        typer.echo(path)
+
+
+@app.command(name="edit")
+def edit(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Annotated[int, typer.Option(min=2, help="How many images; every two are a pair.")] = 6,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    span: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per span. [default: a quarter of the message]")
+    ] = None,
+) -> None:
+    """Swap spans of tokens between two images and decode."""
+    from comit_bench.figures.edit import compute, draw
+
+    loaded = load(tokenizer, weights, device)
+    data = compute(loaded, read(images, loaded, count, seed), span=span, policy=policy, seed=seed)
+    put(draw(data), output, "edit", loaded.info.name)
+
+
+@app.command(name="evolution")
+def evolution(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Count = 2,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """What a message knows after each crop. COMiT only; default policy: adaptive:6."""
+    from comit_bench.figures.evolution import DEFAULT_POLICY, compute, draw
+
+    loaded = load(tokenizer, weights, device)
+    data = compute(loaded, read(images, loaded, count, seed), policy=policy or DEFAULT_POLICY, seed=seed)
+    put(draw(data), output, "evolution", loaded.info.name)
+
+
+@app.command(name="ls")
+def ls() -> None:
+    """List the figures, what they show and which tokenizers can."""
+    rows = [("figure", "needs", "shows"), *((f.name, f.needs, f.shows) for f in FIGURES)]
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for name, needs, shows in rows:
+        typer.echo(f"{name:<{first}}  {needs:<{second}}  {shows}")
+
+
+@app.command(name="policies")
+def policies(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row each; may be repeated. [default: global, raster:9, random:9, adaptive:9, "
+            "global+raster:10]"
+        ),
+    ] = None,
+    count: Count = 6,
+    curve_count: Annotated[int, typer.Option(min=0, help="Images behind the curves; 0 draws none.")] = 32,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Reconstructions by cropping policy, and PSNR by number of crops. COMiT only."""
+    from comit_bench.figures.policies import DEFAULT_POLICIES, compute, compute_curves, draw, draw_curves
+
+    loaded = load(tokenizer, weights, device)
+    chosen = policy or DEFAULT_POLICIES
+    data = compute(loaded, read(images, loaded, count, seed), policies=chosen, seed=seed)
+    put(draw(data), output, "policies", loaded.info.name)
+    if curve_count:
+        curves = compute_curves(loaded, read(images, loaded, curve_count, seed), seed=seed)
+        put(draw_curves(curves), output, "policies", "curves", loaded.info.name)
+
+
+@app.command(name="reconstruction")
+def reconstruction(
+    tokenizer: Several = None,
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Count = 6,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Originals beside the reconstructions of several tokenizers, PSNR under each."""
+    from comit_bench.figures.reconstruction import compute, draw
+
+    loaded = [load(name, weights, device) for name in tokenizer or ["comit-nano"]]
+    inputs = [read(images, one, count, seed) for one in loaded]
+    data = compute(loaded, inputs, policy=policy, seed=seed)
+    put(draw(data), output, "reconstruction", "+".join(one.info.name for one in loaded))

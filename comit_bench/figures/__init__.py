@@ -1,0 +1,1 @@
+"""Figures of messages. Every module computes arrays (``compute``) and draws them (``draw``); none prints."""

@@ -1,0 +1,167 @@
+"""Figure ``policies`` (paper Figure 10): what messages of different crops give back; PSNR by crops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr, require_comit
+from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, decibels, gallery, new_figure, styled
+from comit_bench.figures.tracing import one_step_images, trace
+from comit_bench.models.crops import CELLS
+from comit_bench.tokenizers.base import Tokenizer, Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DEFAULT_POLICIES = ("global", "raster:9", "random:9", "adaptive:9", "global+raster:10")
+ORDERS = {"raster": "fixed order", "random": "random order", "adaptive": "adaptive order"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyGallery:
+    """Reconstructions of ``n`` images under ``P`` policies.
+
+    Attributes:
+        names: Ids of the images [n].
+        tokenizer: Its name.
+        policies: Canonical names [P].
+        images: uint8 [n, 3, S, S], the originals.
+        reconstructions: uint8 [P, n, 3, S, S], fully decoded.
+        psnr: float64 [P, n] in dB.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: str
+    policies: tuple[str, ...]
+    images: NDArray[np.uint8]
+    reconstructions: NDArray[np.uint8]
+    psnr: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyCurves:
+    """PSNR of ``n`` images after 1 .. ``K`` crops in ``O`` orders.
+
+    Attributes:
+        tokenizer: Its name.
+        orders: ``raster``, ``random``, ``adaptive`` [O]; without the global crop.
+        one_step: float64 [O, K, n] in dB: one Euler step, the same noise for one image everywhere.
+        full: float64 [O, K, n] in dB: decoded as for a reconstruction, the same noise.
+    """
+
+    tokenizer: str
+    orders: tuple[str, ...]
+    one_step: NDArray[np.float64]
+    full: NDArray[np.float64]
+
+
+def compute(
+    tokenizer: Tokenizer, inputs: Inputs, *, policies: Sequence[str] = DEFAULT_POLICIES, seed: int = 0
+) -> PolicyGallery:
+    """Reconstruct images from messages of different crops.
+
+    Args:
+        tokenizer: Of the COMiT family.
+        inputs: From ``load_inputs``.
+        policies: Names as ``parse_policy`` reads them.
+        seed: Of all noise.
+
+    Raises:
+        UnsupportedOperation: A tokenizer of another family.
+        UsageError: Not a policy.
+    """
+    comit = require_comit(tokenizer, "policies")
+    canonical = tuple(str(comit.policy(name)) for name in policies)
+    seeds = noise_seeds(inputs.names, seed)
+    found = [decode(comit, encode(comit, inputs, policy=name, seed=seed), seeds) for name in canonical]
+    return PolicyGallery(
+        inputs.names,
+        comit.info.name,
+        canonical,
+        inputs.images.numpy(),
+        np.stack([images.numpy() for images in found]),
+        np.stack([psnr(inputs.images, images) for images in found]),
+    )
+
+
+def compute_curves(
+    tokenizer: Tokenizer, inputs: Inputs, *, crops: int = CELLS, seed: int = 0
+) -> PolicyCurves:
+    """PSNR against the number of local crops, for a fixed, a random and an adaptive order.
+
+    A message after k of the crops is the message of the same policy with k crops, so one encoding gives a
+    whole curve.
+
+    Args:
+        tokenizer: Of the COMiT family.
+        inputs: From ``load_inputs``.
+        crops: K, 1 to 9.
+        seed: Of all noise and of the random orders.
+
+    Raises:
+        UnsupportedOperation: A tokenizer of another family.
+        UsageError: More crops than there are.
+    """
+    comit = require_comit(tokenizer, "policies")
+    seeds = noise_seeds(inputs.names, seed) * crops
+    truth = inputs.images.repeat(crops, 1, 1, 1)
+    one_step, full = [], []
+    for order in ORDERS:
+        found = trace(comit, inputs, f"{order}:{crops}", seed)
+        codes, offsets = found.codes.flatten(0, 1), found.offsets.flatten(0, 1)  # [K * n, ...]
+        shape = (crops, len(inputs))
+        one_step.append(psnr(truth, one_step_images(comit, codes, offsets, seeds)).reshape(shape))
+        full.append(psnr(truth, decode(comit, Tokens(None, codes, offsets), seeds)).reshape(shape))
+    return PolicyCurves(comit.info.name, tuple(ORDERS), np.array(one_step), np.array(full))
+
+
+@styled
+def draw(data: PolicyGallery, *, width: float = FULL) -> Figure:
+    """A row of originals and a row per policy, PSNR in dB under each.
+
+    Args:
+        data: From :func:`compute`.
+        width: In inches.
+    """
+    captions = [[decibels(value) for value in row] for row in data.psnr]
+    figure, _ = gallery(
+        [list(data.images), *(list(row) for row in data.reconstructions)],
+        row_labels=["original", *data.policies],
+        captions=[None, *captions],
+        width=width,
+    )
+    return figure
+
+
+@styled
+def draw_curves(data: PolicyCurves, *, width: float = COLUMN) -> Figure:
+    """Mean PSNR with its standard error over images against the number of crops, two panels.
+
+    Args:
+        data: From :func:`compute_curves`.
+        width: In inches.
+    """
+    figure = new_figure(width, 0.62 * width + 0.2, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, title, values in zip(
+        panels, ("one step", "full decode"), (data.one_step, data.full), strict=True
+    ):
+        count = values.shape[-1]
+        crops = np.arange(1, values.shape[1] + 1)
+        for number, order in enumerate(data.orders):
+            error = values[number].std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else None
+            axes.errorbar(
+                crops + (number - 1) * 0.12, values[number].mean(axis=-1), error,
+                color=COLOURS[number], marker=MARKERS[number], label=ORDERS[order],
+                elinewidth=0.6, capsize=1.5, capthick=0.6,
+            )  # fmt: skip
+        axes.set(title=title, xlabel="crops", xticks=crops[::2])
+    panels[0].set_ylabel("PSNR (dB)")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=3, handlelength=1.6, columnspacing=1.0)
+    return figure

@@ -1,0 +1,97 @@
+"""Figure ``reconstruction``: originals, and what several tokenizers keep of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr
+from comit_bench.figures.style import FULL, decibels, gallery, styled
+from comit_bench.tokenizers.base import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reconstructions:
+    """Originals and reconstructions of ``n`` images by ``T`` tokenizers.
+
+    Attributes:
+        names: Ids of the images [n].
+        tokenizers: Names [T].
+        originals: Per tokenizer uint8 [n, 3, S, S], what it was given.
+        images: Per tokenizer uint8 [n, 3, S, S], what it gave back.
+        psnr: float64 [T, n] in dB, against the tokenizer's own original.
+    """
+
+    names: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    originals: tuple[NDArray[np.uint8], ...]
+    images: tuple[NDArray[np.uint8], ...]
+    psnr: NDArray[np.float64]
+
+
+def compute(
+    tokenizers: Sequence[Tokenizer], inputs: Sequence[Inputs], *, policy: str | None = None, seed: int = 0
+) -> Reconstructions:
+    """Encode and decode the same images by several tokenizers.
+
+    Args:
+        tokenizers: T of them.
+        inputs: The same images for each, preprocessed as it declares (``load_inputs``).
+        policy: Cropping policy of those that look at crops; None is their default.
+        seed: Of all noise.
+
+    Raises:
+        UnsupportedOperation: One of them cannot decode.
+        ValueError: The inputs are not the same images.
+    """
+    names = {given.names for given in inputs}
+    if len(names) != 1 or len(inputs) != len(tokenizers):
+        raise ValueError(f"expected the same images for each of {len(tokenizers)} tokenizers, got {names}")
+    images, values = [], []
+    for tokenizer, given in zip(tokenizers, inputs, strict=True):
+        tokens = encode(tokenizer, given, policy=policy, seed=seed)
+        decoded = decode(tokenizer, tokens, noise_seeds(given.names, seed))
+        images.append(decoded.numpy())
+        values.append(psnr(given.images, decoded))
+    return Reconstructions(
+        inputs[0].names,
+        tuple(t.info.name for t in tokenizers),
+        tuple(given.images.numpy() for given in inputs),
+        tuple(images),
+        np.stack(values),
+    )
+
+
+@styled
+def draw(data: Reconstructions, *, width: float = FULL) -> Figure:
+    """A row of originals (another where preprocessing differs), a row per tokenizer, PSNR under each.
+
+    Args:
+        data: From :func:`compute`.
+        width: In inches.
+    """
+    rows: list[list[NDArray[np.uint8]]] = []
+    labels: list[str] = []
+    captions: list[list[str] | None] = []
+    sides = {one.shape[-1] for one in data.originals}
+    shown: list[NDArray[np.uint8]] = []
+    for t, name in enumerate(data.tokenizers):
+        given = data.originals[t]
+        if not any(np.array_equal(given, other) for other in shown):
+            several = "" if len(sides) == 1 else f" {given.shape[-1]} px"
+            rows.append(list(given))
+            labels.append(f"original{several}" if not shown or several else f"original for {name}")
+            captions.append(None)
+            shown.append(given)
+        rows.append(list(data.images[t]))
+        labels.append(name)
+        captions.append([decibels(value) for value in data.psnr[t]])
+    figure, _ = gallery(rows, row_labels=labels, captions=captions, width=width)
+    return figure

@@ -1,0 +1,224 @@
+"""How figures look: sizes of a two-column paper, colours that colour-blind readers tell apart, saving.
+
+Figures are made with ``matplotlib.figure.Figure``, never pyplot, so nothing of the reader's session
+changes. Sizes are in inches.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comit_bench.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMN, FULL = 3.25, 6.75
+# Okabe and Ito, "Color Universal Design" (2008), in the order in which lines take them.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = COLOURS
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SEQUENTIAL = "cividis"  # a colour map made for readers with and without colour blindness
+FONT, SMALL = 8.0, 7.0  # points
+LEAST_CELL = 0.5  # a picture of a gallery is never smaller; the page grows instead
+GAP, CAPTION, BREAK = 0.05, 0.13, 0.12
+DPI = 300
+METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
+RC: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same figure on every machine
+    "font.size": FONT,
+    "axes.titlesize": FONT,
+    "axes.labelsize": FONT,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # text stays text
+    "savefig.bbox": None,
+    "mathtext.default": "regular",
+}
+P = ParamSpec("P")
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Our settings on top of matplotlib's defaults, whatever the reader's session has changed."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Decorator of ``draw`` functions: the style holds inside and is forgotten after."""
+
+    @wraps(draw)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with _own_settings():
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """An empty figure of a size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), **options)
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write ``stem.pdf`` and ``stem.png``, each whole or not at all; equal figures are equal bytes.
+
+    Raises:
+        BenchError: The disk is full or not writable.
+    """
+    written = []
+    for kind in METADATA:
+        target = stem.with_name(f"{stem.name}.{kind}")
+        write_atomic(target, _bytes(figure, kind, DPI))
+        written.append(target)
+    return written
+
+
+def _bytes(figure: Figure, kind: str, dpi: int) -> bytes:
+    stream = io.BytesIO()
+    with _own_settings():
+        figure.savefig(stream, format=kind, dpi=dpi, metadata=METADATA[kind])
+    return stream.getvalue()
+
+
+class Shown:
+    """A figure as the result of a notebook cell; notebooks do not display figures made without pyplot."""
+
+    def __init__(self, figure: Figure, dpi: int = 150) -> None:
+        self.figure, self.dpi = figure, dpi
+
+    def _repr_png_(self) -> bytes:
+        return _bytes(self.figure, "png", self.dpi)
+
+
+def file_stem(*parts: str) -> str:
+    """A file name without suffix from a figure's name and what it shows: ``evolution-comit-nano``."""
+    text = "-".join(part.strip() for part in parts if part.strip())
+    return re.sub(r"[^\w.+@=-]+", "-", text)[:150].strip("-.") or "figure"
+
+
+def picture(image: Any) -> NDArray[np.uint8]:
+    """[3, H, W] as a tokenizer gives it (tensor or array) -> [H, W, 3] as matplotlib takes it."""
+    return np.ascontiguousarray(np.moveaxis(np.asarray(image), 0, -1))
+
+
+def show(axes: Axes, image: Any) -> None:
+    """Put an image [3, H, W] or a map [H, W] on axes without ticks; pixels of small ones stay squares.
+
+    None leaves the axes empty.
+    """
+    bare(axes)
+    if image is None:
+        return
+    values = np.asarray(image)
+    small = values.shape[-1] <= 128
+    axes.imshow(
+        values if values.ndim == 2 else picture(values), interpolation="nearest" if small else "antialiased"
+    )
+
+
+def decibels(value: float) -> str:
+    """A PSNR as a caption; equal images have no finite one."""
+    return "exact" if np.isinf(value) else f"{value:.1f} dB"
+
+
+def _fitting(texts: Sequence[str], cell: float) -> float:
+    """Points at which the longest text is no wider than a picture and its gap."""
+    longest = max((len(line) for text in texts for line in text.split("\n")), default=0)
+    return min(SMALL - 0.5, (cell + GAP / 2) * 72 / (0.6 * max(longest, 1)))
+
+
+def bare(axes: Axes) -> None:
+    """No ticks, no frame."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def gallery(
+    rows: Sequence[Sequence[Any]],
+    *,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str] | None] | None = None,
+    width: float = FULL,
+    most_cell: float = 1.1,
+    block: int | None = None,
+) -> tuple[Figure, list[list[Axes]]]:
+    """A grid of square pictures with names at the left, names above, and numbers below pictures.
+
+    Args:
+        rows: Images [3, S, S] or maps [H, W]; None leaves a place empty.
+        row_labels: One per row, wrapped when long.
+        column_labels: One per column.
+        captions: Per row None, or a short text for every picture.
+        width: In inches; wider when pictures would be smaller than ``LEAST_CELL``.
+        most_cell: Pictures are never larger.
+        block: There is more space after every so many rows.
+
+    Returns:
+        The figure and its axes, row by row.
+    """
+    columns = max(len(row) for row in rows)
+    labels = [textwrap.fill(text, 18) for text in row_labels]
+    longest = max((len(line) for text in labels for line in text.split("\n")), default=0)
+    left = longest * 0.62 * SMALL / 72 + GAP
+    cell = min(max((width - left) / columns - GAP, LEAST_CELL), most_cell)
+    ends = [bool(block) and (r + 1) % (block or 1) == 0 and r + 1 < len(rows) for r in range(len(rows))]
+    below = [
+        CAPTION * (captions is not None and captions[r] is not None) + BREAK * end
+        for r, end in enumerate(ends)
+    ]
+    above = 0.0 if column_labels is None else 0.05 + 0.14 * max(t.count("\n") + 1 for t in column_labels)
+    width = left + columns * (cell + GAP)
+    height = above + len(rows) * (cell + GAP) + sum(below)
+    figure = new_figure(width, height)
+    small = _fitting([text for texts in captions or () for text in texts or ()], cell)
+    head = _fitting(column_labels or (), cell)
+    axes: list[list[Axes]] = []
+    top = height - above
+    for number, row in enumerate(rows):
+        axes.append([])
+        bottom = top - cell
+        middle = (bottom + cell / 2) / height
+        figure.text((left - GAP) / width, middle, labels[number], ha="right", va="center", fontsize=SMALL)
+        for column, image in enumerate(row):
+            x = left + column * (cell + GAP)
+            axes[-1].append(figure.add_axes((x / width, bottom / height, cell / width, cell / height)))
+            show(axes[-1][-1], image)
+            texts = captions[number] if captions is not None else None
+            if texts is not None:
+                where = ((x + cell / 2) / width, (bottom - 0.02) / height)
+                figure.text(*where, texts[column], ha="center", va="top", fontsize=small)
+            if number == 0 and column_labels is not None:
+                where = ((x + cell / 2) / width, (top + 0.04) / height)
+                figure.text(*where, column_labels[column], ha="center", va="bottom", fontsize=head)
+        top = bottom - GAP - below[number]
+    return figure, axes

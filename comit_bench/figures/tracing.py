@@ -1,0 +1,141 @@
+"""How a COMiT message grows crop by crop, for the figures ``evolution`` and ``policies``.
+
+Shape legend: ``n`` images, ``K`` crops, ``M`` message length, ``d`` code dimension, ``S`` image side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from comit_bench.figures.inputs import Inputs, generators, noise_seeds
+from comit_bench.models.comit_codec import EncodeStep, locate, noise_from_generators, to_uint8
+from comit_bench.models.crops import GLOBAL, GRID, CropGeometry, CropPolicy
+from comit_bench.tokenizers.base import TILE
+from comit_bench.tokenizers.comit import ComitTokenizer
+
+Box = tuple[int, int, int]  # left, top, side in pixels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Messages after every crop and what each says about the image.
+
+    Attributes:
+        policy: Canonical name.
+        cells: int64 [K, n], 0..8 in raster order or ``GLOBAL``.
+        codes: float32 [K, n, M, d].
+        offsets: float32 [K, n, 2], decoding offsets.
+        one_step: uint8 [K, n, 3, S, S], one Euler step without guidance.
+        errors: float32 [K, n, 3, 3]: squared error of the one-step image summed over channels (values in
+            [-1, 1]) and averaged in every region that a local crop can see. For an adaptive policy these
+            are the very maps that choose the next crop.
+    """
+
+    policy: str
+    cells: Tensor
+    codes: Tensor
+    offsets: Tensor
+    one_step: Tensor
+    errors: Tensor
+
+
+class _Recorder:
+    """The noise that an adaptive encoding draws, kept so that its pictures can be made again."""
+
+    def __init__(self, own: Sequence[torch.Generator]) -> None:
+        self._draw = noise_from_generators(own)
+        self.drawn: dict[int, Tensor] = {}
+
+    def __call__(
+        self, what: Literal["latent", "adaptive"], step: int, images: Sequence[int], shape: tuple[int, ...]
+    ) -> Tensor:
+        noise = self._draw(what, step, images, shape)
+        if what == "adaptive":
+            self.drawn[step] = noise
+        return noise
+
+
+def trace(tokenizer: ComitTokenizer, inputs: Inputs, policy: str | None, seed: int) -> Trace:
+    """Encode images and look at the message after every crop.
+
+    The messages are those that ``tokenizer.encode`` makes with the same generators. One-step images start
+    from the noise that the adaptive choice saw; under other policies from one noise per image, the same
+    for every crop.
+
+    Raises:
+        UsageError: Not a policy.
+    """
+    parsed = tokenizer.policy(policy)
+    parts = []
+    for start in range(0, len(inputs), TILE):
+        rows = torch.arange(start, start + TILE).clamp_(max=len(inputs) - 1)
+        names = [inputs.names[row] for row in rows.tolist()]
+        parts.append(_tile(tokenizer, inputs.images[rows], names, parsed, seed))
+    joined = [torch.cat(columns, dim=1)[:, : len(inputs)] for columns in zip(*parts, strict=True)]
+    return Trace(str(parsed), *joined)
+
+
+def _tile(
+    tokenizer: ComitTokenizer, images: Tensor, names: Sequence[str], policy: CropPolicy, seed: int
+) -> tuple[Tensor, ...]:
+    """Cells, codes, offsets, one-step images and error maps of one tile, each [K, TILE, ...]."""
+    own = generators(names, seed)
+    recorder = _Recorder(own)
+    steps = tokenizer.messages(images, policy, own, noise=recorder).steps
+    fixed = torch.stack([tokenizer.noise(number) for number in noise_seeds(names, seed)])
+    if policy.adaptive:  # nothing was drawn after the last crop, because no choice follows
+        recorder("adaptive", len(steps) - 1, range(len(names)), tuple(fixed.shape[1:]))
+    pixels = images.float().div(255).sub(0.5).div(0.5)
+    columns: list[tuple[Tensor, ...]] = []
+    for k, step in enumerate(steps):
+        offset = decoding_offsets(tokenizer, step, images.shape[-1])
+        seen = tokenizer.one_step(step.codes, offset, recorder.drawn.get(k, fixed)).float().cpu()
+        error = tokenizer.model.spec.geometry.error_map(seen, pixels)
+        columns.append((step.cells.cpu(), step.codes.float().cpu(), offset.cpu(), to_uint8(seen), error))
+    return tuple(torch.stack(column) for column in zip(*columns, strict=True))
+
+
+def decoding_offsets(tokenizer: ComitTokenizer, step: EncodeStep, side: int) -> Tensor:
+    """Decoding offsets [B, 2] of a message that ends with this crop: minus its location."""
+    return -locate(tokenizer.model, step.cells, side)
+
+
+def one_step_images(
+    tokenizer: ComitTokenizer, codes: Tensor, offsets: Tensor, seeds: Sequence[int]
+) -> Tensor:
+    """One-step images uint8 [n, 3, S, S] of messages [n, M, d], from one noise per image.
+
+    Args:
+        tokenizer: What decodes.
+        codes: [n, M, d].
+        offsets: [n, 2].
+        seeds: n of them.
+    """
+    noise = torch.stack([tokenizer.noise(seed) for seed in seeds])
+    parts = []
+    for start in range(0, len(codes), TILE):
+        rows = torch.arange(start, start + TILE).clamp_(max=len(codes) - 1)
+        parts.append(to_uint8(tokenizer.one_step(codes[rows], offsets[rows], noise[rows])).cpu())
+    return torch.cat(parts)[: len(codes)]
+
+
+def crop_box(cell: int, side: int, geometry: CropGeometry) -> Box:
+    """Where a crop lies in an image of ``side`` pixels: (left, top, side)."""
+    if cell == GLOBAL:
+        return 0, 0, side
+    stride = geometry.stride(side)
+    return cell % GRID * stride, cell // GRID * stride, geometry.crop
+
+
+def boxes(trace: Trace, geometry: CropGeometry) -> NDArray[np.int64]:
+    """Frames of all crops of a trace: int64 [K, n, 3] of (left, top, side)."""
+    side = trace.one_step.shape[-1]
+    rows = [[crop_box(int(cell), side, geometry) for cell in row] for row in trace.cells]
+    return np.array(rows, dtype=np.int64)

@@ -1,0 +1,247 @@
+"""Counterfactual: which tokens change when one thing in a scene changes? Token-object assignment.
+
+The scenes are painted by us, so the truth is known: every scene comes once more with one object moved,
+recoloured, replaced or removed, and with another background. ``tasks/changes.py`` says what is measured
+on the messages of such pairs; nothing is fitted. Metrics, all in percent:
+
+* ``disentanglement``: what the position of a changed token tells about the edit (all edits).
+* ``object``: the same about the object that was edited, whatever was done to it.
+* ``attribute``: the same about what was done, whichever object it was done to.
+* ``changed``: mean share of the positions that an edit changes; beside it what changes when nothing did.
+
+The chance level of the first three is the mean of the null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comit_bench.recipes import TaskSpec
+from comit_bench.sections import CounterfactualSpec
+from comit_bench.tasks.changes import (
+    Changes,
+    Floats,
+    Pairs,
+    Patterns,
+    Score,
+    changed_ids,
+    grouped,
+    information,
+    moved_codes,
+    pair_up,
+    permutations_within,
+    readout,
+    score_groups,
+)
+from comit_bench.tasks.executor import Inputs, check_main_metric
+from comit_bench.tasks.result import MetricResult, TaskResult, over_set
+from comit_bench.tokenizers.base import Tokenizer
+
+METRICS = ("disentanglement", "object", "attribute", "changed")
+BAND = (2.5, 97.5)  # percentiles of the null's profiles
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignment:
+    """All that is measured about counterfactual pairs.
+
+    Attributes:
+        pairs: Scenes and edits.
+        changes: Of every pair and position.
+        profiles: float64 [F, K], where the changes of an edit fall.
+        band: float64 [3, K], mean, lower and upper percentile of the null's profiles.
+        scores: Metric name -> score; ``object`` and ``attribute`` only where there are two or more.
+        readout: Share of patterns whose edit the nearest profile names.
+    """
+
+    pairs: Pairs
+    changes: Changes
+    profiles: Floats
+    band: Floats
+    scores: dict[str, Score]
+    readout: float
+
+
+def assign(pairs: Pairs, changes: Changes, spec: CounterfactualSpec) -> Assignment:
+    """Score the changes of counterfactual pairs."""
+    patterns = Patterns.of(changes)
+    settings = {"draws": spec.null_draws, "seed": spec.seed}
+    singles = [[edit] for edit in range(len(pairs.edits))]
+    scores = {"disentanglement": score_groups(patterns, singles, **settings)}
+    for name, part in (("object", 1), ("attribute", 0)):
+        groups = list(pairs.groups(part).values())
+        if len(groups) > 1:
+            scores[name] = score_groups(patterns, groups, **settings)
+    return Assignment(
+        pairs=pairs,
+        changes=changes,
+        profiles=patterns.profiles(),
+        band=_band(patterns, spec),
+        scores=scores,
+        readout=readout(patterns),
+    )
+
+
+def _band(patterns: Patterns, spec: CounterfactualSpec) -> Floats:
+    orders = permutations_within(*patterns.active.shape, spec.null_draws, spec.seed)
+    drawn = np.concatenate([patterns.permuted(order).profiles() for order in orders])  # [draws F, K]
+    return np.stack([drawn.mean(axis=0), *np.percentile(drawn, BAND, axis=0)])
+
+
+def changed_share(changes: Changes) -> Floats:
+    """Percent of the positions that change, float64 [n, F]; NaN without a pair. Distances count up to 1."""
+    share = 100.0 * np.minimum(changes.change, 1.0).mean(axis=-1)
+    return np.where(changes.present, share, np.nan)
+
+
+def _as_metric(score: Score, scenes: int) -> MetricResult:
+    metric = over_set([100 * score.value], scenes, unit="%", chance=100 * score.chance)
+    return replace(metric, stderr=None if score.stderr is None else 100 * score.stderr)
+
+
+def summary(found: Assignment, *, also: Assignment | None = None) -> TaskResult:
+    """Metrics, details and numbers per image.
+
+    Args:
+        found: The main measure.
+        also: The same on distances of codes, for the details.
+    """
+    scenes = len(found.pairs.scenes)
+    share, floor = changed_share(found.changes), found.changes.floor
+    by_scene = np.nanmean(share, axis=1)[np.isfinite(share).any(axis=1)]
+    metrics = {name: _as_metric(score, scenes) for name, score in found.scores.items()}
+    changed = over_set(
+        [float(np.nanmean(share))],
+        scenes,
+        unit="%",
+        chance=100.0 * float(np.minimum(floor, 1.0).mean()) if len(floor) else None,
+        higher_is_better=False,
+    )
+    spread = float(by_scene.std(ddof=1)) / len(by_scene) ** 0.5 if len(by_scene) > 1 else None
+    metrics["changed"] = replace(changed, stderr=spread)
+    details = _details(found)
+    if also is not None:
+        details["by_distance_of_codes"] = {name: _tell(score) for name, score in also.scores.items()}
+    return TaskResult(metrics=metrics, details=details, per_image=_per_image(found, share))
+
+
+def _tell(score: Score) -> dict[str, float]:
+    chance = score.chance
+    return {
+        "value": 100 * score.value,
+        "null": 100 * chance,
+        "null_std": 100 * float(score.null.std(ddof=1)) if len(score.null) > 1 else 0.0,
+        "above_null": 100 * (score.value - chance) / max(1 - chance, 1e-12),
+    }
+
+
+def _details(found: Assignment) -> dict[str, Any]:
+    pairs, changes = found.pairs, found.changes
+    patterns = Patterns.of(changes)
+    share, active = patterns.share, patterns.active
+    effective = np.exp(
+        -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=-1)
+    )  # [n, F]; positions that share a change evenly
+    with np.errstate(invalid="ignore"):
+        rate = changes.change.sum(axis=0) / np.maximum(changes.present.sum(axis=0), 1)[:, None]
+    columns = found.profiles.T  # [K, F]
+    total = columns.sum(axis=1, keepdims=True)
+    mixed = np.divide(columns, total, out=np.zeros_like(columns), where=total > 0)
+    bits = -(mixed * np.log(np.where(mixed > 0, mixed, 1.0))).sum(axis=1)
+    special = np.where(total[:, 0] > 0, 1 - bits / np.log(len(pairs.edits)), 0.0)
+    details: dict[str, Any] = {
+        "scenes": len(pairs.scenes),
+        "edits": list(pairs.edits),
+        "pairs": changes.present.sum(axis=0).tolist(),
+        "scores": {name: _tell(score) for name, score in found.scores.items()},
+        "most_possible": 100 * min(1.0, float(np.log(columns.shape[0]) / np.log(len(pairs.edits)))),
+        "readout": {"value": 100 * found.readout, "chance": 100 / len(pairs.edits)},
+        "changed_by_edit": np.nanmean(changed_share(changes), axis=0).tolist(),
+        "noticed_by_edit": (100 * active.sum(axis=0) / changes.present.sum(axis=0)).tolist(),
+        "effective_positions_by_edit": _means(effective, active),
+        "rate": rate.round(5).tolist(),
+        "profile": found.profiles.round(5).tolist(),
+        "null_profile": {
+            name: row.round(5).tolist() for name, row in zip(("mean", "low", "high"), found.band, strict=True)
+        },
+        "specialisation_by_position": (100 * special).round(3).tolist(),
+    }
+    objects = pairs.groups(1)
+    if len(objects) > 1:
+        split = grouped(found.profiles, list(objects.values()))
+        whole = split.sum(axis=0)
+        preferred = np.divide(split, whole, out=np.full_like(split, 1 / len(objects)), where=whole > 0)
+        details["object_share_by_position"] = dict(zip(objects, preferred.round(5).tolist(), strict=True))
+        details["between_objects_by_attribute"] = _between(found, objects)
+    return details
+
+
+def _between(found: Assignment, objects: dict[str, list[int]]) -> dict[str, float]:
+    """Percent that a changed position tells about the object, for every attribute on its own."""
+    told = {}
+    for attribute, members in found.pairs.groups(0).items():
+        groups = [[m for m in members if m in own] for own in objects.values()]
+        told[attribute] = 100 * information(grouped(found.profiles, [group for group in groups if group]))
+    return told
+
+
+def _means(values: Floats, there: Any) -> list[float | None]:
+    """Mean of every column over the rows that are there; None where there is none."""
+    return [
+        float(column[rows].mean()) if rows.any() else None
+        for column, rows in zip(values.T, there.T, strict=True)
+    ]
+
+
+def _per_image(found: Assignment, share: Floats) -> dict[str, Any]:
+    where = np.argwhere(found.changes.present)
+    scenes, edits = found.pairs.scenes, found.pairs.edits
+    return {
+        "id": [f"{edits[f]}/{scenes[i]}" for i, f in where.tolist()],
+        "scene": [scenes[i] for i in where[:, 0].tolist()],
+        "edit": [edits[f] for f in where[:, 1].tolist()],
+        "changed": share[where[:, 0], where[:, 1]],
+    }
+
+
+class Counterfactual:
+    """The executor of kind ``counterfactual``."""
+
+    def protocol(self, inputs: Inputs) -> dict[str, Any]:
+        """Nothing besides the recipe and the data."""
+        return {}
+
+    def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
+        """Nothing is needed."""
+
+    def refuses(self, spec: TaskSpec, tokenizer: Tokenizer) -> str | None:
+        """Every tokenizer has codes."""
+        return None
+
+    def decodings(self, spec: TaskSpec) -> float:
+        """No image is decoded."""
+        return 0.0
+
+    def run(self, inputs: Inputs) -> TaskResult | None:
+        """Compare; the first process does it alone."""
+        if not inputs.ranks.first:
+            return None
+        role, spec = inputs.roles["report"], inputs.spec.counterfactual
+        pairs = pair_up(role.ids)
+        codes = role.source().take(role.row_tensor()).cpu().numpy()
+        by_code = assign(pairs, moved_codes(codes, pairs), spec)
+        assert role.store is not None
+        if role.store.layout.vocab_size is None:
+            result = summary(by_code)
+        else:
+            ids = np.asarray(role.store.ids(role.rows), dtype=np.int64)
+            result = summary(assign(pairs, changed_ids(ids, pairs), spec), also=by_code)
+        check_main_metric(inputs.spec, result.metrics)
+        return result
+
+
+EXECUTOR = Counterfactual()

@@ -1,0 +1,304 @@
+"""A folder of images -> one token file, and a token file -> a folder of PNGs. Both continue after a kill."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from comit_bench import __version__
+from comit_bench.data.folders import list_images
+from comit_bench.data.opened import PathList, Split
+from comit_bench.data.store import TokenStore
+from comit_bench.data.token_file import Origin, TokenFile, output_names, read_token_file, token_file_bytes
+from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
+from comit_bench.files import digest_json, write_atomic
+from comit_bench.seeding import seed_for
+from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
+from comit_bench.tokenizers.base import Tokenizer, Tokens
+
+SHARD_SIZE = 256  # messages; a process that dies loses at most so many
+Start = Callable[[str, int, str], Callable[[int], None]]  # what, how many, unit -> advance
+_log = logging.getLogger(__name__)
+
+
+def _silent(what: str, total: int, unit: str) -> Callable[[int], None]:
+    return lambda done: None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """What :func:`tokenize_folder` did.
+
+    Attributes:
+        output: The file.
+        messages: Rows in it.
+        message_length: Tokens per row.
+        broken: Name -> why, for images that could not be read.
+        computed: Messages computed now; the others lay in the cache.
+    """
+
+    output: Path
+    messages: int
+    message_length: int
+    broken: dict[str, str]
+    computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenized:
+    """What :func:`detokenize_file` did: the folder, images written now, and images that were there."""
+
+    output: Path
+    written: int
+    kept: int
+
+
+def tokenize_folder(
+    tokenizer: Tokenizer,
+    folder: Path,
+    output: Path,
+    *,
+    cache: Path,
+    policy: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    shard_size: int = SHARD_SIZE,
+    overwrite: bool = False,
+    start: Start = _silent,
+) -> Tokenized:
+    """Tokenize every image below a folder into one file.
+
+    Messages go to the token store of the cache as they are made, so the same call continues after a kill;
+    it begins anew when a file of the folder has changed meanwhile. No token depends on ``batch_size``,
+    ``num_workers`` or ``shard_size``.
+
+    Args:
+        tokenizer: What encodes.
+        folder: Searched recursively, see :func:`comit_bench.data.folders.list_images`.
+        output: The token file (``docs/tokens.md``).
+        cache: The cache directory.
+        policy: Cropping policy of tokenizers that look at crops; None is their default.
+        seed: Of the per-image generators.
+        batch_size: Images per call.
+        num_workers: Reading processes; 0 reads in a thread.
+        shard_size: Messages per part of the store.
+        overwrite: Replace a file of other content.
+        start: Shows progress.
+
+    Raises:
+        MissingError: No folder, or no image in it.
+        UsageError: The output exists and holds something else, or the policy is unknown.
+        CorruptFileError: None of the images can be read.
+        BenchError: The disk is full or not writable.
+    """
+    if output.is_dir():
+        raise UsageError(
+            f"{output}: this is a folder; give the name of a file, e.g. {output / 'tokens.safetensors'}"
+        )
+    names = list_images(folder)
+    canonical = _canonical(tokenizer, policy)
+    fingerprint = folder_fingerprint(folder, names)
+    key = store_key(tokenizer, policy=canonical, fingerprint=fingerprint, seed=seed, selection="all")
+    store = open_store(tokenizer, cache, key, count=len(names), shard_size=shard_size)
+    missing = store.missing_shards()
+    total = sum(len(store.shard_range(shard)) for shard in missing)
+    if missing:
+        split = Split("folder", names, PathList(folder, names), None)
+        advance = start(f"{tokenizer.info.name}: {folder.name}", total, "images")
+        sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+        rows = range(len(names))
+        tokenize_split(tokenizer, split, store, key=key, rows=rows, shards=missing, advance=advance, **sizes)
+    content = _export(tokenizer, names, store, policy=canonical, seed=seed, folder=folder)
+    _write(output, token_file_bytes(content), overwrite=overwrite)
+    length = tokenizer.info.message_length
+    return Tokenized(output, len(content), length, dict(content.broken), total)
+
+
+def _canonical(tokenizer: Tokenizer, policy: str | None) -> str | None:
+    parse = getattr(tokenizer, "policy", None)
+    if parse is not None:
+        name = str(parse(policy))
+        if "-shared" in name:
+            raise UsageError(
+                f"policy {name}: images of a batch share their crops, so tokens would depend on the other "
+                f"images of the folder. Use {name.replace('-shared', '')}."
+            )
+        return name
+    if policy is not None:
+        _log.warning("%s looks at whole images: --policy is ignored for it", tokenizer.info.name)
+    return None
+
+
+def folder_fingerprint(folder: Path, names: Sequence[str]) -> str:
+    """``sha256:<hex>`` over the place of a folder and the name, size and times of its images.
+
+    Raises:
+        MissingError: A file vanished since it was listed.
+    """
+    lines = []
+    for name in names:
+        try:
+            state = (folder / name).stat()
+        except OSError as error:
+            raise MissingError(
+                f"{folder / name}: {error.strerror}. The folder changed after it was listed."
+            ) from error
+        lines.append([name, state.st_size, state.st_mtime_ns, state.st_ctime_ns])
+    return digest_json({"folder": str(folder.resolve()), "files": lines})
+
+
+def _export(
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    store: TokenStore,
+    *,
+    policy: str | None,
+    seed: int,
+    folder: Path,
+) -> TokenFile:
+    """The rows of the store whose image could be read."""
+    info, whole = tokenizer.info, store.load_all()
+    kept = np.flatnonzero(whole.valid)
+    # messages of the readers begin with the path; the name says it already
+    broken = {
+        names[row]: text.removeprefix(f"{folder / names[row]}: ") for row, text in store.broken().items()
+    }
+    if not len(kept):
+        first = next(iter(broken.items()))
+        raise CorruptFileError(
+            f"{folder}: none of its {len(names)} images can be read, e.g. {first[0]}: {first[1]}"
+        )
+    return TokenFile(
+        origin=Origin(
+            tokenizer=info.name,
+            family=info.family,
+            weights=info.weights,
+            message_length=info.message_length,
+            vocab_size=info.vocab_size,
+            code_dim=info.code_dim,
+            resolution=info.resolution,
+            preprocessing=info.preprocessing,
+            policy=policy,
+            options=dict(info.options),
+            seed=seed,
+            comit_bench=__version__,
+        ),
+        names=tuple(names[row] for row in kept.tolist()),
+        ids=None if whole.ids is None else whole.ids[kept],
+        codes=None if whole.codes is None else whole.codes[kept],
+        offsets=None if whole.offsets is None else whole.offsets[kept],
+        broken=broken,
+    )
+
+
+def _write(output: Path, content: bytes, *, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        if output.stat().st_size == len(content) and output.read_bytes() == content:
+            return
+        raise UsageError(
+            f"{output}: exists and holds something else. Give another name, or --overwrite to replace it; "
+            "the tokens are in the cache, so the next run takes no time."
+        )
+    write_atomic(output, content)
+
+
+def check_origin(tokenizer: Tokenizer, origin: Origin, path: Path) -> None:
+    """Refuse to decode tokens that another tokenizer made.
+
+    Raises:
+        UsageError: Names what differs.
+    """
+    info = tokenizer.info
+    fields = ("family", "weights", "message_length", "vocab_size", "code_dim", "resolution")
+    differ = [f"{name} {getattr(origin, name)}, here {getattr(info, name)}" for name in fields
+              if getattr(origin, name) != getattr(info, name)]  # fmt: skip
+    if differ:
+        raise UsageError(
+            f"{path}: tokens made by {origin.tokenizer!r}, and {info.name!r} is not that tokenizer ("
+            f"{'; '.join(differ)}). Give the right one with --tokenizer or --weights."
+        )
+
+
+def detokenize_file(
+    tokenizer: Tokenizer,
+    source: Path,
+    output: Path,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    overwrite: bool = False,
+    start: Start = _silent,
+    content: TokenFile | None = None,
+) -> Detokenized:
+    """Decode a token file into PNGs under the images' relative names.
+
+    Every file is written whole or not at all, and those that exist are skipped: the same call continues
+    after a kill. Each image has its own noise, ``seed_for(seed, name)``, so nothing depends on batches.
+
+    Args:
+        tokenizer: The one that made the tokens.
+        source: The token file.
+        output: Folder of the PNGs; names see :func:`comit_bench.data.token_file.output_names`.
+        seed: Of the decoding noise.
+        batch_size: Messages per call.
+        overwrite: Decode also what exists.
+        start: Shows progress.
+        content: The file's content, when it has been read already.
+
+    Raises:
+        MissingError, CorruptFileError: The token file is not there or not intact.
+        UsageError: Another tokenizer than the one that made the tokens.
+        UnsupportedOperation: The tokenizer cannot decode.
+        BenchError: The disk is full or not writable.
+    """
+    content = content or read_token_file(source)
+    check_origin(tokenizer, content.origin, source)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: this is a file; --out is the folder for the images")
+    targets = [output / name for name in output_names(content.names)]
+    rows = [row for row, target in enumerate(targets) if overwrite or not target.is_file()]
+    advance = start(f"{tokenizer.info.name}: decoding", len(rows), "images") if rows else lambda done: None
+    for chosen in _parts(rows, batch_size):
+        seeds = [seed_for(seed, content.names[row]) for row in chosen]
+        try:
+            images = tokenizer.decode(tokens_of(tokenizer, content, chosen), seeds=seeds)
+        except NotImplementedError as error:
+            raise UnsupportedOperation(f"{tokenizer.info.name} cannot decode its messages") from error
+        for row, image in zip(chosen, images.cpu(), strict=True):
+            write_atomic(targets[row], _png(image))
+        advance(len(chosen))
+    return Detokenized(output, len(rows), len(targets) - len(rows))
+
+
+def tokens_of(tokenizer: Tokenizer, content: TokenFile, rows: Sequence[int]) -> Tokens:
+    """Some messages of a token file, as ``tokenizer.decode`` takes them."""
+    index = np.asarray(rows)
+    offsets = None if content.offsets is None else torch.from_numpy(content.offsets[index].astype(np.float32))
+    if content.ids is not None:
+        ids = torch.from_numpy(content.ids[index].astype(np.int64))
+        return Tokens(ids, tokenizer.codes_from_ids(ids), offsets)
+    assert content.codes is not None
+    return Tokens(None, torch.from_numpy(content.codes[index].astype(np.float32)), offsets)
+
+
+def _parts(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    if size < 1:
+        raise UsageError(f"--batch-size {size}: expected at least 1")
+    return (rows[first : first + size] for first in range(0, len(rows), size))
+
+
+def _png(image: torch.Tensor) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    pixels: Any = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,154 @@
+"""Retrieval: neighbours against plain loops, ties, chunks, chance in closed form and by counting."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from message_case import inputs_of, spec_of, write_recipe
+
+import comit_bench
+from comit_bench.errors import UsageError
+from comit_bench.results.records import load_records
+from comit_bench.tasks.retrieval import EXECUTOR, chance_of_hit, chance_of_share, nearest
+
+
+def some_codes(count: int = 37, length: int = 4, dim: int = 3, seed: int = 0) -> torch.Tensor:
+    """Few distinct levels, so that equal messages and equal distances are common."""
+    return torch.randint(-1, 2, (count, length, dim), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def plain(codes: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    flat = codes.flatten(1).double().numpy()
+    index, distance = [], []
+    for i, mine in enumerate(flat):
+        entries = []
+        for j, other in enumerate(flat):
+            scale = np.linalg.norm(mine) * np.linalg.norm(other)
+            gap = 1.0 - (float(mine @ other) / scale if scale else 0.0)
+            if i != j:
+                entries.append((round(gap, 9), j))
+        entries.sort()
+        index.append([j for _, j in entries[:k]])
+        distance.append([gap for gap, _ in entries[:k]])
+    return np.array(index), np.array(distance)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 36, 37, 500])
+def test_neighbours_are_those_of_a_plain_loop_for_any_chunk(chunk: int) -> None:
+    codes = some_codes()
+    codes[7] = 0  # no direction: at distance 1 from all
+    codes[20] = codes[3]
+    found = nearest(lambda rows: codes[rows], len(codes), 6, chunk=chunk)
+    index, distance = plain(codes, 6)
+    np.testing.assert_array_equal(found.index, index)
+    np.testing.assert_allclose(found.distance, distance, atol=2e-9)
+    assert not (found.index == np.arange(37)[:, None]).any()
+
+
+def test_the_scale_of_a_message_does_not_matter() -> None:
+    codes = torch.randn(30, 4, 5, generator=torch.Generator().manual_seed(1))
+    scaled = codes * torch.rand(30, 1, 1, generator=torch.Generator().manual_seed(2)).add(0.1)
+    one, other = (nearest(lambda rows, c=c: c[rows], 30, 5) for c in (codes, scaled))
+    np.testing.assert_array_equal(one.index, other.index)
+
+
+def test_equal_messages_go_by_position() -> None:
+    codes = torch.ones(6, 2, 2)
+    found = nearest(lambda rows: codes[rows], 6, 3, chunk=2)
+    assert found.index.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    assert (found.distance == 0).all()
+
+
+@pytest.mark.parametrize(("count", "k"), [(5, 5), (1, 1), (4, 0)])
+def test_too_few_images_are_refused(count: int, k: int) -> None:
+    with pytest.raises(UsageError, match="neighbours were asked for"):
+        nearest(lambda rows: some_codes(count)[rows], count, k)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_chance_is_the_mean_over_all_orders(k: int) -> None:
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    hits, shares = [], []
+    for i, mine in enumerate(labels):
+        others = [label for j, label in enumerate(labels) if j != i]
+        orders = list(permutations(others))
+        hits.append(np.mean([mine in order[:k] for order in orders]))
+        shares.append(np.mean([np.mean(np.array(order[:k]) == mine) for order in orders]))
+    assert chance_of_hit(labels, k) == pytest.approx(np.mean(hits))
+    assert chance_of_share(labels) == pytest.approx(np.mean(shares))
+
+
+def clusters(count: int = 60) -> tuple[torch.Tensor, np.ndarray]:
+    """Four classes, colour x digit: the first half of a message is the colour, the rest mostly noise."""
+    generator = torch.Generator().manual_seed(3)
+    labels = np.arange(count) % 4
+    codes = 0.2 * torch.randn(count, 4, 3, generator=generator)
+    codes[:, 0] += torch.where(torch.from_numpy(labels < 2), 3.0, -3.0)[:, None]
+    return codes, labels
+
+
+def test_metrics_details_and_values_per_image() -> None:
+    codes, labels = clusters()
+    spec = spec_of("retrieval", retrieval={"k": [1, 5]}, attributes={"fields": ["colour", "digit"]})
+    result = EXECUTOR.run(inputs_of(spec, codes, labels, ("red_a", "red_b", "blue_a", "blue_b")))
+    assert result is not None and result.per_image is not None
+    assert set(result.metrics) == {"recall@1", "recall@5", "colour@1", "digit@1"}
+    assert result.metrics["colour@1"].value == 100
+    assert result.metrics["colour@1"].chance == pytest.approx(100 * 29 / 59)
+    assert result.metrics["recall@1"].value < 90 < result.metrics["recall@5"].value
+    assert result.metrics["recall@1"].chance == pytest.approx(100 * 14 / 59)
+    precision = result.details["precision"]
+    assert precision["precision@1"]["value"] == pytest.approx(result.metrics["recall@1"].value)
+    assert precision["precision@5"]["value"] == pytest.approx(100 * np.mean(result.per_image["precision@5"]))
+    assert {len(column) for column in result.per_image.values()} == {60}
+    index, _ = plain(codes, 1)
+    assert result.per_image["nearest"] == [f"{i:05d}" for i in index[:, 0]]
+
+
+def test_messages_without_content_are_at_chance() -> None:
+    generator = torch.Generator().manual_seed(4)
+    labels = np.arange(600) % 10
+    names = tuple(f"c{i}" for i in range(10))
+    result = EXECUTOR.run(
+        inputs_of(spec_of("retrieval"), torch.randn(600, 2, 8, generator=generator), labels, names)
+    )
+    assert result is not None
+    for metric in result.metrics.values():
+        assert metric.chance is not None and metric.stderr is not None
+        assert abs(metric.value - metric.chance) < 4 * metric.stderr
+
+
+def test_a_main_metric_that_is_not_there() -> None:
+    codes, labels = clusters(8)
+    spec = spec_of("retrieval", retrieval={"k": [1]}, main_metric="recall@5")
+    with pytest.raises(UsageError, match="recall@1"):
+        EXECUTOR.run(inputs_of(spec, codes, labels, ("a", "b", "c", "d")))
+
+
+def test_from_images_to_a_record(tmp_path: Path) -> None:
+    write_recipe(
+        tmp_path / "recipes", "retrieval", "recognition", 60, retrieval={"k": [1, 3]},
+        attributes={"fields": ["colour", "digit"]},
+    )  # fmt: skip
+    found = {}
+    for name, batch in (("a", 7), ("b", 64)):
+        records = comit_bench.evaluate(
+            ["comit-nano", "pixel-oracle"], ["small"], include=(tmp_path / "recipes",), cache=tmp_path / name,
+            output=tmp_path / name, batch_size=batch, device="cpu",
+        )  # fmt: skip
+        found[name] = {r.tokenizer.name: r.metrics for r in records}
+    assert found["a"] == found["b"]
+    assert set(found["a"]) == {"comit-nano", "pixel-oracle"}
+    (comit,) = (
+        r for r in load_records(tmp_path / "a" / "records", strict=True) if "nano" in r.tokenizer.name
+    )
+    assert comit.metrics["recall@1"].n == 60
+    (path,) = (tmp_path / "a" / "records").rglob("comit-nano*/*.parquet")
+    table = pq.read_table(path).to_pydict()
+    assert 100 * np.mean(table["recall@1"]) == pytest.approx(comit.metrics["recall@1"].value)
+    assert set(table["nearest"]) <= set(table["id"])
