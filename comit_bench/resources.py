@@ -170,15 +170,20 @@ class Resources:
     @property
     def selection(self) -> str:
         """Which images of a split are used, for keys."""
-        return "all" if self.settings.limit is None else f"limit:{self.settings.limit}"
+        return "all" if self.settings.limit is None else f"limit-by-name:{self.settings.limit}"
 
     def rows(self, split: DataSplit) -> list[int]:
-        """The images used: all, or the ``limit`` first in the order of a hash of their ids."""
+        """The images used: all, or the ``limit`` first in the order of a hash of their names.
+
+        The name is the id without folders: variants of one scene, in folders of their own, stay together.
+        """
         if self.settings.limit is None or self.settings.limit >= len(split):
             return list(range(len(split)))
         from comit_bench.seeding import seed_for
 
-        order = sorted(range(len(split)), key=lambda index: seed_for(0, "limit/" + split.ids[index]))
+        order = sorted(
+            range(len(split)), key=lambda index: seed_for(0, "limit/" + split.ids[index].rpartition("/")[2])
+        )
         return sorted(order[: self.settings.limit])
 
     def policy(self, job: Job, tokenizer: Tokenizer) -> str | None:
