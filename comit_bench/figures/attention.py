@@ -296,7 +296,8 @@ def _tinted(image: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDArray[np.uin
     grey = image.mean(axis=0, keepdims=True) / 255
     colour = np.array(to_rgb(ORANGE))[:, None, None]
     mixed = np.where(kept[None], 0.45 * grey + 0.55 * colour, 0.4 * image / 255)
-    return np.rint(255 * mixed).astype(np.uint8)
+    tinted: NDArray[np.uint8] = np.rint(255 * mixed).astype(np.uint8)
+    return tinted
 
 
 @styled

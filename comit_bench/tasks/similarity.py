@@ -39,8 +39,8 @@ def psnr(one: Tensor, two: Tensor) -> Tensor:
 def ssim(one: Tensor, two: Tensor) -> Tensor:
     """Structural similarity per image (Wang et al. 2004): uint8 [B, 3, S, S] twice -> float64 [B], at most 1.
 
-    Gaussian window of 11 x 11 pixels with standard deviation 1.5, only where it lies inside the image;
-    the mean over positions and colour channels.
+    Gaussian window of 11 x 11 pixels with standard deviation 1.5 around every pixel, the image mirrored at
+    its edges, as torchmetrics computes it (a test compares); the mean over pixels and colour channels.
 
     Raises:
         ValueError: The images are smaller than the window.
@@ -59,7 +59,7 @@ def _ssim(one: Tensor, two: Tensor) -> Tensor:
         return rows @ values @ columns.T
 
     mx, my = local_mean(x), local_mean(y)
-    vx, vy = local_mean(x * x) - mx * mx, local_mean(y * y) - my * my
+    vx, vy = ((local_mean(z * z) - m * m).clamp_min(0) for z, m in ((x, mx), (y, my)))
     covariance = local_mean(x * y) - mx * my
     c1, c2 = (K1 * RANGE) ** 2, (K2 * RANGE) ** 2
     means = (2 * mx * my + c1) / (mx * mx + my * my + c1)
@@ -67,11 +67,12 @@ def _ssim(one: Tensor, two: Tensor) -> Tensor:
 
 
 def _blur(side: int, device: torch.device) -> Tensor:
-    """float64 [side - 10, side]: a row per position of the window, its weights along one axis."""
-    offsets = torch.arange(WINDOW, dtype=torch.float64, device=device) - WINDOW // 2
+    """float64 [side, side]: a row per position of the window, its weights along one axis."""
+    reach = WINDOW // 2
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64, device=device)
     window = torch.exp(-0.5 * (offsets / SIGMA) ** 2)
-    places = side - WINDOW + 1
-    matrix = torch.zeros(places, side, dtype=torch.float64, device=device)
-    for row in range(places):
-        matrix[row, row : row + WINDOW] = window / window.sum()
-    return matrix
+    places = torch.arange(side, device=device)[:, None] + offsets.long()  # [side, WINDOW]
+    places = places.abs()
+    places = torch.where(places < side, places, 2 * (side - 1) - places)  # mirrored at the last pixel
+    matrix = torch.zeros(side, side, dtype=torch.float64, device=device)
+    return matrix.scatter_add_(1, places, (window / window.sum()).expand(side, WINDOW))
