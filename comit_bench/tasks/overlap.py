@@ -65,7 +65,7 @@ def binary(maps: Tensor, side: int, share: int, *, resize: str) -> Tensor:
     values = enlarge(maps.float(), side, resize).flatten(1)
     order = values.sort(dim=1, descending=True, stable=True).indices[:, : pixels_kept(share, side * side)]
     kept = torch.zeros(values.shape, dtype=torch.bool, device=values.device).scatter_(1, order, True)
-    return kept.unflatten(1, (side, side))
+    return kept.view(-1, side, side)
 
 
 def _both(values: Tensor, target: Tensor, kept: Sequence[int]) -> Tensor:
