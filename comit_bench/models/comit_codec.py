@@ -402,8 +402,7 @@ def decode(
         attention: Also hand out message-to-image maps, all from this one sampling run.
         receive: Gets them as they are computed; None keeps them all in the result. Times that no
             evaluation reaches are left out.
-        finish: Whether to go on after the last map that was asked for. If not, the latent is that of this
-            time and nothing after it is computed.
+        finish: Go on after the last map; else the latent is that of this time and nothing else is computed.
 
     Raises:
         ValueError: Unknown solver, steps below 1, or a layer that does not exist.
@@ -419,24 +418,19 @@ def decode(
         message = torch.cat([conditional.message, prior.message.expand_as(conditional.message)])
         both = Condition(message, torch.cat([conditional.offset, prior.offset]))
     combine = ProjectedGuidance(settings)
-    left = [] if attention is None else sorted(range(len(attention.times)), key=attention.times.__getitem__)
     kept: dict[tuple[int, int], Tensor] = {}
     keep: MapReceiver = receive or (lambda layer, time, maps: kept.__setitem__((layer, time), maps))
+    reader = None if attention is None else _MapReader(attention, keep)
     hard: dict[str, Any] = {"mask_mode": "hard"} if attention and attention.path == "hard" else {}
 
     def velocity(time: float, y: Tensor) -> Tensor | None:
         state = predictor.state_at(time, y.device)
-        if attention is None and both is not None:
+        if reader is None and both is not None:
             joint = predictor(torch.cat([y, y]), both, state, read="velocity").velocity
             return combine(*cast(Tensor, joint).chunk(2))
-        probe = None
-        if attention is not None:
-            due = [number for number in left if reached(time, attention.times[number])]
-            del left[: len(due)]
-            if due:
-                probe = _probe(attention, due, keep, y.shape[-2] // model.spec.patch_size)
+        probe = reader and reader.probe(time, y.shape[-2] // model.spec.patch_size)
         v = cast(Tensor, predictor(y, conditional, state, read="velocity", probe=probe, **hard).velocity)
-        if attention is not None and not left and not finish:
+        if reader is not None and not reader.left and not finish:
             return None
         if prior is None:
             return v
@@ -445,17 +439,26 @@ def decode(
     return Decoded(integrate(velocity, noise, steps=steps, solver=solver), kept)
 
 
-def _probe(
-    request: AttentionRequest, times: Sequence[int], receive: MapReceiver, rows: int
-) -> AttentionProbe:
-    """Hands the maps of one evaluation on, for every time that it answers."""
+class _MapReader:
+    """Knows which times of a request are still to be read; hands maps on as grids."""
 
-    def hand_on(layer: int, maps: Tensor) -> None:
-        grids = rearrange(maps, "b heads m (h w) -> b heads m h w", h=rows)
-        for time in times:
-            receive(request.layers.index(layer), time, grids)
+    def __init__(self, request: AttentionRequest, receive: MapReceiver) -> None:
+        self.request, self.receive = request, receive
+        self.left = sorted(range(len(request.times)), key=request.times.__getitem__)
 
-    return AttentionProbe(request.layers, softmax=request.softmax, receive=hand_on)
+    def probe(self, time: float, rows: int) -> AttentionProbe | None:
+        """For one evaluation: records the maps of every time that it answers; None when there is none."""
+        due = [number for number in self.left if reached(time, self.request.times[number])]
+        if not due:
+            return None
+        del self.left[: len(due)]
+
+        def hand_on(layer: int, maps: Tensor) -> None:
+            grids = rearrange(maps, "b heads m (h w) -> b heads m h w", h=rows)
+            for number in due:
+                self.receive(self.request.layers.index(layer), number, grids)
+
+        return AttentionProbe(self.request.layers, softmax=self.request.softmax, receive=hand_on)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from comit_bench import cli
-from comit_bench.data.images import image_size, load_mask
+from comit_bench.data.images import header_size, load_mask
 from comit_bench.data.opened import OpenData, PathList, Split
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.models.attention import AttentionRequest
@@ -140,8 +140,8 @@ def test_a_mask_of_another_size_than_its_image(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="bad"):
         load_mask(tmp_path / "bad.png", "resize(4,bilinear)", (4, 4))
     with pytest.raises(CorruptFileError, match="bad"):
-        image_size(tmp_path / "bad.png")
-    assert image_size(path) == (6, 4)
+        header_size(tmp_path / "bad.png")
+    assert header_size(path) == (6, 4)
 
 
 # ---------------------------------------------------------------- a benchmark of known maps
@@ -371,14 +371,14 @@ def test_ranks_and_a_kill_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     class Killed(Exception):
         pass
 
-    saved = looking._save
+    saved = looking.save_columns
 
     def save_then_die(path: Path, columns: Any) -> None:
         saved(path, columns)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(looking, "_save", save_then_die)
+        patch.setattr(looking, "save_columns", save_then_die)
         with pytest.raises(Killed):
             run(make_inputs(tmp_path, masks, Fake(maps), work=work))
     assert len(list(work.iterdir())) == done + 1
