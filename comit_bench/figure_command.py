@@ -36,10 +36,13 @@ class FigureEntry:
 
 
 DECODE, ATTENTION, COMIT, TOKENS = "decode", "attention", "COMiT only", "any tokenizer"
-RECORDS = "records"
+VOCABULARY, RECORDS = "a vocabulary", "records"
 FIGURES: tuple[FigureEntry, ...] = (
+    FigureEntry("codebook", "entropy per position, use of ids, what positions share", VOCABULARY),
+    FigureEntry("counterfactual", "scenes with one thing changed, and the tokens that change", TOKENS),
     FigureEntry("edit", "tokens swapped between two images, decoded", DECODE),
     FigureEntry("evolution", "what a message knows after each crop, and its error by region", COMIT),
+    FigureEntry("neighbours", "images and those with the nearest messages", TOKENS),
     FigureEntry("policies", "reconstructions by cropping policy, and PSNR by number of crops", COMIT),
     FigureEntry("reconstruction", "originals beside the reconstructions of several tokenizers", DECODE),
     FigureEntry("sweeps", "Fréchet distance and PSNR by steps, guidance, policy and message size", RECORDS),
@@ -71,11 +74,11 @@ def load(name: str, weights: str | None, device: str) -> Tokenizer:
     return load_tokenizer(name, weights=weights, device=device)
 
 
-def read(source: str, tokenizer: Tokenizer, count: int | None, seed: int) -> Any:
+def read(source: str, tokenizer: Tokenizer, count: int | None, seed: int, dataset: str | None = None) -> Any:
     """Its images, see :func:`comit_bench.figures.inputs.load_inputs`."""
-    from comit_bench.figures.inputs import load_inputs
+    from comit_bench.figures.inputs import SCENES_DATASET, load_inputs
 
-    return load_inputs(source, tokenizer.info, count, seed)
+    return load_inputs(source, tokenizer.info, count, seed, dataset=dataset or SCENES_DATASET)
 
 
 def put(figure: Figure, output: Path, *parts: str) -> None:
@@ -84,6 +87,45 @@ def put(figure: Figure, output: Path, *parts: str) -> None:
 
     for path in save(figure, output / file_stem(*parts)):
         typer.echo(path)
+
+
+@app.command(name="codebook")
+def codebook(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Annotated[int, typer.Option(min=2, help="How many images are counted.")] = 1000,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Entropy per position, use of ids, and what pairs of positions share."""
+    from comit_bench.figures.codebook import compute, draw
+    from comit_bench.figures.neighbours import DATASET
+
+    loaded = load(tokenizer, weights, device)
+    data = compute(loaded, read(images, loaded, count, seed, DATASET), policy=policy, seed=seed)
+    put(draw(data), output, "codebook", loaded.info.name)
+
+
+@app.command(name="counterfactual")
+def counterfactual(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Annotated[int, typer.Option(min=1, help="How many scenes are shown; all are measured.")] = 2,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Scenes with one thing changed, and the tokens that change. A folder needs one sub-folder per edit."""
+    from comit_bench.figures.counterfactual import DATASET, compute, draw
+
+    loaded = load(tokenizer, weights, device)
+    data = compute(loaded, read(images, loaded, None, seed, DATASET), count=count, policy=policy, seed=seed)
+    put(draw(data), output, "counterfactual", loaded.info.name)
 
 
 @app.command(name="edit")
@@ -134,6 +176,28 @@ def ls() -> None:
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     for name, needs, shows in rows:
         typer.echo(f"{name:<{first}}  {needs:<{second}}  {shows}")
+
+
+@app.command(name="neighbours")
+def neighbours(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Annotated[int, typer.Option(min=1, help="How many queries are shown.")] = 5,
+    k: Annotated[int, typer.Option("--neighbours", "-k", min=1, help="Neighbours of each query.")] = 8,
+    pool: Annotated[int, typer.Option(min=2, help="How many images are searched.")] = 1000,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Images and those with the nearest messages; the folder an image lies in is its class."""
+    from comit_bench.figures.neighbours import DATASET, compute, draw
+
+    loaded = load(tokenizer, weights, device)
+    inputs = read(images, loaded, pool, seed, DATASET)
+    data = compute(loaded, inputs, queries=count, k=k, policy=policy, seed=seed)
+    put(draw(data), output, "neighbours", loaded.info.name)
 
 
 @app.command(name="policies")

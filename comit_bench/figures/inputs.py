@@ -49,17 +49,24 @@ class Inputs:
 
 
 def load_inputs(
-    source: str, info: TokenizerInfo, count: int | None, seed: int, *, cache: Path | None = None
+    source: str,
+    info: TokenizerInfo,
+    count: int | None,
+    seed: int,
+    *,
+    cache: Path | None = None,
+    dataset: str = SCENES_DATASET,
 ) -> Inputs:
     """Choose and read images; the choice depends on names and seed alone, not on the tokenizer.
 
     Args:
-        source: ``scenes`` (embedded salient-object scenes, val split) or a folder, searched recursively.
+        source: ``scenes`` (embedded scenes, val split) or a folder, searched recursively.
         info: Says the preprocessing and the resolution.
         count: How many; None takes all. A folder that has fewer gives what it has. A file that cannot be
             read is skipped with a warning and another takes its place.
         seed: Another seed, another choice.
         cache: Where the embedded scenes are made; None: the cache directory.
+        dataset: Which embedded scenes; salient objects with masks when nothing is said.
 
     Raises:
         MissingError: No such folder, no image in it, or none that can be read.
@@ -67,7 +74,7 @@ def load_inputs(
     """
     if count is not None and count < 1:
         raise UsageError(f"--count {count}: at least one image is needed")
-    names, paths, masks = _listed(source, cache or cache_root())
+    names, paths, masks = _listed(source, cache or cache_root(), dataset)
     order = sorted(range(len(names)), key=lambda row: seed_for(seed, f"figure/{names[row]}"))
     kept: dict[int, Tensor] = {}
     for row in order if count is not None else range(len(names)):
@@ -88,14 +95,17 @@ def load_inputs(
     )
 
 
-def _listed(source: str, cache: Path) -> tuple[Sequence[str], Sequence[Path], Sequence[Path] | None]:
+def _listed(
+    source: str, cache: Path, dataset: str
+) -> tuple[Sequence[str], Sequence[Path], Sequence[Path] | None]:
     if source != SCENES:
         folder = Path(source).expanduser()
         names = list_images(folder)
         return names, PathList(folder, names), None
-    data = open_dataset(find_datasets()[SCENES_DATASET], data_root=None, cache=cache, progress=False)
+    data = open_dataset(find_datasets()[dataset], data_root=None, cache=cache, progress=False)
     split = data.splits[SCENES_SPLIT]
-    return split.ids, split.paths, cast(Sequence[Path], split.labels)
+    masks = cast(Sequence[Path], split.labels) if data.kind == "masks" else None
+    return split.ids, split.paths, masks
 
 
 def generators(names: Sequence[str], seed: int) -> list[torch.Generator]:

@@ -1,0 +1,204 @@
+"""Figure ``counterfactual``: scenes with one thing changed, and the tokens that change with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comit_bench.errors import UsageError
+from comit_bench.figures.inputs import Inputs, encode
+from comit_bench.figures.style import BLUE, COLOURS, FULL, SMALL, bare, new_figure, show, styled
+from comit_bench.sections import CounterfactualSpec
+from comit_bench.seeding import seed_for
+from comit_bench.tasks.changes import changed_ids, moved_codes, pair_up
+from comit_bench.tasks.counterfactual import Assignment, assign
+from comit_bench.tokenizers.base import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DATASET = "scenes-counterfactual"  # what ``scenes`` means here
+ROW = 32  # most positions in one row of a strip
+LEFT, GAP = 0.5, 0.06  # inches
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CounterfactualFigure:
+    """Some scenes with their edits, and where changes fall in all of them.
+
+    Attributes:
+        tokenizer: Its name.
+        found: All that was measured; its edits are in alphabetical order.
+        edits: int64 [F], the edits in the order in which they are shown.
+        shown: int64 [s], scenes of ``found.pairs``.
+        images: uint8 [s, 1 + F, 3, S, S], original and edits; zeros where there is no pair.
+        by_id: Whether a change is an id that differs (0 or 1), else it is a distance.
+    """
+
+    tokenizer: str
+    found: Assignment
+    edits: NDArray[np.int64]
+    shown: NDArray[np.int64]
+    images: NDArray[np.uint8]
+    by_id: bool
+
+
+def compute(
+    tokenizer: Tokenizer,
+    inputs: Inputs,
+    *,
+    count: int = 2,
+    policy: str | None = None,
+    seed: int = 0,
+    spec: CounterfactualSpec | None = None,
+) -> CounterfactualFigure:
+    """Compare the messages of all scenes, and pick some to show.
+
+    Args:
+        tokenizer: Any.
+        inputs: Images named ``<edit>/<scene>``.
+        count: Scenes shown, chosen by seed.
+        policy: Cropping policy; None is the tokenizer's default.
+        seed: Of the choice and of all noise.
+        spec: Of the null.
+
+    Raises:
+        UsageError: The images are no such pairs.
+    """
+    if count < 1:
+        raise UsageError(f"--count {count}: at least one scene is needed")
+    pairs = pair_up(inputs.names)
+    tokens = encode(tokenizer, inputs, policy=policy, seed=seed)
+    if tokens.ids is None:
+        changes = moved_codes(tokens.codes.float().numpy(), pairs)
+    else:
+        changes = changed_ids(tokens.ids.numpy().astype(np.int64), pairs)
+    order = sorted(range(len(pairs.scenes)), key=lambda row: seed_for(seed, f"scene/{pairs.scenes[row]}"))
+    shown = np.array(sorted(order[:count]), dtype=np.int64)
+    edits = np.array([f for members in panels(pairs.edits).values() for f in members], dtype=np.int64)
+    rows = np.concatenate([pairs.original[shown][:, None], pairs.edited[shown][:, edits]], axis=1)
+    images = inputs.images.numpy()[rows]
+    images[rows < 0] = 0
+    return CounterfactualFigure(
+        tokenizer=tokenizer.info.name,
+        found=assign(pairs, changes, spec or CounterfactualSpec()),
+        edits=edits,
+        shown=shown,
+        images=images,
+        by_id=tokens.ids is not None,
+    )
+
+
+def panels(edits: tuple[str, ...]) -> dict[str, list[int]]:
+    """Edits by what is done: ``moved`` -> both objects; those of no object come last."""
+    found: dict[str, list[int]] = {}
+    for number in sorted(range(len(edits)), key=lambda f: ("_" not in edits[f], edits[f])):
+        found.setdefault(edits[number].partition("_")[0], []).append(number)
+    return found
+
+
+@styled
+def draw(data: CounterfactualFigure, *, width: float = FULL) -> Figure:
+    """Above: images and strips of their positions, changed ones dark. Below: where changes fall, by edit.
+
+    Args:
+        data: From :func:`compute`.
+        width: In inches.
+    """
+    scenes, columns = data.images.shape[:2]
+    length = data.found.changes.change.shape[-1]
+    cell = (width - LEFT) / columns - GAP
+    lines = -(-length // ROW)
+    strip = min(cell, max(0.1, lines * cell / min(length, ROW)))
+    block, head, below, note = cell + strip + 2 * GAP, 0.34, 1.9, 0.2
+    height = head + scenes * block + below + note
+    figure = new_figure(width, height)
+    for s in range(scenes):
+        top = height - head - s * block
+        for c in range(columns):
+            x = LEFT + c * (cell + GAP)
+            place = figure.add_axes((x / width, (top - cell) / height, cell / width, cell / height))
+            bare(place)
+            show(place, data.images[s, c])
+            if s == 0:
+                where = ((x + cell / 2) / width, (top + 0.04) / height)
+                figure.text(*where, _title(data, c), ha="center", va="bottom", fontsize=SMALL - 0.5)
+            if c:
+                low = top - cell - 0.03 - strip
+                place = figure.add_axes((x / width, low / height, cell / width, strip / height))
+                _strip(place, data.found.changes.change[data.shown[s], data.edits[c - 1]])
+        middle = (top - cell - 0.03 - strip / 2) / height
+        figure.text(
+            (LEFT + cell) / width, middle, "changed tokens", ha="right", va="center", fontsize=SMALL - 1
+        )
+    bottom, top = note + 0.35, note + below - 0.45
+    area = {"left": (LEFT + 0.02) / width, "right": 0.995, "bottom": bottom / height, "top": top / height}
+    _profiles(figure, data, area, legend=(note + below - 0.02) / height)
+    figure.text(0.01, 0.04 / height, _scores(data), ha="left", va="bottom", fontsize=SMALL)
+    return figure
+
+
+def _title(data: CounterfactualFigure, column: int) -> str:
+    if column == 0:
+        return "original"
+    return data.found.pairs.edits[int(data.edits[column - 1])].replace("_", "\n")
+
+
+def _strip(axes: Axes, change: NDArray[np.float64]) -> None:
+    """One cell per position, in reading order; the darker, the more it changed."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    row = min(len(change), ROW)
+    cells = np.full(-(-len(change) // row) * row, np.nan)
+    cells[: len(change)] = np.minimum(change, 1.0)
+    shades: Any = LinearSegmentedColormap.from_list("changed", ["#E6E6E6", BLUE])
+    grid = cells.reshape(-1, row)
+    axes.imshow(grid, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    bare(axes)
+    lines = {"color": "white", "linewidth": 0.3}
+    for x in range(1, row):
+        axes.axvline(x - 0.5, **lines)
+    for y in range(1, len(grid)):
+        axes.axhline(y - 0.5, **lines)
+
+
+def _profiles(figure: Figure, data: CounterfactualFigure, area: dict[str, float], *, legend: float) -> None:
+    """A panel for each thing that is done: profiles of the objects over the null's band."""
+    found, groups = data.found, panels(data.found.pairs.edits)
+    places = figure.subplots(1, len(groups), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.1, **area})[
+        0
+    ]
+    positions = np.arange(1, found.profiles.shape[1] + 1)
+    objects = sorted({name.partition("_")[2] for name in found.pairs.edits if "_" in name})
+    for axes, (name, members) in zip(places, groups.items(), strict=True):
+        band = axes.fill_between(
+            positions, 100 * found.band[1], 100 * found.band[2], step="mid", color="#BBBBBB", linewidth=0
+        )
+        for member in members:
+            thing = found.pairs.edits[member].partition("_")[2]
+            colour = COLOURS[objects.index(thing)] if thing else COLOURS[-1]
+            style = "--" if thing and objects.index(thing) else "-"
+            axes.step(positions, 100 * found.profiles[member], where="mid", color=colour, linestyle=style,
+                      linewidth=1.0, label=thing or name)  # fmt: skip
+        axes.set_title(name, pad=3)
+        axes.set(xlabel="position", xlim=(0.5, positions[-1] + 0.5))
+        axes.tick_params(length=2)
+    places[0].set_ylim(bottom=0)
+    places[0].set_ylabel("share of changes (%)")
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.legend(
+        [*handles, band], [*labels, "null, 95 %"], loc="upper right", bbox_to_anchor=(area["right"], legend),
+        ncols=len(handles) + 1, handlelength=1.6, borderaxespad=0, columnspacing=1.2,
+    )  # fmt: skip
+
+
+def _scores(data: CounterfactualFigure) -> str:
+    parts = [
+        f"{name} {100 * score.value:.1f} % (null {100 * score.chance:.1f} ± {100 * score.null.std():.2f})"
+        for name, score in data.found.scores.items()
+    ]
+    return f"{data.tokenizer}, {len(data.found.pairs.scenes)} scenes: " + ", ".join(parts)
