@@ -36,7 +36,7 @@ class FigureEntry:
 
 
 DECODE, ATTENTION, COMIT, TOKENS = "decode", "attention", "COMiT only", "any tokenizer"
-VOCABULARY = "a vocabulary"
+VOCABULARY, RECORDS = "a vocabulary", "records"
 FIGURES: tuple[FigureEntry, ...] = (
     FigureEntry("attention", "maps of the tokens that cover the object best, overlap by layer", ATTENTION),
     FigureEntry("codebook", "entropy per position, use of ids, what positions share", VOCABULARY),
@@ -46,6 +46,7 @@ FIGURES: tuple[FigureEntry, ...] = (
     FigureEntry("neighbours", "images and those with the nearest messages", TOKENS),
     FigureEntry("policies", "reconstructions by cropping policy, and PSNR by number of crops", COMIT),
     FigureEntry("reconstruction", "originals beside the reconstructions of several tokenizers", DECODE),
+    FigureEntry("sweeps", "Fréchet distance and PSNR by steps, guidance, policy and message size", RECORDS),
 )
 
 One = Annotated[
@@ -276,3 +277,21 @@ def reconstruction(
     inputs = [read(images, one, count, seed) for one in loaded]
     data = compute(loaded, inputs, policy=policy, seed=seed)
     put(draw(data), output, "reconstruction", "+".join(one.info.name for one in loaded))
+
+
+@app.command(name="sweeps")
+def sweeps(
+    results: Annotated[
+        Path, typer.Option(help="Where `comit-bench sweep` or `run` left its records.")
+    ] = Path("results"),
+    task: Annotated[str | None, typer.Option(help="Only this task. [default: all, a figure each]")] = None,
+    output: Output = FIGURES_FOLDER,
+) -> None:
+    """Reconstruction by solver steps, guidance, policy and message size; reads records only."""
+    from comit_bench.figures.sweeps import compute, draw
+    from comit_bench.results.records import load_records
+
+    folder = results / "records" if (results / "records").is_dir() else results
+    records = [record for record in load_records(folder) if task is None or record.task.name == task]
+    for data in compute(records):
+        put(draw(data), output, "sweeps", data.task, data.column)

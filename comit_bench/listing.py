@@ -140,6 +140,19 @@ def _data_state(recipe: Recipe[DatasetSpec], data_root: Path | None) -> list[str
     ]
 
 
+def _judges() -> list[str]:
+    """The networks that judge reconstructions: where they are, or how to get them."""
+    from comit_bench.tasks.perceptual import LPIPS_BACKBONES, find_inception, why_no_lpips
+
+    try:
+        lines = [f"inception (rFID): ok       {find_inception()}"]
+    except MissingError as error:
+        lines = [f"inception (rFID): missing  {error}"]
+    for name in LPIPS_BACKBONES:
+        lines.append(f"lpips {name}: {why_no_lpips(name) or 'ok'}")
+    return lines
+
+
 def examine(data_root: Path | None) -> int:
     """Print the state of the installation; returns 0, or 3 when a required package is missing."""
     import torch
@@ -152,6 +165,7 @@ def examine(data_root: Path | None) -> int:
     _out(f"cache\n  {cache_root()} ({'exists' if cache_root().exists() else 'made on first use'})")
     _out("weights")
     _out("\n".join(_weights_lines()))
+    _out("\n".join(f"  {line}" for line in _judges()))
     _out(f"data (data root: {data_root or 'not given: --data-root DIR or COMIT_BENCH_DATA'})")
     for recipe in find_datasets().values():
         _out("\n".join(_data_state(recipe, data_root)))

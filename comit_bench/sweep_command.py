@@ -12,6 +12,12 @@ import typer
 
 from comit_bench.errors import UsageError
 
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="KEY=VALUE that all points share, e.g. guidance=2; may be repeated."),
+]
+DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
+
 
 def sweep(
     tokenizer: Annotated[
@@ -29,13 +35,8 @@ def sweep(
     weights: Annotated[
         str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", help="KEY=VALUE that all points share, e.g. guidance=2; may be repeated."),
-    ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")
-    ] = None,
+    option: Options = None,
+    data_root: DataRoot = None,
     limit: Annotated[int | None, typer.Option(help="Images; records are marked incomplete.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")] = "float32",

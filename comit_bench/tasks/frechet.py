@@ -188,11 +188,15 @@ def precision_recall(
 
 def _covered(centres: Tensor, points: Tensor, neighbours: int) -> float:
     """Percent of ``points`` inside the union of balls around ``centres``."""
-    exact = "donot_use_mm_for_euclid_dist"  # products would make the distance to oneself positive
     inside = torch.zeros(len(points), dtype=torch.bool)
     for start in range(0, len(centres), CHUNK):
         part = centres[start : start + CHUNK]
-        own = torch.cdist(part, centres, compute_mode=exact)
-        radius = own.kthvalue(neighbours + 1, dim=1).values  # the nearest is the centre itself
-        inside |= (torch.cdist(part, points, compute_mode=exact) <= radius[:, None]).any(dim=0)
+        reach = _squared_distances(part, centres).kthvalue(neighbours + 1, dim=1).values  # the 1st is itself
+        inside |= (_squared_distances(part, points) <= reach[:, None]).any(dim=0)
     return 100.0 * float(inside.double().mean())
+
+
+def _squared_distances(one: Tensor, two: Tensor) -> Tensor:
+    """float64 [n, D] and [m, D] -> [n, m], by one matrix product; rounding below zero is cut off."""
+    lengths = one.square().sum(dim=1)[:, None] + two.square().sum(dim=1)
+    return lengths.sub_(one @ two.T, alpha=2).clamp_min_(0)

@@ -21,20 +21,20 @@ from torch import Tensor
 from comit_bench.errors import CorruptFileError, MissingError
 from comit_bench.files import sha256_file, shipped_weights
 
+FeatureName = Literal["inception", "scenes-teacher"]
+LpipsName = Literal["alex", "vgg", "squeeze"]
 INCEPTION_VARIABLE = "COMIT_BENCH_INCEPTION"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_LAYER = "2048"
 EXTRA = "pip install 'comit-bench[metrics]'"
 SCENES_TEACHER = "scenes-teacher"
-LPIPS_BACKBONES = {
+LPIPS_BACKBONES: dict[LpipsName, str] = {
     "alex": "alexnet-owt-7be5be79.pth",
     "vgg": "vgg16-397923af.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
 TILE = 16  # images per call, whatever the batch size
-FeatureName = Literal["inception", "scenes-teacher"]
-LpipsName = Literal["alex", "vgg", "squeeze"]
 
 
 class FeatureNetwork(Protocol):

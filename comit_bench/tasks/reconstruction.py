@@ -203,19 +203,22 @@ class _Meter:
     @classmethod
     def of(cls, inputs: Inputs, role: Role) -> _Meter:
         spec, left_out = inputs.spec.reconstruction, []
-        lpips = None
-        if spec.lpips is not None:
-            reason = inputs.ranks.share(perceptual.why_no_lpips(spec.lpips))
-            if reason is None:
-                lpips = perceptual.load_lpips(spec.lpips, inputs.device)
-            else:
+        features, lpips = spec.features, spec.lpips
+        if lpips is not None:
+            reason = inputs.ranks.share(perceptual.why_no_lpips(lpips))
+            if reason is not None:
                 left_out.append(f"lpips ({reason})")
-        network = None
-        if spec.features is not None and len(role) < 2:
+                lpips = None
+        if features is not None and len(role) < 2:
             left_out.append("distances between sets (they need at least two images)")
-        elif spec.features is not None:
-            network = perceptual.feature_network(spec.features, inputs.device)
-        meter = cls(inputs, role, spec, network, lpips, left_out)
+            features = None
+        network, judge = inputs.ranks.together(
+            lambda: (
+                None if features is None else perceptual.feature_network(features, inputs.device),
+                None if lpips is None else perceptual.load_lpips(lpips, inputs.device),
+            )
+        )
+        meter = cls(inputs, role, spec, network, judge, left_out)
         if network is not None and inputs.ranks.first:
             meter.reference = _Reference.load(meter.reference_path, features=meter.keeps_features)
         return meter

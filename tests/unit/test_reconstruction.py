@@ -28,6 +28,7 @@ from comit_bench import cli, evaluate
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.evaluation import Bench, do_jobs
 from comit_bench.jobs import Settings, make_jobs
+from comit_bench.listing import examine
 from comit_bench.recipes import TaskSpec, find_tasks
 from comit_bench.results.schema import Record
 from comit_bench.results.tables import build_table
@@ -485,6 +486,20 @@ def test_lpips_is_measured_when_its_weights_are_here_and_noted_when_not(
     same = measure("pixel-oracle", root, "same", task="tiny-lpips")
     assert same.metrics["lpips"].value == 0
     assert same.protocol_digest == without.protocol_digest or same.tokenizer != without.tokenizer
+
+
+def test_doctor_says_which_judges_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    write_random_squeezenet(tmp_path)
+    examine(None)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "lpips squeeze: ok" in lines
+    assert any(
+        line.startswith("lpips alex: the weights of its backbone are not here: curl") for line in lines
+    )
+    assert any(line.startswith("inception (rFID): missing") and "curl -L" in line for line in lines)
 
 
 def test_sections_that_make_no_sense_are_refused(root: Path) -> None:

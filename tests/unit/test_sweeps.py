@@ -214,7 +214,9 @@ def test_two_columns_are_two_figures_and_nothing_is_an_error(root: Path) -> None
     assert [sweeps.column for sweeps in compute([*records, *other])] == ["32 px, 8 images", "64 px, 8 images"]
 
 
-def test_the_figure_is_drawn_from_records(root: Path, tmp_path: Path) -> None:
+def test_the_figure_is_drawn_from_records(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from comit_bench.figures.style import save
     from comit_bench.figures.sweeps import compute, draw
 
@@ -226,5 +228,18 @@ def test_the_figure_is_drawn_from_records(root: Path, tmp_path: Path) -> None:
     drawn = [sorted(line.get_ydata().tolist()) for line in lines]  # type: ignore[union-attr]
     for panel in data.panels:
         assert sorted(panel.curves[0].psnr.tolist()) in drawn
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["comit-bench", "figure", "sweeps", "--results", str(root / "out"), "--output", str(root)],
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code in (0, None)
+    named = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.name for path in named] == [
+        f"sweeps-tiny-back-32-px-8-images.{kind}" for kind in ("pdf", "png")
+    ]
+    assert all(path.is_file() for path in named)
     one, two = save(figure, tmp_path / "a"), save(draw(data), tmp_path / "b")
     assert [a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True)] == [True, True]
