@@ -478,7 +478,8 @@ def _finish(
     """Round to bytes and gather what is known."""
     images = np.clip(np.floor(canvas + np.float32(0.5)), 0, 255).astype(np.uint8)
     stacked = np.stack(masks, axis=1)
-    boxes = _boxes(stacked) * stacked.any(axis=(2, 3))[..., None]  # an object that was removed has none
+    there: NDArray[np.bool_] = np.any(stacked, axis=(2, 3))
+    boxes = _boxes(stacked) * there[..., None]  # an object that was removed has none
     return Scenes(images, stacked, boxes, digits, colours, np.stack(exemplars, axis=1), photos)
 
 
@@ -503,7 +504,8 @@ def _paint_edits(draw: _Draws, sources: Sources, spec: GeneratorSpec, split: str
     look, side, half = LOOKS[spec.variant], np.float32(spec.image_size), np.float32(0.5)
 
     def edited(name: str) -> NDArray[np.bool_]:
-        return edits == EDITS.index(name)
+        chosen: NDArray[np.bool_] = edits == EDITS.index(name)
+        return chosen
 
     plain = _backgrounds(draw, sources, split, spec.image_size, look)
     other = _backgrounds(draw, sources, split, spec.image_size, look)

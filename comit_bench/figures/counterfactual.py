@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DATASET = "scenes-counterfactual"  # what ``scenes`` means here
-ROW = 32  # most positions in one row of a strip
+ROW = 32  # most positions in one row; longer messages are shown as a square, in reading order
 LEFT, GAP = 0.5, 0.06  # inches
 
 
@@ -112,8 +113,7 @@ def draw(data: CounterfactualFigure, *, width: float = FULL) -> Figure:
     scenes, columns = data.images.shape[:2]
     length = data.found.changes.change.shape[-1]
     cell = (width - LEFT) / columns - GAP
-    lines = -(-length // ROW)
-    strip = min(cell, max(0.1, lines * cell / min(length, ROW)))
+    strip = max(0.1, -(-length // _row(length)) * cell / _row(length))
     block, head, below, note = cell + strip + 2 * GAP, 0.34, 1.9, 0.2
     height = head + scenes * block + below + note
     figure = new_figure(width, height)
@@ -148,18 +148,22 @@ def _title(data: CounterfactualFigure, column: int) -> str:
     return data.found.pairs.edits[int(data.edits[column - 1])].replace("_", "\n")
 
 
+def _row(length: int) -> int:
+    return length if length <= ROW else math.ceil(math.sqrt(length))
+
+
 def _strip(axes: Axes, change: NDArray[np.float64]) -> None:
     """One cell per position, in reading order; the darker, the more it changed."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    row = min(len(change), ROW)
+    row = _row(len(change))
     cells = np.full(-(-len(change) // row) * row, np.nan)
     cells[: len(change)] = np.minimum(change, 1.0)
     shades: Any = LinearSegmentedColormap.from_list("changed", ["#E6E6E6", BLUE])
     grid = cells.reshape(-1, row)
     axes.imshow(grid, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     bare(axes)
-    lines = {"color": "white", "linewidth": 0.3}
+    lines: dict[str, Any] = {"color": "white", "linewidth": 0.3}
     for x in range(1, row):
         axes.axvline(x - 0.5, **lines)
     for y in range(1, len(grid)):

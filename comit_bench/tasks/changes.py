@@ -97,9 +97,7 @@ def pair_up(names: Sequence[str]) -> Pairs:
         edited=np.array([row_of(edit) for edit in edits]).T.reshape(len(scenes), len(edits)),
         unchanged=np.array(row_of(UNCHANGED)),
     )
-    if lonely := [
-        edit for edit, there in zip(edits, (pairs.edited >= 0).any(axis=0), strict=True) if not there
-    ]:
+    if lonely := [edit for edit, rows_of in zip(edits, pairs.edited.T, strict=True) if (rows_of < 0).all()]:
         raise UsageError(
             f"no scene has both its original and {', '.join(lonely)} among the {len(names)} images used. Use "
             "more of them (a larger --limit)."

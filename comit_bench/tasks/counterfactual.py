@@ -87,7 +87,8 @@ def assign(pairs: Pairs, changes: Changes, spec: CounterfactualSpec) -> Assignme
 
 
 def _band(patterns: Patterns, spec: CounterfactualSpec) -> Floats:
-    orders = permutations_within(*patterns.active.shape, spec.null_draws, spec.seed)
+    scenes, edits = patterns.active.shape
+    orders = permutations_within(scenes, edits, spec.null_draws, spec.seed)
     drawn = np.concatenate([patterns.permuted(order).profiles() for order in orders])  # [draws F, K]
     return np.stack([drawn.mean(axis=0), *np.percentile(drawn, BAND, axis=0)])
 

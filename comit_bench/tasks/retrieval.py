@@ -56,7 +56,8 @@ class Neighbours:
 def _unit(codes: Tensor) -> Tensor:
     """Codes [n, K, d] -> float64 [n, K d] of length 1, or 0 where all codes are 0."""
     flat = codes.flatten(1).double()
-    return flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    unit: Tensor = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    return unit
 
 
 def nearest(
