@@ -37,7 +37,7 @@ class JobPlan:
 
 @dataclass(slots=True)
 class Plan:
-    """All jobs with their costs, the state of the data, everything that is missing, and what cannot be done."""
+    """All jobs with their costs, the state of the data, what is missing and what cannot be done."""
 
     jobs: list[JobPlan] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
