@@ -1,4 +1,4 @@
-"""The command line, ``comit-bench run | train | ls | doctor | data | figure | weights | ...``.
+"""The command line: ``comit-bench run | sweep | figure | train | ls | doctor | data | weights | ...``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -14,6 +14,7 @@ import typer
 
 from comit_bench import __version__, data_command, figure_command, token_command
 from comit_bench.errors import BenchError, UsageError, did_you_mean
+from comit_bench.sweep_command import sweep
 from comit_bench.token_command import key_values
 from comit_bench.train.command import train
 from comit_bench.weights_command import app as weights_app
@@ -49,7 +50,9 @@ Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'ran
 Option = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", help="KEY=VALUE for learned tokenizers, e.g. posterior=sample; may be repeated."
+        "--option",
+        help="KEY=VALUE for the tokenizers that know it, e.g. posterior=sample, or FAMILY.KEY=VALUE for one "
+        "family; may be repeated.",
     ),
 ]
 DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
@@ -178,6 +181,7 @@ def _auto_workers() -> int:
 
 
 app.command(name="run")(run)
+app.command(name="sweep")(sweep)
 app.command(name="train")(train)
 app.command(name="tokenize")(token_command.tokenize)
 app.command(name="detokenize")(token_command.detokenize)
@@ -249,6 +253,19 @@ def table(
         metrics=_names(metrics),
         published=published,
     )
+
+
+@app.command(name="cost")
+def cost(
+    names: Annotated[list[str] | None, typer.Argument(help="Presets. [default: all with a network]")] = None,
+    limit: Annotated[float, typer.Option(help="Seconds that one image may take.")] = 120.0,
+    memory: Annotated[float, typer.Option(help="GB that the weights may take.")] = 24.0,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Also measure processor time.")] = True,
+) -> None:
+    """Print what one image costs, as Markdown: FLOPs, and processor seconds of one thread."""
+    from comit_bench.cost import write
+
+    write(names or [], limit=limit, memory=memory, timed=timed)
 
 
 @app.command(name="push")

@@ -150,7 +150,7 @@ class Bench(Resources):
             "task": {"name": spec.name, "version": spec.version, "recipe": job.task.digest},
             "dataset": described,
             "seeds": inputs.seeds,
-            **find_executor(spec).protocol(inputs),
+            **find_executor(spec).protocol(replace(inputs, tokenizer=tokenizer)),
         }
         if inputs.control is not None:
             protocol["control"] = inputs.control

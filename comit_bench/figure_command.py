@@ -36,8 +36,9 @@ class FigureEntry:
 
 
 DECODE, ATTENTION, COMIT, TOKENS = "decode", "attention", "COMiT only", "any tokenizer"
-VOCABULARY = "a vocabulary"
+VOCABULARY, RECORDS = "a vocabulary", "records"
 FIGURES: tuple[FigureEntry, ...] = (
+    FigureEntry("attention", "maps of the tokens that cover the object best, overlap by layer", ATTENTION),
     FigureEntry("codebook", "entropy per position, use of ids, what positions share", VOCABULARY),
     FigureEntry("counterfactual", "scenes with one thing changed, and the tokens that change", TOKENS),
     FigureEntry("edit", "tokens swapped between two images, decoded", DECODE),
@@ -45,6 +46,7 @@ FIGURES: tuple[FigureEntry, ...] = (
     FigureEntry("neighbours", "images and those with the nearest messages", TOKENS),
     FigureEntry("policies", "reconstructions by cropping policy, and PSNR by number of crops", COMIT),
     FigureEntry("reconstruction", "originals beside the reconstructions of several tokenizers", DECODE),
+    FigureEntry("sweeps", "Fréchet distance and PSNR by steps, guidance, policy and message size", RECORDS),
 )
 
 One = Annotated[
@@ -86,6 +88,34 @@ def put(figure: Figure, output: Path, *parts: str) -> None:
 
     for path in save(figure, output / file_stem(*parts)):
         typer.echo(path)
+
+
+@app.command(name="attention")
+def attention(
+    tokenizer: One = "comit-nano",
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Count = 5,
+    sweep_count: Annotated[int, typer.Option(min=0, help="Images behind the heat map; 0 draws none.")] = 32,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    layer: Annotated[float, typer.Option(help="Relative depth below 1, or a block (0, -1, ...).")] = 0.857,
+    time: Annotated[float, typer.Option(help="Flow time in [0, 1) at which maps are read.")] = 0.5,
+) -> None:
+    """Where tokens look: the best maps beside the object's mask, and their overlap by layer and time."""
+    from comit_bench.figures.attention import compute, compute_sweep, draw, draw_sweep
+
+    loaded = load(tokenizer, weights, device)
+    chosen = int(layer) if layer == int(layer) else layer
+    data = compute(
+        loaded, read(images, loaded, count, seed), layer=chosen, time=time, policy=policy, seed=seed
+    )
+    put(draw(data), output, "attention", loaded.info.name)
+    if sweep_count:
+        sweep = compute_sweep(loaded, read(images, loaded, sweep_count, seed), policy=policy, seed=seed)
+        put(draw_sweep(sweep), output, "attention", "sweep", loaded.info.name)
 
 
 @app.command(name="codebook")
@@ -247,3 +277,21 @@ def reconstruction(
     inputs = [read(images, one, count, seed) for one in loaded]
     data = compute(loaded, inputs, policy=policy, seed=seed)
     put(draw(data), output, "reconstruction", "+".join(one.info.name for one in loaded))
+
+
+@app.command(name="sweeps")
+def sweeps(
+    results: Annotated[
+        Path, typer.Option(help="Where `comit-bench sweep` or `run` left its records.")
+    ] = Path("results"),
+    task: Annotated[str | None, typer.Option(help="Only this task. [default: all, a figure each]")] = None,
+    output: Output = FIGURES_FOLDER,
+) -> None:
+    """Reconstruction by solver steps, guidance, policy and message size; reads records only."""
+    from comit_bench.figures.sweeps import compute, draw
+    from comit_bench.results.records import load_records
+
+    folder = results / "records" if (results / "records").is_dir() else results
+    records = [record for record in load_records(folder) if task is None or record.task.name == task]
+    for data in compute(records):
+        put(draw(data), output, "sweeps", data.task, data.column)

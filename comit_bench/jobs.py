@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,11 +19,12 @@ from comit_bench.recipes import (
     find_tasks,
     pick,
 )
-from comit_bench.registry import MAJORITY
+from comit_bench.registry import MAJORITY, TokenizerEntry
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
 
+Options = Mapping[str, str | int | float]
 Overwrite = Literal["always", "never", "only-missing"]
 
 
@@ -38,7 +39,8 @@ class Settings:
         policy: Cropping policy of tokenizers that have one, or several, which make a row each; None is
             theirs.
         weights: Directory of weights or ``random``, for learned tokenizers.
-        options: Options of learned tokenizers, e.g. ``{"posterior": "sample"}``.
+        options: Options of tokenizers, e.g. ``{"posterior": "sample"}``. Each goes to the tokenizers that
+            know it; ``"flextok.steps"`` goes to one family, or one tokenizer, alone.
         limit: Use this many images of each split; marks records incomplete.
         seeds: Number of probe seeds; None is the recipe's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
@@ -58,7 +60,7 @@ class Settings:
     cache: Path | None = None
     policy: str | Sequence[str] | None = None
     weights: str | None = None
-    options: Mapping[str, str | int | float] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     limit: int | None = None
     seeds: int | None = None
     device: str = "auto"
@@ -138,6 +140,7 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
                 "out"
             )
         chosen = probed
+    check_options(tokenizers, settings.options)
     policies: list[tuple[str | Tokenizer, str | None]] = []
     for tokenizer in tokenizers:
         crops = takes_policies(tokenizer)
@@ -162,3 +165,54 @@ def takes_policies(tokenizer: str | Tokenizer) -> bool:
     if not isinstance(tokenizer, str):
         return hasattr(tokenizer, "policy")
     return tokenizer != MAJORITY and entry_for(tokenizer).crops
+
+
+def _entries(tokenizers: Iterable[str | Tokenizer]) -> dict[str, TokenizerEntry]:
+    """Registry entries of all that are given by name, hub id or directory."""
+    from comit_bench.tokenizers.loading import entry_for
+
+    return {t: entry_for(t) for t in tokenizers if isinstance(t, str) and t != MAJORITY}
+
+
+def _own_name(key: str, entry: TokenizerEntry) -> str | None:
+    """What an option is called for a tokenizer; None when it is meant for others or not known."""
+    whose, _, name = key.rpartition(".")
+    if whose not in ("", entry.family, entry.name):
+        return None
+    known = entry.known_options()
+    return name if known is None or name in known else None
+
+
+def options_for(entry: TokenizerEntry, options: Options) -> dict[str, str | int | float]:
+    """The options that a tokenizer knows; one that names its family wins over one that does not."""
+    keys = sorted(options, key=lambda key: "." in key)
+    return {name: options[key] for key in keys if (name := _own_name(key, entry)) is not None}
+
+
+def check_options(tokenizers: Iterable[str | Tokenizer], options: Options) -> None:
+    """Refuse an option that no tokenizer of the run knows.
+
+    Raises:
+        UsageError: Names the option and the nearest that are known.
+    """
+    entries = _entries(tokenizers).values() if options else ()
+    for key in options:
+        if any(_own_name(key, entry) is not None for entry in entries):
+            continue
+        known = {
+            f"{entry.family}.{name}" if "." in key else name
+            for entry in entries
+            for name in entry.known_options() or ()
+        }
+        raise UsageError(f"--option {key}: no tokenizer of this run has it.{did_you_mean(key, known)}")
+
+
+def left_out(tokenizers: Iterable[str | Tokenizer], options: Options) -> dict[str, list[str]]:
+    """For each option the tokenizers that run without it, when it was not meant for one family alone."""
+    entries = _entries(tokenizers) if options else {}
+    without = {
+        key: [name for name, entry in entries.items() if _own_name(key, entry) is None]
+        for key in options
+        if "." not in key
+    }
+    return {key: names for key, names in without.items() if names}

@@ -11,7 +11,7 @@ from typing import Any
 from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean
 from comit_bench.files import cache_root
 from comit_bench.recipes import DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, parse_recipe
-from comit_bench.registry import TokenizerEntry, tokenizers
+from comit_bench.registry import tokenizers
 
 PIPE_WIDTH = 160
 THINGS = ("tokenizers", "tasks", "datasets")
@@ -49,6 +49,8 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
     if what == "tokenizers":
+        from comit_bench.tokenizers.presence import weights_state
+
         entries = tokenizers()
         head = ("name", "params", "tokens", "vocab", "origin", "here", "weights")
         rows = [
@@ -73,24 +75,6 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
         _out("\n".join(row[0].split()[0] for row in rows))
     else:
         _print_rows(head, rows)
-
-
-def weights_state(entry: TokenizerEntry) -> str:
-    """Whether weights are here: ``yes``, ``no``, ``part`` (a download begun) or ``-`` (nothing to have)."""
-    kind, _, rest = entry.source.partition(" ")
-    if kind == "ships":
-        return "yes"
-    if kind == "hub":
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        snapshots = Path(HF_HUB_CACHE) / f"models--{rest.replace('/', '--')}" / "snapshots"
-        weights = (p for pattern in ("*.safetensors", "*.bin") for p in snapshots.glob(f"*/{pattern}"))
-        return "yes" if any(weights) else "no"
-    if entry.source.startswith("comit-bench weights fetch "):
-        from comit_bench.tokenizers.weights import state
-
-        return {"here": "yes", "downloading": "part", "missing": "no"}[state(entry.name)]
-    return "-"
 
 
 def _task_row(recipe: Recipe[TaskSpec]) -> tuple[str, ...]:
@@ -123,14 +107,20 @@ def _packages() -> list[str]:
     return lines
 
 
-def _hub_state(repository: str, names: Sequence[str]) -> str:
-    from huggingface_hub import try_to_load_from_cache
+def _weights_lines() -> list[str]:
+    """One line per checkpoint, further file and VAE, with the command that fetches it when it is not here."""
+    from comit_bench.tokenizers.presence import SHIPS, parts
 
-    found = [name for name in names if isinstance(try_to_load_from_cache(repository, name), str)]
-    if len(found) == len(names):
-        return "ok       in the hub cache"
-    missing = " ".join(name for name in names if name not in found)
-    return f"missing  hf download {repository} {missing}"
+    lines = []
+    for part in parts(list(tokenizers().values())):
+        name = f"{part.name} ({part.note})" if part.note else part.name
+        if part.state == "yes":
+            where = part.source if part.source.startswith(SHIPS) else f"in the cache, from {part.source}"
+            lines.append(f"  {name}: ok       {where}")
+        else:
+            word = "begun  " if part.state == "part" else "missing"
+            lines.append(f"  {name}: {word}  {part.command}  (from {part.source.partition('?')[0]})")
+    return lines
 
 
 def _data_state(recipe: Recipe[DatasetSpec], data_root: Path | None) -> list[str]:
@@ -150,11 +140,22 @@ def _data_state(recipe: Recipe[DatasetSpec], data_root: Path | None) -> list[str
     ]
 
 
+def _judges() -> list[str]:
+    """The networks that judge reconstructions: where they are, or how to get them."""
+    from comit_bench.tasks.perceptual import LPIPS_BACKBONES, find_inception, why_no_lpips
+
+    try:
+        lines = [f"inception (rFID): ok       {find_inception()}"]
+    except MissingError as error:
+        lines = [f"inception (rFID): missing  {error}"]
+    for name in LPIPS_BACKBONES:
+        lines.append(f"lpips {name}: {why_no_lpips(name) or 'ok'}")
+    return lines
+
+
 def examine(data_root: Path | None) -> int:
     """Print the state of the installation; returns 0, or 3 when a required package is missing."""
     import torch
-
-    from comit_bench.tokenizers.comit import HUB, VAE_FILES, VAE_HUB
 
     packages = _packages()
     _out("packages")
@@ -163,10 +164,8 @@ def examine(data_root: Path | None) -> int:
     _out(f"device\n  {device}; {torch.get_num_threads()} CPU threads")
     _out(f"cache\n  {cache_root()} ({'exists' if cache_root().exists() else 'made on first use'})")
     _out("weights")
-    for name, repository in HUB.items():
-        _out(f"  {name}: {_hub_state(repository, ('config.json', 'model.safetensors'))}")
-    for name, repository in VAE_HUB.items():
-        _out(f"  {name} VAE: {_hub_state(repository, VAE_FILES)}")
+    _out("\n".join(_weights_lines()))
+    _out("\n".join(f"  {line}" for line in _judges()))
     _out(f"data (data root: {data_root or 'not given: --data-root DIR or COMIT_BENCH_DATA'})")
     for recipe in find_datasets().values():
         _out("\n".join(_data_state(recipe, data_root)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import MissingError
-from comit_bench.jobs import Job, Settings
+from comit_bench.jobs import Job, Settings, left_out
 from comit_bench.recipes import KINDS, DatasetSpec, Recipe
 from comit_bench.registry import MAJORITY
 
@@ -37,11 +37,12 @@ class JobPlan:
 
 @dataclass(slots=True)
 class Plan:
-    """All jobs with their costs, the state of the data, and everything that is missing."""
+    """All jobs with their costs, the state of the data, what is missing and what cannot be done."""
 
     jobs: list[JobPlan] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
     missing: list[MissingError] = field(default_factory=list)
+    refused: list[tuple[Job, str]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -90,7 +91,7 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
         jobs: From :func:`comit_bench.jobs.make_jobs`.
         bench: Will do the jobs; it keeps what is opened here.
     """
-    from comit_bench.tasks.executor import find_executor
+    from comit_bench.tasks.executor import find_executor, find_looking_executor
 
     plan, rate, settings = Plan(), matmul_rate(), bench.settings
     counts: dict[str, dict[str, int]] = {}
@@ -114,6 +115,11 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
         if job.label == MAJORITY:
             plan.jobs.append(JobPlan(job, 0, 0, 0.0))
             continue
+        if tokenizer is not None and not KINDS[job.task.spec.kind].probed:
+            reason = find_looking_executor(job.task.spec).refuses(job.task.spec, tokenizer)
+            if reason is not None:
+                plan.refused.append((job, reason))
+                continue
         plan.jobs.append(_cost(job, settings, counts[name], tokenizer, rate))
     return plan
 
@@ -187,10 +193,16 @@ def describe(plan: Plan, settings: Settings, *, suite: str, why: str) -> list[st
         cost = f"{part.images:,} images, {seeds} {what}, about {human_seconds(part.seconds)}"
         policy = f" ({part.job.policy})" if part.job.policy else ""
         lines.append(f"  {task.name}: {part.job.label}{policy}: {cost}")
+    for job, reason in plan.refused:
+        lines.append(f"  {job.task.spec.name}: {job.label} is left out: {reason}")
     lines.append(
         f"  in all about {human_seconds(plan.seconds)} at most; token cache {human_bytes(plan.cache_bytes)} "
         f"in {_short(settings.cache_dir)}; results in {_short(settings.output)}"
     )
+    without = left_out([part.job.tokenizer for part in plan.jobs], settings.options)
+    for key, names in without.items():
+        option = f"{key}={settings.options[key]}"
+        lines.append(f"  --option {option}: not known to {', '.join(names)}, which run without it")
     if settings.limit is not None:
         lines.append(f"  --limit {settings.limit}: records will be marked incomplete")
     return lines

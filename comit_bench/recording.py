@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from comit_bench.tasks.result import TaskResult
     from comit_bench.tokenizers.base import Tokenizer
 
-NOTES = ("best_epoch", "epochs_run")  # of a result's details; the rest of these goes nowhere
+NOTES = ("best_epoch", "epochs_run", "left_out")  # of a result's details; the rest of these goes nowhere
 
 
 def tokenizer_row(tokenizer: Tokenizer | None) -> TokenizerRow:

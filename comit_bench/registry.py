@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import Parameter, signature
 from typing import Any
 
 from comit_bench.errors import UsageError, did_you_mean
+
+LOADER = ("weights", "device", "offline", "seed", "dtype")  # what every loader gets, options apart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,8 @@ class TokenizerEntry:
         takes_weights: Whether ``--weights`` and ``--dtype`` mean anything to it.
         crops: Whether it looks at crops under a cropping policy.
         paper_options: Options for tasks on full-size images, where the embedded defaults are too small.
+        options: Names that ``--option`` may set (``--dtype`` is an option of its own); None when the loader
+            has to be asked, see :meth:`known_options`.
     """
 
     name: str
@@ -47,12 +52,26 @@ class TokenizerEntry:
     paper_options: tuple[tuple[str, int], ...] = ()
     takes_weights: bool = True
     crops: bool = False
+    options: tuple[str, ...] | None = ()
 
     def loader(self) -> Callable[..., Any]:
         """Import and return the loader."""
         module, _, function = self.target.partition(":")
         loader: Callable[..., Any] = getattr(import_module(module), function)
         return loader
+
+    def known_options(self) -> tuple[str, ...] | None:
+        """Names that ``--option`` may set; None when anything may be one.
+
+        A plugin is asked by looking at its loader: the keyword arguments that it names, or, with
+        ``**options``, anything.
+        """
+        if self.options is not None:
+            return self.options
+        parameters = signature(self.loader()).parameters.values()
+        if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+            return None
+        return tuple(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY and p.name not in LOADER)
 
 
 _COMIT = "comit_bench.tokenizers.comit:load"
@@ -64,11 +83,24 @@ _ALIT = "comit_bench.tokenizers.alit:load"
 _SELFTOK = "comit_bench.tokenizers.selftok:load"
 _KMEANS = "comit_bench.tokenizers.kmeans:load"
 _PIXELS = "comit_bench.tokenizers.pixels:load"
+# What --option may set beside each; a test compares with what the loaders take.
+_COMIT_OPTIONS = ("posterior", "steps", "solver", "guidance", "momentum")
+_TITOK_OPTIONS = ("compile", "allow_pickle")
+_FLEXTOK_OPTIONS = ("tokens", "posterior", "steps", "guidance", "guidance_mode", "scaling_factor", "compile")
+_VQMODEL_OPTIONS = ("resolution",)
+_ALIT_OPTIONS = ("base", "latent", "allow_pickle", "iterations", "halting", "posterior", "latents", "compile")
+_SELFTOK_OPTIONS = (
+    *("decoder", "vae", "allow_pickle", "latents", "steps"),
+    *("stages", "k_per_stage", "vae_dtype", "compile"),
+)
+_KMEANS_OPTIONS = ("patch", "resolution", "vocab")
+_PIXELS_OPTIONS = ("patch", "resolution")
 BUILTIN = (
     TokenizerEntry(
         name="comit-b",
         family="comit",
         target=_COMIT,
+        options=_COMIT_OPTIONS,
         crops=True,
         parameters=173.84,
         message_length=256,
@@ -79,6 +111,7 @@ BUILTIN = (
         name="comit-l",
         family="comit",
         target=_COMIT,
+        options=_COMIT_OPTIONS,
         crops=True,
         parameters=610.85,
         message_length=256,
@@ -89,6 +122,7 @@ BUILTIN = (
         name="comit-xl",
         family="comit",
         target=_COMIT,
+        options=_COMIT_OPTIONS,
         crops=True,
         parameters=900.38,
         message_length=256,
@@ -100,6 +134,7 @@ BUILTIN = (
             name=name,
             family="comit",
             target=_COMIT,
+            options=_COMIT_OPTIONS,
             crops=True,
             parameters=0.45,
             message_length=16,
@@ -117,6 +152,7 @@ BUILTIN = (
         name="titok-l-32",
         family="titok",
         target=_TITOK,
+        options=_TITOK_OPTIONS,
         parameters=641.05,
         message_length=32,
         vocab_size=4096,
@@ -126,6 +162,7 @@ BUILTIN = (
         name="titok-b-64",
         family="titok",
         target=_TITOK,
+        options=_TITOK_OPTIONS,
         parameters=204.81,
         message_length=64,
         vocab_size=4096,
@@ -135,6 +172,7 @@ BUILTIN = (
         name="titok-s-128",
         family="titok",
         target=_TITOK,
+        options=_TITOK_OPTIONS,
         parameters=83.67,
         message_length=128,
         vocab_size=4096,
@@ -144,6 +182,7 @@ BUILTIN = (
         name="titok-bl-64",
         family="titok",
         target=_TITOK,
+        options=_TITOK_OPTIONS,
         parameters=390.02,
         message_length=64,
         vocab_size=8192,
@@ -153,6 +192,7 @@ BUILTIN = (
         name="titok-bl-128",
         family="titok",
         target=_TITOK,
+        options=_TITOK_OPTIONS,
         parameters=390.18,
         message_length=128,
         vocab_size=8192,
@@ -162,6 +202,7 @@ BUILTIN = (
         name="titok-sl-256",
         family="titok",
         target=_TITOK,
+        options=_TITOK_OPTIONS,
         parameters=330.26,
         message_length=256,
         vocab_size=8192,
@@ -171,6 +212,7 @@ BUILTIN = (
         name="titok-nano",
         family="titok",
         target=_TITOK,
+        options=_TITOK_OPTIONS,
         parameters=0.28,
         message_length=16,
         vocab_size=1024,
@@ -189,6 +231,7 @@ BUILTIN = (
         name="flextok-d12-d12",
         family="flextok",
         target=_FLEXTOK,
+        options=_FLEXTOK_OPTIONS,
         parameters=257.83,
         message_length=256,
         vocab_size=64000,
@@ -198,6 +241,7 @@ BUILTIN = (
         name="flextok-d18-d18",
         family="flextok",
         target=_FLEXTOK,
+        options=_FLEXTOK_OPTIONS,
         parameters=865.91,
         message_length=256,
         vocab_size=64000,
@@ -207,6 +251,7 @@ BUILTIN = (
         name="flextok-d18-d28",
         family="flextok",
         target=_FLEXTOK,
+        options=_FLEXTOK_OPTIONS,
         parameters=2457.06,
         message_length=256,
         vocab_size=64000,
@@ -216,6 +261,7 @@ BUILTIN = (
         name="flextok-d18-d28-dfn",
         family="flextok",
         target=_FLEXTOK,
+        options=_FLEXTOK_OPTIONS,
         parameters=2457.06,
         message_length=256,
         vocab_size=64000,
@@ -225,12 +271,14 @@ BUILTIN = (
         name="vqmodel",
         family="vqmodel",
         target=_VQMODEL,
+        options=_VQMODEL_OPTIONS,
         source="any diffusers VQModel: --weights DIR",
     ),
     TokenizerEntry(
         name="alit-small",
         family="alit",
         target=_ALIT,
+        options=_ALIT_OPTIONS,
         parameters=262.05,
         message_length=256,
         vocab_size=4096,
@@ -240,6 +288,7 @@ BUILTIN = (
         name="alit-small-in100",
         family="alit",
         target=_ALIT,
+        options=_ALIT_OPTIONS,
         parameters=262.05,
         message_length=256,
         vocab_size=4096,
@@ -249,6 +298,7 @@ BUILTIN = (
         name="alit-base",
         family="alit",
         target=_ALIT,
+        options=_ALIT_OPTIONS,
         parameters=228.69,
         message_length=256,
         vocab_size=4096,
@@ -258,6 +308,7 @@ BUILTIN = (
         name="alit-semilarge",
         family="alit",
         target=_ALIT,
+        options=_ALIT_OPTIONS,
         parameters=463.59,
         message_length=256,
         vocab_size=4096,
@@ -267,6 +318,7 @@ BUILTIN = (
         name="alit-small-continuous",
         family="alit",
         target=_ALIT,
+        options=_ALIT_OPTIONS,
         parameters=262.0,
         message_length=256,
         source="comit-bench weights fetch alit-small-continuous",
@@ -275,6 +327,7 @@ BUILTIN = (
         name="alit-small-vae",
         family="alit",
         target=_ALIT,
+        options=_ALIT_OPTIONS,
         parameters=272.11,
         message_length=256,
         vocab_size=4096,
@@ -284,6 +337,7 @@ BUILTIN = (
         name="alit-small-vae-continuous",
         family="alit",
         target=_ALIT,
+        options=_ALIT_OPTIONS,
         parameters=272.06,
         message_length=256,
         source="comit-bench weights fetch alit-small-vae-continuous",
@@ -292,6 +346,7 @@ BUILTIN = (
         name="selftok-512",
         family="selftok",
         target=_SELFTOK,
+        options=_SELFTOK_OPTIONS,
         parameters=2169.4,
         message_length=512,
         vocab_size=32768,
@@ -301,6 +356,7 @@ BUILTIN = (
         name="selftok-1024",
         family="selftok",
         target=_SELFTOK,
+        options=_SELFTOK_OPTIONS,
         parameters=2169.66,
         message_length=1024,
         vocab_size=32768,
@@ -310,6 +366,7 @@ BUILTIN = (
         name="kmeans-patch",
         family="kmeans-patch",
         target=_KMEANS,
+        options=_KMEANS_OPTIONS,
         message_length=16,
         vocab_size=1024,
         source="fitted on the train split",
@@ -321,6 +378,7 @@ BUILTIN = (
         name="pixel-oracle",
         family="pixel-oracle",
         target=_PIXELS,
+        options=_PIXELS_OPTIONS,
         parameters=0.0,
         message_length=16,
         source="none needed",
@@ -343,7 +401,13 @@ def tokenizers() -> dict[str, TokenizerEntry]:
             )
         origin = f"plugin:{point.dist.name}" if point.dist else "plugin"
         found[name] = TokenizerEntry(
-            name=name, family=name, target=point.value, source="plugin", origin=origin, crops=True
+            name=name,
+            family=name,
+            target=point.value,
+            source="plugin",
+            origin=origin,
+            crops=True,
+            options=None,
         )
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, UnsupportedOperation
-from comit_bench.jobs import Job, Settings
+from comit_bench.jobs import Job, Settings, options_for
 from comit_bench.ranks import Ranks
 from comit_bench.recipes import DatasetSpec, Recipe
 
@@ -100,6 +100,7 @@ class Resources:
 
         entry = entry_for(job.tokenizer)
         options: dict[str, Any] = dict(entry.paper_options) if job.task.spec.suite == "paper" else {}
+        options |= options_for(entry, self.settings.options)
         fitted = entry.fitted and not Path(job.tokenizer).is_dir()
         key = f"{job.tokenizer}|{options}|{job.dataset.spec.name if fitted else ''}"
         if key not in self._tokenizers:
@@ -112,7 +113,7 @@ class Resources:
                     device=str(self.device) if self.ranks.world > 1 else self.settings.device,
                     dtype=self.settings.dtype if entry.takes_weights else "float32",
                     offline=self.settings.offline,
-                    **({**options, **self.settings.options} if entry.takes_weights else options),
+                    **options,
                 )
         return self._tokenizers[key]
 
@@ -169,15 +170,20 @@ class Resources:
     @property
     def selection(self) -> str:
         """Which images of a split are used, for keys."""
-        return "all" if self.settings.limit is None else f"limit:{self.settings.limit}"
+        return "all" if self.settings.limit is None else f"limit-by-name:{self.settings.limit}"
 
     def rows(self, split: DataSplit) -> list[int]:
-        """The images used: all, or the ``limit`` first in the order of a hash of their ids."""
+        """The images used: all, or the ``limit`` first in the order of a hash of their names.
+
+        The name is the id without folders: variants of one scene, in folders of their own, stay together.
+        """
         if self.settings.limit is None or self.settings.limit >= len(split):
             return list(range(len(split)))
         from comit_bench.seeding import seed_for
 
-        order = sorted(range(len(split)), key=lambda index: seed_for(0, "limit/" + split.ids[index]))
+        order = sorted(
+            range(len(split)), key=lambda index: seed_for(0, "limit/" + split.ids[index].rpartition("/")[2])
+        )
         return sorted(order[: self.settings.limit])
 
     def policy(self, job: Job, tokenizer: Tokenizer) -> str | None:

@@ -194,7 +194,8 @@ def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
     tasks = list(dict.fromkeys(job.task.spec.name for job in jobs))
     records = load_records(settings.records)
     records += published_records(records)
-    if records:
+    measured = {record.task.name for record in records}
+    if tasks := [task for task in tasks if task in measured]:
         table = build_table(records, tasks=tasks)
         print_table(table)
         files = write_tables(table, settings.output / "tables", records)

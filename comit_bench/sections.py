@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class SpecModel(BaseModel):
@@ -60,34 +60,58 @@ class ReconstructionSpec(SpecModel):
         kid: Also the kernel distance on those features.
         precision_recall: Also improved precision and recall on those features.
         ssim: Also structural similarity.
-        lpips: Also LPIPS, when its weights are on this machine.
+        lpips: Backbone of LPIPS, which is measured when its weights are on this machine; None leaves it out.
+        count: Compare this many images, the first in the order of a hash of their ids; None is all.
     """
 
     features: Literal["inception", "scenes-teacher"] | None = "inception"
     kid: bool = False
     precision_recall: bool = False
     ssim: bool = True
-    lpips: bool = True
+    lpips: Literal["alex", "vgg", "squeeze"] | None = "alex"
+    count: Annotated[int, Field(ge=2)] | None = None
+
+    @model_validator(mode="after")
+    def _features_for_sets(self) -> ReconstructionSpec:
+        if self.features is None and (self.kid or self.precision_recall):
+            raise ValueError("kid and precision_recall compare features: name a network for features")
+        return self
 
 
 class ObjectnessSpec(SpecModel):
     """Which attention maps are compared with the object's mask, and how (kind ``objectness``).
 
+    The first layer at the first time gives the metrics; all others only go into the sweep of the record.
+
     Attributes:
         shares: Percent of the pixels with the largest attention that become the binary map; each is a metric.
-        layers: Zero-based blocks whose maps are read; negative ones count from the last block.
-        times: Flow times in [0, 1) at which maps are read while decoding.
+        layers: Blocks whose maps are read. A fraction is a relative depth: 24/28 = 0.857 is the 24th of 28
+            blocks, the 10th of 12, the 3rd of 4. Whole numbers count from 0, negative ones from the end;
+            those that a tokenizer does not have are left out of its sweep.
+        times: Flow times in [0, 1) at which maps are read while decoding; a decoder of one pass has no time.
         path: ``hard`` as in the released extraction, or ``model`` (see spec, attention maps).
+        values: What is averaged over heads: ``logits`` as the released extraction gives them, or attention
+            ``weights`` (after the softmax). Families whose queries are image places always give weights.
         resize: How maps are brought to the mask's size before the largest are taken.
-        null_draws: Random blobs per image for the null model.
+        null_draws: Random sets of K blobs per image for the null model.
+        null_seed: Of the null model.
     """
 
-    shares: tuple[Annotated[int, Field(gt=0, lt=100)], ...] = (10, 20, 30, 40)
-    layers: Annotated[tuple[int, ...], Field(min_length=1)] = (-1,)
+    shares: Annotated[tuple[Annotated[int, Field(gt=0, lt=100)], ...], Field(min_length=1)] = (10, 20, 30, 40)
+    layers: Annotated[tuple[int | Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.857,)
     times: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.5,)
     path: Literal["hard", "model"] = "hard"
+    values: Literal["logits", "weights"] = "logits"
     resize: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    null_draws: Annotated[int, Field(ge=1)] = 256
+    null_draws: Annotated[int, Field(ge=1)] = 4
+    null_seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("shares", "layers", "times")
+    @classmethod
+    def _all_different(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"a value stands twice in {list(values)}")
+        return values
 
 
 class RetrievalSpec(SpecModel):

@@ -42,11 +42,12 @@ def key_values(pairs: list[str]) -> dict[str, str | int | float]:
     options: dict[str, str | int | float] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
-        if not sign or not key or not value:
+        whose, dot, name = key.rpartition(".")  # comit.posterior=sample is for one family
+        if not sign or not name or not value:
             raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. posterior=sample")
         for kind in (int, float, str):
             try:
-                options[key.replace("-", "_")] = kind(value)
+                options[whose.lower() + dot + name.replace("-", "_")] = kind(value)
                 break
             except ValueError:
                 continue

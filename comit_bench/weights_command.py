@@ -13,8 +13,6 @@ import typer
 
 from comit_bench.errors import BenchError, UsageError
 
-HUB = "hub "
-
 app = typer.Typer(
     help="Fetch and convert released weights; they are kept in the cache.",
     no_args_is_help=True,
@@ -42,23 +40,36 @@ def fetch(
 
 
 def _fetch(name: str, *, keep: bool, url: str | None, progress: bool) -> Path:
-    from comit_bench.registry import find_tokenizer
     from comit_bench.tokenizers.releases import RELEASES
     from comit_bench.tokenizers.weights import fetch as fetch_release
 
     if name.lower() in {release.name for release in RELEASES}:
         with _Bar(name, enabled=progress) as bar:
             return fetch_release(name, keep=keep, url=url, advance=bar.advance)
+    repository, files = _of_hub(name)
+    if url:
+        raise UsageError(f"--url: {name} comes from the hub, with the hub's own client")
+    from comit_bench.tokenizers.hub import fetch as fetch_hub
+
+    return fetch_hub(repository, files, offline=False, hint="or pass --weights DIR")
+
+
+def _of_hub(name: str) -> tuple[str, tuple[str, ...]]:
+    """Repository and files of a tokenizer or a VAE that lies on the hub.
+
+    Raises:
+        UsageError: No such name, or one without released weights.
+    """
+    from comit_bench.registry import find_tokenizer
+    from comit_bench.tokenizers.presence import CHECKPOINT, HUB, vaes
+
+    for vae in vaes():
+        if vae.name == name.lower():
+            return vae.repository, vae.files
     entry = find_tokenizer(name)
     if not entry.source.startswith(HUB):
         raise UsageError(f"{entry.name} has no released weights to fetch ({entry.source or 'none known'})")
-    if url:
-        raise UsageError(f"--url: {entry.name} comes from the hub, with the hub's own client")
-    from comit_bench.tokenizers.hub import fetch as fetch_hub
-
-    repository = entry.source.removeprefix(HUB).split()[0]
-    files = ("config.json", "model.safetensors")
-    return fetch_hub(repository, files, offline=False, hint="or pass --weights DIR")
+    return entry.source.removeprefix(HUB).split()[0], CHECKPOINT
 
 
 class _Bar:
@@ -96,13 +107,17 @@ def convert(
 
 @app.command(name="ls")
 def ls() -> None:
-    """List the released files, whether they are here, and where they come from."""
-    from comit_bench.tokenizers.releases import RELEASES
-    from comit_bench.tokenizers.weights import state, weights_root
+    """List everything that can be fetched, whether it is here, and where it comes from."""
+    from comit_bench.registry import tokenizers
+    from comit_bench.tokenizers.presence import SHIPS, parts
+    from comit_bench.tokenizers.weights import weights_root
 
-    width = max(len(release.name) for release in RELEASES)
-    for release in RELEASES:
-        typer.echo(f"{release.name:<{width}}  {state(release.name):<11}  {release.source}")
+    words = {"yes": "here", "part": "downloading", "no": "missing"}
+    found = [part for part in parts(list(tokenizers().values())) if not part.source.startswith(SHIPS)]
+    width = max(len(part.name) for part in found)
+    for part in found:
+        note = f"  ({part.note})" if part.note else ""
+        typer.echo(f"{part.name:<{width}}  {words[part.state]:<11}  {part.source}{note}")
     sys.stderr.write(f"cache: {weights_root()}\n")
 
 

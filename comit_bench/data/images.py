@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -47,6 +47,8 @@ FILTERS = ("nearest", "box", "bilinear", "bicubic", "lanczos")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_SIDE = 8192
 MAX_PIXELS = 1 << 28  # a resized image larger than this is refused (a 1 x 100,000 strip, say)
+
+MASK_FILTER = "nearest"
 
 _STEP = re.compile(r"([a-z_]+)(?:\(([^()]*)\))?")
 
@@ -216,7 +218,91 @@ def load_from(paths: Sequence[Path], index: int, recipe: str) -> NDArray[np.uint
     return decode_image(read(index), recipe, name=str(paths[index]))
 
 
-def _decode(source: Path | BytesIO, recipe: str, name: str, *, size: int | None) -> NDArray[np.uint8]:
+def image_size(paths: Sequence[Path], index: int) -> tuple[int, int] | None:
+    """Width and height of ``paths[index]`` by its header; None when it is no image that can be opened."""
+    from PIL import Image
+
+    read = getattr(paths, "read", None)
+    try:
+        with Image.open(paths[index] if read is None else BytesIO(read(index)), formats=FORMATS) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file that must be one, read off its header.
+
+    Raises:
+        CorruptFileError: Not an image.
+        MissingError: No such file.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: no such file. The data changed after they were listed.") from error
+    except UnidentifiedImageError as error:
+        raise CorruptFileError(
+            f"{path}: not an image that can be read. Replace it by an intact copy."
+        ) from error
+
+
+def load_mask(path: Path, recipe: str, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Read the mask of an image through the image's own crops and resizes, bool [S, S].
+
+    Every resize takes the nearest pixel, so no value is invented. White is the object: a pixel counts when
+    the mean of its channels is 128 or more (edges may be anti-aliased). A mask of another size than its
+    image is first brought to that size.
+
+    Args:
+        path: The mask.
+        recipe: Preprocessing of the image.
+        size: Width and height of the image's file.
+
+    Raises:
+        CorruptFileError: Not an image, or of another shape than its image (more than 2 % in the ratio of
+            width to height).
+        MissingError: No such file.
+    """
+    steps = [
+        s if s.filter is None else Step(s.name, s.size, MASK_FILTER) for s in parse_preprocessing(recipe)
+    ]
+    nearest = "|".join(
+        s.name + (f"({s.size},{s.filter})" if s.filter else f"({s.size})" if s.size else "") for s in steps
+    )
+
+    def fit(mask: Image) -> Image:
+        if mask.size == size:
+            return mask
+        (width, height), (wide, high) = mask.size, size
+        if abs(width * high - height * wide) > 0.02 * height * wide:
+            raise CorruptFileError(
+                f"{path}: a mask of {width} x {height} pixels does not fit its image of {wide} x {high}. "
+                "Replace it by the mask of this image."
+            )
+        return _resize(_to_rgb(mask), size, MASK_FILTER)
+
+    try:
+        pixels = _decode(path, nearest, str(path), size=None, before=fit)
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: no such file. The data changed after they were listed.") from error
+    except OSError as error:  # the system speaks, not the decoder
+        raise BenchError(f"{path}: cannot read: {error.strerror}") from error
+    white: NDArray[np.bool_] = pixels.sum(axis=0, dtype=np.int64) >= 3 * 128
+    return white
+
+
+def _decode(
+    source: Path | BytesIO,
+    recipe: str,
+    name: str,
+    *,
+    size: int | None,
+    before: Callable[[Image], Image] | None = None,
+) -> NDArray[np.uint8]:
     """uint8 [3, S, S] of a file or of ``size`` bytes; an OSError that leaves here is the system's."""
     from PIL import Image, UnidentifiedImageError
 
@@ -225,7 +311,7 @@ def _decode(source: Path | BytesIO, recipe: str, name: str, *, size: int | None)
     try:
         with Image.open(source, formats=FORMATS) as image:
             image.load()
-            return preprocess(image, recipe)
+            return preprocess(image if before is None else before(image), recipe)
     except UnidentifiedImageError as error:
         bytes_read = source.stat().st_size if isinstance(source, Path) else size
         what = "the file is empty" if bytes_read == 0 else "not an image that can be read"

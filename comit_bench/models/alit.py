@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench.models.alit_base import Vae, VaeSpec, Vqgan, build_base
+from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganSpec
-from comit_bench.models.vit_blocks import EVERY_ROW, PackedAttention, PlainBlock
+from comit_bench.models.vit_blocks import EVERY_ROW, AttentionProbe, PlainBlock, run_blocks
 from comit_bench.models.vq import VectorQuantizer
 
 GRID = 16  # hard-coded in the released program
@@ -155,28 +156,6 @@ class Step:
     dropped: Tensor | None = None
 
 
-class AttentionProbe:
-    """Asks some blocks of a stack for their attention weights; holds them after the call.
-
-    Args:
-        layers: Zero-based blocks.
-        queries: Rows of the sequence whose attention is kept.
-        keys: Columns that are kept; the softmax always runs over all of them.
-    """
-
-    def __init__(self, layers: Sequence[int], *, queries: slice, keys: slice) -> None:
-        self.layers = frozenset(layers)
-        self.queries, self.keys = queries, keys
-        self.maps: dict[int, Tensor] = {}  # layer -> [B, H, queries, keys]
-
-    def record(self, layer: int, attention: PackedAttention, h: Tensor) -> None:
-        """Compute the weights of one block from its normalised input [B, n, W]."""
-        q = rearrange(attention.queries(h[:, self.queries]), "b n (h c) -> b h n c", h=attention.heads)
-        k = rearrange(attention.keys_values(h)[..., : h.shape[-1]], "b n (h c) -> b h n c", h=attention.heads)
-        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
-        self.maps[layer] = logits.softmax(dim=-1)[..., self.keys]
-
-
 class Transformer(nn.Module):
     """A stack of blocks, keys ``transformer.{i}.…``; no norm before or after."""
 
@@ -195,16 +174,7 @@ class Transformer(nn.Module):
             shared: That many leading rows are equal for all images; the first block projects them once.
             probe: Records attention.
         """
-        last = len(self.transformer) - 1
-        for index, block in enumerate(self.transformer):
-            assert isinstance(block, PlainBlock)
-            if probe is not None and index in probe.layers:
-                probe.record(index, block.attn, block.ln_1(x))
-            if index == last and read != EVERY_ROW:
-                x = block(x, read=read)
-            else:
-                x = block(x, shared=shared if index == 0 else 0)
-        return x
+        return run_blocks(self.transformer, x, read=read, shared=shared, probe=probe)
 
 
 class DistillationDecoder(Transformer):
@@ -423,28 +393,29 @@ class Alit(nn.Module):
         """Codes [B, K, d] of one iteration -> [B, 3, S, S], not clamped. Deterministic."""
         return self.render(self.grid_code(self.predict(codes)))
 
-    def attention(self, codes: Tensor, layers: Sequence[int]) -> Tensor:
+    def attention(self, codes: Tensor, layers: Sequence[int], receive: MapReceiver) -> None:
         """How much image positions look at latents in the distillation decoder.
 
         Args:
             codes: [B, K, d].
             layers: Zero-based blocks of the distillation decoder.
-
-        Returns:
-            [layers, B, H, K, 16, 16]: softmax over *all* keys (class, image, latents), so a map is not
-            normalised over space. Map k belongs to latent k.
+            receive: Gets [B, H, K, 16, 16] of every layer, time 0, as soon as it is computed: softmax over
+                *all* keys (class, image, latents), so a map is not normalised over space. Map k belongs
+                to latent k.
 
         Raises:
-            ValueError: A layer that does not exist.
+            ValueError: A layer that does not exist, or one that is asked for twice.
         """
-        depth = self.spec.decoder_layers
-        if not layers or not all(0 <= layer < depth for layer in layers):
-            raise ValueError(f"attention layers must be 0..{depth - 1}, got {list(layers)}")
+        request = AttentionRequest(layers=tuple(layers))
+        request.check(self.spec.decoder_layers)
         edge = 1 + GRID * GRID
-        probe = AttentionProbe(layers, queries=slice(1, edge), keys=slice(edge, edge + codes.shape[1]))
-        self.predict(codes, probe)
-        maps = torch.stack([probe.maps[layer] for layer in layers])
-        return rearrange(maps, "l b heads (h w) k -> l b heads k h w", h=GRID)
+
+        def hand_on(layer: int, maps: Tensor) -> None:
+            grids = rearrange(maps, "b heads (h w) k -> b heads k h w", h=GRID)
+            receive(request.layers.index(layer), 0, grids)
+
+        keys = slice(edge, edge + codes.shape[1])
+        self.predict(codes, AttentionProbe(layers, queries=slice(1, edge), keys=keys, receive=hand_on))
 
 
 def select_length(

@@ -304,7 +304,7 @@ class Predictor(nn.Module):
             time: From :meth:`time_state` or :meth:`state_at`.
             read: Which heads are wanted; the others are not computed.
             mask_mode: Overrides the spec's.
-            probe: Records attention of one block (which then computes all rows, even the last).
+            probe: Records attention of some blocks (which then compute all rows, even the last).
             hidden_layer: Zero-based block after which image and message tokens are returned.
         """
         mode = mask_mode or self.spec.mask_mode
@@ -318,7 +318,7 @@ class Predictor(nn.Module):
         hidden = None
         blocks = self._blocks()
         for index, (block, state) in enumerate(zip(blocks, time.blocks, strict=True)):
-            asked = probe if probe is not None and probe.layer == index else None
+            asked = None if probe is None else probe.at(index)
             last = index == len(blocks) - 1 and asked is None and hidden_layer != index
             part = rows.read if last else slice(0, rows.total)
             if not needs_buffer and state.buffer_qkv is not None:

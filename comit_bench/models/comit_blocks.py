@@ -10,8 +10,9 @@ tokens, ``N`` = 1 + X + 2M (order: offset, image, message, buffer), ``T`` = 1 or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -128,6 +129,10 @@ def split_groups(u: Tensor, rows: Rows, start: int = 0) -> tuple[Tensor, Tensor,
     return offset, image, message
 
 
+# (queries, keys, bias, rows) of a block whose attention is wanted
+AttentionRecorder = Callable[[Tensor, Tensor, Tensor | None, Rows], None]
+
+
 class Attention(nn.Module):
     """Multi-head attention with one packed projection; the bias or mask comes from outside."""
 
@@ -213,7 +218,7 @@ class Block(nn.Module):
         rows: Rows,
         read: slice,
         bias: Tensor | None,
-        probe: AttentionProbe | None,
+        record: AttentionRecorder | None,
     ) -> Tensor:
         """[B, N, D] -> [B, read rows, D]."""
         # In the first block the buffer rows are the same for every image: their q, k, v are ready.
@@ -221,8 +226,8 @@ class Block(nn.Module):
         h = u if shared is None else u[:, : rows.conditioned]
         x, r = state.image.unbind(0), state.message.unbind(0)
         q, k, v = self.attn.project(self.shift_scale(h, (x[0], x[1]), (r[0], r[1]), rows, 0), read, shared)
-        if probe is not None:
-            probe.record(q, k, bias, rows)
+        if record is not None:
+            record(q, k, bias, rows)
         start = read.start
         u = u[:, read] + self.gate(self.attn.attend(q, k, v, bias), x[2], r[2], rows, start)
         h = self.mlp(self.shift_scale(u, (x[3], x[4]), (r[3], r[4]), rows, start))
@@ -234,24 +239,35 @@ BlockRunner = Callable[[Block, Tensor, BlockState, Rows, slice, Tensor | None], 
 
 
 class AttentionProbe:
-    """Asks one block for its attention logits; holds them after the call.
+    """Asks some blocks for their attention logits, and passes each on as soon as it is computed.
 
     Args:
-        layer: Zero-based block.
+        layers: Zero-based blocks, or a single one.
         rows: ``message`` or ``all``; columns follow: image columns for ``message``, all for ``all``.
         softmax: Keep attention weights (softmax of logits and mask over *all* columns) instead of
             the logits before mask and softmax, which is what the released program returns.
+        receive: Called with the layer and its maps; None keeps them all in ``maps``.
     """
 
     def __init__(
-        self, layer: int, rows: Literal["message", "all"] = "message", *, softmax: bool = False
+        self,
+        layers: int | Sequence[int],
+        rows: Literal["message", "all"] = "message",
+        *,
+        softmax: bool = False,
+        receive: Callable[[int, Tensor], None] | None = None,
     ) -> None:
-        self.layer = layer
+        self.layers = frozenset([layers] if isinstance(layers, int) else layers)
         self.rows = rows
         self.softmax = softmax
-        self.maps: Tensor | None = None  # [B, H, M, X] or [B, H, N, N]
+        self.maps: dict[int, Tensor] = {}  # layer -> [B, H, M, X] or [B, H, N, N]
+        self._receive = receive or self.maps.__setitem__
 
-    def record(self, q: Tensor, k: Tensor, bias: Tensor | None, rows: Rows) -> None:
+    def at(self, layer: int) -> AttentionRecorder | None:
+        """What the block ``layer`` calls with its queries, keys, mask and rows; None when not asked."""
+        return partial(self._record, layer) if layer in self.layers else None
+
+    def _record(self, layer: int, q: Tensor, k: Tensor, bias: Tensor | None, rows: Rows) -> None:
         """Compute the rows that were asked for, and only those. ``q`` and ``k`` hold all rows."""
         wanted = slice(0, rows.total)
         columns = wanted
@@ -259,12 +275,12 @@ class AttentionProbe:
             wanted, columns = slice(1 + rows.image, rows.conditioned), slice(1, 1 + rows.image)
         q = q[:, :, wanted] * q.shape[-1] ** -0.5
         if not self.softmax:
-            self.maps = q @ k[:, :, columns].transpose(-2, -1)
+            self._receive(layer, q @ k[:, :, columns].transpose(-2, -1))
             return
         logits = q @ k.transpose(-2, -1)
         if bias is not None:
             logits = logits + bias[wanted]
-        self.maps = logits.softmax(dim=-1)[..., columns]
+        self._receive(layer, logits.softmax(dim=-1)[..., columns])
 
 
 class FinalLayer(nn.Module):

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.comit import Comit, Condition
 from comit_bench.models.comit_blocks import AttentionProbe
 from comit_bench.models.crops import (
@@ -31,7 +32,7 @@ from comit_bench.models.crops import (
     encoding_offsets,
     select_cells,
 )
-from comit_bench.models.flow import Guidance, ProjectedGuidance, integrate
+from comit_bench.models.flow import Guidance, ProjectedGuidance, integrate, reached
 from comit_bench.models.vae import LatentCodec
 
 # (what, crop step, image indices in the batch, shape of one image's noise) -> [len(images), *shape]
@@ -138,6 +139,7 @@ def crop_latents(
     """
     codec = _codec(model)
     steps: list[Latents] = [{} for _ in range(table.shape[0])]
+    table = table.cpu()  # which crop goes where is counted on the host, whatever computes the latents
     for is_global in (True, False):
         mask = (table == GLOBAL) if is_global else (table != GLOBAL)
         where = mask.nonzero()  # [n, 2] of (step, image), ordered by step
@@ -164,7 +166,7 @@ def crop_latents(
         for k in range(table.shape[0]):
             if mask[k].any():
                 chosen = step == k
-                steps[k][latents.shape[-1]] = (image[chosen], latents[chosen])
+                steps[k][latents.shape[-1]] = (image[chosen].to(images.device), latents[chosen])
     return steps
 
 
@@ -254,8 +256,9 @@ def encode(
         if noise is None:
             raise ValueError("an adaptive policy needs generators or explicit noise")
         return _encode_adaptive(model, images, policy, noise, latent_noise)
-    cells = policy.indices(images.shape[0], generators).to(images.device)
+    cells = policy.indices(images.shape[0], generators)
     latents = crop_latents(model, images, cells, noise=latent_noise)
+    cells = cells.to(images.device)
     return encode_sequence(model, latents, cells, locate(model, cells, images.shape[-1]))
 
 
@@ -361,30 +364,17 @@ def _encode_adaptive(
     return _result(model, steps, location)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionRequest:
-    """Attention maps wanted from a decoding run.
-
-    Attributes:
-        layer: Zero-based block.
-        time: The first evaluation with t >= time is used.
-        path: ``hard`` runs every conditional evaluation with the hard mask, as the released program
-            does when it extracts maps; ``model`` leaves the model as it always runs.
-        softmax: Attention weights instead of logits.
-    """
-
-    layer: int
-    time: float = 0.5
-    path: Literal["hard", "model"] = "hard"
-    softmax: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A sampled latent [B, C, h, w] and the message-to-image maps [B, H, M, h/P, w/P], if any."""
+    """A sampled latent [B, C, h, w], and the message-to-image maps that nobody else received.
+
+    Attributes:
+        latents: [B, C, h, w].
+        attention: (position in request.layers, in request.times) -> [B, H, M, h/P, w/P].
+    """
 
     latents: Tensor
-    attention: Tensor | None = None
+    attention: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 def decode(
@@ -397,6 +387,8 @@ def decode(
     solver: str = "euler",
     guidance: Guidance | None = None,
     attention: AttentionRequest | None = None,
+    receive: MapReceiver | None = None,
+    finish: bool = True,
 ) -> Decoded:
     """Sample a latent from a message.
 
@@ -407,15 +399,18 @@ def decode(
         steps: Grid intervals.
         solver: ``euler`` or ``midpoint``.
         guidance: None is ``Guidance()``: weight 7.5, momentum -0.5.
-        attention: Also return attention maps.
+        attention: Also hand out message-to-image maps, all from this one sampling run.
+        receive: Gets them as they are computed; None keeps them all in the result. Times that no
+            evaluation reaches are left out.
+        finish: Go on after the last map; else the latent is that of this time and nothing else is computed.
 
     Raises:
         ValueError: Unknown solver, steps below 1, or a layer that does not exist.
     """
     settings = guidance or Guidance()
     predictor = model.predictor
-    if attention is not None and not 0 <= attention.layer < model.spec.depth:
-        raise ValueError(f"attention layer must be 0..{model.spec.depth - 1}, got {attention.layer}")
+    if attention is not None:
+        attention.check(model.spec.depth)
     conditional = predictor.condition(codes, offset)
     both = prior = None
     if settings.active:
@@ -423,29 +418,47 @@ def decode(
         message = torch.cat([conditional.message, prior.message.expand_as(conditional.message)])
         both = Condition(message, torch.cat([conditional.offset, prior.offset]))
     combine = ProjectedGuidance(settings)
-    probe: AttentionProbe | None = None
+    kept: dict[tuple[int, int], Tensor] = {}
+    keep: MapReceiver = receive or (lambda layer, time, maps: kept.__setitem__((layer, time), maps))
+    reader = None if attention is None else _MapReader(attention, keep)
     hard: dict[str, Any] = {"mask_mode": "hard"} if attention and attention.path == "hard" else {}
 
-    def velocity(time: float, y: Tensor) -> Tensor:
-        nonlocal probe
+    def velocity(time: float, y: Tensor) -> Tensor | None:
         state = predictor.state_at(time, y.device)
-        if attention is None and both is not None:
+        if reader is None and both is not None:
             joint = predictor(torch.cat([y, y]), both, state, read="velocity").velocity
             return combine(*cast(Tensor, joint).chunk(2))
-        asked = None
-        if attention is not None and probe is None and time >= attention.time:
-            probe = asked = AttentionProbe(attention.layer, softmax=attention.softmax)
-        v = cast(Tensor, predictor(y, conditional, state, read="velocity", probe=asked, **hard).velocity)
+        probe = reader and reader.probe(time, y.shape[-2] // model.spec.patch_size)
+        v = cast(Tensor, predictor(y, conditional, state, read="velocity", probe=probe, **hard).velocity)
+        if reader is not None and not reader.left and not finish:
+            return None
         if prior is None:
             return v
         return combine(v, cast(Tensor, predictor(y, prior, state, read="velocity").velocity))
 
-    latents = integrate(velocity, noise, steps=steps, solver=solver)
-    maps = None if probe is None or probe.maps is None else probe.maps
-    if maps is not None:
-        rows = noise.shape[-2] // model.spec.patch_size
-        maps = rearrange(maps, "b heads m (h w) -> b heads m h w", h=rows)
-    return Decoded(latents, maps)
+    return Decoded(integrate(velocity, noise, steps=steps, solver=solver), kept)
+
+
+class _MapReader:
+    """Knows which times of a request are still to be read; hands maps on as grids."""
+
+    def __init__(self, request: AttentionRequest, receive: MapReceiver) -> None:
+        self.request, self.receive = request, receive
+        self.left = sorted(range(len(request.times)), key=request.times.__getitem__)
+
+    def probe(self, time: float, rows: int) -> AttentionProbe | None:
+        """For one evaluation: records the maps of every time that it answers; None when there is none."""
+        due = [number for number in self.left if reached(time, self.request.times[number])]
+        if not due:
+            return None
+        del self.left[: len(due)]
+
+        def hand_on(layer: int, maps: Tensor) -> None:
+            grids = rearrange(maps, "b heads m (h w) -> b heads m h w", h=rows)
+            for number in due:
+                self.receive(self.request.layers.index(layer), number, grids)
+
+        return AttentionProbe(self.request.layers, softmax=self.request.softmax, receive=hand_on)
 
 
 def to_uint8(images: Tensor) -> Tensor:

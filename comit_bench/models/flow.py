@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Velocity = Callable[[float, Tensor], Tensor]
+Velocity = Callable[[float, Tensor], Tensor | None]
 SOLVERS = ("euler", "midpoint")
 
 
@@ -30,11 +30,26 @@ def time_grid(steps: int) -> Tensor:
     return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float32)
 
 
+def evaluation_times(steps: int, solver: str = "euler") -> tuple[float, ...]:
+    """Times at which :func:`integrate` asks for a velocity, in order; float32-exact."""
+    grid = time_grid(steps)
+    if solver != "midpoint":
+        return tuple(grid[:-1].tolist())
+    middles = grid[:-1] + 0.5 * grid.diff()
+    return tuple(torch.stack([grid[:-1], middles], dim=1).flatten().tolist())
+
+
+def reached(time: float, wanted: float) -> bool:
+    """Whether an evaluation at ``time`` answers a request for ``wanted``; float32 misses 0.7 by 1e-8."""
+    return wanted <= time + 1e-6
+
+
 def integrate(velocity: Velocity, noise: Tensor, *, steps: int, solver: str = "euler") -> Tensor:
     """Integrate dy/dt = velocity(t, y) from ``noise`` at t = 0 to t = 1.
 
     Args:
-        velocity: Called with a float32-exact time and y [B, C, h, w].
+        velocity: Called with a float32-exact time and y [B, C, h, w]. None ends the integration: the
+            latent reached so far is returned.
         noise: y at t = 0.
         steps: Grid intervals.
         solver: ``euler`` (one evaluation per interval) or ``midpoint`` (two).
@@ -49,9 +64,11 @@ def integrate(velocity: Velocity, noise: Tensor, *, steps: int, solver: str = "e
     y = noise
     for start, width in zip(grid[:-1], widths, strict=True):
         slope = velocity(start.item(), y)
-        if solver == "midpoint":
+        if slope is not None and solver == "midpoint":
             half = 0.5 * width
             slope = velocity((start + half).item(), y + slope * half.item())
+        if slope is None:
+            return y
         y = y + width.item() * slope
     return y
 

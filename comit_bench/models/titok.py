@@ -29,8 +29,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganDecoder, VqganSpec
-from comit_bench.models.vit_blocks import PlainBlock, run_blocks
+from comit_bench.models.vit_blocks import AttentionProbe, PlainBlock, run_blocks
 from comit_bench.models.vq import VectorQuantizer
 
 
@@ -204,6 +205,30 @@ class TitokDecoder(nn.Module):
         queries = (queries + self.positional_embedding).expand(codes.shape[0], -1, -1)
         out: Tensor = self.ln_pre(torch.cat([queries, tokens], dim=1))
         return out
+
+    def attention(self, codes: Tensor, request: AttentionRequest, receive: MapReceiver) -> None:
+        """How much image positions look at tokens.
+
+        Args:
+            codes: [B, K, d].
+            request: Which blocks; a pass has no time and one path.
+            receive: Gets [B, H, K, G, G] of every layer, time 0, as soon as it is computed: softmax over
+                *all* keys (class, positions, tokens), so a map is not normalised over space.
+
+        Raises:
+            ValueError: A layer that does not exist, or one that is asked for twice.
+        """
+        request.check(len(self.transformer))
+        edge = 1 + self.grid**2
+
+        def hand_on(layer: int, maps: Tensor) -> None:
+            grids = rearrange(maps, "b heads (h w) k -> b heads k h w", h=self.grid)
+            receive(request.layers.index(layer), 0, grids)
+
+        keys = slice(edge, edge + codes.shape[1])
+        probe = AttentionProbe(request.layers, queries=slice(1, edge), keys=keys, receive=hand_on)
+        blocks = list(self.transformer)[: max(request.layers) + 1]
+        run_blocks(blocks, self.sequence(codes), shared=edge, probe=probe)
 
     def forward(self, codes: Tensor) -> Tensor:
         """[B, K, d] -> [B, 1024, G, G] (legacy) or [B, 3, S, S]."""

@@ -12,7 +12,7 @@ Shape legend: ``B`` batch, ``N`` sequence length, ``D`` width, ``H`` heads, ``R`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from einops import rearrange
@@ -108,7 +108,45 @@ class PlainBlock(nn.Module):
         return out
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *, read: slice = EVERY_ROW, shared: int = 0) -> Tensor:
+class AttentionProbe:
+    """Asks some blocks of a stack for their attention weights, and passes each on as soon as it is computed.
+
+    Args:
+        layers: Zero-based blocks.
+        queries: Rows of the sequence whose attention is wanted.
+        keys: Columns that are wanted; the softmax always runs over all of them.
+        receive: Called with the layer and its weights [B, H, queries, keys]; None keeps them in ``maps``.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        *,
+        queries: slice,
+        keys: slice,
+        receive: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        self.layers = frozenset(layers)
+        self.queries, self.keys = queries, keys
+        self.maps: dict[int, Tensor] = {}  # layer -> [B, H, queries, keys]
+        self._receive = receive or self.maps.__setitem__
+
+    def record(self, layer: int, attention: PackedAttention, h: Tensor) -> None:
+        """Compute the weights of one block from its normalised input [B, n, W]."""
+        q = rearrange(attention.queries(h[:, self.queries]), "b n (h c) -> b h n c", h=attention.heads)
+        k = rearrange(attention.keys_values(h)[..., : h.shape[-1]], "b n (h c) -> b h n c", h=attention.heads)
+        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
+        self._receive(layer, logits.softmax(dim=-1)[..., self.keys])
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    *,
+    read: slice = EVERY_ROW,
+    shared: int = 0,
+    probe: AttentionProbe | None = None,
+) -> Tensor:
     """A stack of :class:`PlainBlock`: [B, N, D] -> [B, R, D].
 
     Args:
@@ -116,9 +154,13 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *, read: slice = EVERY_RO
         x: Input sequence.
         read: Rows wanted after the last block.
         shared: Leading rows of the input that are equal for all images.
+        probe: Records attention.
     """
     stack = list(blocks)
     for index, block in enumerate(stack):
+        if probe is not None and index in probe.layers:
+            assert isinstance(block, PlainBlock)
+            probe.record(index, block.attn, block.ln_1(x))
         if index == len(stack) - 1 and read != EVERY_ROW:
             x = block(x, read=read)
         else:

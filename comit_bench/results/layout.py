@@ -15,7 +15,7 @@ DETAILS = ("params", "K", "vocab")
 CHANCE = "chance"
 LABEL = "tokenizer"
 RANKS = "Best bold, second-best underlined, among complete rows that are no reference."
-LABEL_WIDTH = 34
+LABEL_WIDTH = 38
 GAP = 2
 
 

@@ -333,6 +333,21 @@ class Record(_Model):
         side = self.protocol.get(TOKENIZER_KEY, {})
         return side if isinstance(side, dict) else {TOKENIZER_KEY: side}
 
+    def decoder_setting(self, name: str) -> float | None:
+        """A number among the decoder's settings, e.g. ``steps``; None when the protocol does not say.
+
+        Settings of decoders that some tokenizers count among their options are found as well.
+        """
+        for part in ("decode", "options"):
+            settings = self.tokenizer_protocol.get(part)
+            value = settings.get(name) if isinstance(settings, dict) else None
+            if isinstance(value, int | float | str):
+                try:
+                    return float(value)
+                except ValueError:
+                    return None
+        return None
+
     def to_json(self) -> str:
         """The text of the record's file."""
         data = self.model_dump(mode="json", by_alias=True)

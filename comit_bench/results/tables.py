@@ -35,6 +35,7 @@ MARKS = {
     PUBLISHED: "published number, not measured here",
 }
 SECTIONS = ("reference", "baseline", "learned")
+COLUMN_KEY = "column"  # of a protocol: words about it that the header always shows; follows from the rest
 
 _log = logging.getLogger(__name__)
 K = TypeVar("K", bound=Hashable)
@@ -46,6 +47,7 @@ class Group:
 
     Attributes:
         digest: Identifies task, version, data and protocol.
+        column: What the protocol wants in the header in any case (its key ``column``), e.g. the resolution.
         variant: What tells this group from others of the same task; empty when it is alone.
     """
 
@@ -55,13 +57,14 @@ class Group:
     title: str
     control: str | None
     digest: str
+    column: str = ""
     variant: str = ""
 
     @property
     def subtitle(self) -> str:
-        """Second line of the header: version, control, variant."""
+        """Second line of the header: version, control, column, variant."""
         control = f"control {self.control}" if self.control else ""
-        return ", ".join(part for part in (f"v{self.version}", control, self.variant) if part)
+        return ", ".join(part for part in (f"v{self.version}", control, self.column, self.variant) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +275,9 @@ def _named_groups(members: list[list[Record]]) -> list[Group]:
     groups = []
     for records in members:
         task = records[-1].task
-        digest = _group_digest(records[-1])
-        groups.append(Group(task.name, task.version, task.suite, task.title, records[-1].control, digest))
+        digest, column = _group_digest(records[-1]), records[-1].protocol.get(COLUMN_KEY, "")
+        control = records[-1].control
+        groups.append(Group(task.name, task.version, task.suite, task.title, control, digest, str(column)))
     rivals: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         rivals[group.task, group.version, group.control, _published(members[index])].append(index)
@@ -291,7 +295,8 @@ def _published(records: list[Record]) -> bool:
 
 def _task_side(record: Record) -> dict[str, str]:
     data = record.task.dataset.model_dump(mode="json")
-    return _flat({**record.task_protocol, "data": data})
+    side = {key: value for key, value in record.task_protocol.items() if key != COLUMN_KEY}
+    return _flat({**side, "data": data})
 
 
 def _columns(group: Group, records: list[Record], metrics: Sequence[str] | None) -> list[Column]:
@@ -344,10 +349,19 @@ def _row_side(record: Record) -> dict[str, Any]:
     return side
 
 
+def _told_side(record: Record) -> dict[str, Any]:
+    """The same for labels: all settings of the decoder, under their bare names."""
+    side = {key: value for key, value in record.tokenizer_protocol.items() if key != "decode"}
+    decode = record.tokenizer_protocol.get("decode")
+    settings = decode if isinstance(decode, dict) else {}
+    return {**side, **{name: value for name, value in settings.items() if name != "default"}}
+
+
 def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:
     tokenizer = newest.tokenizer
     section = SECTIONS.index(tokenizer.kind)
-    return (section, tokenizer.family.lower(), tokenizer.parameters or 0, key)
+    settings = tuple(newest.decoder_setting(name) or 0.0 for name in ("guidance", "steps"))
+    return (section, tokenizer.family.lower(), tokenizer.parameters or 0, key[0], settings, key)
 
 
 def _newest(records: list[Record]) -> tuple[list[Record], int]:
@@ -388,7 +402,7 @@ def row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], str
             sides = {
                 key: _flat(
                     {
-                        **_row_side(rows[key]),
+                        **_told_side(rows[key]),
                         "weights": rows[key].tokenizer.weights,
                         "revision": rows[key].tokenizer.revision,
                         "record": rows[key].origin,

@@ -93,40 +93,52 @@ def the_tokenizer(inputs: Inputs) -> Tokenizer:
 def in_shards(
     inputs: Inputs, role: Role, what: str, compute: Callable[[Rows], Mapping[str, NDArray[np.generic]]]
 ) -> list[Columns] | None:
-    """Compute every shard that is not there yet; all processes do their part.
+    """As :func:`shard_by_shard`, all in memory together."""
+    shards = shard_by_shard(inputs, role, what, compute)
+    return None if shards is None else list(shards)
+
+
+def shard_by_shard(
+    inputs: Inputs, role: Role, what: str, compute: Callable[[Rows], Mapping[str, NDArray[np.generic]]]
+) -> Iterator[Columns] | None:
+    """Compute every shard that is not there yet, all processes their part; then read them one at a time.
 
     Args:
         inputs: ``work`` is where shards are kept (None: in memory only, then all are computed here).
         role: Whose images are cut into shards.
-        what: Word for the progress bar and for the files, e.g. ``decoding``; letters and dashes.
+        what: Word for the progress bar and for the files, e.g. ``decoding``; letters, digits and dashes.
         compute: Positions in the role int64 [<= SHARD] -> arrays by name. It must not depend on
             ``inputs.batch_size``.
 
     Returns:
-        The arrays of all shards in order, on the first process; None on the others.
+        The arrays of all shards in order, on the first process; None on the others. Everything is
+        computed when this returns.
     """
     count = len(role)
     shards = [np.arange(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
     if inputs.work is None:
-        return [dict(compute(shard)) for shard in shards]
+        return iter([dict(compute(shard)) for shard in shards])
     paths = [inputs.work / f"{what}-{number:06d}.npz" for number in range(len(shards))]
     ranks = inputs.ranks
-    missing = ranks.share([n for n, path in enumerate(paths) if _load(path) is None])
+    missing = ranks.share([n for n, path in enumerate(paths) if load_columns(path) is None])
     mine = missing[ranks.rank :: ranks.world]
     advance = inputs.start(what, sum(len(shards[number]) for number in mine), "images")
 
     def work() -> None:
         for number in mine:
-            _save(paths[number], compute(shards[number]))
+            save_columns(paths[number], compute(shards[number]))
             advance(len(shards[number]))
 
     ranks.together(work)
-    if not ranks.first:
-        return None
-    loaded = [_load(path) for path in paths]
-    if lost := [path for path, columns in zip(paths, loaded, strict=True) if columns is None]:
-        raise BenchError(f"{lost[0]}: vanished or damaged while the others were computed. Run again.")
-    return [columns for columns in loaded if columns is not None]
+    return _in_order(paths) if ranks.first else None
+
+
+def _in_order(paths: Sequence[Path]) -> Iterator[Columns]:
+    for path in paths:
+        columns = load_columns(path)
+        if columns is None:
+            raise BenchError(f"{path}: vanished or damaged while the others were computed. Run again.")
+        yield columns
 
 
 def joined(shards: Sequence[Columns], name: str) -> NDArray[np.generic]:
@@ -134,15 +146,16 @@ def joined(shards: Sequence[Columns], name: str) -> NDArray[np.generic]:
     return np.concatenate([shard[name] for shard in shards])
 
 
-def _save(path: Path, columns: Mapping[str, NDArray[np.generic]]) -> None:
+def save_columns(path: Path, columns: Mapping[str, NDArray[np.generic]]) -> None:
+    """Write arrays by name, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = BytesIO()
     np.savez(buffer, **{name: np.asarray(value) for name, value in columns.items()})  # type: ignore[arg-type]
     write_atomic(path, buffer.getvalue())
 
 
-def _load(path: Path) -> Columns | None:
-    """A finished shard; None when it is not there or damaged."""
+def load_columns(path: Path) -> Columns | None:
+    """What :func:`save_columns` wrote; None when it is not there or damaged."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}

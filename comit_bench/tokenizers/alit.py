@@ -10,11 +10,10 @@ the VAE's posterior. Both can be asked for; the noise then comes from the image'
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from comit_bench.errors import MissingError, UnsupportedOperation, UsageError, d
 from comit_bench.files import sha256_file, write_atomic
 from comit_bench.models.alit import GRID, Alit, Step, select_length
 from comit_bench.models.alit_base import Vqgan
+from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.tokenizers.alit_config import (
     VARIANTS,
     Variant,
@@ -34,27 +34,29 @@ from comit_bench.tokenizers.alit_config import (
     load_directory,
     load_file,
 )
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import (
+    TileReceiver,
+    TokenizerInfo,
+    Tokens,
+    attention_in_tiles,
+    autocast,
+    check_ids,
+    check_images,
+    in_tiles,
+    own_streams,
+    refuse_unknown,
+    speed_up,
+    switch,
+    switch_or_auto,
+    warn_policy,
+)
 from comit_bench.tokenizers.checkpoints import WEIGHT_FILES, weight_file, write_tensors
-from comit_bench.tokenizers.pixels import warn_policy
 from comit_bench.tokenizers.weights import required, weight_source
 
 LATENTS = ("codes", "prequant", "raw")
 ADAPTER_OPTIONS = ("iterations", "halting", "posterior", "latents", "compile", "dtype")
 OPTIONS = ("base", "latent", "allow_pickle", *ADAPTER_OPTIONS)
-DEMO_LAYER = 6  # of 8, in the released notebook
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionRequest:
-    """Attention maps wanted from the distillation decoder.
-
-    Attributes:
-        layer: Zero-based block; the released notebook uses 6 of alit-small's 8.
-    """
-
-    layer: int = DEMO_LAYER
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class AlitTokenizer:
         if wanted not in range(1, spec.iterations + 1):
             raise UsageError(f"iterations must be a whole number from 1 to {spec.iterations}, got {wanted!r}")
         self.iterations = int(wanted)
-        self.halting = _flag(halting, "halting") and spec.halting
+        self.halting = switch(halting, "halting") and spec.halting
         if posterior not in ("mode", "sample"):
             raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
         if latents not in LATENTS:
@@ -111,7 +113,7 @@ class AlitTokenizer:
             self.halting = False
         if posterior == "sample" and quantized:
             _log.warning("%s: posterior=sample changes nothing: a VQGAN has no posterior", info.name)
-        self._speed_up(compile)
+        speed_up(self.model.base.decoder, device, compiled=switch_or_auto(compile, "compile"))
         options = {
             "base": model.base_tokenizer.kind,
             "iterations": str(self.iterations),
@@ -128,19 +130,6 @@ class AlitTokenizer:
             code_dim=spec.width if latents == "raw" else spec.code_dim,
             options={**info.options, **options},
         )
-
-    def _speed_up(self, wanted: bool | str) -> None:
-        """Channels-last and compiled pixel decoder; results stay within rounding of the eager ones."""
-        cuda = self.device.type == "cuda"
-        automatic = cuda and importlib.util.find_spec("triton") is not None
-        decoder = self.model.base.decoder
-        if cuda:
-            decoder.to(memory_format=torch.channels_last)
-        if automatic if wanted == "auto" else _flag(wanted, "compile"):
-            decoder.compile()  # in place: parameter names stay
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of encoding, for estimates: transformers and, roughly, the base encoder."""
@@ -191,7 +180,7 @@ class AlitTokenizer:
         self, images_u8: Tensor, *, generators: Sequence[torch.Generator] | None = None
     ) -> list[Step]:
         """All iterations of one un-tiled encoding with their trace, for figures and inspection."""
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), autocast(self.device, self.dtype):
             return list(self._steps(images_u8, generators, self.iterations))
 
     def encode(
@@ -210,17 +199,15 @@ class AlitTokenizer:
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor, index: Tensor) -> Tokens:
-            own = None
-            if generators is not None:  # clones: a padded row must not advance its original's stream
-                own = [generators[i].clone_state() for i in index.tolist()]
-            with torch.inference_mode(), self._autocast():
+            own = own_streams(generators, index)
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 for step in self._steps(images, own, self.iterations):
                     last = step
             if self.latents == "codes":
                 return Tokens(last.ids, last.codes)
             return Tokens(None, (last.latents if self.latents == "raw" else last.prequant).float())
 
-        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), tile=TILE)
+        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], unit vectors.
@@ -232,8 +219,7 @@ class AlitTokenizer:
         quantizer = self.model.quantize
         if quantizer is None or self.latents != "codes":
             raise UnsupportedOperation(f"{self.info.name} with latents={self.latents} is continuous: no ids")
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= quantizer.size):
-            raise ValueError(f"ids must lie in 0..{quantizer.size - 1}")
+        check_ids(ids, quantizer.size)
         return quantizer.codes(ids.to(self.device))
 
     def _decoder_codes(self, codes: Tensor) -> Tensor:
@@ -264,28 +250,34 @@ class AlitTokenizer:
         """
 
         def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(None, to_uint8(self.model.reconstruct(self._decoder_codes(codes))))
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        return in_tiles(tile, tokens.codes).codes
+
+    @property
+    def attention_layers(self) -> int:
+        """Blocks whose maps can be read."""
+        return self.model.spec.decoder_layers
+
+    def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """Empty: the distillation decoder is a single pass."""
+        return ()
 
     def attention(
-        self, tokens: Tokens, request: AttentionRequest | None = None, *, seeds: Sequence[int] = ()
-    ) -> Tensor:
-        """How much every image position looks at every token, float32 [B, heads, K, 16, 16].
+        self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
+    ) -> None:
+        """How much every image position looks at every token, float32 [b, heads, K, 16, 16]; the contract.
 
-        The released notebook averages the heads, resizes bilinearly and stretches every map to [0, 1].
-
-        Raises:
-            ValueError: A layer that does not exist, or codes of another shape.
+        The released notebook shows block 6 (from 0) of alit-small's 8, averages the heads, resizes
+        bilinearly and stretches every map to [0, 1].
         """
-        chosen = request or AttentionRequest(layer=min(DEMO_LAYER, self.model.spec.decoder_layers - 1))
 
-        def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
-                return Tokens(None, self.model.attention(self._decoder_codes(codes), [chosen.layer])[0])
+        def tile(codes: Tensor, hand_on: MapReceiver) -> None:
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                self.model.attention(self._decoder_codes(codes), request.layers, hand_on)
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        attention_in_tiles(tile, receive, tokens.codes)
 
     def lengths(
         self,
@@ -305,7 +297,7 @@ class AlitTokenizer:
         chosen = []
         for index, image in enumerate(images_u8):
             own = None if generators is None else [generators[index].clone_state()]
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 steps = self._steps(image[None], own, self.iterations)
                 target = self._pixels(image[None])
                 chosen.append(select_length(steps, self.model.reconstruct, target, threshold=threshold)[0])
@@ -329,14 +321,6 @@ def save(model: Alit, directory: Path, *, config: dict[str, Any] | None = None) 
     write_atomic(directory / "config.json", text + "\n")
 
 
-def _flag(value: object, option: str) -> bool:
-    """A switch of the command line, where every value is text or a number."""
-    text = str(value).lower()
-    if text not in ("on", "off", "true", "false", "1", "0"):
-        raise UsageError(f"{option} must be on or off, got {value!r}")
-    return text in ("on", "true", "1")
-
-
 def _info(model: Alit, name: str, weights: str, *, data: str, licence: str) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
@@ -356,11 +340,14 @@ def _info(model: Alit, name: str, weights: str, *, data: str, licence: str) -> T
     )
 
 
-def _load_random(name: str, choice: Variant | None, seed: int) -> tuple[Alit, TokenizerInfo]:
+def _load_random(
+    name: str, choice: Variant | None, seed: int, device: torch.device
+) -> tuple[Alit, TokenizerInfo]:
     if choice is None:
         raise UsageError(f"--weights random needs a name, not {name!r}.{did_you_mean(name, VARIANTS)}")
-    model = build(choice.spec, empty=True).to_empty(device="cpu")
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model = build(choice.spec, empty=True)
+    if device.type != "meta":
+        model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed))
     return model.eval(), _info(model, name, f"random:{seed}", data="none", licence="none")
 
 
@@ -418,17 +405,16 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    for option in options.keys() - set(OPTIONS):
-        raise UsageError(f"ALIT has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    refuse_unknown(options, OPTIONS, "ALIT")
     base, latent = options.pop("base", None), options.pop("latent", None)
-    allow = _flag(options.pop("allow_pickle", "off"), "allow_pickle")
+    allow = switch(options.pop("allow_pickle", "off"), "allow_pickle")
     label, choice = name.lower(), None
     if label in VARIANTS and not Path(name).is_dir():
         label, choice = choose_variant(label, base, latent)
     elif base or latent:
         raise UsageError("the options base and latent choose among released names; a checkpoint has its own")
     if weights == "random":
-        return AlitTokenizer(*_load_random(label, choice, seed), device=device, **options)
+        return AlitTokenizer(*_load_random(label, choice, seed, device), device=device, **options)
     local = _local(label if choice else name, weights, choice, base, latent, allow_pickle=allow)
     if local.is_file():
         if choice is None:

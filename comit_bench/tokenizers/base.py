@@ -5,18 +5,26 @@ Shape legend: ``B`` batch, ``K`` message length, ``d`` code dimension, ``H W`` i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.models.attention import AttentionRequest
 
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
 # image then never depends on how many others were handed over, so ids are the same bits for every
 # --batch-size (matrix kernels and vector tails may differ between batch sizes in the last place,
-# which is enough to flip a token at a rounding boundary).
+# which is enough to flip a token at a rounding boundary). Only measurements of one image change it.
 TILE = 8
+tile_rows: ContextVar[int] = ContextVar("tile_rows", default=TILE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,15 +122,103 @@ class Tokenizer(Protocol):
         ...
 
 
-def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int = TILE) -> Tokens:
+# (row of the first image, position in request.layers, in request.times, maps [b, H, K, h, w])
+TileReceiver = Callable[[int, int, int, Tensor], None]
+
+
+@runtime_checkable
+class AttendingTokenizer(Protocol):
+    """A tokenizer whose decoder lets message and image attend to each other, so that maps can be read."""
+
+    @property
+    def info(self) -> TokenizerInfo: ...
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of blocks whose maps can be read."""
+        ...
+
+    def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """When maps asked for at ``times`` are really read; empty for a decoder of a single pass.
+
+        Raises:
+            ValueError: Decoding is over before one of them.
+        """
+        ...
+
+    def attention(
+        self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
+    ) -> None:
+        """Hand out message-to-image maps of several layers and times while decoding once.
+
+        Nothing is computed past the last map. Images are decoded in tiles (:data:`TILE`), so the maps of
+        an image do not depend on the others.
+
+        Args:
+            tokens: B messages.
+            request: Which maps. A decoder of a single pass answers the first time only.
+            receive: Gets the maps of one tile, layer and time as they are computed, [b, H, K, h, w] on the
+                tokenizer's device. Whatever it does not keep is freed.
+            seeds: One noise seed per image, as for ``decode``.
+
+        Raises:
+            ValueError: A layer that does not exist, or a time that decoding does not reach.
+        """
+        ...
+
+
+def attention_in_tiles(
+    function: Callable[..., None], receive: TileReceiver, *batches: Tensor, tile: int | None = None
+) -> None:
+    """Call ``function`` as :func:`in_tiles` does and pass its maps on without the padding.
+
+    Args:
+        function: Takes one slice of every batch and a :data:`MapReceiver`.
+        receive: Gets the maps of every tile.
+        *batches: Tensors with equal first dimension B >= 1.
+        tile: Rows per call; None is ``TILE``.
+    """
+    total, tile = batches[0].shape[0], tile or tile_rows.get()
+    for start in range(0, total, tile):
+        index = torch.arange(start, start + tile).clamp_(max=total - 1)
+        count = min(tile, total - start)
+
+        def hand_on(layer: int, time: int, maps: Tensor, start: int = start, count: int = count) -> None:
+            receive(start, layer, time, maps[:count])
+
+        function(*(b[index.to(b.device)] for b in batches), hand_on)
+
+
+def gather_attention(
+    tokenizer: AttendingTokenizer, tokens: Tokens, request: AttentionRequest, *, seeds: Sequence[int]
+) -> Tensor:
+    """All maps of a few images at once, float32 [layers, times, B, H, K, h, w] on the CPU.
+
+    ``times`` is 1 for a decoder of a single pass. Meant for figures and inspection: nothing is streamed.
+    """
+    found: dict[tuple[int, int], list[Tensor]] = {}
+
+    def keep(first: int, layer: int, time: int, maps: Tensor) -> None:
+        found.setdefault((layer, time), []).append(maps.float().cpu())
+
+    tokenizer.attention(tokens, request, keep, seeds=seeds)
+    times = 1 + max(time for _, time in found)
+    layers = [
+        torch.stack([torch.cat(found[layer, time]) for time in range(times)])
+        for layer in range(len(request.layers))
+    ]
+    return torch.stack(layers)
+
+
+def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int | None = None) -> Tokens:
     """Call ``function`` on slices of exactly ``tile`` rows; the last one is padded by repetition.
 
     Args:
         function: Takes one slice of every batch, returns Tokens with ``tile`` rows.
         *batches: Tensors with equal first dimension B >= 1.
-        tile: Rows per call.
+        tile: Rows per call; None is ``TILE``.
     """
-    total = batches[0].shape[0]
+    total, tile = batches[0].shape[0], tile or tile_rows.get()
     parts: list[Tokens] = []
     for start in range(0, total, tile):
         index = torch.arange(start, start + tile).clamp_(max=total - 1)
@@ -135,6 +231,13 @@ def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int = TILE
     codes = join([p.codes for p in parts])
     assert codes is not None
     return Tokens(join([p.ids for p in parts]), codes, join([p.offsets for p in parts]))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Where a network computes in ``dtype``; for float32 also an outer autocast is switched off."""
+    if device.type == "meta":  # nothing is computed there, and torch knows no autocast for it
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def check_images(images_u8: Tensor, info: TokenizerInfo) -> None:
@@ -150,3 +253,104 @@ def check_images(images_u8: Tensor, info: TokenizerInfo) -> None:
             f"{str(images_u8.dtype).removeprefix('torch.')} {list(images_u8.shape)}. "
             f"Preprocess them first: comit_bench.data.images.preprocess(image, {info.preprocessing!r})."
         )
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary.
+
+    Raises:
+        ValueError: Names those expected.
+    """
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        raise ValueError(f"ids must lie in 0..{vocab_size - 1}")
+
+
+def check_codes(codes: Tensor, info: TokenizerInfo) -> None:
+    """Refuse anything but [B, K, d] of a tokenizer whose messages have one length.
+
+    Raises:
+        ValueError: Names the shape that came and the one expected.
+    """
+    expected = (info.message_length, info.code_dim)
+    if codes.ndim != 3 or tuple(codes.shape[1:]) != expected:
+        raise ValueError(
+            f"{info.name} decodes codes of shape [B, {expected[0]}, {expected[1]}], got {list(codes.shape)}"
+        )
+
+
+def warn_policy(name: str, policy: str | None) -> None:
+    """Say that a cropping policy has no effect on a tokenizer that reads whole images."""
+    if policy not in (None, "global"):
+        warnings.warn(f"{name} reads whole images: policy {policy!r} has no effect on it", stacklevel=3)
+
+
+def own_streams(generators: Sequence[torch.Generator] | None, index: Tensor) -> list[torch.Generator] | None:
+    """The generators of a tile's rows, cloned: a padded row must not advance its original's stream."""
+    return None if generators is None else [generators[i].clone_state() for i in index.tolist()]
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int], count: int) -> Tensor:
+    """Standard normal float32 [count, *shape], each row from a seed of its own.
+
+    Raises:
+        ValueError: Not one seed per message.
+    """
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} messages: expected one each")
+    own = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in own])
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] floats -> uint8: clamp, then the nearest of 256 levels."""
+    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def speed_up(decoder: nn.Module, device: torch.device, *, compiled: bool | None) -> None:
+    """Channels-last pixel decoder on CUDA, and a compiled one; results stay within rounding.
+
+    Args:
+        decoder: Convolutions, on ``device`` already.
+        device: Where it runs.
+        compiled: None compiles on CUDA when Triton is installed.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        decoder.to(memory_format=torch.channels_last)
+    if compiled or (compiled is None and cuda and importlib.util.find_spec("triton") is not None):
+        decoder.compile()  # in place: parameter names stay
+
+
+def refuse_unknown(options: Iterable[str], known: Iterable[str], family: str) -> None:
+    """Refuse options that a loader does not know.
+
+    Raises:
+        UsageError: Names the option and the nearest that are known.
+    """
+    for option in sorted(set(options) - set(known)):
+        raise UsageError(f"{family} has no option {option!r}.{did_you_mean(option, known)}")
+
+
+ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def switch(value: object, option: str) -> bool:
+    """A switch of the command line, where every value is text or a number.
+
+    Raises:
+        UsageError: Neither on nor off.
+    """
+    if str(value).lower() not in ON + OFF:
+        raise UsageError(f"{option} must be on or off, true or false, got {value!r}")
+    return str(value).lower() in ON
+
+
+def switch_or_auto(value: object, option: str) -> bool | None:
+    """The same, or None for ``auto``.
+
+    Raises:
+        UsageError: None of the three.
+    """
+    if str(value).lower() not in ("auto", *ON, *OFF):
+        raise UsageError(f"{option} must be auto, true or false, got {value!r}")
+    return None if str(value).lower() == "auto" else switch(value, option)

@@ -19,10 +19,20 @@ from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file
 from comit_bench.models.flextok import PRESETS, FlexTok, FlexTokSpec
 from comit_bench.models.flextok_codec import Sampling, decode, encode, to_uint8
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import (
+    TokenizerInfo,
+    Tokens,
+    autocast,
+    check_ids,
+    check_images,
+    in_tiles,
+    refuse_unknown,
+    seeded_noise,
+    switch_or_auto,
+    warn_policy,
+)
 from comit_bench.tokenizers.checkpoints import weight_file
 from comit_bench.tokenizers.flextok_files import load_directory, save
-from comit_bench.tokenizers.pixels import warn_policy
 
 HUB = {
     "flextok-d12-d12": "EPFL-VILAB/flextok_d12_d12_in1k",
@@ -50,14 +60,6 @@ def _number(value: object, option: str, kind: type[int] | type[float], low: floa
         whole = "a whole number" if kind is int else "a number"
         raise UsageError(f"FlexTok: {option} must be {whole} of at least {low:g}, got {value!r}")
     return float(value)
-
-
-def _flag(value: object, option: str) -> bool | None:
-    """True, false, or None for ``auto``."""
-    known = {"auto": None, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if str(value).lower() not in known:
-        raise UsageError(f"FlexTok: {option} must be auto, true or false, got {value!r}")
-    return known[str(value).lower()]
 
 
 class FlexTokTokenizer:
@@ -105,7 +107,7 @@ class FlexTokTokenizer:
             projected=guidance_mode == "apg",
         )
         self.model = model.to(device).requires_grad_(False).eval()
-        self.model.vae.prepare(device, compiled=_flag(compile, "compile"))
+        self.model.vae.prepare(device, compiled=switch_or_auto(compile, "compile"))
         self.device, self.dtype, self.posterior = device, dtype, posterior
         options = {
             "tokens": str(self.tokens),
@@ -132,8 +134,17 @@ class FlexTokTokenizer:
         vae = VAE_ENCODE_FLOPS * (spec.vae.widths[0] / 128) ** 2 * spec.image_size**2
         return vae + (trunk.depth - 1) * block + last
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    @property
+    def decode_options(self) -> dict[str, Any]:
+        """Settings of :meth:`decode`; part of the protocol of tasks that decode."""
+        sampling = self.sampling
+        usual = GUIDANCE_SMALL if self.info.name == "flextok-d12-d12" else GUIDANCE
+        settings = {
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "guidance_mode": "apg" if sampling.projected else "cfg",
+        }
+        return {**settings, "default": settings == {"steps": 25, "guidance": usual, "guidance_mode": "apg"}}
 
     def encode(
         self,
@@ -159,11 +170,11 @@ class FlexTokTokenizer:
         def tile(images: Tensor, drawn: Tensor) -> Tokens:
             pixels = images.to(self.device, torch.float32).div(255).mul(2).sub(1)
             eps = drawn.to(self.device) if sampled else None
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 done = encode(self.model, pixels, tokens=self.tokens, noise=eps)
             return Tokens(done.ids, done.codes)
 
-        return in_tiles(tile, images_u8, noise, tile=TILE)
+        return in_tiles(tile, images_u8, noise)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -171,9 +182,7 @@ class FlexTokTokenizer:
         Raises:
             ValueError: An id outside the vocabulary.
         """
-        size = self.model.regularizer.vocab_size
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-            raise ValueError(f"ids must lie in 0..{size - 1}")
+        check_ids(ids, self.model.regularizer.vocab_size)
         return self.model.regularizer.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
@@ -188,13 +197,10 @@ class FlexTokTokenizer:
                 f"{self.info.name} decodes codes of shape [B, 1..{spec.registers}, {spec.code_dim}], got "
                 f"{list(codes.shape)}"
             )
-        if len(seeds) != codes.shape[0]:
-            raise ValueError(f"{len(seeds)} seeds for {codes.shape[0]} messages: expected one each")
-        own = (torch.Generator().manual_seed(seed) for seed in seeds)
-        noise = torch.stack([torch.randn(self._latent_shape, generator=g) for g in own])
+        noise = seeded_noise(seeds, self._latent_shape, codes.shape[0])
 
         def tile(codes: Tensor, noise: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 images = decode(
                     self.model, codes.to(self.device), noise.to(self.device), sampling=self.sampling
                 )
@@ -224,10 +230,15 @@ def _info(model: FlexTok, name: str, weights: str, **changes: Any) -> TokenizerI
     )
 
 
-def build_random(spec: FlexTokSpec, seed: int) -> FlexTok:
-    """An untrained network, VAE included, from a seed. Its latents have the scale 1 unless the spec says."""
+def build_random(spec: FlexTokSpec, seed: int, device: torch.device | None = None) -> FlexTok:
+    """An untrained network, VAE included, from a seed. Its latents have the scale 1 unless the spec says.
+
+    On the meta ``device`` it stays without weights.
+    """
     with torch.device("meta"):
         model = FlexTok(spec)
+    if device is not None and device.type == "meta":
+        return model
     model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
     model.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
     return model
@@ -248,11 +259,13 @@ def _locate(name: str, weights: str | None, *, offline: bool) -> Path:
     return fetch(HUB.get(name.lower(), name), FILES, offline=offline, hint="or pass --weights DIR")
 
 
-def _untrained(preset: str, seed: int, scale: float | None) -> tuple[FlexTok, TokenizerInfo]:
+def _untrained(
+    preset: str, seed: int, scale: float | None, device: torch.device
+) -> tuple[FlexTok, TokenizerInfo]:
     if preset not in PRESETS:
         raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
     spec = PRESETS[preset]
-    model = build_random(replace(spec, vae=replace(spec.vae, scale=scale or 1.0)), seed)
+    model = build_random(replace(spec, vae=replace(spec.vae, scale=scale or 1.0)), seed, device)
     nothing = {"training_data": "none", "weights_licence": "none"}
     return model, _info(model, preset, f"random:{seed}", trained=False, **nothing)
 
@@ -309,8 +322,7 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    for option in options.keys() - set(OPTIONS):
-        raise UsageError(f"FlexTok has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    refuse_unknown(options, OPTIONS, "FlexTok")
     if "scaling_factor" in options:
         options["scaling_factor"] = _number(options["scaling_factor"], "scaling_factor", float, 1e-6)
     scale = options.pop("scaling_factor", None)
@@ -319,7 +331,7 @@ def load(
     if preset == "flextok-d12-d12":
         options.setdefault("guidance", GUIDANCE_SMALL)
     if weights == "random":
-        model, info = _untrained(preset, seed, scale)
+        model, info = _untrained(preset, seed, scale, device)
     else:
         model, info = _released(name, preset, weights, scale, offline=offline)
     return FlexTokTokenizer(model, info, device=device, **options)

@@ -42,6 +42,7 @@ from comit_bench.tokenizers.flextok_config import (
 )
 
 BLOCKS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
+VAE_HUB = "EPFL-VILAB/flextok_vae_c{channels}"
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 VAE = "vae.vae."
@@ -262,7 +263,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _vae_repository(vae: dict[str, Any], channels: int) -> str:
-    return str(vae.get("hf_hub_path") or f"EPFL-VILAB/flextok_vae_c{channels}")
+    return str(vae.get("hf_hub_path") or VAE_HUB.format(channels=channels))
 
 
 def _vae_directory(

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError, did_you_mean
 from comit_bench.files import atomic_path, digest_json
-from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images
+from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images, warn_policy
 from comit_bench.tokenizers.checkpoints import read_config, read_tensors
-from comit_bench.tokenizers.pixels import check_grid, from_patches, to_codes, to_patches, warn_policy
+from comit_bench.tokenizers.pixels import check_grid, from_patches, to_codes, to_patches
 
 FAMILY = "kmeans-patch"
 FORMAT_VERSION = 1
@@ -184,8 +184,8 @@ class KMeansPatchTokenizer:
             ValueError: Images of another type or shape.
         """
         check_grid(resolution, patch)
-        if vocab < 1:
-            raise UsageError(f"{FAMILY}: vocab {vocab}: expected at least 1 centroid")
+        if type(vocab) is not int or vocab < 1:
+            raise UsageError(f"{FAMILY}: vocab {vocab!r}: expected a whole number of centroids, at least 1")
         patches = _sample_patches(images, patch=patch, resolution=resolution, seed=seed)
         if len(patches) < vocab:
             raise UsageError(

@@ -140,7 +140,8 @@ def load_tokenizer(
         name_or_path: A name of ``comit-bench ls tokenizers`` (case does not matter), a hub id, or a
             directory with ``config.json`` and ``model.safetensors`` (or ``weights.safetensors``).
         weights: Directory to take the weights from, or ``random`` for an untrained network.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; with random weights also ``meta``, where nothing is
+            drawn or computed and arithmetic can be counted.
         dtype: ``float32`` or, on CUDA, ``bfloat16``.
         offline: Never ask the hub.
         family: Settles doubt about a directory or hub id.

@@ -10,7 +10,6 @@ Shape legend: ``B`` batch, ``K`` patches per image in raster order, ``p`` patch 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +17,27 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from comit_bench.errors import UnsupportedOperation, UsageError, did_you_mean
-from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images
+from comit_bench.errors import UnsupportedOperation, UsageError
+from comit_bench.tokenizers.base import (
+    TokenizerInfo,
+    Tokens,
+    check_codes,
+    check_images,
+    refuse_unknown,
+    warn_policy,
+)
 
 
 def check_grid(resolution: int, patch: int) -> int:
     """Patches per side of a square image.
 
     Raises:
-        UsageError: The patches do not tile the image; names the nearest sizes that they do tile.
+        UsageError: No whole numbers, or the patches do not tile the image; names the nearest sizes that
+            they do tile.
     """
+    for what, value in (("resolution", resolution), ("patch", patch)):
+        if type(value) is not int:  # they may come from a command line
+            raise UsageError(f"{what} must be a whole number of pixels, got {value!r}")
     if patch < 1 or resolution < patch or resolution % patch:
         if patch < 1:
             raise UsageError(f"patch {patch}: expected a side of at least 1 pixel")
@@ -64,12 +74,6 @@ def to_codes(values_u8: Tensor) -> Tensor:
 def from_codes(codes: Tensor) -> Tensor:
     """Inverse of :func:`to_codes`; values beyond [-1, 1] are clipped."""
     return (codes.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def warn_policy(name: str, policy: str | None) -> None:
-    """Say that a cropping policy has no effect on a tokenizer that reads whole images."""
-    if policy not in (None, "global"):
-        warnings.warn(f"{name} reads whole images: policy {policy!r} has no effect on it", stacklevel=3)
 
 
 class PixelOracleTokenizer:
@@ -134,12 +138,7 @@ class PixelOracleTokenizer:
         Raises:
             ValueError: Codes of another shape.
         """
-        expected = (self.info.message_length, self.info.code_dim)
-        if tokens.codes.ndim != 3 or tuple(tokens.codes.shape[1:]) != expected:
-            raise ValueError(
-                f"{self.info.name} decodes codes of shape [B, {expected[0]}, {expected[1]}], "
-                f"got {list(tokens.codes.shape)}"
-            )
+        check_codes(tokens.codes, self.info)
         return from_patches(from_codes(tokens.codes.to(self.device)), self.patch)
 
 
@@ -165,8 +164,5 @@ def load(
     Raises:
         UsageError: Unknown option, or the patches do not tile the image.
     """
-    known = ("patch", "resolution")
-    for option in options:
-        if option not in known:
-            raise UsageError(f"{name} has no option {option!r}.{did_you_mean(option, known)}")
+    refuse_unknown(options, ("patch", "resolution"), name)
     return PixelOracleTokenizer(device=device, **options)

@@ -28,8 +28,19 @@ from comit_bench.models.selftok_codec import (
     sample,
     to_uint8,
 )
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
-from comit_bench.tokenizers.pixels import warn_policy
+from comit_bench.tokenizers.base import (
+    TokenizerInfo,
+    Tokens,
+    autocast,
+    check_ids,
+    check_images,
+    in_tiles,
+    refuse_unknown,
+    seeded_noise,
+    switch,
+    switch_or_auto,
+    warn_policy,
+)
 from comit_bench.tokenizers.selftok_config import (
     ASSUMED_1024,
     read_schedule,
@@ -48,14 +59,6 @@ TRAINING_DATA = "not stated; presumably ImageNet-1k"
 LICENCE = "none stated; derived from Stable Diffusion 3, whose terms may apply"
 # Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_selftok_flops.py)
 VAE_ENCODE_FLOPS = 4.165e6
-
-
-def _flag(value: object, option: str) -> bool | None:
-    """True, false, or None for ``auto``."""
-    known = {"auto": None, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if str(value).lower() not in known:
-        raise UsageError(f"SelfTok: {option} must be auto, true or false, got {value!r}")
-    return known[str(value).lower()]
 
 
 def _one_of(value: object, option: str, allowed: Sequence[str]) -> str:
@@ -147,7 +150,7 @@ class SelftokTokenizer:
             raise UsageError("SelfTok: steps is a setting of decoder=diffusion, the renderer has one step")
         self.steps = spec.steps if steps is None else steps
         vae_type = DTYPES[_one_of(vae_dtype, "vae_dtype", tuple(DTYPES))]
-        wanted = _flag(compile, "compile")
+        wanted = switch_or_auto(compile, "compile")
         self.model = model.to(device).requires_grad_(False).eval()
         if self.model.vae is not None:
             self.model.vae.set_dtype(vae_type)
@@ -191,9 +194,6 @@ class SelftokTokenizer:
         vae = VAE_ENCODE_FLOPS * scale * spec.image_size**2
         return vae + (size.depth - 1) * latents + size.depth * queries + search
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def encode(
         self,
         images_u8: Tensor,
@@ -212,13 +212,13 @@ class SelftokTokenizer:
         def tile(images: Tensor) -> Tokens:
             pixels = images.to(self.device, torch.float32).div(127.5).sub(1)
             fixed = self._fixed
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 done = encode(self.model, pixels, fixed)
             if self.latents == "codes":
                 return Tokens(done.ids, done.codes)
             return Tokens(None, (done.prequant if self.latents == "prequant" else done.queries).float())
 
-        return in_tiles(tile, images_u8, tile=TILE)
+        return in_tiles(tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], after the LayerNorm.
@@ -226,9 +226,7 @@ class SelftokTokenizer:
         Raises:
             ValueError: An id outside the vocabulary.
         """
-        size = self.model.spec.vocab_size
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-            raise ValueError(f"ids must lie in 0..{size - 1}")
+        check_ids(ids, self.model.spec.vocab_size)
         with torch.inference_mode():
             return self.model.encoder.codes(ids.to(self.device, torch.int64))
 
@@ -253,22 +251,16 @@ class SelftokTokenizer:
                 f"{self.info.name} decodes codes of shape [B, {spec.tokens}, {self.info.code_dim}], got "
                 f"{list(codes.shape)}"
             )
-        if len(seeds) != codes.shape[0]:
-            raise ValueError(f"{len(seeds)} seeds for {codes.shape[0]} messages: expected one each")
         shape = (spec.channels, spec.latent_side, spec.latent_side)
-        own = (torch.Generator().manual_seed(seed) for seed in seeds)
-        if self.schedule is None:
-            noise = torch.zeros(len(seeds), 0)
-        else:
-            noise = torch.stack([torch.randn(shape, generator=g) for g in own])
+        noise = seeded_noise(seeds, (0,) if self.schedule is None else shape, codes.shape[0])
 
         def tile(codes: Tensor, noise: Tensor) -> Tokens:
             fixed = self._fixed
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 latents = self._latents(self._decoder_codes(codes.to(self.device)), noise, fixed)
                 return Tokens(None, to_uint8(decode_latents(self.model, latents.float())))
 
-        return in_tiles(tile, codes, noise, tile=TILE).codes
+        return in_tiles(tile, codes, noise).codes
 
     def _latents(self, codes: Tensor, noise: Tensor, fixed: Constants) -> Tensor:
         if self.schedule is None:
@@ -288,9 +280,11 @@ class SelftokTokenizer:
         save(self.model, directory, replace(self.model.spec, schedule=schedule, steps=self.steps))
 
 
-def build_random(spec: SelftokSpec, seed: int) -> Selftok:
-    """An untrained network, VAE included, from a seed."""
+def build_random(spec: SelftokSpec, seed: int, device: torch.device | None = None) -> Selftok:
+    """An untrained network, VAE included, from a seed; on the meta ``device`` it stays without weights."""
     model = build(spec)
+    if device is not None and device.type == "meta":
+        return model
     model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
     model.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
     return model
@@ -394,8 +388,7 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    for option in options.keys() - set(OPTIONS):
-        raise UsageError(f"SelfTok has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    refuse_unknown(options, OPTIONS, "SelfTok")
     decoder, vae, allow = (options.pop(key, None) for key in LOADING)
     if decoder is not None:
         _one_of(decoder, "decoder", DECODERS)
@@ -404,10 +397,10 @@ def load(
             raise UsageError(f"--weights random needs a name, not {name!r}.{did_you_mean(name, PRESETS)}")
         spec = variant(name.lower(), str(decoder or "diffusion"))
         choose_schedule(spec, options.get("stages"), options.get("k_per_stage"))  # before minutes of drawing
-        model = build_random(spec, seed)
+        model = build_random(spec, seed, device)
         nothing = {"training_data": "none", "weights_licence": "none"}
         info = _info(model, name.lower(), f"random:{seed}", trained=False, **nothing)
     else:
-        permitted = bool(_flag(False if allow is None else allow, "allow_pickle"))
+        permitted = switch(False if allow is None else allow, "allow_pickle")
         model, info = _released(name, weights, decoder, vae, offline=offline, allow_pickle=permitted)
     return SelftokTokenizer(model, info, device=device, **options)

@@ -8,7 +8,6 @@ of the released program; nodes that describe generators are not read.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,26 @@ from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file, shipped_weights, write_atomic
+from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.models.titok import PRESETS, SIZES, Titok, TitokSpec, VitSize
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import (
+    TileReceiver,
+    TokenizerInfo,
+    Tokens,
+    attention_in_tiles,
+    autocast,
+    check_codes,
+    check_ids,
+    check_images,
+    in_tiles,
+    refuse_unknown,
+    speed_up,
+    switch,
+    switch_or_auto,
+    to_uint8,
+    warn_policy,
+)
 from comit_bench.tokenizers.checkpoints import (
     PICKLES,
     WEIGHT_FILES,
@@ -35,7 +51,6 @@ from comit_bench.tokenizers.checkpoints import (
     weight_file,
     write_tensors,
 )
-from comit_bench.tokenizers.pixels import warn_policy
 
 HUB = {
     "titok-l-32": "yucornetto/tokenizer_titok_l32_imagenet",
@@ -248,11 +263,6 @@ def load_directory(directory: Path, *, allow_pickle: bool = False) -> Titok:
     return load_file(spec, find_weights(directory), allow_pickle=allow_pickle)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[0, 1] floats -> uint8: clamp, then the nearest of 256 levels, as the released evaluation does."""
-    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
 class TitokTokenizer:
     """TiTok behind the tokenizer contract.
 
@@ -278,17 +288,9 @@ class TitokTokenizer:
         self.dtype = dtype
         self.info = info
         info.options["dtype"] = str(dtype).split(".")[-1]
-        wanted = _yes(compile, "compile") if compile != "auto" else None
-        if wanted is None:
-            wanted = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        compiled = switch_or_auto(compile, "compile")
         if model.pixel_decoder is not None:
-            if device.type == "cuda":
-                model.pixel_decoder.to(memory_format=torch.channels_last)
-            if wanted:
-                model.pixel_decoder.compile()  # in place: parameter names stay
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+            speed_up(model.pixel_decoder, device, compiled=compiled)
 
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of the encoder, for estimates (attention and linear layers)."""
@@ -313,10 +315,10 @@ class TitokTokenizer:
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(*self.model.encode(images.to(self.device, torch.float32).div(255)))
 
-        return in_tiles(tile, images_u8, tile=TILE)
+        return in_tiles(tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], the vectors that enter the decoder.
@@ -324,9 +326,7 @@ class TitokTokenizer:
         Raises:
             ValueError: An id outside the vocabulary.
         """
-        size = self.model.quantize.size
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-            raise ValueError(f"ids must lie in 0..{size - 1}")
+        check_ids(ids, self.model.quantize.size)
         return self.model.quantize.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
@@ -335,30 +335,37 @@ class TitokTokenizer:
         Raises:
             ValueError: Codes of another shape.
         """
-        expected = (self.info.message_length, self.info.code_dim)
-        if tokens.codes.ndim != 3 or tuple(tokens.codes.shape[1:]) != expected:
-            raise ValueError(
-                f"{self.info.name} decodes codes of shape [B, {expected[0]}, {expected[1]}], "
-                f"got {list(tokens.codes.shape)}"
-            )
+        check_codes(tokens.codes, self.info)
 
         def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(None, to_uint8(self.model.decode(codes.to(self.device))))
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        return in_tiles(tile, tokens.codes).codes
+
+    @property
+    def attention_layers(self) -> int:
+        """Blocks whose maps can be read."""
+        return self.model.spec.decoder.layers
+
+    def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """Empty: the decoder is a single pass."""
+        return ()
+
+    def attention(
+        self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
+    ) -> None:
+        """How much every decoded position looks at every token, [b, heads, K, G, G]; see the contract."""
+
+        def tile(codes: Tensor, hand_on: MapReceiver) -> None:
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                self.model.decoder.attention(codes.to(self.device), request, hand_on)
+
+        attention_in_tiles(tile, receive, tokens.codes)
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors`` in the released layout."""
         save(self.model, directory)
-
-
-def _yes(value: object, option: str) -> bool:
-    """A flag of the command line, where every value is text or a number."""
-    text = str(value).lower()
-    if text not in ("true", "false", "yes", "no", "1", "0"):
-        raise UsageError(f"--option {option}={value}: expected true or false")
-    return text in ("true", "yes", "1")
 
 
 def _info(
@@ -407,11 +414,12 @@ def _fetch(repository: str, *, offline: bool, allow_pickle: bool) -> Path:
         return fetch(repository, ("config.json", PICKLED), offline=offline, hint=hint)
 
 
-def _load_random(preset: str, seed: int) -> tuple[Titok, TokenizerInfo]:
+def _load_random(preset: str, seed: int, device: torch.device) -> tuple[Titok, TokenizerInfo]:
     if preset not in PRESETS:
         raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
-    model = build(PRESETS[preset], empty=True).to_empty(device="cpu")
-    model.init_weights(torch.Generator().manual_seed(seed), spread=True)
+    model = build(PRESETS[preset], empty=True)
+    if device.type != "meta":
+        model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed), spread=True)
     return model, _info(model, preset, f"random:{seed}", released=False, trained=False)
 
 
@@ -440,12 +448,11 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    for option in options.keys() - set(OPTIONS):
-        raise UsageError(f"TiTok has no option {option!r}.{did_you_mean(option, OPTIONS)}")
-    allow = _yes(options.pop("allow_pickle", False), "allow_pickle")
+    refuse_unknown(options, OPTIONS, "TiTok")
+    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
     preset = name.lower()
     if weights == "random":
-        model, info = _load_random(preset, seed)
+        model, info = _load_random(preset, seed, device)
         return TitokTokenizer(model, info, device=device, **options)
     local = Path(weights or name).expanduser()
     if weights and not local.exists():

@@ -19,7 +19,18 @@ from torch import Tensor
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import sha256_file, shipped_weights, write_atomic
 from comit_bench.models.vq_grid import PRESETS, VqGrid, VqGridSpec
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import (
+    TokenizerInfo,
+    Tokens,
+    autocast,
+    check_codes,
+    check_ids,
+    check_images,
+    in_tiles,
+    refuse_unknown,
+    to_uint8,
+    warn_policy,
+)
 from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
     load_checked,
@@ -28,7 +39,6 @@ from comit_bench.tokenizers.checkpoints import (
     weight_file,
     write_tensors,
 )
-from comit_bench.tokenizers.pixels import warn_policy
 
 FAMILY = "vq-grid"
 
@@ -130,9 +140,6 @@ class VqGridTokenizer:
         self.device, self.dtype, self.info = device, dtype, info
         info.options["dtype"] = str(dtype).split(".")[-1]
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of the encoder, for estimates (attention and linear layers)."""
         spec = self.model.spec
@@ -159,10 +166,10 @@ class VqGridTokenizer:
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(*self.model.encode(images.to(self.device, torch.float32).div(255)))
 
-        return in_tiles(tile, images_u8, tile=TILE)
+        return in_tiles(tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -170,9 +177,7 @@ class VqGridTokenizer:
         Raises:
             ValueError: An id outside the vocabulary.
         """
-        size = self.model.quantizer.vocab_size
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-            raise ValueError(f"ids must lie in 0..{size - 1}")
+        check_ids(ids, self.model.quantizer.vocab_size)
         return self.model.quantizer.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
@@ -181,19 +186,13 @@ class VqGridTokenizer:
         Raises:
             ValueError: Codes of another shape.
         """
-        expected = (self.info.message_length, self.info.code_dim)
-        if tokens.codes.ndim != 3 or tuple(tokens.codes.shape[1:]) != expected:
-            raise ValueError(
-                f"{self.info.name} decodes codes of shape [B, {expected[0]}, {expected[1]}], "
-                f"got {list(tokens.codes.shape)}"
-            )
+        check_codes(tokens.codes, self.info)
 
         def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
-                images = self.model.decode(codes.to(self.device)).float()
-                return Tokens(None, images.clamp(0, 1).mul(255).round().to(torch.uint8))
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                return Tokens(None, to_uint8(self.model.decode(codes.to(self.device))))
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        return in_tiles(tile, tokens.codes).codes
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors``; :func:`load` takes the folder."""
@@ -245,16 +244,16 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    for option in options.keys() - {"dtype"}:
-        raise UsageError(f"{FAMILY} has no option {option!r}.{did_you_mean(option, ('dtype',))}")
+    refuse_unknown(options, ("dtype",), FAMILY)
     preset = name.lower()
     if weights == "random":
         if preset not in PRESETS:
             raise UsageError(
                 f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}"
             )
-        model = build(PRESETS[preset])
-        model.init_weights(torch.Generator().manual_seed(seed))
+        model = build(PRESETS[preset], empty=device.type == "meta")
+        if device.type != "meta":
+            model.init_weights(torch.Generator().manual_seed(seed))
         nothing = {"trained": False, "training_data": "none", "weights_licence": "none"}
         info = _info(model, preset, f"random:{seed}", nothing)
         return VqGridTokenizer(model, info, device=device, **options)

@@ -20,12 +20,21 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.errors import MissingError, UsageError
 from comit_bench.files import sha256_file
 from comit_bench.models.vq import nearest
-from comit_bench.tokenizers.base import TILE, TokenizerInfo, Tokens, check_images, in_tiles
+from comit_bench.tokenizers.base import (
+    TokenizerInfo,
+    Tokens,
+    autocast,
+    check_codes,
+    check_ids,
+    check_images,
+    in_tiles,
+    refuse_unknown,
+    warn_policy,
+)
 from comit_bench.tokenizers.checkpoints import load_checked, modern_attention, read_config, read_tensors
-from comit_bench.tokenizers.pixels import warn_policy
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 OPTIONS = ("dtype", "resolution")
@@ -106,9 +115,6 @@ class VqModelTokenizer:
         """FLOPs per image of the encoder, counted when it was loaded."""
         return self.flops
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
     def encode(
         self,
         images_u8: Tensor,
@@ -127,13 +133,13 @@ class VqModelTokenizer:
         def tile(images: Tensor) -> Tokens:
             with torch.inference_mode():
                 x = images.to(self.device, torch.float32).div(127.5).sub(1)
-                with self._autocast():
+                with autocast(self.device, self.dtype):
                     z = self.model.quant_conv(self.model.encoder(x))
                 flat = rearrange(z.float(), "b d h w -> (b h w) d")
                 ids = nearest(flat, self.table).view(len(images), -1)
                 return Tokens(ids, self.codes_from_ids(ids))
 
-        return in_tiles(tile, images_u8, tile=TILE)
+        return in_tiles(tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -141,9 +147,7 @@ class VqModelTokenizer:
         Raises:
             ValueError: An id outside the vocabulary.
         """
-        size = self.info.vocab_size or 0
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-            raise ValueError(f"ids must lie in 0..{size - 1}")
+        check_ids(ids, self.info.vocab_size or 0)
         return torch.nn.functional.embedding(ids.to(self.device), self.table)
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
@@ -152,22 +156,17 @@ class VqModelTokenizer:
         Raises:
             ValueError: Codes of another shape.
         """
-        expected = (self.info.message_length, self.info.code_dim)
-        if tokens.codes.ndim != 3 or tuple(tokens.codes.shape[1:]) != expected:
-            raise ValueError(
-                f"{self.info.name} decodes codes of shape [B, {expected[0]}, {expected[1]}], "
-                f"got {list(tokens.codes.shape)}"
-            )
+        check_codes(tokens.codes, self.info)
         spatial = self.model.config.get("norm_type", "group") == "spatial"
 
         def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
+            with torch.inference_mode(), autocast(self.device, self.dtype):
                 latents = rearrange(codes.to(self.device), "b (h w) d -> b d h w", h=self.grid)
                 hidden = self.model.post_quant_conv(latents)
                 image = self.model.decoder(hidden, latents if spatial else None).float()
                 return Tokens(None, image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
 
-        return in_tiles(tile, tokens.codes, tile=TILE).codes
+        return in_tiles(tile, tokens.codes).codes
 
 
 def _encode_flops(model: Any, side: int) -> float:
@@ -221,8 +220,7 @@ def load(
     """
     from diffusers import VQModel
 
-    for option in options.keys() - set(OPTIONS):
-        raise UsageError(f"vqmodel has no option {option!r}.{did_you_mean(option, OPTIONS)}")
+    refuse_unknown(options, OPTIONS, "vqmodel")
     resolution = options.pop("resolution", None)
     source = weights or name
     if source.lower() in ("vqmodel", "random"):

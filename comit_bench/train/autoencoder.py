@@ -24,7 +24,7 @@ from comit_bench.models.vq import EPS
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers import titok as titok_files
 from comit_bench.tokenizers import vq_grid as grid_files
-from comit_bench.tokenizers.titok import to_uint8
+from comit_bench.tokenizers.base import to_uint8
 from comit_bench.train.autoencoder_card import Facts, card
 from comit_bench.train.config import AutoencoderRun
 from comit_bench.train.data import PROBE_VAL_SCENES, Order, paint_scenes

@@ -13,7 +13,7 @@ from comit_bench.files import shipped_weights
 from comit_bench.models.comit import Comit, ComitSpec
 from comit_bench.models.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for
-from comit_bench.tokenizers.comit import VAE_HUB, build, sd_vae_tensors
+from comit_bench.tokenizers.comit_files import VAE_HUB, build, sd_vae_tensors
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.objective import TrainingModule
 

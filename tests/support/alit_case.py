@@ -170,6 +170,9 @@ class Case(ParityCase):
         for t, step in enumerate(self.trace):
             if f"attn_t{t}" in self.io:
                 layers = range(self.model.spec.decoder_layers)
-                maps = self.model.attention(step.codes, layers).mean(dim=2).flatten(-2).transpose(-2, -1)
+                found: dict[int, Tensor] = {}
+                self.model.attention(step.codes, layers, lambda n, _, m, found=found: found.update({n: m}))
+                stacked = torch.stack([found[layer] for layer in layers])
+                maps = stacked.mean(dim=2).flatten(-2).transpose(-2, -1)
                 seen.append(expect(f"attn_t{t}", maps, self.io[f"attn_t{t}"], tolerance=ATTENTION))
         return seen

@@ -16,10 +16,10 @@ import torch
 from parity import ParityCase, expect
 from torch import Tensor, nn
 
+from comit_bench.models.attention import AttentionRequest
 from comit_bench.models.comit import Comit
 from comit_bench.models.comit_blocks import AttentionProbe
 from comit_bench.models.comit_codec import (
-    AttentionRequest,
     crop_latents,
     decode,
     encode,
@@ -28,7 +28,7 @@ from comit_bench.models.comit_codec import (
 )
 from comit_bench.models.crops import CropPolicy
 from comit_bench.models.flow import Guidance
-from comit_bench.tokenizers.comit import load_directory
+from comit_bench.tokenizers.comit_files import load_directory
 
 FLOAT, SAMPLED = 1e-4, 1e-4  # stricter than the case READMEs, which allow 2e-4 for sampled latents
 INPUTS = {"images", "dec.noise", "adapt.noise", "vel.t", "vel.t_batch"}
@@ -230,7 +230,7 @@ class Case(ParityCase):
         x = self._at(torch.full((batch,), float(arguments["t"])))
         probe = AttentionProbe(layer, "all")
         hard = predictor(x, given, state, read="both", mask_mode="hard", probe=probe)
-        assert probe.maps is not None
+        logits = probe.maps[layer]
         lean = predictor(x, given, state, read="velocity", mask_mode="hard").velocity  # no buffer at all
         soft = predictor(x, given, state, read="velocity").velocity
         want = io["attn.velocity_hard_mask"]
@@ -243,9 +243,9 @@ class Case(ParityCase):
         ]
         tokens, length = x.shape[-1] ** 2 // model.spec.patch_size**2, model.spec.message_length
         if "attn.logits_full" in io:
-            seen.append(expect("attn.logits_full", probe.maps[:1], io["attn.logits_full"], tolerance=FLOAT))
+            seen.append(expect("attn.logits_full", logits[:1], io["attn.logits_full"], tolerance=FLOAT))
         if "attn.logits_msg_to_image" in io:
-            rows = probe.maps[:, :, 1 + tokens : 1 + tokens + length : step, 1 : 1 + tokens]
+            rows = logits[:, :, 1 + tokens : 1 + tokens + length : step, 1 : 1 + tokens]
             want = io["attn.logits_msg_to_image"]
             seen.append(expect("attn.logits_msg_to_image", rows, want, tolerance=FLOAT))
         run = arguments["detok"]
@@ -259,10 +259,22 @@ class Case(ParityCase):
             io["dec.noise"],
             steps=run["num_steps"],
             guidance=Guidance(weight=run["cfg_weight"], momentum=run["apg_momentum"]),
-            attention=AttentionRequest(layer=layer, time=run["attn_weights_time"]),
+            attention=AttentionRequest(layers=(layer,), times=(run["attn_weights_time"],)),
         )
-        assert out.attention is not None
-        maps = out.attention.flatten(-2)[:, :, ::step]
+        every = tuple(range(model.spec.depth))  # several layers and times in one pass: the same numbers
+        request = AttentionRequest(layers=every, times=(0.0, run["attn_weights_time"]))
+        together = decode(
+            model,
+            io["dec.msgs"],
+            io["dec.offsets"],
+            io["dec.noise"],
+            steps=run["num_steps"],
+            guidance=Guidance(weight=run["cfg_weight"], momentum=run["apg_momentum"]),
+            attention=request,
+            finish=False,
+        )
+        assert torch.equal(together.attention[layer, 1], out.attention[0, 0])
+        maps = out.attention[0, 0].flatten(-2)[:, :, ::step]
         return [
             *seen,
             expect("attn.detok.latents", out.latents, io["attn.detok.latents"], tolerance=SAMPLED),

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.models.alit import AlitSpec
+from comit_bench.models.attention import AttentionRequest
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers import alit_config
-from comit_bench.tokenizers.alit import AlitTokenizer, AttentionRequest, save, to_uint8
+from comit_bench.tokenizers.alit import AlitTokenizer, save, to_uint8
 from comit_bench.tokenizers.alit_config import VARIANTS, build, load_directory
-from comit_bench.tokenizers.base import Tokenizer, Tokens
+from comit_bench.tokenizers.base import AttendingTokenizer, Tokenizer, Tokens, gather_attention
 from comit_bench.tokenizers.loading import load_tokenizer
 
 CASE = Path(__file__).parents[1] / "parity" / "cases" / "alit" / "vqgan_quantized_slim"
@@ -173,12 +174,14 @@ def test_wrong_options_are_refused(checkpoint: Path, options: dict[str, Any], sa
 def test_attention_and_lengths(checkpoint: Path) -> None:
     tokenizer = load(checkpoint)
     tokens = tokenizer.encode(images(2))
-    maps = tokenizer.attention(tokens, AttentionRequest(layer=1))
-    assert maps.shape == (2, 2, 12, 16, 16)
-    assert torch.equal(maps, tokenizer.model.attention(tokens.codes, [1])[0])
-    assert tokenizer.attention(tokens, seeds=[0, 1]).shape == maps.shape
+    assert isinstance(tokenizer, AttendingTokenizer) and tokenizer.attention_layers == 3
+    assert tokenizer.attention_times((0.5,)) == ()
+    maps = gather_attention(tokenizer, tokens, AttentionRequest(layers=(1,), times=(0.1, 0.9)), seeds=[0, 1])
+    assert maps.shape == (1, 1, 2, 2, 12, 16, 16)
+    both = gather_attention(tokenizer, tokens, AttentionRequest(layers=(2, 1)), seeds=[0, 1])
+    assert torch.equal(both[1, 0], maps[0, 0]) and not torch.equal(both[0], both[1])
     with pytest.raises(ValueError, match=r"0\.\.2"):
-        tokenizer.attention(tokens, AttentionRequest(layer=7))
+        gather_attention(tokenizer, tokens, AttentionRequest(layers=(7,)), seeds=[0, 1])
     assert tokenizer.lengths(images(3), threshold=1e9).tolist() == [1, 1, 1]
     errors = [
         (tokenizer.model.reconstruct(s.codes) - images(3) / 255).abs().mean(dim=(1, 2, 3))

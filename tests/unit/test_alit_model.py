@@ -311,11 +311,13 @@ def test_continuous_models_hand_out_what_they_computed() -> None:
 def test_attention_is_a_share_of_all_keys() -> None:
     model = tiny()
     codes = next(model.iterate(images(2))).codes
-    maps = model.attention(codes, [0, 2])
-    assert maps.shape == (2, 2, 2, 4, 16, 16)
+    found: dict[int, torch.Tensor] = {}
+    model.attention(codes, [0, 2], lambda layer, _, maps: found.update({layer: maps}))
+    assert [found[layer].shape for layer in (0, 1)] == [(2, 2, 4, 16, 16)] * 2
+    maps = torch.stack([found[0], found[1]])
     assert float(maps.min()) > 0 and float(maps.sum(dim=3).max()) < 1  # class and image keys have the rest
     with pytest.raises(ValueError, match=r"0\.\.2"):
-        model.attention(codes, [3])
+        model.attention(codes, [3], lambda *_: None)
 
 
 # ---------------------------------------------------------------- length selection

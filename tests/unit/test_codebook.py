@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import inputs_of, spec_of, write_recipe
+from message_inputs import inputs_of, spec_of, write_recipe
 from sklearn.metrics import mutual_info_score
 
 import comit_bench

@@ -15,11 +15,10 @@ from torch import Tensor
 import comit_bench.models.vae as vae_module
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.models.comit import PRESETS
-from comit_bench.models.comit_codec import AttentionRequest
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens, in_tiles
-from comit_bench.tokenizers.comit import (
-    ComitTokenizer,
+from comit_bench.tokenizers.comit import ComitTokenizer
+from comit_bench.tokenizers.comit_files import (
     build,
     config_from_spec,
     load_directory,
@@ -97,13 +96,6 @@ def test_decode_is_uint8_and_depends_on_the_seed_alone(nano: ComitTokenizer) -> 
     assert torch.equal(nano.decode(one, seeds=[4])[0], out[4])
     with pytest.raises(ValueError, match="offsets"):
         nano.decode(Tokens(None, tokens.codes), seeds=range(9))
-
-
-def test_attention_through_the_adapter(nano: ComitTokenizer) -> None:
-    maps = nano.attention(nano.encode(images(2)), AttentionRequest(layer=1), seeds=[0, 1])
-    assert maps.shape == (2, 2, 16, 8, 8)
-    with pytest.raises(ValueError, match="no evaluation"):
-        nano.attention(nano.encode(images(2)), AttentionRequest(layer=1, time=1.0), seeds=[0, 1])
 
 
 def test_round_trip_through_the_released_layout(checkpoint: Path, nano: ComitTokenizer) -> None:

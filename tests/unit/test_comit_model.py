@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from pixel_nano import PIXEL_NANO
 from torch import Tensor
 
+from comit_bench.models.attention import AttentionRequest
 from comit_bench.models.comit import PRESETS, Comit, ComitSpec, Predictor
 from comit_bench.models.comit_blocks import AttentionProbe
 from comit_bench.models.comit_codec import (
-    AttentionRequest,
     decode,
     encode,
     encode_crops,
@@ -307,7 +307,7 @@ def test_projected_guidance_is_orthogonal_and_bounded() -> None:
 def test_attention_maps_of_both_paths() -> None:
     model = nano(mask_mode="additive")
     done = encode(model, images(), parse_policy("global"))
-    hard = decode(model, done.codes, done.offset, images(), steps=4, attention=AttentionRequest(layer=1))
+    hard = decode(model, done.codes, done.offset, images(), steps=4, attention=AttentionRequest(layers=(1,)))
     soft = decode(
         model,
         done.codes,
@@ -315,20 +315,19 @@ def test_attention_maps_of_both_paths() -> None:
         images(),
         steps=4,
         guidance=Guidance(weight=0.0),
-        attention=AttentionRequest(layer=1, path="model", softmax=True),
+        attention=AttentionRequest(layers=(1,), path="model", softmax=True),
     )
-    assert hard.attention is not None and hard.attention.shape == (3, 4, 16, 8, 8)
-    assert soft.attention is not None
-    mass = soft.attention.sum((-2, -1))
+    assert hard.attention[0, 0].shape == (3, 4, 16, 8, 8)
+    mass = soft.attention[0, 0].sum((-2, -1))
     assert mass.min() > 0 and mass.max() < 1
     as_always = decode(
         model, done.codes, done.offset, images(), steps=4, guidance=Guidance(weight=0.0)
     ).latents
     torch.testing.assert_close(soft.latents, as_always, atol=1e-5, rtol=0)
-    late = AttentionRequest(layer=1, time=0.99)
-    assert decode(model, done.codes, done.offset, images(), steps=4, attention=late).attention is None
+    late = AttentionRequest(layers=(1,), times=(0.99,))
+    assert not decode(model, done.codes, done.offset, images(), steps=4, attention=late).attention
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        decode(model, done.codes, done.offset, images(), attention=AttentionRequest(layer=7))
+        decode(model, done.codes, done.offset, images(), attention=AttentionRequest(layers=(7,)))
 
 
 def test_full_attention_rows_sum_to_one() -> None:
@@ -338,8 +337,7 @@ def test_full_attention_rows_sum_to_one() -> None:
     model.predictor(
         images(), condition, model.predictor.time_state(torch.tensor([0.5])), read="both", probe=probe
     )
-    assert probe.maps is not None
-    torch.testing.assert_close(probe.maps.sum(-1), torch.ones(3, 4, 97), atol=1e-5, rtol=0)
+    torch.testing.assert_close(probe.maps[0].sum(-1), torch.ones(3, 4, 97), atol=1e-5, rtol=0)
 
 
 def test_training_gradients_reach_every_used_parameter() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from messages import inputs_of, spec_of, write_recipe
+from message_inputs import inputs_of, spec_of, write_recipe
 
 import comit_bench
 from comit_bench.data.scenes import generate, verify

@@ -321,7 +321,11 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
         line = process.stdout.readline()
         assert line.startswith("pids ")
         os.killpg(process.pid, signal.SIGINT)
-        output, errors = process.communicate(timeout=30)
+        try:
+            output, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert "stopped 0" in output and errors == ""
     deadline = time.monotonic() + 5
     for pid in map(int, line.split()[1:]):

@@ -188,6 +188,14 @@ def test_recommended_sampling() -> None:
     assert load(weights="random", guidance=2.0).sampling.guidance == 2.0
 
 
+def test_decoder_settings_are_told_for_protocols(flextok: FlexTokTokenizer) -> None:
+    usual = {"steps": 25, "guidance": 15.0, "guidance_mode": "apg", "default": True}
+    assert flextok.decode_options == usual
+    assert load("flextok-d18-d28", weights="random").decode_options == {**usual, "guidance": 7.5}
+    other = load(weights="random", steps=3, guidance_mode="cfg").decode_options
+    assert other == {"steps": 3, "guidance": 15.0, "guidance_mode": "cfg", "default": False}
+
+
 @pytest.mark.parametrize(
     "bad", [images(2).float(), images(2, 40), images(2)[:, :1], images(2)[0], images(2).to(torch.int64)]
 )

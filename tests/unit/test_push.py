@@ -19,7 +19,7 @@ from comit_bench.cli import app
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.models.comit import ComitSpec, CropGeometry
 from comit_bench.tokenizers import push as hub
-from comit_bench.tokenizers.comit import build, save
+from comit_bench.tokenizers.comit_files import build, save
 from comit_bench.train import command
 from comit_bench.train.config import load_config
 

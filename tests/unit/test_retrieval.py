@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from messages import inputs_of, spec_of, write_recipe
+from message_inputs import inputs_of, spec_of, write_recipe
 
 import comit_bench
 from comit_bench.errors import UsageError

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comit_bench.data.splitting import Pair, check_pair_disjoint, pair_disjoint
+from comit_bench.data.splitting import Pair, PairSplit, check_pair_disjoint, pair_disjoint
 from comit_bench.errors import CorruptFileError, UsageError
 
 
@@ -85,7 +87,7 @@ def test_no_single_move_comes_nearer_to_the_target(counts: dict[Pair, int], shar
     for pair in kept:
         val = found.val ^ {pair}
         if categories(val) == categories(kept) == categories(kept - val):
-            assert abs(sum(counts[p] for p in val) - goal) >= distance
+            assert abs(sum(counts[p] for p in val) - goal) >= min(distance, total // 200 + 1)
 
 
 def test_like_mscoco_the_target_is_met() -> None:
@@ -100,10 +102,43 @@ def test_like_mscoco_the_target_is_met() -> None:
     )
     found = pair_disjoint(counts, 0.2)
     total = sum(counts.values())
-    assert abs(found.share * total - 0.2 * total) <= 1
+    assert abs(found.share - 0.2) <= 0.005
+    assert imbalance(found, counts) < 0.02 * total
     assert not found.dropped
     assert len(categories(found.val)) == 80
     assert pair_disjoint(counts, 0.2, seed=1).val != found.val
+
+
+def imbalance(found: PairSplit, counts: Mapping[Pair, int]) -> float:
+    """By hand: how far each category's val share is from the target."""
+    kept = found.train | found.val
+    whole = Counter({c: sum(counts[p] for p in kept if c in p) for c in categories(kept)})
+    val = Counter({c: sum(counts[p] for p in found.val if c in p) for c in categories(kept)})
+    return sum((val[c] - found.target * n) ** 2 / n for c, n in whole.items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(graphs(most=6), st.floats(0.1, 0.9))
+def test_no_exchange_balances_categories_better(counts: dict[Pair, int], share: float) -> None:
+    found = pair_disjoint(counts, share)
+    kept = found.train | found.val
+    goal = round(share * sum(counts[pair] for pair in kept))
+    distance, level = abs(sum(counts[p] for p in found.val) - goal), imbalance(found, counts)
+    for leaving, entering in itertools.product(found.val, found.train):
+        val = (found.val - {leaving}) | {entering}
+        if not categories(val) == categories(kept) == categories(kept - val):
+            continue
+        if abs(sum(counts[p] for p in val) - goal) <= max(distance, sum(counts[p] for p in kept) // 200):
+            assert imbalance(replace(found, val=val, train=kept - val), counts) >= level - 1e-6
+
+
+def test_equal_counts_give_every_category_the_same_share() -> None:
+    """Ten categories, all 45 pairs alike, ten pairs to val: each category is in exactly two of them."""
+    names = [str(i) for i in range(10)]
+    counts = dict.fromkeys(itertools.combinations(names, 2), 20)
+    for seed in range(5):
+        found = pair_disjoint(counts, 10 / 45, seed=seed)
+        assert set(Counter(c for pair in found.val for c in pair).values()) == {2}
 
 
 @pytest.mark.parametrize(

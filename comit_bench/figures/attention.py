@@ -1,0 +1,373 @@
+"""Figure ``attention``: where tokens look while an image is decoded, beside the object's mask.
+
+The gallery shows, for every image and share, the token whose map covers the object best (as task kind
+``objectness`` counts it); the heat map shows the mean of this over images for every layer and time. The best
+of K maps covers a part of any object by chance: read the numbers beside the task's null model.
+
+Shape legend: ``n`` images, ``P`` shares, ``L`` layers, ``T`` times (1 for a decoder of one pass), ``S`` side
+of an image, ``h w`` grid of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from comit_bench.data.images import header_size, load_mask
+from comit_bench.data.readers.saliency import MASKS
+from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
+from comit_bench.figures.inputs import Inputs, encode, noise_seeds
+from comit_bench.figures.style import (
+    COLUMN,
+    FULL,
+    ORANGE,
+    SEQUENTIAL,
+    SMALL,
+    gallery,
+    new_figure,
+    show,
+    styled,
+)
+from comit_bench.models.attention import AttentionRequest
+from comit_bench.sections import ObjectnessSpec
+from comit_bench.tasks.objectness import make_plan
+from comit_bench.tasks.overlap import binary, overlaps
+from comit_bench.tokenizers.base import Tokenizer, Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARES = (10, 20, 30, 40)
+LAYER, TIME = 0.857, 0.5  # as the recipes
+SWEEP_TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+BATCH = 16
+MASK_SUFFIXES = (".png", ".bmp", ".jpg")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """The best tokens of ``n`` images.
+
+    Attributes:
+        tokenizer: Its name.
+        names: Ids of the images [n].
+        layer: Zero-based block.
+        time: Of the evaluation that was read; None for a decoder of one pass.
+        shares: Percent of the pixels, [P].
+        images: uint8 [n, 3, S, S].
+        masks: bool [n, S, S].
+        tokens: int64 [n, P], the token with the highest overlap (position in the message).
+        maps: float32 [n, P, h, w], its map, mean over heads.
+        binary: bool [n, P, S, S], the pixels it keeps.
+        iou: float64 [n, P].
+    """
+
+    tokenizer: str
+    names: tuple[str, ...]
+    layer: int
+    time: float | None
+    shares: tuple[int, ...]
+    images: NDArray[np.uint8]
+    masks: NDArray[np.bool_]
+    tokens: NDArray[np.int64]
+    maps: NDArray[np.float32]
+    binary: NDArray[np.bool_]
+    iou: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sweep:
+    """Mean overlap of the best token by layer and time.
+
+    Attributes:
+        tokenizer: Its name.
+        layers: Zero-based blocks [L].
+        times: As read [T]; empty for a decoder of one pass.
+        share: Percent of the pixels.
+        miou: float64 [L, max(T, 1)].
+        images: How many it is the mean of.
+    """
+
+    tokenizer: str
+    layers: tuple[int, ...]
+    times: tuple[float, ...]
+    share: int
+    miou: NDArray[np.float64]
+    images: int
+
+
+def find_masks(inputs: Inputs) -> tuple[Path, ...]:
+    """Files of the masks: those of the scenes, or those beside the folder of images.
+
+    They have the image's name and lie in ``ground_truth_mask/`` or ``ground_truth/``, as in CSSD and ECSSD,
+    or in the same folder with another suffix.
+
+    Raises:
+        MissingError: An image has none.
+    """
+    if inputs.masks is not None:
+        return inputs.masks
+    found = []
+    for path in inputs.paths:
+        folders = [path.parent.parent / name for name in MASKS] + [path.parent]
+        candidates = [folder / f"{path.stem}{suffix}" for folder in folders for suffix in MASK_SUFFIXES]
+        mask = next((one for one in candidates if one != path and one.is_file()), None)
+        if mask is None:
+            raise MissingError(
+                f"{path}: has no mask of its object. Figure 'attention' needs one per image, of the "
+                f"same name in {folders[0]} (the layout of CSSD), or --images scenes."
+            )
+        found.append(mask)
+    return tuple(found)
+
+
+def read_masks(inputs: Inputs, preprocessing: str) -> NDArray[np.bool_]:
+    """Masks through the images' own crops, bool [n, S, S].
+
+    Raises:
+        MissingError: An image has none.
+        UsageError: One is empty after the crop.
+    """
+    files = find_masks(inputs)
+    sizes = [header_size(path) for path in inputs.paths]
+    masks = np.stack([load_mask(f, preprocessing, size) for f, size in zip(files, sizes, strict=True)])
+    for file, mask in zip(files, masks, strict=True):
+        if not mask.any():
+            raise UsageError(
+                f"{file}: no object is left after {preprocessing}. Choose other images (--seed)."
+            )
+    return masks
+
+
+def _each_map(
+    tokenizer: Tokenizer, inputs: Inputs, spec: ObjectnessSpec, policy: str | None, seed: int
+) -> tuple[AttentionRequest, tuple[float, ...], dict[tuple[int, int], list[Tensor]]]:
+    """What was read, when, and per (layer, time) the maps [K, h, w] of every image, means over heads.
+
+    Raises:
+        UnsupportedOperation: The tokenizer has no such maps; the message names it.
+    """
+    try:
+        plan = make_plan(spec, tokenizer)
+    except UnsupportedOperation as error:
+        raise UnsupportedOperation(f"{tokenizer.info.name} cannot be shown: {error}") from error
+    attending: Any = tokenizer
+    tokens = encode(tokenizer, inputs, policy=policy, seed=seed)
+    seeds = noise_seeds(inputs.names, seed)
+    found: dict[tuple[int, int], list[Tensor]] = {}
+
+    def keep(first: int, layer: int, time: int, maps: Tensor) -> None:
+        found.setdefault((layer, time), []).extend(maps.float().mean(dim=1).cpu())
+
+    for start in range(0, len(inputs), BATCH):
+        rows = slice(start, start + BATCH)
+        part = Tokens(
+            None if tokens.ids is None else tokens.ids[rows],
+            tokens.codes[rows],
+            None if tokens.offsets is None else tokens.offsets[rows],
+        )
+        attending.attention(part, plan.request, keep, seeds=seeds[rows])
+    return plan.request, plan.read_at, found
+
+
+def compute(
+    tokenizer: Tokenizer,
+    inputs: Inputs,
+    *,
+    layer: int | float = LAYER,
+    time: float = TIME,
+    shares: Sequence[int] = SHARES,
+    policy: str | None = None,
+    seed: int = 0,
+) -> Attention:
+    """Find the token that covers the object best, per image and share.
+
+    Args:
+        tokenizer: One with attention maps.
+        inputs: Images with masks, see :func:`find_masks`.
+        layer: Zero-based block, negative from the end, or a relative depth in (0, 1).
+        time: Flow time in [0, 1).
+        shares: Percent of the pixels that are kept.
+        policy: Cropping policy of the message.
+        seed: Of all noise.
+
+    Raises:
+        UnsupportedOperation: The tokenizer has no such maps.
+        MissingError: An image has no mask.
+        UsageError: An image without an object, or settings out of range.
+    """
+    masks = read_masks(inputs, tokenizer.info.preprocessing)
+    spec = _spec(layers=(layer,), times=(time,), shares=tuple(shares))
+    request, read_at, found = _each_map(tokenizer, inputs, spec, policy, seed)
+    tokens, maps, kept, iou = [], [], [], []
+    for mask, own in zip(masks, found[0, 0], strict=True):
+        scores = overlaps(own, torch.from_numpy(mask), shares, resize=spec.resize)  # [P, K]
+        best = scores.argmax(dim=1)
+        tokens.append(best.numpy())
+        iou.append(scores.amax(dim=1).numpy())
+        maps.append(own[best].numpy())
+        pixels = [
+            binary(own[[token]], mask.shape[-1], share, resize=spec.resize)[0]
+            for token, share in zip(best.tolist(), shares, strict=True)
+        ]
+        kept.append(torch.stack(pixels).numpy())
+    return Attention(
+        tokenizer.info.name,
+        inputs.names,
+        request.layers[0],
+        read_at[0] if read_at else None,
+        tuple(shares),
+        inputs.images.numpy(),
+        masks,
+        np.stack(tokens),
+        np.stack(maps),
+        np.stack(kept),
+        np.stack(iou),
+    )
+
+
+def compute_sweep(
+    tokenizer: Tokenizer,
+    inputs: Inputs,
+    *,
+    share: int = 20,
+    times: Sequence[float] = SWEEP_TIMES,
+    policy: str | None = None,
+    seed: int = 0,
+) -> Sweep:
+    """Mean overlap of the best token for every layer and several times, from one decoding per image.
+
+    Args:
+        tokenizer: One with attention maps.
+        inputs: Images with masks.
+        share: Percent of the pixels that are kept.
+        times: Flow times; those after the tokenizer's last evaluation, and those that fall on the same one,
+            are left out.
+        policy: Cropping policy of the message.
+        seed: Of all noise.
+
+    Raises:
+        As :func:`compute`.
+    """
+    depth = getattr(tokenizer, "attention_layers", 1)
+    masks = read_masks(inputs, tokenizer.info.preprocessing)
+    spec = _spec(layers=tuple(range(depth)), times=_readable(tokenizer, times), shares=(share,))
+    request, read_at, found = _each_map(tokenizer, inputs, spec, policy, seed)
+    miou = np.zeros((len(request.layers), max(len(read_at), 1)))
+    for (row, column), maps in found.items():
+        scores = [
+            float(overlaps(own, torch.from_numpy(mask), (share,), resize=spec.resize).max())
+            for own, mask in zip(maps, masks, strict=True)
+        ]
+        miou[row, column] = np.mean(scores)
+    return Sweep(tokenizer.info.name, request.layers, read_at, share, miou, len(inputs))
+
+
+def _readable(tokenizer: Tokenizer, times: Sequence[float]) -> tuple[float, ...]:
+    """Those of ``times`` that fall on evaluations of their own."""
+    kept: dict[Any, float] = {}
+    for time in times:
+        try:
+            read = tokenizer.attention_times((time,)) if hasattr(tokenizer, "attention_times") else ()
+        except ValueError:
+            continue
+        kept.setdefault(read, time)
+    return tuple(kept.values()) or tuple(times[:1])
+
+
+def _spec(**settings: Any) -> ObjectnessSpec:
+    try:
+        return ObjectnessSpec(**settings)
+    except ValueError as error:
+        raise UsageError(f"figure attention: {error}") from error
+
+
+def _tinted(image: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The image [3, S, S], dimmed where a token does not look and orange where it does."""
+    from matplotlib.colors import to_rgb
+
+    grey = image.mean(axis=0, keepdims=True) / 255
+    colour = np.array(to_rgb(ORANGE))[:, None, None]
+    mixed = np.where(kept[None], 0.45 * grey + 0.55 * colour, 0.4 * image / 255)
+    tinted: NDArray[np.uint8] = np.rint(255 * mixed).astype(np.uint8)
+    return tinted
+
+
+@styled
+def draw(data: Attention, *, width: float = FULL) -> Figure:
+    """A row per image: the image, its mask, the map of one token, the best token's pixels at each share.
+
+    Args:
+        data: From :func:`compute`.
+        width: In inches.
+    """
+    middle = len(data.shares) // 2 - (len(data.shares) % 2 == 0)  # the share whose token's map is shown
+    rows: list[list[Any]] = []
+    captions: list[list[str]] = []
+    for n, image in enumerate(data.images):
+        mask = np.repeat(data.masks[n][None].astype(np.uint8) * 255, 3, axis=0)
+        tinted = [_tinted(image, kept) for kept in data.binary[n]]
+        rows.append([image, mask, data.maps[n, middle], *tinted])
+        tokens = [f"token {token}" for token in data.tokens[n]]
+        values = [f"{value:.2f} ({token})" for value, token in zip(data.iou[n], tokens, strict=True)]
+        captions.append(["", "", tokens[middle], *values])
+    when = "" if data.time is None else f", t = {data.time:.2g}"
+    shares = [f"top {share} %" for share in data.shares]
+    labels = ["image", "mask", f"map\nlayer {data.layer}{when}", *shares]
+    figure, axes = gallery(
+        rows,
+        row_labels=[""] * len(rows),
+        column_labels=labels,
+        captions=captions,
+        width=width,
+        most_cell=0.92,
+    )
+    for row in axes:
+        row[2].images[0].set(cmap=SEQUENTIAL)
+    return figure
+
+
+@styled
+def draw_sweep(data: Sweep, *, width: float = COLUMN) -> Figure:
+    """A heat map of the mean overlap, layers by times, the value in every cell.
+
+    Args:
+        data: From :func:`compute_sweep`.
+        width: In inches.
+    """
+    rows, columns = data.miou.shape
+    height = 0.75 + 0.2 * rows
+    figure = new_figure(width, height)
+    axes = figure.add_axes((0.45 / width, 0.4 / height, 1 - 1.0 / width, 1 - 0.65 / height))
+    show(axes, data.miou)
+    low, high = float(data.miou.min()), float(data.miou.max())
+    axes.images[0].set(cmap=SEQUENTIAL, clim=(low, max(high, low + 1e-6)))
+    axes.set(aspect="auto", ylabel="layer (from 0)", xlabel="time" if data.times else "one pass")
+    axes.set_yticks(range(rows), [str(layer) for layer in data.layers])
+    axes.set_xticks(range(columns), [f"{time:.2g}" for time in data.times] or [""])
+    axes.tick_params(length=0)
+    for row in range(rows):
+        for column in range(columns):
+            value = data.miou[row, column]
+            colour = "white" if value < (low + high) / 2 else "black"
+            text = f"{value:.2f}".removeprefix("0")
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=SMALL - 1,
+                color=colour,
+            )
+    axes.set_title(f"{data.tokenizer}: best token, top {data.share} %, {data.images} images", fontsize=SMALL)
+    bar = figure.add_axes((1 - 0.45 / width, 0.4 / height, 0.08 / width, 1 - 0.65 / height))
+    figure.colorbar(axes.images[0], cax=bar).ax.tick_params(labelsize=SMALL - 1)
+    return figure
