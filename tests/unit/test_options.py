@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from comit_bench.cli import _options
 from comit_bench.errors import UsageError
 from comit_bench.jobs import Settings, check_options, left_out, make_jobs, options_for
 from comit_bench.plan import make_plan
 from comit_bench.registry import BUILTIN, TokenizerEntry, find_tokenizer
 from comit_bench.resources import Resources
+from comit_bench.token_command import key_values
 
 EVERYTHING = {
     *("allow_pickle", "base", "compile", "decoder", "guidance", "guidance_mode", "halting", "iterations"),
@@ -144,10 +144,10 @@ def test_a_plugin_gets_what_it_names_or_everything(monkeypatch: pytest.MonkeyPat
 
 
 def test_names_of_options_on_the_command_line() -> None:
-    assert _options(["a-b=1", "vq-grid.k-per=x", "FlexTok.steps=2.5"]) == {
+    assert key_values(["a-b=1", "vq-grid.k-per=x", "FlexTok.steps=2.5"]) == {
         "a_b": 1,
         "vq-grid.k_per": "x",
         "flextok.steps": 2.5,
     }
     with pytest.raises(UsageError, match="KEY=VALUE"):
-        _options(["comit.=1"])
+        key_values(["comit.=1"])
