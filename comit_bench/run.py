@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
 
 DATA_VARIABLE = "COMIT_BENCH_DATA"
-DEFAULT_TOKENIZERS = ("kmeans-patch", "comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops")
+DEFAULT_TOKENIZERS = ("kmeans-patch", "vq-grid-nano", "titok-nano", "comit-nano")
 ALL = "all"
 SUITES = ("scenes", "paper")
 
