@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
@@ -169,12 +168,13 @@ class Bench(Resources):
                 protocol["tokenizer"]["decode"] = dict(settings)
         return protocol
 
-    def do(self, job: Job, following: Job | None = None) -> Record | None:
+    def do(self, job: Job, following: Sequence[Job] = ()) -> Record | None:
         """Do one job, or return the record that it left earlier; None in all processes but the first.
 
         Args:
             job: What to do.
-            following: The next job; its tokens may be made while this one's probes keep the workers busy.
+            following: The next jobs; their data may be opened and their tokens made while this one's
+                probes keep the workers busy.
 
         Raises:
             BenchError: The job cannot be done; other jobs are not affected.
@@ -195,7 +195,8 @@ class Bench(Resources):
             return None
         tokenized = time.perf_counter()
         work = self.settings.cache_dir / "unfinished" / _work_name(job, tokenizer, protocol)
-        beside = self._tokenize_beside(following) if probed else None
+        fitted_apart = probed and tokenizer is not None and len(inputs.seeds) > 1  # in worker processes
+        beside = self._make_ready_beside(following) if fitted_apart else None
         result = self._measure(job, replace(inputs, work=None if probed else work), tokenizer)
         if beside is not None:
             beside.join()
@@ -229,32 +230,35 @@ class Bench(Resources):
         if reason is not None:
             raise UnsupportedOperation(f"{job.label} is left out of {job.task.spec.name}: {reason}")
 
-    def _tokenize_beside(self, job: Job | None) -> threading.Thread | None:
-        """Make tokens of a job in a thread: three fits leave a core idle now and then.
+    def _make_ready_beside(self, following: Sequence[Job]) -> threading.Thread | None:
+        """Open data and make tokens of the next jobs in a thread: fits leave a core idle now and then.
 
-        Only where it costs nobody: one process, on a CPU, a small network that is loaded already. What
-        goes wrong is left to be met again when it is the job's turn.
+        Only where it costs nobody: one process, on a CPU, small networks. What goes wrong is left to be met
+        again when it is the job's turn.
         """
-        if job is None or job.label == MAJORITY or self.ranks.world > 1 or self.device.type != "cpu":
-            return None
-        if len(self.seeds(job)) < 2:  # fits run in this process
-            return None
-        tokenizer = self.peek(job)
-        if tokenizer is None:
-            return None
-        flops: Any = getattr(tokenizer, "encode_flops", None)
-        if flops is not None and flops(job.policy) >= SMALL_FLOPS:
+        if not following or self.ranks.world > 1 or self.device.type != "cpu":
             return None
 
         def work() -> None:
             with suppress(Exception):
-                roles = self.inputs(job).roles.values()
-                for name in dict.fromkeys(role.split.name for role in roles):
-                    self.tokens(job, tokenizer, name, quiet=True)
+                for job in following:
+                    self._make_ready(job)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         return thread
+
+    def _make_ready(self, job: Job) -> None:
+        self.data(job.dataset, quiet=True)
+        if job.label == MAJORITY:
+            return
+        tokenizer = self.tokenizer(job, quiet=True)
+        flops: Any = getattr(tokenizer, "encode_flops", None)
+        if flops is not None and flops(job.policy) >= SMALL_FLOPS:
+            return
+        roles = self.inputs(job).roles.values()
+        for name in dict.fromkeys(role.split.name for role in roles):
+            self.tokens(job, tokenizer, name, quiet=True)
 
     def _begin(self, job: Job) -> tuple[Tokenizer | None, Inputs, dict[str, Any], Record | None]:
         """Everything before tokens: tokenizer, data, protocol, and the record if there is one."""
@@ -368,14 +372,20 @@ class Outcome:
     refused: list[str] = field(default_factory=list)
 
 
+def _next_with_tokens(jobs: Sequence[Job]) -> Sequence[Job]:
+    """The next jobs up to the first that reads messages."""
+    count = next((n for n, job in enumerate(jobs, start=1) if job.label != MAJORITY), len(jobs))
+    return jobs[:count]
+
+
 def do_jobs(jobs: Sequence[Job], bench: Bench) -> Outcome:
     """Do all jobs and close the bench; a job that fails does not stop the others."""
     outcome = Outcome()
     try:
-        for job, following in zip_longest(jobs, jobs[1:]):
+        for number, job in enumerate(jobs, start=1):
             bench.reporter.check()
             try:
-                record = bench.do(job, following)
+                record = bench.do(job, _next_with_tokens(jobs[number:]))
                 if record is not None:
                     outcome.records.append(record)
             except UnsupportedOperation as error:

@@ -55,8 +55,8 @@ class Resources:
 
     # ------------------------------------------------------------- resources
 
-    def data(self, recipe: Recipe[DatasetSpec]) -> OpenData:
-        """Open (or first make) a data set once."""
+    def data(self, recipe: Recipe[DatasetSpec], *, quiet: bool = False) -> OpenData:
+        """Open (or first make) a data set once, with or without a progress bar."""
         if recipe.spec.name not in self._data:
             from comit_bench.data.datasets import open_dataset
 
@@ -65,7 +65,7 @@ class Resources:
                     recipe,
                     data_root=self.settings.data_root,
                     cache=self.settings.cache_dir,
-                    progress=self.settings.progress and self.ranks.first,
+                    progress=self.settings.progress and self.ranks.first and not quiet,
                 )
         return self._data[recipe.spec.name]
 
@@ -92,8 +92,13 @@ class Resources:
         if "pool" in self.__dict__:
             self.pool.close()
 
-    def tokenizer(self, job: Job) -> Tokenizer:
-        """Load a tokenizer, or fit it on the task's train split; once per job group."""
+    def tokenizer(self, job: Job, *, quiet: bool = False) -> Tokenizer:
+        """Load a tokenizer, or fit it on the task's train split; once per job group.
+
+        Args:
+            job: Whose.
+            quiet: No progress bar.
+        """
         if not isinstance(job.tokenizer, str):
             return job.tokenizer
         from comit_bench.tokenizers.loading import entry_for, load_tokenizer
@@ -105,7 +110,7 @@ class Resources:
         key = f"{job.tokenizer}|{options}|{job.dataset.spec.name if fitted else ''}"
         if key not in self._tokenizers:
             if fitted:
-                self._tokenizers[key] = self._fit(job, options)
+                self._tokenizers[key] = self._fit(job, options, quiet=quiet)
             else:
                 self._tokenizers[key] = load_tokenizer(
                     job.tokenizer,
@@ -126,7 +131,7 @@ class Resources:
             return None if fitted else self.tokenizer(job)
         return job.tokenizer
 
-    def _fit(self, job: Job, options: Mapping[str, Any]) -> Tokenizer:
+    def _fit(self, job: Job, options: Mapping[str, Any], *, quiet: bool) -> Tokenizer:
         from comit_bench.data.images import iterate_images
         from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
 
@@ -142,7 +147,8 @@ class Resources:
         preprocessing = f"center_crop|resize({resolution},bilinear)"
 
         def images() -> Any:
-            advance = self.reporter.start(f"fitting {job.label} on {data.name}", len(rows), "images")
+            reporter = Reporter() if quiet else self.reporter
+            advance = reporter.start(f"fitting {job.label} on {data.name}", len(rows), "images")
             for batch in iterate_images(
                 split.paths,
                 preprocessing,
@@ -153,7 +159,7 @@ class Resources:
                 advance(len(batch.indices))
                 good = [row for row, index in enumerate(batch.indices) if index not in batch.broken]
                 yield batch.images[good]
-            self.reporter.stop()
+            reporter.stop()
 
         key = {
             "data": data.split_fingerprint(name),
