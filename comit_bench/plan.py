@@ -145,6 +145,8 @@ def _cost(
     seconds = images * (read + flops / (rate * ENCODE_EFFICIENCY))
     if not probed:
         decoding: Any = getattr(tokenizer, "decode_flops", lambda: 20 * flops)
+        count = getattr(getattr(job.task.spec, job.task.spec.kind), "count", None)  # of some kinds' sections
+        images = min(images, count or images)
         times = find_looking_executor(job.task.spec).decodings(job.task.spec) * job.task.spec.seeds
         seconds += times * images * decoding() / (rate * ENCODE_EFFICIENCY)
         return JobPlan(job, images, images * length * per_token, seconds)

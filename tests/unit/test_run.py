@@ -21,9 +21,10 @@ from tiny import TRAIN, VAL, write_images, write_recipes
 import comit_bench
 from comit_bench import cli
 from comit_bench.errors import BenchError, MissingError, UsageError
+from comit_bench.jobs import Settings
 from comit_bench.results.records import load_records
 from comit_bench.results.schema import Record
-from comit_bench.run import DEFAULT_TOKENIZERS
+from comit_bench.run import DEFAULT_TOKENIZERS, choose_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -281,6 +282,31 @@ def test_dry_run_touches_nothing(bench: Bench, command: Command) -> None:
     code, out, err = command("run", *bench.arguments(), "--dry-run")
     assert code == 0 and out == "" and "about" in err
     assert not (bench.root / "out").exists() and not (bench.root / "cache").exists()
+
+
+def test_all_tasks_are_more_than_the_default_ones(tmp_path: Path) -> None:
+    settings = Settings(output=tmp_path)
+    usual = choose_tasks(None, "scenes", settings)
+    assert usual == ["recognition-scenes", "pairs-scenes", "relations-scenes"]
+    every = choose_tasks(["pairs-scenes", "all"], "scenes", settings)
+    assert every[0] == "pairs-scenes" and len(every) == len(set(every)) and set(usual) < set(every)
+    kinds = ("reconstruction", "objectness", "retrieval", "codebook", "counterfactual")
+    assert set(every) - set(usual) == {f"{kind}-scenes" for kind in kinds}
+    assert not any(task.endswith("-scenes") for task in choose_tasks(["all"], "paper", settings))
+
+
+def test_the_plan_says_what_a_tokenizer_cannot_do(tmp_path: Path, command: Command) -> None:
+    asked = ("--suite", "scenes", "--tasks", "recognition-scenes,reconstruction-scenes,objectness-scenes")
+    code, _, err = command("run", "--dry-run", "--output", tmp_path, "-t", "comit-nano", *asked)
+    assert code == 0
+    assert "objectness-scenes: pixel-oracle is left out: its adapter gives no attention" in err
+    assert "objectness-scenes: comit-nano: 200 images, 1 seed" in err
+    assert "reconstruction-scenes: comit-nano: 500 images, 1 seed" in err
+    assert err.count("majority (labels only)") == 1, "where nothing is fitted nobody can guess labels"
+    code, _, err = command("run", "--dry-run", "--output", tmp_path, "--control", "permute-labels", *asked)
+    assert code == 0 and "reconstruction-scenes" not in err
+    code, _, err = command("run", "--control", "bag-of-tokens", "--tasks", "objectness-scenes", "--dry-run")
+    assert code == 2 and "is about probes" in err
 
 
 def truncate(path: Path) -> None:
