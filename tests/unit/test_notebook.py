@@ -68,7 +68,7 @@ def test_it_runs_from_top_to_bottom(
         if isinstance(last, ast.Expr):
             shown[name] = eval(compile(ast.Expression(last.value), f"{NOTEBOOK.name}#{name}", "eval"), space)
     pictures = {name for name, value in shown.items() if hasattr(value, "_repr_png_")}
-    assert pictures == {"reconstruction", "evolution", "policies", "edit"}
+    assert pictures == {"reconstruction", "evolution", "policies", "edit", "neighbours", "counterfactual"}
     assert all(shown[name]._repr_png_().startswith(PNG) for name in pictures)
     assert [path.name for path in shown["save"]] == ["evolution-comit-nano.pdf", "evolution-comit-nano.png"]
     assert all((tmp_path / path).is_file() for path in shown["save"])
