@@ -269,14 +269,26 @@ def reconstruction(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    show: Annotated[
+        str,
+        typer.Option(help="random, or the worst or best images of the pool by the first tokenizer's PSNR."),
+    ] = "random",
+    pool: Annotated[int, typer.Option(min=1, help="Images searched for the worst or best.")] = 200,
 ) -> None:
     """Originals beside the reconstructions of several tokenizers, PSNR under each."""
-    from comit_bench.figures.reconstruction import compute, draw
+    from comit_bench.errors import UsageError, did_you_mean
+    from comit_bench.figures.reconstruction import compute, draw, extremes
 
+    ways = ("random", "worst", "best")
+    if show not in ways:
+        raise UsageError(f"--show {show!r}: one of {', '.join(ways)}.{did_you_mean(show, ways)}")
     loaded = [load(name, weights, device) for name in tokenizer or ["comit-nano"]]
-    inputs = [read(images, one, count, seed) for one in loaded]
+    inputs = [read(images, one, count if show == "random" else max(count, pool), seed) for one in loaded]
     data = compute(loaded, inputs, policy=policy, seed=seed)
-    put(draw(data), output, "reconstruction", "+".join(one.info.name for one in loaded))
+    if show != "random":
+        data = extremes(data, count, best=show == "best")
+    name = "reconstruction" if show == "random" else f"reconstruction-{show}"
+    put(draw(data), output, name, "+".join(one.info.name for one in loaded))
 
 
 @app.command(name="sweeps")

@@ -69,6 +69,25 @@ def compute(
     )
 
 
+def extremes(data: Reconstructions, count: int, *, best: bool = False) -> Reconstructions:
+    """The ``count`` images that the first tokenizer reconstructs worst (or best), the most extreme first.
+
+    Args:
+        data: Of many images.
+        count: How many to keep.
+        best: The best ones instead.
+    """
+    first = data.psnr[0]
+    order = np.argsort(-first if best else first, kind="stable")[:count]
+    return Reconstructions(
+        tuple(data.names[i] for i in order),
+        data.tokenizers,
+        tuple(one[order] for one in data.originals),
+        tuple(one[order] for one in data.images),
+        data.psnr[:, order],
+    )
+
+
 @styled
 def draw(data: Reconstructions, *, width: float = FULL) -> Figure:
     """A row of originals (another where preprocessing differs), a row per tokenizer, PSNR under each.

@@ -192,6 +192,16 @@ def test_reconstruction_is_encode_and_decode(nano: Any, scenes: Inputs, tmp_path
     check_files(figure, tmp_path)
 
 
+def test_worst_and_best_are_those_of_the_first_tokenizer(nano: Any, scenes: Inputs) -> None:
+    data = reconstruction.compute([nano], [scenes], seed=1)
+    for best, order in ((False, np.argsort(data.psnr[0])), (True, np.argsort(-data.psnr[0]))):
+        two = reconstruction.extremes(data, 2, best=best)
+        assert two.names == tuple(data.names[i] for i in order[:2])
+        np.testing.assert_array_equal(two.images[0], data.images[0][order[:2]])
+        np.testing.assert_array_equal(two.originals[0], data.originals[0][order[:2]])
+        np.testing.assert_array_equal(two.psnr, data.psnr[:, order[:2]])
+
+
 def test_originals_that_differ_are_shown_twice(nano: Any, scenes: Inputs) -> None:
     oracle = load_tokenizer("pixel-oracle", device="cpu", resolution=16, patch=4)
     small = load_inputs("scenes", oracle.info, 3, 0)
