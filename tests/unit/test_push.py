@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner
+from versions import needs_muon
 
 from comit_bench.cli import app
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
@@ -252,6 +253,7 @@ TINY = (
 )  # fmt: skip
 
 
+@needs_muon
 def test_a_failed_upload_after_training_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +274,7 @@ def test_a_failed_upload_after_training_loses_nothing(
     assert api.calls[-1][1]["repo_id"] == "me/x"
 
 
+@needs_muon
 def test_a_run_that_cannot_upload_warns_at_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
+from versions import needs_muon
 
 from comit_bench.cli import app
 from comit_bench.errors import CorruptFileError, UsageError
@@ -90,6 +91,7 @@ def test_the_loss_is_that_of_images_between_minus_one_and_one() -> None:
     assert abs(error - want) < 1e-5 * want and loss == error and codebook == 0.0
 
 
+@needs_muon
 def test_rows_that_nobody_chose_become_vectors_of_the_batch() -> None:
     settings = run("titok-nano", Path("unused"))
     network = make_network(settings)
@@ -143,6 +145,7 @@ def rows(path: Path) -> list[dict[str, str]]:
     return found
 
 
+@needs_muon
 @pytest.mark.parametrize("name", NAMES)
 def test_training_continues_bit_for_bit_and_exports(name: str, tmp_path: Path) -> None:
     straight = fit_autoencoder(run(name, tmp_path / "a"), progress=False, command="the command")
@@ -195,6 +198,7 @@ def test_measures_are_those_of_the_8_bit_images() -> None:
     assert batched == pytest.approx(found, abs=1e-3)
 
 
+@needs_muon
 def test_sixteen_scenes_are_learnt_by_heart(tmp_path: Path) -> None:
     """A few steps on the same images must bring them well above the mean colour."""
     folder = fit_autoencoder(
@@ -207,6 +211,7 @@ def test_sixteen_scenes_are_learnt_by_heart(tmp_path: Path) -> None:
     assert found["psnr"] > found["psnr_mean_colour"] + 5 and found["shuffled_gap"] > 5
 
 
+@needs_muon
 def test_the_command_plans_and_refuses(tmp_path: Path) -> None:
     runner = CliRunner()
     plan = runner.invoke(app, ["train", "--config", "titok-nano", *SMALL, "--dry-run"])

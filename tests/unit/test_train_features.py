@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from versions import needs_muon
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
 from comit_bench.models.teachers import (
@@ -230,6 +231,7 @@ def test_numbers_too_large_for_half_precision_are_refused() -> None:
         store(source, teacher, "float16").fill(source, teacher, device=CPU)
 
 
+@needs_muon
 def test_training_with_and_without_the_cache_is_bit_equal(tmp_path: Path) -> None:
     """Three epochs, a broken image that the next one replaces, pieces of four images."""
     folder = tmp_path / "teacher"

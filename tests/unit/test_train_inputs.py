@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from image_sets import image_files, write_folder, write_shards
 from safetensors.torch import load_file
+from versions import needs_muon
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.train.config import DataConfig, TrainConfig, load_config
@@ -159,6 +160,7 @@ def test_continuing_reads_nothing_of_the_past(tmp_path: Path, kind: str) -> None
     assert any(name.endswith("@1") for name in last.ids)
 
 
+@needs_muon
 @pytest.mark.parametrize("kind", READ_BY_US)
 def test_broken_images_are_named_replaced_and_limited(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
@@ -219,6 +221,7 @@ def run_images() -> tuple[dict[str, bytes], dict[str, bytes]]:
     return image_files(COUNT, below="train/"), image_files(6, below="val/", start=60)
 
 
+@needs_muon
 @pytest.mark.parametrize("kind", READ_BY_US)
 def test_the_run_equals_that_from_class_folders_bit_for_bit(
     plain_run: Path, tmp_path: Path, kind: str
@@ -237,6 +240,7 @@ def test_the_run_equals_that_from_class_folders_bit_for_bit(
     assert rows_of[0][-1] == rows_of[1][-1]
 
 
+@needs_muon
 def test_other_images_under_the_same_settings_are_refused(tmp_path: Path) -> None:
     source = write_source("webdataset", tmp_path / "set", *run_images())
     run(tmp_path, *source, "steps=1")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from versions import needs_fsdp2_on_cpu
 
 from comit_bench.models.comit import PRESETS, Comit
 from comit_bench.models.teachers import ScenesTeacher
@@ -191,6 +192,7 @@ def assert_close(one: Path, other: Path) -> None:
         assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5, file
 
 
+@needs_fsdp2_on_cpu
 def test_sharded_processes_equal_one_and_either_continues(tmp_path: Path) -> None:
     """Two processes with FSDP2, in pieces, continue what one began, and one what they did. Adam's eps is
     large so that its division does not blow up rounding errors. The crops are such that the processes
