@@ -289,6 +289,57 @@ def own_streams(generators: Sequence[torch.Generator] | None, index: Tensor) -> 
     return None if generators is None else [generators[i].clone_state() for i in index.tolist()]
 
 
+def encode_pixels(
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    images_u8: Tensor,
+    info: TokenizerInfo,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tokens:
+    """Tokenize by a network that sees pixels in [0, 1] and draws nothing at random.
+
+    Args:
+        encode: float32 [b, 3, S, S] -> ids [b, K], codes [b, K, d].
+        images_u8: uint8 [B, 3, S, S].
+        info: Of the tokenizer.
+        device: Where the network is.
+        dtype: What it computes in.
+
+    Raises:
+        ValueError: Wrong shape or type.
+    """
+    check_images(images_u8, info)
+
+    def tile(images: Tensor) -> Tokens:
+        with torch.inference_mode(), autocast(device, dtype):
+            return Tokens(*encode(images.to(device, torch.float32).div(255)))
+
+    return in_tiles(tile, images_u8)
+
+
+def decode_pixels(
+    decode: Callable[[Tensor], Tensor],
+    tokens: Tokens,
+    info: TokenizerInfo,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The way back: codes -> pixels in [0, 1] -> uint8 [B, 3, S, S]. See :func:`encode_pixels`.
+
+    Raises:
+        ValueError: Codes of another shape.
+    """
+    check_codes(tokens.codes, info)
+
+    def tile(codes: Tensor) -> Tokens:
+        with torch.inference_mode(), autocast(device, dtype):
+            return Tokens(None, to_uint8(decode(codes.to(device))))
+
+    return in_tiles(tile, tokens.codes).codes
+
+
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], count: int) -> Tensor:
     """Standard normal float32 [count, *shape], each row from a seed of its own.
 

@@ -30,15 +30,13 @@ from comit_bench.tokenizers.base import (
     Tokens,
     attention_in_tiles,
     autocast,
-    check_codes,
     check_ids,
-    check_images,
-    in_tiles,
+    decode_pixels,
+    encode_pixels,
     refuse_unknown,
     speed_up,
     switch,
     switch_or_auto,
-    to_uint8,
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import (
@@ -311,14 +309,8 @@ class TitokTokenizer:
         Raises:
             ValueError: Wrong shape or type.
         """
-        check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
-
-        def tile(images: Tensor) -> Tokens:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                return Tokens(*self.model.encode(images.to(self.device, torch.float32).div(255)))
-
-        return in_tiles(tile, images_u8)
+        return encode_pixels(self.model.encode, images_u8, self.info, device=self.device, dtype=self.dtype)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], the vectors that enter the decoder.
@@ -335,13 +327,7 @@ class TitokTokenizer:
         Raises:
             ValueError: Codes of another shape.
         """
-        check_codes(tokens.codes, self.info)
-
-        def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                return Tokens(None, to_uint8(self.model.decode(codes.to(self.device))))
-
-        return in_tiles(tile, tokens.codes).codes
+        return decode_pixels(self.model.decode, tokens, self.info, device=self.device, dtype=self.dtype)
 
     @property
     def attention_layers(self) -> int:

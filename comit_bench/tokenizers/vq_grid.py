@@ -22,13 +22,10 @@ from comit_bench.models.vq_grid import PRESETS, VqGrid, VqGridSpec
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,
-    autocast,
-    check_codes,
     check_ids,
-    check_images,
-    in_tiles,
+    decode_pixels,
+    encode_pixels,
     refuse_unknown,
-    to_uint8,
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import (
@@ -162,14 +159,8 @@ class VqGridTokenizer:
         Raises:
             ValueError: Wrong shape or type.
         """
-        check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
-
-        def tile(images: Tensor) -> Tokens:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                return Tokens(*self.model.encode(images.to(self.device, torch.float32).div(255)))
-
-        return in_tiles(tile, images_u8)
+        return encode_pixels(self.model.encode, images_u8, self.info, device=self.device, dtype=self.dtype)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -186,13 +177,7 @@ class VqGridTokenizer:
         Raises:
             ValueError: Codes of another shape.
         """
-        check_codes(tokens.codes, self.info)
-
-        def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                return Tokens(None, to_uint8(self.model.decode(codes.to(self.device))))
-
-        return in_tiles(tile, tokens.codes).codes
+        return decode_pixels(self.model.decode, tokens, self.info, device=self.device, dtype=self.dtype)
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors``; :func:`load` takes the folder."""

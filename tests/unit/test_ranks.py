@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+from processes import free_port, start
 from tiny import write_images, write_recipes
 
 from comit_bench.errors import BenchError
@@ -40,26 +37,6 @@ print(len(outcome.records), [str(error) for _, error in outcome.failures])
 """
 
 
-def start(root: Path, out: Path, rank: int, world: int, port: int, fail: str = "") -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if world > 1:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(root), str(out), fail],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def shards(out: Path) -> dict[str, bytes]:
     folder = out / "cache" / "tokens"
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
@@ -69,9 +46,9 @@ def test_two_processes_make_the_bytes_of_one_also_after_one_has_died(tmp_path: P
     write_images(tmp_path / "data")
     write_recipes(tmp_path / "recipes")
     alone, both, port = tmp_path / "alone", tmp_path / "both", free_port()
-    one = start(tmp_path, alone, 0, 1, 0)
+    one = start(SCRIPT, tmp_path, alone, 0, 1, 0)
     # the second process dies in its third shard; a launcher would then end the first
-    first, second = (start(tmp_path, both, rank, 2, port, fail="1") for rank in (0, 1))
+    first, second = (start(SCRIPT, tmp_path, both, rank, 2, port, fail="1") for rank in (0, 1))
     assert one.communicate(timeout=600)[0].startswith("1 []")
     assert second.wait(timeout=600) == 9
     first.kill()
@@ -80,7 +57,7 @@ def test_two_processes_make_the_bytes_of_one_also_after_one_has_died(tmp_path: P
     expected = shards(alone)
     assert 2 <= len(kept) < len(expected) and all(expected[name] == value for name, value in kept.items())
     port = free_port()
-    pair = [start(tmp_path, both, rank, 2, port) for rank in (0, 1)]
+    pair = [start(SCRIPT, tmp_path, both, rank, 2, port) for rank in (0, 1)]
     said = [process.communicate(timeout=600) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     assert said[0][0].startswith("1 []") and said[1][0].startswith("0 []")

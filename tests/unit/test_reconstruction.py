@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +17,7 @@ import torch
 import yaml
 from judges import write_random_inception, write_random_squeezenet
 from PIL import Image
+from processes import free_port, start
 from tiny import VAL, write_images, write_recipes
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -239,26 +237,6 @@ print(len(outcome.records), [str(error) for _, error in outcome.failures])
 """
 
 
-def start(root: Path, out: Path, rank: int, world: int, port: int, fail: str = "") -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if world > 1:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(root), str(out), fail],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def kept(out: Path) -> tuple[dict[str, Any], dict[str, list[Any]], dict[str, bytes]]:
     (record,) = (out / "records").rglob("*.json")
     metrics = json.loads(record.read_text(encoding="utf-8"))["metrics"]
@@ -269,10 +247,10 @@ def kept(out: Path) -> tuple[dict[str, Any], dict[str, list[Any]], dict[str, byt
 
 def test_two_processes_and_a_death_change_no_bit(root: Path) -> None:
     alone, both, port = root / "alone", root / "both", free_port()
-    one = start(root, alone, 0, 1, 0)
+    one = start(SCRIPT, root, alone, 0, 1, 0)
     assert one.communicate(timeout=600)[0].startswith("1 []")
     # the second process dies in its third shard; a launcher would then end the first
-    first, second = (start(root, both, rank, 2, port, fail="1") for rank in (0, 1))
+    first, second = (start(SCRIPT, root, both, rank, 2, port, fail="1") for rank in (0, 1))
     assert second.wait(timeout=600) == 9
     first.kill()
     first.communicate()
@@ -280,7 +258,7 @@ def test_two_processes_and_a_death_change_no_bit(root: Path) -> None:
     assert len(begun) >= 2 and not list((both / "records").rglob("*.json"))
     stamps = {path: path.stat().st_mtime_ns for path in begun}
     port = free_port()
-    pair = [start(root, both, rank, 2, port) for rank in (0, 1)]
+    pair = [start(SCRIPT, root, both, rank, 2, port) for rank in (0, 1)]
     said = [process.communicate(timeout=600) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     assert said[0][0].startswith("1 []") and said[1][0].startswith("0 []")
