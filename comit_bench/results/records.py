@@ -166,7 +166,9 @@ def _parse(text: str, path: Path) -> Record:
         raise CorruptFileError(f"{path}: not a record: expected a JSON object, found {type(raw).__name__}")
     schema = raw.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise CorruptFileError(f"{path}: not a record: key 'schema' must be {SCHEMA_VERSION}, got {schema!r}")
+        raise CorruptFileError(
+            f"{path}: not a record: key 'schema' must be 1 to {SCHEMA_VERSION}, got {schema!r}"
+        )
     if schema > SCHEMA_VERSION:
         raise UsageError(
             f"{path}: schema {schema} was written by a newer comit_bench; this one reads up to "

@@ -1,4 +1,8 @@
-"""What a result record holds (schema 1).
+"""What a result record holds (schema 2).
+
+Schema 2 adds optional keys to schema 1 and changes none: files of either load, and each is written back as
+the schema it came with. An optional key stands in a file only when it says something; a model names those
+keys in ``OPTIONAL``.
 
 A record holds everything a table prints and everything needed to judge whether two numbers may
 stand in one column. Identity, from coarse to fine:
@@ -22,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -31,7 +35,9 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -41,7 +47,7 @@ from comit_bench.files import digest_json
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import TokenizerInfo
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
 TOKENIZER_KEY = "tokenizer"
 _TOLERANCE = 1e-6
 
@@ -64,6 +70,15 @@ Origin = Literal["measured", "paper", "reference"]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # left out of files where they have their defaults
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        for key in self.OPTIONAL:
+            if getattr(self, key) == type(self).model_fields[key].get_default(call_default_factory=True):
+                del values[key]
+        return values
 
 
 class Metric(_Model):
@@ -262,7 +277,9 @@ class Record(_Model):
         details: Break-downs that no table prints, e.g. scores by predicate.
     """
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"details"})
+
+    schema_version: Literal[1, 2] = Field(default=SCHEMA_VERSION, alias="schema")
     tokenizer: TokenizerRow
     task: TaskRow
     metrics: Annotated[dict[Line, Metric], Field(min_length=1)]
@@ -351,8 +368,6 @@ class Record(_Model):
     def to_json(self) -> str:
         """The text of the record's file."""
         data = self.model_dump(mode="json", by_alias=True)
-        if not self.details:  # records without any look as they always did
-            del data["details"]
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -92,6 +92,16 @@ def test_file_is_canonical_text(record: Record) -> None:
     assert (FIXTURES / "measured-v1.json").read_text(encoding="utf-8") == record.to_json()
 
 
+def test_both_schemas_load_and_stay_what_they_are(tmp_path: Path, record: Record) -> None:
+    assert record.schema_version == 1
+    assert json.loads(save_record(tmp_path, record).read_text())["schema"] == 1
+    fresh = Record.model_validate({k: v for k, v in dict(record).items() if k != "schema_version"})
+    path = save_record(tmp_path, fresh, overwrite=True)
+    raw = json.loads(path.read_text())
+    assert raw["schema"] == 2 and load_record(path) == fresh
+    assert raw.keys() == json.loads(record.to_json()).keys()  # optional keys only where they say something
+
+
 def test_records_are_replaced_only_on_purpose(tmp_path: Path, record: Record) -> None:
     path = save_record(tmp_path, record)
     newer = changed(record, notes=("again",))
@@ -288,8 +298,8 @@ def test_limited_record_cannot_be_complete(record: Record) -> None:
         (("tokenizer", "name"), "\x1b[31mred", r"tokenizer\.name.*control"),
         (("protocol", "seeds"), [9], "edited by hand"),
         (("created",), "yesterday", "created"),
-        (("schema",), None, "'schema' must be 1, got None"),
-        (("schema",), True, "'schema' must be 1"),
+        (("schema",), None, "'schema' must be 1 to 2, got None"),
+        (("schema",), True, "'schema' must be 1 to 2"),
     ],
 )
 def test_invalid_files_name_file_and_key(
@@ -311,7 +321,7 @@ def test_missing_key_is_named(tmp_path: Path, record: Record) -> None:
 
 
 def test_newer_schema_asks_for_an_upgrade(tmp_path: Path, record: Record) -> None:
-    path = edited(tmp_path, record, "schema", value=2)
+    path = edited(tmp_path, record, "schema", value=3)
     with pytest.raises(UsageError, match=r"newer comit_bench.*pip install -U"):
         load_record(path)
 
