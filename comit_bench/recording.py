@@ -77,7 +77,7 @@ def make_record(
             higher_is_better=m.higher_is_better,
             unit=m.unit,
             binomial=m.share,
-            stderr=None if m.share else m.stderr,
+            sampling=m.sampling,
         )
         for name, m in result.metrics.items()
     }

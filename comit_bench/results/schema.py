@@ -43,6 +43,7 @@ from pydantic import (
 
 from comit_bench import __version__
 from comit_bench.files import digest_json
+from comit_bench.seeding import binomial_error, over_seeds
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import TokenizerInfo
@@ -87,11 +88,10 @@ class Metric(_Model):
     Two different uncertainties are kept apart:
 
     - ``std`` is the sample standard deviation (n - 1) over seeds: how much the fit varies. It is
-      what tables print after the ±. None with a single seed. The standard error of the mean over
-      seeds is ``std / sqrt(len(per_seed))``.
-    - ``stderr`` is the sampling error of one evaluation on ``n`` samples: how much another test set of
-      this size would vary. For proportions the binomial ``100 * sqrt(p (1 - p) / n)``, for means over
-      images (PSNR, mIoU) their standard error. None for metrics of a whole set (a Fréchet distance).
+      what tables print after the ±. None with a single seed.
+    - ``stderr`` is the standard error of ``value``: how much it would vary with other images and other
+      seeds, see :func:`comit_bench.seeding.over_seeds`. None for metrics of a whole set (a Fréchet
+      distance). Records made before version 2 of the schema hold the part of the images alone.
 
     Attributes:
         value: Mean over seeds, in ``unit``.
@@ -120,7 +120,7 @@ class Metric(_Model):
         chance: float | None = None,
         unit: str = "%",
         binomial: bool | None = None,
-        stderr: float | None = None,
+        sampling: float | None = None,
     ) -> Metric:
         """Summarise one value per seed.
 
@@ -131,22 +131,20 @@ class Metric(_Model):
             chance: Score of guessing, in ``unit``.
             unit: See the class.
             binomial: Whether the value is a share of samples; default: whether ``unit`` is ``%``.
-            stderr: Sampling error of a value that is no share of samples.
+            sampling: Error over images of a value that is no share of samples.
 
         Raises:
             ValueError: No values, or a share outside 0..100.
         """
         values = [float(v) for v in per_seed]
-        if not values:
-            raise ValueError("a metric needs at least one value, one per seed")
-        mean = statistics.fmean(values)
         if unit == "%" if binomial is None else binomial:
             if not all(0 <= v <= 100 for v in values):
                 raise ValueError(f"shares are in percent, 0 to 100; got {values}")
-            stderr = math.sqrt(mean * (100 - mean) / n)
+            sampling = binomial_error(over_seeds(values, None).mean, n)
+        mean, std, stderr = over_seeds(values, sampling)
         return cls(
             value=mean,
-            std=statistics.stdev(values) if len(values) > 1 else None,
+            std=std,
             stderr=stderr,
             n=n,
             per_seed=tuple(values),

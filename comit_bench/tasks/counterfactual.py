@@ -14,7 +14,7 @@ The chance level of the first three is the mean of the null.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,8 @@ def changed_share(changes: Changes) -> Floats:
 
 
 def _as_metric(score: Score, scenes: int) -> MetricResult:
-    metric = over_set([100 * score.value], scenes, unit="%", chance=100 * score.chance)
-    return replace(metric, stderr=None if score.stderr is None else 100 * score.stderr)
+    error = None if score.stderr is None else 100 * score.stderr
+    return over_set([100 * score.value], scenes, unit="%", chance=100 * score.chance, sampling=error)
 
 
 def summary(found: Assignment, *, also: Assignment | None = None) -> TaskResult:
@@ -115,15 +115,14 @@ def summary(found: Assignment, *, also: Assignment | None = None) -> TaskResult:
     share, floor = changed_share(found.changes), found.changes.floor
     by_scene = np.nanmean(share, axis=1)[np.isfinite(share).any(axis=1)]
     metrics = {name: _as_metric(score, scenes) for name, score in found.scores.items()}
-    changed = over_set(
+    metrics["changed"] = over_set(
         [float(np.nanmean(share))],
         scenes,
         unit="%",
         chance=100.0 * float(np.minimum(floor, 1.0).mean()) if len(floor) else None,
         higher_is_better=False,
+        sampling=float(by_scene.std(ddof=1)) / len(by_scene) ** 0.5 if len(by_scene) > 1 else None,
     )
-    spread = float(by_scene.std(ddof=1)) / len(by_scene) ** 0.5 if len(by_scene) > 1 else None
-    metrics["changed"] = replace(changed, stderr=spread)
     details = _details(found)
     if also is not None:
         details["by_distance_of_codes"] = {name: _tell(score) for name, score in also.scores.items()}

@@ -22,7 +22,7 @@ from comit_bench.ranks import Ranks
 from comit_bench.recipes import KINDS, TaskSpec
 from comit_bench.tasks.fit import FitResult, MessageSource, ProgressCallback
 from comit_bench.tasks.pool import ProbePool
-from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
+from comit_bench.tasks.result import MetricResult, TaskResult
 
 if TYPE_CHECKING:
     from comit_bench.data.datasets import OpenData
@@ -246,10 +246,7 @@ def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:
 def same_for_all(seeds: Sequence[int], once: Mapping[str, MetricResult]) -> TaskResult:
     """A row about which nothing is random: the same value for every seed."""
     return TaskResult(
-        metrics={
-            name: over_seeds([metric.value] * len(seeds), metric.n, chance=metric.chance, share=metric.share)
-            for name, metric in once.items()
-        }
+        metrics={name: replace(m, per_seed=(m.value,) * len(seeds)) for name, m in once.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""What an executor hands back: numbers with their uncertainty and their chance level."""
+"""What an executor hands back: values per seed with their sampling error and their chance level."""
 
 from __future__ import annotations
 
@@ -10,32 +10,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from comit_bench import seeding
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricResult:
-    """One number of a table.
+    """One number of a table: its values per seed and their sampling error.
 
     Attributes:
-        value: Mean over the seeds, in ``unit``.
-        std: Sample standard deviation over the seeds (divisor S - 1); None with fewer than two.
-        stderr: Standard error of ``value``, see :func:`over_seeds`.
+        per_seed: One value per seed, in the order of the seeds, in ``unit``.
         n: Images the number was measured on.
-        per_seed: One value per seed, in the order of the seeds.
+        sampling: How much ``value`` would vary with the choice of images, see
+            :func:`comit_bench.seeding.over_seeds`; None when that is not known.
         chance: Expected value of a uniform guess or of the null model; None when there is no such thing.
         higher_is_better: Direction of the arrow in the table head.
         share: Whether it is a share of the n samples, which has a binomial error.
         unit: ``%``, ``dB``, or empty for plain numbers.
     """
 
-    value: float
-    std: float | None
-    stderr: float | None
-    n: int
     per_seed: tuple[float, ...]
+    n: int
+    sampling: float | None
     chance: float | None = None
     higher_is_better: bool = True
-    share: bool = True
+    share: bool = False
     unit: str = "%"
+
+    @property
+    def value(self) -> float:
+        """Mean over the seeds."""
+        return seeding.over_seeds(self.per_seed, None).mean
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over the seeds; None with fewer than two."""
+        return seeding.over_seeds(self.per_seed, None).std
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of ``value`` over images and seeds."""
+        return seeding.over_seeds(self.per_seed, self.sampling).stderr
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,41 +72,23 @@ class TaskResult:
 def over_seeds(
     per_seed: Sequence[float], n: int, *, chance: float | None = None, share: bool = True
 ) -> MetricResult:
-    """Sum up a share measured once per seed on the same ``n`` images.
-
-    The standard error joins two independent sources: which images happen to be in the report set
-    (binomial, ``p (1 - p) / n``; all seeds see the same images, so more seeds do not shrink it) and
-    which seeds happened to be used (``std^2 / S``). With a single seed only the first is known.
+    """A share of the same ``n`` images, measured once per seed.
 
     Args:
         per_seed: Values in percent, at least one.
         n: Images per seed.
         chance: Expected value of a uniform guess, in percent.
-        share: Whether the value is a share of samples; else it has no standard error.
+        share: Whether the value is a share of samples; else its sampling error is not known.
     """
-    seeds = len(per_seed)
-    value = math.fsum(per_seed) / seeds
-    spread = math.fsum((x - value) ** 2 for x in per_seed) / (seeds - 1) if seeds > 1 else None
-    p = min(max(value / 100, 0.0), 1.0)
-    variance = 1e4 * p * (1 - p) / n + (spread or 0.0) / seeds
-    return MetricResult(
-        value=value,
-        std=None if spread is None else math.sqrt(spread),
-        stderr=math.sqrt(variance) if share else None,
-        n=n,
-        per_seed=tuple(per_seed),
-        chance=chance,
-        share=share,
-    )
+    mean = seeding.over_seeds(per_seed, None).mean
+    sampling = seeding.binomial_error(mean, n) if share else None
+    return MetricResult(per_seed=tuple(per_seed), n=n, sampling=sampling, chance=chance, share=share)
 
 
 def over_images(
     values: NDArray[np.float64], *, unit: str, chance: float | None = None, higher_is_better: bool = True
 ) -> MetricResult:
-    """Sum up a quantity measured once per seed and image.
-
-    The standard error is that of the mean over images (each image's mean over seeds): how much another
-    set of ``n`` images would vary.
+    """A mean over images of a quantity measured once per seed and image.
 
     Args:
         values: float64 [S, n], finite.
@@ -100,18 +96,13 @@ def over_images(
         chance: Expected value of the null model.
         higher_is_better: Direction.
     """
-    seeds, n = values.shape
-    per_seed = tuple(float(value) for value in values.mean(axis=1))
-    spread = float(values.mean(axis=0).std(ddof=1)) / math.sqrt(n) if n > 1 else None
+    n = values.shape[1]
     return MetricResult(
-        value=math.fsum(per_seed) / seeds,
-        std=float(np.std(per_seed, ddof=1)) if seeds > 1 else None,
-        stderr=spread,
+        per_seed=tuple(float(value) for value in values.mean(axis=1)),
         n=n,
-        per_seed=per_seed,
+        sampling=float(values.mean(axis=0).std(ddof=1)) / math.sqrt(n) if n > 1 else None,
         chance=chance,
         higher_is_better=higher_is_better,
-        share=False,
         unit=unit,
     )
 
@@ -123,16 +114,14 @@ def over_set(
     unit: str = "",
     chance: float | None = None,
     higher_is_better: bool = True,
+    sampling: float | None = None,
 ) -> MetricResult:
-    """Sum up a quantity of a whole set of ``n`` images, no mean over them: a Fréchet distance, ..."""
+    """A quantity of a whole set of ``n`` images, no mean over them: a Fréchet distance, ..."""
     return MetricResult(
-        value=math.fsum(per_seed) / len(per_seed),
-        std=float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None,
-        stderr=None,
-        n=n,
         per_seed=tuple(per_seed),
+        n=n,
+        sampling=sampling,
         chance=chance,
         higher_is_better=higher_is_better,
-        share=False,
         unit=unit,
     )

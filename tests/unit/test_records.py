@@ -229,7 +229,8 @@ def test_metric_summarises_seeds() -> None:
     metric = Metric.from_seeds([40.0, 50.0, 60.0], n=100, chance=1.0)
     assert metric.value == 50.0
     assert metric.std == pytest.approx(10.0)  # n - 1 in the denominator
-    assert metric.stderr == pytest.approx(100 * math.sqrt(0.5 * 0.5 / 100))
+    assert metric.stderr == pytest.approx(math.sqrt(5**2 + 10**2 / 3))  # images and seeds
+    assert Metric.from_seeds([40.0], n=96).stderr == pytest.approx(5.0)
     single = Metric.from_seeds([40.0], n=100)
     assert (single.value, single.std) == (40.0, None)
     assert Metric.from_seeds([20.0, 21.0], n=5, unit="dB").stderr is None
