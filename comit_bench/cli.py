@@ -241,6 +241,13 @@ def table(
     published: Annotated[
         bool, typer.Option(help="Also print published numbers of the same tasks, marked as such.")
     ] = True,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Print tables of the paper instead: table-1, table-2, table-3, table-4, objectness, "
+            "comma-separated, or all. With --suite paper all of them follow the plain table."
+        ),
+    ] = None,
 ) -> None:
     """Rebuild the table from records alone."""
     from comit_bench.listing import rebuild_table
@@ -252,6 +259,7 @@ def table(
         tasks=_names(tasks),
         metrics=_names(metrics),
         published=published,
+        layouts=_names(layout),
     )
 
 

@@ -6,14 +6,18 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean
 from comit_bench.files import cache_root
 from comit_bench.recipes import DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, parse_recipe
 from comit_bench.registry import tokenizers
 
+if TYPE_CHECKING:
+    from comit_bench.results.schema import Record
+
 PIPE_WIDTH = 160
+ALL = "all"
 THINGS = ("tokenizers", "tasks", "datasets")
 
 
@@ -219,18 +223,24 @@ def rebuild_table(
     tasks: Sequence[str] | None,
     metrics: Sequence[str] | None,
     published: bool = True,
+    layouts: Sequence[str] | None = None,
 ) -> None:
     """Print the table of all records below ``directories``, and write it when ``output`` is given.
 
     With ``published``, the published numbers of the same tasks (of the whole suite, when one is named)
-    stand in it too.
+    stand in it too. ``layouts`` names tables of the paper to print instead, ``all`` for every one; with the
+    suite ``paper`` and no other filter they all follow the plain table.
 
     Raises:
         MissingError: There are no records.
     """
+    from comit_bench.results.paper_table import find_layouts
     from comit_bench.results.records import load_records, published_records
     from comit_bench.results.tables import build_table, print_table, write_tables
 
+    names = None if layouts is None or ALL in layouts else list(layouts)
+    find_layouts(names)  # a wrong name is told before records are read
+    suite = suite or ("paper" if layouts is not None else None)
     records = [record for directory in directories for record in load_records(directory)]
     if published:
         records += published_records(records, suite=suite)
@@ -239,8 +249,37 @@ def rebuild_table(
             f"no records under {', '.join(str(d) for d in directories)}. `comit-bench run` makes them; "
             "name their directory if they lie elsewhere."
         )
-    table = build_table(records, metrics=metrics, suite=suite, tasks=tasks)
-    print_table(table)
-    if output is not None:
-        for path in write_tables(table, output, records):
-            sys.stderr.write(f"{path}\n")
+    if layouts is None:
+        table = build_table(records, metrics=metrics, suite=suite, tasks=tasks)
+        print_table(table)
+        if output is not None:
+            for path in write_tables(table, output, records):
+                sys.stderr.write(f"{path}\n")
+    if layouts is not None or (suite == "paper" and tasks is None and metrics is None):
+        own = None if layouts is None else output  # the plain table's files have it already
+        print_paper_tables(records, suite=suite or "paper", names=names, output=own)
+
+
+def print_paper_tables(
+    records: Sequence[Record], *, suite: str, names: Sequence[str] | None = None, output: Path | None = None
+) -> None:
+    """Print the paper's tables, and write them when ``output`` is given, see ``results/paper_table.py``.
+
+    Raises:
+        MissingError: No record has a place in them.
+    """
+    from comit_bench.files import write_atomic
+    from comit_bench.results.paper_table import PAPER_FILE, paper_tables, to_paper_latex
+    from comit_bench.results.tables import print_table
+
+    tables = paper_tables(records, suite=suite, names=names)
+    if not tables:
+        what = ", ".join(names) if names else "the paper's tables"
+        raise MissingError(f"no record belongs to {what}. `comit-bench paper --suite {suite}` makes them.")
+    for table in tables:
+        _out("")
+        print_table(table)
+    latex = to_paper_latex(records, suite=suite, names=names)
+    if output is not None and latex is not None:
+        write_atomic(output / PAPER_FILE, latex)
+        sys.stderr.write(f"{output / PAPER_FILE}\n")

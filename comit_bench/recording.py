@@ -49,7 +49,9 @@ def task_row(job: Job, data: OpenData) -> TaskRow:
         suite=spec.suite,
         recipe=job.task.digest,
         origin=job.task.origin,
-        dataset=DatasetRow(name=data.name, version=data.version, fingerprint=data.fingerprint),
+        dataset=DatasetRow(
+            name=data.name, version=data.version, fingerprint=data.fingerprint, origin=job.dataset.origin
+        ),
     )
 
 

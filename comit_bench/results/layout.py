@@ -11,10 +11,9 @@ if TYPE_CHECKING:
     from comit_bench.results.tables import Cell, Column, Row, Table
 
 DASH = "\N{EN DASH}"
-DETAILS = ("params", "K", "vocab")
 CHANCE = "chance"
 LABEL = "tokenizer"
-RANKS = "Best bold, second-best underlined, among complete rows that are no reference."
+RANKS = "Best bold, second-best underlined, among complete measured rows that are no reference."
 LABEL_WIDTH = 38
 GAP = 2
 
@@ -31,7 +30,9 @@ def short_count(count: int | None) -> str:
 
 
 def detail_texts(row: Row) -> tuple[str, ...]:
-    """One text per name in ``DETAILS``."""
+    """One text per name in the table's ``details``."""
+    if row.details:
+        return row.details
     numbers = (row.tokenizer.message_length, row.tokenizer.vocab_size)
     return (short_count(row.tokenizer.parameters), *(DASH if n is None else str(n) for n in numbers))
 
@@ -131,7 +132,7 @@ def measure(table: Table) -> Layout:
 
     labels = [LABEL, CHANCE, *(row.label + row.marks for row in table.rows)]
     details = [
-        max(map(cell_len, texts)) for texts in zip(DETAILS, *map(detail_texts, table.rows), strict=True)
+        max(map(cell_len, texts)) for texts in zip(table.details, *map(detail_texts, table.rows), strict=True)
     ]
     chances = chance_texts(table) or [""] * len(table.columns)
     parts, widths = [], []

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from comit_bench.results.layout import (
     CHANCE,
     DASH,
-    DETAILS,
     LABEL,
     RANKS,
     Block,
@@ -87,14 +86,14 @@ def _md(text: str) -> str:
 def to_markdown(table: Table) -> str:
     """A pipe table, the marks explained below it."""
     heads = [f"{_md(c.group.task)} {_md(c.group.subtitle)}<br>{_md(heading(c))}" for c in table.columns]
-    lines = [[LABEL, *DETAILS, *heads]]
-    lines.append([":--", *["--:"] * (len(DETAILS) + len(heads))])
+    lines = [[LABEL, *map(_md, table.details), *heads]]
+    lines.append([":--", *["--:"] * (len(table.details) + len(heads))])
     chances = chance_texts(table)
     if chances is not None:
-        lines.append([f"_{CHANCE}_", *[""] * len(DETAILS), *chances])
+        lines.append([f"_{CHANCE}_", *[""] * len(table.details), *chances])
     for row in table.rows:
         label = _md(row.label) + row.marks
-        cells = [f"_{label}_" if is_reference(row) else label, *detail_texts(row)]
+        cells = [f"_{label}_" if is_reference(row) else label, *map(_md, detail_texts(row))]
         for column, cell in zip(table.columns, row.cells, strict=True):
             if cell is None:
                 cells.append(DASH)
@@ -102,7 +101,8 @@ def to_markdown(table: Table) -> str:
             start, end = {"best": ("**", "**"), "second": ("<u>", "</u>")}.get(cell.rank or "", ("", ""))
             cells.append(f"{start}{number_text(cell, column)}{end}{cell.marks}")
         lines.append(cells)
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    text = f"{_md(table.title)}\n\n" if table.title else ""
+    text += "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     notes = [RANKS] if has_ranks(table) else []
     notes += [_md(note) for note in table.notes] + [f"{mark} {text}" for mark, text in table.footnotes]
     return text + "\n\n" + "  \n".join(notes) + "\n"
@@ -153,24 +153,29 @@ def tex_escape(text: str) -> str:
     return "".join(out).replace("--", "-{}-")
 
 
-def to_latex(table: Table, *, caption: str | None = None, label: str = "tab:comit-bench") -> str:
+def to_latex(
+    table: Table, *, caption: str | None = None, label: str = "tab:comit-bench", width: int = _TEX_WIDTH
+) -> str:
     r"""``table`` environments with booktabs rules: one, or several when the table is too wide.
 
     Args:
         table: What to write.
         caption: Plain text, escaped here.
         label: For ``\ref``; letters, digits and ``:.-`` only. Further environments add ``-2``, ...
+        width: Characters that fit a line; a wider table is continued in a further environment.
 
     Raises:
         ValueError: A label that LaTeX cannot refer to.
     """
     if not re.fullmatch(r"[A-Za-z0-9:.-]+", label):
         raise ValueError(f"label {label!r}: use letters, digits, colon, dot and hyphen only")
-    caption = caption or "Probe scores by tokenizer and task." + (f" {RANKS}" if has_ranks(table) else "")
+    if caption is None:
+        title = table.title or "Probe scores by tokenizer and task."
+        caption = title + (f" {RANKS}" if has_ranks(table) else "")
     notes = [tex_escape(note) for note in table.notes]
     notes += [f"{tex_escape(mark)}\\,{tex_escape(text)}" for mark, text in table.footnotes]
     lines = ["% needs \\usepackage{booktabs}"]
-    for number, block in enumerate(measure(table).blocks(_TEX_WIDTH), start=1):
+    for number, block in enumerate(measure(table).blocks(width), start=1):
         lines += [
             "\\begin{table}[t]",
             "\\centering",
@@ -192,8 +197,8 @@ def _latex_block(table: Table, block: Block) -> str:
     import pandas
 
     columns = [table.columns[index] for index in block.columns]
-    detail_count = len(DETAILS) if block.details else 0
-    heads = [("", "", name) for name in (LABEL, *DETAILS[:detail_count])]
+    detail_count = len(table.details) if block.details else 0
+    heads = [("", "", name) for name in (LABEL, *table.details[:detail_count])]
     heads += [(c.group.task, c.group.subtitle, heading(c)) for c in columns]
     body: list[list[str]] = []
     styles: list[list[str]] = []
@@ -220,13 +225,13 @@ def _latex_block(table: Table, block: Block) -> str:
     column_format = "l" + "r" * (len(heads) - 1)
     text = styler.to_latex(hrules=True, column_format=column_format, multicol_align="c")
     separator = sum(is_reference(row) for row in table.rows) + (chances is not None)
-    return _with_rules(text, block, columns, separator, len(body))
+    return _with_rules(text, detail_count, columns, separator, len(body))
 
 
-def _with_rules(text: str, block: Block, columns: list[Column], separator: int, rows: int) -> str:
+def _with_rules(text: str, details: int, columns: list[Column], separator: int, rows: int) -> str:
     """Add a rule under every group's title, and one between references and the rest."""
     lines = text.rstrip("\n").split("\n")
-    first = 2 + (len(DETAILS) if block.details else 0)
+    first = 2 + details
     spans = []
     for group in dict.fromkeys(column.group for column in columns):
         size = sum(column.group == group for column in columns)

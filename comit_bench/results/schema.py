@@ -199,11 +199,17 @@ class TokenizerRow(_Model):
 
 
 class DatasetRow(_Model):
-    """The data; ``fingerprint`` is None only where the exact files are not known (published)."""
+    """The data; ``fingerprint`` is None only where the exact files are not known (published).
+
+    ``origin`` is where its recipe came from.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"origin"})
 
     name: Line
     version: Annotated[int, Field(ge=1)]
     fingerprint: Line | None = None
+    origin: Line = "builtin"
 
 
 class TaskRow(_Model):

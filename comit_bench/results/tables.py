@@ -6,7 +6,8 @@ A row is a tokenizer, a column is one metric of one task under one protocol. The
   ``--limit`` included), in the task's version or in the data opens new columns, and the header
   says what differs; a difference on the tokenizer's side opens a new row;
 - what was not measured is a dash; nothing is averaged over tasks, hence never over missing cells;
-- best and second-best are taken among complete rows that are no reference, at the printed
+- a recipe that takes the place of a built-in one (``--include-path``) says so in the header;
+- best and second-best are taken among complete measured rows that are no reference, at the printed
   precision (what looks equal shares its rank), and never in the columns of a control;
 - the result does not depend on the order in which records come.
 """
@@ -16,13 +17,14 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import digest_json, write_atomic
+from comit_bench.recipes import recipe_root
 from comit_bench.results.records import Metric, Record, TokenizerRow
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Group:
         digest: Identifies task, version, data and protocol.
         column: What the protocol wants in the header in any case (its key ``column``), e.g. the resolution.
         variant: What tells this group from others of the same task; empty when it is alone.
+        recipe: Where the recipe (or that of the data) is from, when it replaces a built-in one; else empty.
     """
 
     task: str
@@ -59,12 +62,15 @@ class Group:
     digest: str
     column: str = ""
     variant: str = ""
+    recipe: str = ""
 
     @property
     def subtitle(self) -> str:
-        """Second line of the header: version, control, column, variant."""
+        """Second line of the header: version, foreign recipe, control, column, variant."""
         control = f"control {self.control}" if self.control else ""
-        return ", ".join(part for part in (f"v{self.version}", control, self.column, self.variant) if part)
+        recipe = f"recipe of {self.recipe}" if self.recipe else ""
+        parts = (f"v{self.version}", recipe, control, self.column, self.variant)
+        return ", ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +97,32 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tokenizer; marks that hold for all of its cells stand at its label."""
+    """One tokenizer; marks that hold for all of its cells stand at its label.
+
+    ``details`` has one text per name in the table's ``details``; empty is the tokenizer's size.
+    """
 
     label: str
     tokenizer: TokenizerRow
     origin: str
     marks: str
     cells: tuple[Cell | None, ...]
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows in order of ``SECTIONS``; ``footnotes`` explain the marks that occur."""
+    """Rows in order of ``SECTIONS``; ``footnotes`` explain the marks that occur.
+
+    ``details`` head the columns between a row's label and its scores; ``title`` may be empty.
+    """
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     footnotes: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    details: tuple[str, ...] = ("params", "K", "vocab")
+    title: str = ""
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -118,23 +133,29 @@ class Table:
 def build_table(
     records: Iterable[Record],
     *,
-    metrics: Sequence[str] | None = None,
+    metrics: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     suite: str | None = None,
     tasks: Sequence[str] | None = None,
+    row_of: Callable[[Record], tuple[str, ...]] | None = None,
+    decimals: int | None = None,
 ) -> Table:
     """Arrange records as a table.
 
     Args:
         records: In any order; of two for the same cell the one created last is shown.
-        metrics: Names to show, in this order; default all, in the order of the records.
+        metrics: Names to show, in this order, of all tasks or by task; default all, in the order of the
+            records.
         suite: Only tasks of this suite.
         tasks: Only these tasks, in this order; default all, by suite and name.
+        row_of: What makes a row; default :func:`row_key`.
+        decimals: Printed precision of all columns; default by unit and size.
 
     Raises:
         UsageError: A filter names what no record has; suggests the nearest. Or two records
             disagree on the unit or direction of a metric.
     """
-    chosen, older = _newest(_filter(sorted(records, key=_record_order), suite, tasks))
+    row_of = row_of or row_key
+    chosen, older = _newest(_filter(sorted(records, key=_record_order), suite, tasks), row_of)
     by_group: dict[str, list[Record]] = defaultdict(list)
     for record in chosen:
         by_group[_group_digest(record)].append(record)
@@ -143,20 +164,20 @@ def build_table(
     columns = [
         column
         for group, group_records in zip(groups, members, strict=True)
-        for column in _columns(group, group_records, metrics)
+        for column in _columns(group, group_records, metrics, decimals)
     ]
     shown = {column.metric for column in columns}
-    if metrics is not None and (unknown := [m for m in metrics if m not in shown]) and chosen:
+    if isinstance(metrics, Sequence) and (unknown := [m for m in metrics if m not in shown]) and chosen:
         names = {name for record in chosen for name in record.metrics}
         raise UsageError(f"no record has a metric {unknown[0]!r}.{did_you_mean(unknown[0], names)}")
-    rows = _ranked(_rows(chosen, columns), columns)
+    rows = _ranked(_rows(chosen, columns, row_of), columns)
     return Table(tuple(columns), tuple(rows), _footnotes(rows), _notes(rows, groups, members, older))
 
 
 def write_tables(table: Table, directory: Path, records: Iterable[Record] = ()) -> list[Path]:
     """Write ``table.csv``, ``table.md`` and ``table.tex``, each whole or not at all.
 
-    When ``records`` have numbers of the paper's Table 4, ``table-paper.tex`` has its columns.
+    When ``records`` have numbers of the paper's tables, ``table-paper.tex`` has those in its layout.
 
     Returns:
         The paths.
@@ -164,14 +185,14 @@ def write_tables(table: Table, directory: Path, records: Iterable[Record] = ()) 
     Raises:
         BenchError: Disk full or not writable.
     """
-    from comit_bench.results.paper_table import to_paper_latex
+    from comit_bench.results.paper_table import PAPER_FILE, to_paper_latex
     from comit_bench.results.render import to_csv, to_latex, to_markdown
 
     contents = {"table.csv": to_csv, "table.md": to_markdown, "table.tex": to_latex}
     texts = {directory / name: render(table) for name, render in contents.items()}
     paper = to_paper_latex(records)
     if paper is not None:
-        texts[directory / "table-paper.tex"] = paper
+        texts[directory / PAPER_FILE] = paper
     for path, text in texts.items():
         write_atomic(path, text)
     return list(texts)
@@ -214,9 +235,14 @@ def _record_order(record: Record) -> tuple[Any, ...]:
     return (record.created, record.to_json())
 
 
+def _data_side(record: Record) -> dict[str, Any]:
+    """Name, version and fingerprint of the data; where its recipe lies changes no number."""
+    data = record.task.dataset
+    return {"name": data.name, "version": data.version, "fingerprint": data.fingerprint}
+
+
 def _group_digest(record: Record) -> str:
-    data = record.task.dataset.model_dump(mode="json")
-    return digest_json([record.task.name, record.task.version, data, record.task_protocol])
+    return digest_json([record.task.name, record.task.version, _data_side(record), record.task_protocol])
 
 
 def _group_order(records: list[Record], tasks: Sequence[str] | None) -> tuple[Any, ...]:
@@ -276,17 +302,40 @@ def _named_groups(members: list[list[Record]]) -> list[Group]:
     for records in members:
         task = records[-1].task
         digest, column = _group_digest(records[-1]), records[-1].protocol.get(COLUMN_KEY, "")
-        control = records[-1].control
-        groups.append(Group(task.name, task.version, task.suite, task.title, control, digest, str(column)))
+        control, recipe = records[-1].control, _foreign_recipe(records)
+        groups.append(
+            Group(
+                *(task.name, task.version, task.suite, task.title, control, digest, str(column)),
+                recipe=recipe,
+            )
+        )
     rivals: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         rivals[group.task, group.version, group.control, _published(members[index])].append(index)
     for (*_, published), indices in rivals.items():
         labels, _ = _tell_apart({i: _task_side(members[i][-1]) for i in indices}, ["limit", "seeds"])
+        sources = {i: str(members[i][-1].protocol.get("source", "")).partition(" (")[0] for i in indices}
         for index in indices:
-            variant = f"published {labels[index]}".strip() if published else labels[index]
+            variant, source = labels[index], sources[index]
+            if published:  # by its source, and what that says when several are of one source
+                alone = source and list(sources.values()).count(source) == 1
+                told = (source if len(indices) > 1 else "", "" if alone else variant)
+                variant = " ".join(part for part in ("published", *told) if part)
             groups[index] = replace(groups[index], variant=variant)
     return groups
+
+
+def _foreign_recipe(records: list[Record]) -> str:
+    """Where a recipe is from that took the place of a built-in one, as it is called; else empty."""
+    origins = set()
+    for record in records:
+        task, data = record.task, record.task.dataset
+        probe = task.origin if (recipe_root("probes") / task.name).is_dir() else "builtin"
+        images = data.origin if (recipe_root("datasets") / data.name).is_dir() else "builtin"
+        origins.add(next((origin for origin in (probe, images) if origin != "builtin"), "builtin"))
+    return (
+        "" if "builtin" in origins else ", ".join(sorted(Path(origin).name or origin for origin in origins))
+    )
 
 
 def _published(records: list[Record]) -> bool:
@@ -294,18 +343,23 @@ def _published(records: list[Record]) -> bool:
 
 
 def _task_side(record: Record) -> dict[str, str]:
-    data = record.task.dataset.model_dump(mode="json")
     side = {key: value for key, value in record.task_protocol.items() if key != COLUMN_KEY}
-    return _flat({**side, "data": data})
+    return _flat({**side, "data": _data_side(record)})
 
 
-def _columns(group: Group, records: list[Record], metrics: Sequence[str] | None) -> list[Column]:
+def _columns(
+    group: Group,
+    records: list[Record],
+    metrics: Sequence[str] | Mapping[str, Sequence[str]] | None,
+    precision: int | None,
+) -> list[Column]:
+    wanted = metrics.get(group.task, ()) if isinstance(metrics, Mapping) else metrics
     found: dict[str, list[tuple[Record, Metric]]] = defaultdict(list)
     for record in records:
         for name, metric in record.metrics.items():
             found[name].append((record, metric))
     columns = []
-    for name in found if metrics is None else [m for m in dict.fromkeys(metrics) if m in found]:
+    for name in found if wanted is None else [m for m in dict.fromkeys(wanted) if m in found]:
         record, first = found[name][0]
         for other, metric in found[name]:
             if (metric.unit, metric.higher_is_better) != (first.unit, first.higher_is_better):
@@ -314,7 +368,9 @@ def _columns(group: Group, records: list[Record], metrics: Sequence[str] | None)
                     f"of {name!r} in task {group.task!r}: measure one of them again"
                 )
         chances = {metric.chance for _, metric in found[name]}
-        decimals = _decimals(first.unit, [metric.value for _, metric in found[name]])
+        decimals = precision
+        if decimals is None:
+            decimals = _decimals(first.unit, [metric.value for _, metric in found[name]])
         chance = chances.pop() if len(chances) == 1 else None
         columns.append(Column(group, name, first.unit, first.higher_is_better, chance, decimals))
     return columns
@@ -364,24 +420,28 @@ def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:
     return (section, tokenizer.family.lower(), tokenizer.parameters or 0, key[0], settings, key)
 
 
-def _newest(records: list[Record]) -> tuple[list[Record], int]:
+def _newest(records: list[Record], row_of: Callable[[Record], tuple[str, ...]]) -> tuple[list[Record], int]:
     """One record per row and group, the last one; and how many others gave way."""
     kept: dict[tuple[tuple[str, ...], str], Record] = {}
     older = 0
     for record in records:
-        key = row_key(record), _group_digest(record)
+        key = row_of(record), _group_digest(record)
         older += key in kept and kept[key] != record
         kept[key] = record
     return sorted(kept.values(), key=_record_order), older
 
 
-def _rows(records: list[Record], columns: list[Column]) -> list[Row]:
-    """Rows in their order, without ranks."""
+def _rows(
+    records: list[Record], columns: list[Column], row_of: Callable[[Record], tuple[str, ...]]
+) -> list[Row]:
+    """Rows in their order, without ranks; a row that has measured numbers is described by one of them."""
     cells: dict[tuple[str, ...], dict[str, Record]] = defaultdict(dict)
     newest: dict[tuple[str, ...], Record] = {}
     for record in records:
-        key, digest = row_key(record), _group_digest(record)
-        cells[key][digest] = newest[key] = record
+        key = row_of(record)
+        cells[key][_group_digest(record)] = record
+        if key not in newest or record.origin != "paper" or newest[key].origin == "paper":
+            newest[key] = record
     labels = row_labels(newest)
     rows = []
     for key in sorted(cells, key=lambda key: _row_order(key, newest[key])):
@@ -440,7 +500,7 @@ def _ranked(rows: list[Row], columns: list[Column]) -> list[Row]:
         candidates: dict[int, float] = {}
         for position, row in enumerate(rows):
             cell = row.cells[index]
-            if cell is not None and cell.record.complete and row.tokenizer.kind != "reference":
+            if cell is not None and _rankable(cell.record):
                 candidates[position] = float(format_number(cell.metric.value, column.decimals))
         if len(candidates) < 2 or column.group.control is not None:
             continue
@@ -450,6 +510,10 @@ def _ranked(rows: list[Row], columns: list[Column]) -> list[Row]:
             if cell is not None and value in order[:2]:
                 grid[position][index] = replace(cell, rank="best" if value == order[0] else "second")
     return [replace(row, cells=tuple(cells)) for row, cells in zip(rows, grid, strict=True)]
+
+
+def _rankable(record: Record) -> bool:
+    return record.complete and record.origin != "paper" and record.tokenizer.kind != "reference"
 
 
 def _footnotes(rows: list[Row]) -> tuple[tuple[str, str], ...]:
@@ -479,6 +543,9 @@ def _notes(rows: list[Row], groups: list[Group], members: list[list[Record]], ol
             continue
         rest = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         notes.append(f"The protocols of {task} differ in {', '.join(differing[:6])}{rest}.")
+    for group, records in zip(groups, members, strict=True):
+        if _published(records) and group.variant != "published":
+            notes.append(f"{group.task}, {group.variant}: {records[-1].protocol.get('published', '')}.")
     if older:
         notes.append(f"{older} older record(s) of the same tokenizer, task and protocol left out.")
     return tuple(notes)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from comit_bench.results.layout import (
     CHANCE,
     DASH,
-    DETAILS,
     GAP,
     LABEL,
     RANKS,
@@ -69,9 +68,9 @@ def terminal_lines(table: Table, width: int, *, styled: bool = True) -> list[Tex
     from rich.text import Text
 
     layout = measure(table)
-    lines: list[Text] = []
-    for block in layout.blocks(width):
-        if lines:
+    lines: list[Text] = [Text(part, "bold") for part in wrap(table.title, max(20, width))]
+    for number, block in enumerate(layout.blocks(width)):
+        if number:
             lines.append(Text())
         lines += _terminal_block(table, layout, block)
     notes = [RANKS] if styled and has_ranks(table) else []
@@ -88,7 +87,7 @@ def _terminal_block(table: Table, layout: Layout, block: Block) -> list[Text]:
     total = layout.label + sum(d + GAP for d in details) + layout.span(list(block.columns))
     lines = _titles(layout, block, total)
     head = Text(_fit(LABEL, layout.label))
-    for name, size in zip(DETAILS, details, strict=False):
+    for name, size in zip(table.details, details, strict=False):
         head.append(" " * GAP + _right(name, size))
     for index in block.columns:
         marks = layout.parts[index][2]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from latex import check_latex
 
 from comit_bench.results.layout import DASH
 from comit_bench.results.records import Metric, Record, load_record
@@ -49,33 +49,6 @@ def awkward() -> list[Record]:
     scores = [{f"m_{i}%[": 10.0 + index for i in range(7)} for index in range(len(names))]
     records = [make(name, score, task=AWKWARD) for name, score in zip(names, scores, strict=True)]
     return [*records, make("[oracle]", {"m_1%[": 99.0}, kind="reference", task=AWKWARD)]
-
-
-def check_latex(text: str) -> None:
-    """Balanced braces and environments, equal column counts, nothing special left bare."""
-    bare = re.sub(r"\\[\\{}$&%#_]", "", text)
-    depth = 0
-    for character in bare:
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        assert depth >= 0
-    assert depth == 0
-    assert bare.count("$") % 2 == 0
-    assert text.isascii()
-    assert [line for line in bare.splitlines() if "%" in line] == [bare.splitlines()[0]]
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") >= 1
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}")
-    for block in re.findall(r"\\begin\{tabular\}(.*?)\\end\{tabular\}", text, flags=re.S):
-        size = len(re.match(r"\{(l?r*)\}", block)[1])  # type: ignore[index]
-        assert size >= 1
-        rows = re.findall(r"^(?!\\(?:top|mid|bottom|cmid)rule)(.+) \\\\$", block, flags=re.M)
-        assert rows
-        for row in rows:
-            spans = [int(n) for n in re.findall(r"\\multicolumn\{(\d+)\}", row)]
-            cells = len(re.findall(r"(?<!\\)&", row)) + 1
-            assert cells + sum(spans) - len(spans) == size, row
-            assert not row.lstrip().startswith(("[", "*"))
-        rules = [int(last) for last in re.findall(r"\\cmidrule\(lr\)\{\d+-(\d+)\}", block)]
-        assert max(rules, default=size) == size
 
 
 @pytest.mark.parametrize("records", [crowd(), awkward(), crowd()[:1]], ids=["crowd", "awkward", "one"])
