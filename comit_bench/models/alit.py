@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from comit_bench.models.alit_base import Vae, VaeSpec, Vqgan, build_base
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganSpec
+from comit_bench.models.precision import full_precision
 from comit_bench.models.vit_blocks import EVERY_ROW, AttentionProbe, PlainBlock, run_blocks
 from comit_bench.models.vq import VectorQuantizer
 
@@ -280,7 +281,8 @@ class Alit(nn.Module):
 
     def codes_of(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Latent rows [B, K, W] -> before quantization [B, K, d], codes [B, K, d] and ids [B, K] or None."""
-        prequant = self.pre_quantizer_mlp(self.encoder_ln_post(latents)).float()
+        with full_precision(latents.device):
+            prequant: Tensor = self.pre_quantizer_mlp(self.encoder_ln_post(latents.float()))
         return prequant, *self.quantized(prequant)
 
     def quantized(self, prequant: Tensor) -> tuple[Tensor, Tensor | None]:

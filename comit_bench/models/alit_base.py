@@ -8,6 +8,7 @@ What is unusual:
 - The VQGAN is the MaskGIT-style one: no attention, bias-free 3x3 convolutions, average pooling, and where
   a block changes its width the shortcut is a 1x1 convolution of the *branch*; the input is not added.
 - The VAE sees pixels in [0, 1], its latent is scaled by 0.2325 on the way in and never scaled back.
+- Both compute in float32, also under autocast: they decide ids and, by their pixels, lengths.
 
 Shape legend: ``B`` batch, ``C`` base latent channels, ``V`` base codebook size, ``S`` image side,
 ``G`` = S / 2^(levels - 1) grid side.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench.models.maskgit_vqgan import EPS, GROUPS, VqganBlock, VqganSpec
+from comit_bench.models.precision import full_precision
 from comit_bench.models.vq import VectorQuantizer
 
 
@@ -178,7 +180,8 @@ class Vqgan(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] in [0, 1] -> continuous features [B, C, G, G]; there is nothing to sample."""
-        features: Tensor = self.encoder(images)
+        with full_precision(images.device):
+            features: Tensor = self.encoder(images.float())
         return features
 
     def indices(self, features: Tensor) -> Tensor:
@@ -191,7 +194,8 @@ class Vqgan(nn.Module):
 
     def decode(self, code: Tensor) -> Tensor:
         """[B, C, G, G] -> [B, 3, S, S]."""
-        images: Tensor = self.decoder(code)
+        with full_precision(code.device):
+            images: Tensor = self.decoder(code.float())
         return images
 
 
@@ -326,7 +330,8 @@ class Vae(nn.Module):
 
     def moments(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, 2C, G, G]: means, then log variances."""
-        out: Tensor = self.quant_conv(self.encoder(images))
+        with full_precision(images.device):
+            out: Tensor = self.quant_conv(self.encoder(images.float()))
         return out
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -346,7 +351,8 @@ class Vae(nn.Module):
 
     def decode(self, code: Tensor) -> Tensor:
         """[B, C, G, G] -> [B, 3, S, S]; not divided by the scale."""
-        images: Tensor = self.decoder(self.post_quant_conv(code))
+        with full_precision(code.device):
+            images: Tensor = self.decoder(self.post_quant_conv(code.float()))
         return images
 
 

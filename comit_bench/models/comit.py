@@ -44,6 +44,7 @@ from comit_bench.models.comit_blocks import (
 )
 from comit_bench.models.crops import CropGeometry
 from comit_bench.models.fsq import FSQ
+from comit_bench.models.precision import full_precision
 
 MaskMode = Literal["additive", "hard"]
 Read = Literal["velocity", "message", "both"]
@@ -338,7 +339,8 @@ class Predictor(nn.Module):
             patches = self.final_layer(u[:, start : start + rows.image], time.final)
             velocity = self.unpatchify(patches, latents.shape[-2], latents.shape[-1])
         if read != "velocity":
-            message = self.r_final_layer(u[:, -length:])
+            with full_precision(u.device):  # a flipped rounding is a flipped token
+                message = self.r_final_layer(u[:, -length:].float())
         return Prediction(velocity, message, hidden)
 
     def _rows(self, image: int, has_buffer: bool, read: Read) -> Rows:

@@ -40,6 +40,7 @@ from comit_bench.models.flextok_blocks import (
     layer_norm,
 )
 from comit_bench.models.fsq import FSQ
+from comit_bench.models.precision import full_precision
 from comit_bench.models.vae import KLVae, KLVaeSpec
 
 
@@ -211,7 +212,9 @@ class Encoder(nn.Module):
 
     def head(self, registers: Tensor) -> Tensor:
         """[B, tokens, D] -> [B, tokens, d]."""
-        z: Tensor = cast(_Projection, self.module_dict["enc_to_latents"]).proj(layer_norm(registers))
+        with full_precision(registers.device):
+            h = layer_norm(registers.float())
+            z: Tensor = cast(_Projection, self.module_dict["enc_to_latents"]).proj(h)
         return z
 
     def forward(self, latents: Tensor, tokens: int | None = None) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench.models.comit_blocks import Modulation, PatchEmbed, sincos_grid
+from comit_bench.models.precision import full_precision
 from comit_bench.models.selftok_blocks import (
     EPS,
     DualBlock,
@@ -42,7 +43,7 @@ from comit_bench.models.selftok_blocks import (
     token_positions,
 )
 from comit_bench.models.vae import KLVae, KLVaeSpec
-from comit_bench.models.vq import full_precision, most_similar
+from comit_bench.models.vq import most_similar
 
 TIME_SCALE = 1000.0
 SD3_VAE = KLVaeSpec(channels=16, scale=1.5305, shift=0.0609, quant_convs=False)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganDecoder, VqganSpec
+from comit_bench.models.precision import full_precision
 from comit_bench.models.vit_blocks import AttentionProbe, PlainBlock, run_blocks
 from comit_bench.models.vq import VectorQuantizer
 
@@ -160,7 +161,8 @@ class TitokEncoder(nn.Module):
             columns = latents.reshape(latents.shape[0], latents.shape[2], latents.shape[1])
         else:
             columns = latents.transpose(1, 2)
-        z: Tensor = self.conv_out(columns.unsqueeze(-1))  # [B, d, K, 1]
+        with full_precision(latents.device):
+            z: Tensor = self.conv_out(columns.unsqueeze(-1).float())  # [B, d, K, 1]
         return z.squeeze(-1).transpose(1, 2)
 
     def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:

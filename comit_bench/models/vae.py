@@ -2,19 +2,21 @@
 
 All map images [B, 3, S, S] in [-1, 1] to latents [B, C, S/f, S/f] and back; none is trained here.
 The random part of encoding is explicit: pass ``noise`` of the latent's shape to sample the posterior,
-or nothing for its mode.
+or nothing for its mode. All compute in float32, also under autocast (a latent decides which token is sent),
+unless :meth:`KLVae.set_dtype` says otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from comit_bench.models.precision import full_precision
 
 SD_SCALE = 0.18215
 
@@ -81,11 +83,13 @@ class DctVae(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] -> [B, 12, S/f, S/f]."""
-        return F.conv2d(images - self.mean, self.basis.to(images.dtype), stride=self.factor)
+        with full_precision(images.device):
+            return F.conv2d(images.float() - self.mean, self.basis, stride=self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 12, h, w] -> [B, 3, h*f, w*f], not clamped."""
-        return F.conv_transpose2d(latents, self.basis.to(latents.dtype), stride=self.factor) + self.mean
+        with full_precision(latents.device):
+            return F.conv_transpose2d(latents.float(), self.basis, stride=self.factor) + self.mean
 
 
 class StandInVae(nn.Module):
@@ -103,13 +107,15 @@ class StandInVae(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] -> [B, 4, S/f, S/f]."""
-        pooled = F.avg_pool2d(images, self.factor)
-        return F.conv2d(pooled, self.enc_weight[:, :, None, None], self.enc_bias)
+        with full_precision(images.device):
+            pooled = F.avg_pool2d(images.float(), self.factor)
+            return F.conv2d(pooled, self.enc_weight[:, :, None, None], self.enc_bias)
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 4, h, w] -> [B, 3, h*f, w*f], every value repeated f x f."""
-        pixels = F.conv2d(latents, self.dec_weight[:, :, None, None], self.dec_bias)
-        return F.interpolate(pixels, scale_factor=self.factor, mode="nearest")
+        with full_precision(latents.device):
+            pixels = F.conv2d(latents.float(), self.dec_weight[:, :, None, None], self.dec_bias)
+            return F.interpolate(pixels, scale_factor=self.factor, mode="nearest")
 
 
 SD_CONFIG: dict[str, Any] = {
@@ -140,19 +146,16 @@ class SDVae(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] -> [B, 4, S/8, S/8]: mean of the posterior, or mean + std * noise."""
-        posterior = self.vae.encode(images).latent_dist
+        with full_precision(images.device):
+            posterior = self.vae.encode(images.float()).latent_dist
         latents: Tensor = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         return latents * SD_SCALE
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 4, h, w] -> [B, 3, 8h, 8w], not clamped."""
-        images: Tensor = self.vae.decode(latents / SD_SCALE).sample
+        with full_precision(latents.device):
+            images: Tensor = self.vae.decode(latents.float() / SD_SCALE).sample
         return images
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside; the meta device has none to switch off."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,7 +241,7 @@ class KLVae(nn.Module):
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] -> mean and clamped log-variance, [B, C, S/f, S/f] each, unscaled."""
-        with _full_precision(images.device):
+        with full_precision(images.device):
             posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         return posterior.mean, posterior.logvar
 
@@ -251,7 +254,7 @@ class KLVae(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 3, f h, f w], not clamped."""
-        with _full_precision(latents.device):
+        with full_precision(latents.device):
             unscaled = latents.float() / self.scale + self.spec.shift
             images: Tensor = self.vae.decode(unscaled.to(self.dtype)).sample
         return images

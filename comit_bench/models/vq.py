@@ -9,11 +9,11 @@ Shape legend: ``...`` any leading shape, ``d`` code dimension, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from comit_bench.models.precision import full_precision
 
 EPS = 1e-12
 CHUNK_ENTRIES = 1 << 23  # distances held at once: 32 MiB of float32
@@ -50,11 +50,6 @@ def most_similar(z: Tensor, table: Tensor, *, entries: int = CHUNK_ENTRIES) -> T
     rows = max(entries // table.shape[0], 1)
     parts = [(part @ table.T).argmax(1) for part in z.split(rows)]
     return torch.cat(parts) if parts else z.new_zeros(0, dtype=torch.int64)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside; the meta device has none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class VectorQuantizer(nn.Module):

@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from comit_bench.models.fsq import FSQ
+from comit_bench.models.precision import full_precision
 from comit_bench.models.vit_blocks import PlainBlock, run_blocks
 
 
@@ -100,7 +101,9 @@ class GridEncoder(nn.Module):
         x = rearrange(self.patch_embed(2 * images - 1), "b d h w -> b (h w) d") + self.positions
         x = rearrange(run_blocks(self.blocks, x), "b (h w) d -> b d h w", h=self.side)
         x = rearrange(self.merge(x), "b e h w -> b (h w) e") + self.inner_positions
-        out: Tensor = self.head(self.norm(run_blocks(self.inner_blocks, x)))
+        x = run_blocks(self.inner_blocks, x)
+        with full_precision(x.device):
+            out: Tensor = self.head(self.norm(x.float()))
         return out
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError
 from comit_bench.files import sha256_file, shipped_weights
+from comit_bench.models.precision import exact_products
 
 FeatureName = Literal["inception", "scenes-teacher"]
 LpipsName = Literal["alex", "vgg", "squeeze"]
@@ -89,7 +90,7 @@ def _tiled(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Call ``function`` on ``TILE`` images at a time, the last tile padded by repetition."""
     total = len(images)
     parts = []
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_products(images.device):
         for start in range(0, total, TILE):
             index = torch.arange(start, start + TILE, device=images.device).clamp_(max=total - 1)
             parts.append(function(images[index]).float())

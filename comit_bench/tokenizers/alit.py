@@ -77,7 +77,8 @@ class AlitTokenizer:
         latents: What probes read: ``codes`` (what enters the decoder), ``prequant`` (before
             quantization) or ``raw`` (rows of the encoder, which the original program calls encoding).
         compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
-        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; quantizers stay in float32.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; base tokenizer, last layer and
+            quantizers stay in float32.
     """
 
     def __init__(

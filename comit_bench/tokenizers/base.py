@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.models.attention import AttentionRequest
+from comit_bench.models.precision import exact_products, full_precision
 
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
 # image then never depends on how many others were handed over, so ids are the same bits for every
@@ -233,11 +234,15 @@ def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int | None
     return Tokens(join([p.ids for p in parts]), codes, join([p.offsets for p in parts]))
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Where a network computes in ``dtype``; for float32 also an outer autocast is switched off."""
-    if device.type == "meta":  # nothing is computed there, and torch knows no autocast for it
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Where a network computes in ``dtype``: float32 means float32, without an outer autocast or TF32."""
+    rounded = dtype != torch.float32 and device.type != "meta"  # torch knows no autocast for meta
+    with (
+        exact_products(device),
+        torch.autocast(device.type, dtype=dtype) if rounded else full_precision(device),
+    ):
+        yield
 
 
 def check_images(images_u8: Tensor, info: TokenizerInfo) -> None:

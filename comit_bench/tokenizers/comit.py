@@ -62,7 +62,8 @@ class ComitTokenizer:
         solver: ``euler`` or ``midpoint``.
         guidance: Guidance weight of ``decode``.
         momentum: Guidance momentum of ``decode``.
-        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; message head, quantizer and VAE stay in
+            float32.
     """
 
     default_policy = "global"

@@ -75,7 +75,7 @@ class FlexTokTokenizer:
         guidance: Guidance weight of ``decode``; 1 switches guidance off.
         guidance_mode: ``apg`` (projected, the authors' choice) or ``cfg``.
         compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
-        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the VAE, the quantizer and the sampler's
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; VAE, last layer, quantizer and the sampler's
             state stay in float32.
     """
 

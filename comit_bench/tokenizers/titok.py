@@ -268,7 +268,8 @@ class TitokTokenizer:
         model: Network in eval mode.
         info: Its description.
         device: Where it runs.
-        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the quantizer stays in float32.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the quantizer
+            stay in float32.
         compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
     """
 

@@ -122,7 +122,8 @@ class VqGridTokenizer:
         model: Network in eval mode.
         info: Its description.
         device: Where it runs.
-        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the quantizer stays in float32.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the quantizer
+            stay in float32.
     """
 
     def __init__(

@@ -85,7 +85,8 @@ class VqModelTokenizer:
         grid: Tokens per side.
         flops: FLOPs of encoding one image.
         device: Where it runs.
-        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the search stays in float32.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the search
+            stay in float32.
     """
 
     def __init__(
@@ -134,9 +135,11 @@ class VqModelTokenizer:
             with torch.inference_mode():
                 x = images.to(self.device, torch.float32).div(127.5).sub(1)
                 with autocast(self.device, self.dtype):
-                    z = self.model.quant_conv(self.model.encoder(x))
-                flat = rearrange(z.float(), "b d h w -> (b h w) d")
-                ids = nearest(flat, self.table).view(len(images), -1)
+                    hidden = self.model.encoder(x)
+                with autocast(self.device, torch.float32):  # this decides the ids
+                    z = self.model.quant_conv(hidden.float())
+                    flat = rearrange(z, "b d h w -> (b h w) d")
+                    ids = nearest(flat, self.table).view(len(images), -1)
                 return Tokens(ids, self.codes_from_ids(ids))
 
         return in_tiles(tile, images_u8)

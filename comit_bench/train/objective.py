@@ -14,8 +14,8 @@ What is unusual, beside that:
 - Every term is a sum over images divided by the batch size, also where images are left out, so
   averages over equal batches are those of the joint batch.
 
-Precision: runs in float32, or under an ambient autocast (then the VAE too); latents, messages and
-losses are float32 in any case.
+Precision: runs in float32, or under an ambient autocast; the VAE, the message head, the quantizer and the
+losses compute in float32 in any case.
 
 Shape legend: ``B`` images, ``K`` crops, ``M`` message length, ``d`` code dimension, ``C h w`` latent,
 ``X`` image tokens, ``D`` width, ``S`` image side.

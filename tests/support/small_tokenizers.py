@@ -1,0 +1,192 @@
+"""An adapter of every family with a network small enough for unit tests, on any device.
+
+Presets that ship are loaded as they are; the others have random weights of sizes that no preset has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from alit_sizes import TINY, TINY_VAE
+from diffusers import VQModel
+from selftok_sizes import RENDERER, SMALL
+from torch import Tensor
+
+from comit_bench.models import vae
+from comit_bench.models.alit import AlitSpec
+from comit_bench.models.comit import PRESETS, Comit, ComitSpec
+from comit_bench.models.crops import CropGeometry
+from comit_bench.models.flextok import FlexTokSpec, TrunkSpec
+from comit_bench.models.flextok_blocks import TableSpec
+from comit_bench.models.maskgit_vqgan import VqganSpec
+from comit_bench.models.selftok import SelftokSpec
+from comit_bench.models.titok import Titok, TitokSpec, VitSize
+from comit_bench.models.vae import KLVaeSpec
+from comit_bench.tokenizers import alit, alit_config, comit, flextok, selftok, titok, vqmodel
+from comit_bench.tokenizers.base import Tokenizer, TokenizerInfo
+from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
+from comit_bench.tokenizers.loading import load_tokenizer
+
+GRID = TableSpec(kind="grid", size=(2, 2))
+FLEXTOK = FlexTokSpec(
+    encoder=TrunkSpec(depth=2, width=32, head_dim=16, positions=GRID),
+    decoder=TrunkSpec(depth=2, width=48, head_dim=16, positions=GRID),
+    registers=8,
+    register_positions=8,
+    vae=KLVaeSpec(channels=4, widths=(8, 8, 8, 8), layers=1, groups=4),
+)
+LEGACY = TitokSpec(
+    encoder=VitSize(width=32, layers=2, heads=2),
+    decoder=VitSize(width=32, layers=2, heads=2),
+    message_length=6,
+    vocab_size=50,
+    image_size=32,
+    encoder_patch=4,
+    decoder_patch=4,
+    pixels=VqganSpec(hidden=32, multipliers=(1, 1, 1), blocks=1, latent_channels=8, codebook_size=20),
+)
+SD_NANO: ComitSpec = replace(
+    PRESETS["comit-nano"],
+    in_channels=4,
+    out_channels=4,
+    mask_mode="additive",
+    vae="sd-mse",
+    vae_factor=8,
+    geometry=CropGeometry(crop=24, half=32),
+)
+VQ: dict[str, Any] = {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "norm_num_groups": 4,
+    "latent_channels": 6,
+    "vq_embed_dim": 5,
+    "num_vq_embeddings": 37,
+    "sample_size": 24,
+}
+Build = Callable[..., Tokenizer]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_sd_vae() -> vae.SDVae:
+    """The SD-VAE with 8 channels everywhere and weights from a seed."""
+    sizes, vae.SD_CONFIG = vae.SD_CONFIG, {**vae.SD_CONFIG}
+    try:
+        vae.SD_CONFIG |= {"block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1}
+        made = vae.SDVae()
+    finally:
+        vae.SD_CONFIG = sizes
+    g = seeded(7)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.1)
+    return made
+
+
+def comit_sd(**options: Any) -> Tokenizer:
+    model = Comit(SD_NANO, small_sd_vae())
+    model.predictor.init_weights(seeded(), zero_gates=False)
+    info = comit._info(model, "comit-sd", "random:0", trained=False, training_data="none", licence="none")
+    return comit.ComitTokenizer(model, info, steps=2, **options)
+
+
+def titok_legacy(**options: Any) -> Tokenizer:
+    model = Titok(LEGACY)
+    model.init_weights(seeded(), spread=True)
+    return titok.TitokTokenizer(
+        model.eval(), titok._info(model, "titok-legacy", "random:0", released=False), **options
+    )
+
+
+def small_alit(spec: AlitSpec = TINY, **options: Any) -> Tokenizer:
+    model = alit_config.build(spec).requires_grad_(False)
+    model.init_weights(seeded())
+    g = seeded(1)
+    for parameter in model.parameters():  # messages then differ between images
+        parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
+    return alit.AlitTokenizer(
+        model.eval(), alit._info(model, "alit", "random:0", data="none", licence="none"), **options
+    )
+
+
+def small_flextok(**options: Any) -> Tokenizer:
+    model = flextok.build_random(FLEXTOK, 0)
+    return flextok.FlexTokTokenizer(model, flextok._info(model, "flextok", "random:0"), steps=2, **options)
+
+
+def small_selftok(spec: SelftokSpec = SMALL, **options: Any) -> Tokenizer:
+    model = selftok.build_random(spec, 0)
+    return selftok.SelftokTokenizer(model, selftok._info(model, "selftok", "random:0"), **options)
+
+
+def small_vqmodel(**options: Any) -> Tokenizer:
+    model, g = VQModel(**VQ).eval().requires_grad_(False), seeded()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.2)
+    info = TokenizerInfo(
+        name="vqmodel",
+        family="vqmodel",
+        kind="learned",
+        weights="random:0",
+        parameters=1,
+        message_length=36,
+        vocab_size=37,
+        code_dim=5,
+        resolution=24,
+        preprocessing="center_crop|resize(24,bilinear)",
+    )
+    return vqmodel.VqModelTokenizer(model, info, grid=6, flops=1.0, **options)
+
+
+def small_kmeans(*, device: torch.device, dtype: torch.dtype = torch.float32) -> Tokenizer:
+    centroids = torch.randint(0, 256, (40, 192), generator=seeded(), dtype=torch.uint8)
+    return KMeansPatchTokenizer(centroids, resolution=32, patch=8, training_data="none", device=device)
+
+
+def shipped(name: str) -> Build:
+    def build(*, device: torch.device, dtype: torch.dtype = torch.float32) -> Tokenizer:
+        tokenizer: Any = load_tokenizer(name, device=str(device))
+        tokenizer.dtype = dtype  # on the CPU load_tokenizer refuses bfloat16, which is slow there
+        return tokenizer  # type: ignore[no-any-return]
+
+    return build
+
+
+SMALL_TOKENIZERS: dict[str, Build] = {
+    "comit-nano": shipped("comit-nano"),
+    "comit-sd": comit_sd,
+    "titok-nano": shipped("titok-nano"),
+    "titok-legacy": titok_legacy,
+    "vq-grid-nano": shipped("vq-grid-nano"),
+    "alit": small_alit,
+    "alit-halting": lambda **options: small_alit(replace(TINY, threshold=0.02), halting="on", **options),
+    "alit-vae": lambda **options: small_alit(TINY_VAE, posterior="sample", **options),
+    "flextok": small_flextok,
+    "selftok": small_selftok,
+    "selftok-renderer": lambda **options: small_selftok(RENDERER, **options),
+    "vqmodel": small_vqmodel,
+    "kmeans-patch": small_kmeans,
+    "pixel-oracle": shipped("pixel-oracle"),
+}
+ROUNDING = tuple(
+    n for n in SMALL_TOKENIZERS if n not in ("kmeans-patch", "pixel-oracle")
+)  # they have networks
+
+
+def pictures(tokenizer: Tokenizer, count: int) -> Tensor:
+    """Smooth uint8 images [count, 3, S, S] of the tokenizer's size, all different."""
+    side = tokenizer.info.resolution
+    colours = torch.rand(count, 3, 3, 3, generator=seeded(5))
+    smooth = torch.nn.functional.interpolate(colours, size=side, mode="bilinear")
+    return smooth.mul(255).to(torch.uint8)
+
+
+def streams(count: int) -> list[torch.Generator]:
+    """One generator per image."""
+    return [seeded(100 + i) for i in range(count)]
