@@ -134,6 +134,7 @@ class Bench(Resources):
 
     def protocol(self, job: Job, tokenizer: Tokenizer | None, inputs: Inputs) -> dict[str, Any]:
         """Everything that can change the number, except the weights, which are the row's identity."""
+        from comit_bench.data.images import upright
         from comit_bench.tasks.executor import find_executor
 
         spec, data = job.task.spec, inputs.data
@@ -158,7 +159,7 @@ class Bench(Resources):
         if tokenizer is not None:
             info = tokenizer.info
             protocol["tokenizer"] = {
-                "preprocessing": info.preprocessing,
+                "preprocessing": upright(info.preprocessing) if data.exif else info.preprocessing,
                 "policy": self.policy(job, tokenizer),
                 "options": dict(info.options),
                 "encode_seed": ENCODE_SEED,
@@ -185,7 +186,7 @@ class Bench(Resources):
             return found
         probed = KINDS[job.task.spec.kind].probed
         if not probed and tokenizer is not None:
-            self._refuse(job, tokenizer)
+            self._refuse(job, tokenizer, inputs)
         if probed and tokenizer is not None and self.device.type == "cpu" and self.ranks.first:
             self.pool.start(len(inputs.seeds))  # the workers get ready while tokens are made
         stores: dict[str, TokenStore] = {}
@@ -218,17 +219,22 @@ class Bench(Resources):
         rmtree(work, ignore_errors=True)
         return record
 
-    def _refuse(self, job: Job, tokenizer: Tokenizer) -> None:
-        """Say what a tokenizer cannot do before anything is tokenized.
+    def _refuse(self, job: Job, tokenizer: Tokenizer, inputs: Inputs) -> None:
+        """Say what a tokenizer cannot do, and what is wrong with the data, before anything is tokenized.
 
         Raises:
             UnsupportedOperation: As the executor says.
+            BenchError: The data cannot be measured.
         """
-        from comit_bench.tasks.executor import find_looking_executor
+        from comit_bench.tasks.executor import ExaminesData, find_looking_executor
 
-        reason = find_looking_executor(job.task.spec).refuses(job.task.spec, tokenizer)
+        executor = find_looking_executor(job.task.spec)
+        reason = executor.refuses(job.task.spec, tokenizer)
         if reason is not None:
             raise UnsupportedOperation(f"{job.label} is left out of {job.task.spec.name}: {reason}")
+        if isinstance(executor, ExaminesData):
+            examined = replace(inputs, tokenizer=tokenizer)
+            self.ranks.together(lambda: executor.examine(examined) if self.ranks.first else None)
 
     def _make_ready_beside(self, following: Sequence[Job]) -> threading.Thread | None:
         """Open data and make tokens of the next jobs in a thread: fits leave a core idle now and then.

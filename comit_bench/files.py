@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,33 @@ def write_atomic(target: Path, content: bytes | str) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with atomic_path(target) as temporary:
         temporary.write_bytes(data)
+
+
+def special_file(mode: int) -> str | None:
+    """What a file of this mode is in words when it is no ordinary file, else None."""
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (lambda mode: not stat.S_ISREG(mode), "a device"),
+    )
+    return next((words for test, words in kinds if test(mode)), None)
+
+
+def why_no_file(path: str | os.PathLike[str]) -> str | None:
+    """What stands at a path in words when it is no ordinary file, else None. Links are followed.
+
+    Raises:
+        BenchError: The system does not say.
+    """
+    try:
+        return special_file(os.stat(path).st_mode)  # noqa: PTH116 (called for every file)
+    except FileNotFoundError:
+        return "a link that leads nowhere" if os.path.islink(path) else "nothing"  # noqa: PTH114
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads to itself"
+        raise BenchError(f"{os.fspath(path)}: cannot read: {error.strerror or error}") from error
 
 
 def sha256_file(path: Path) -> str:

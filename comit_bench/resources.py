@@ -144,7 +144,7 @@ class Resources:
         split = data.splits[name]
         rows = self.rows(split)
         resolution = options.get("resolution", 32)
-        preprocessing = f"center_crop|resize({resolution},bilinear)"
+        preprocessing = split.preprocessing(f"center_crop|resize({resolution},bilinear)")
 
         def images() -> Any:
             reporter = Reporter() if quiet else self.reporter
@@ -220,6 +220,7 @@ class Resources:
             fingerprint=data.split_fingerprint(split_name),
             seed=ENCODE_SEED,
             selection=self.selection,
+            exif=split.exif,
         )
         store = self.ranks.together(
             lambda: open_store(tokenizer, self.settings.cache_dir, key, count=len(rows))

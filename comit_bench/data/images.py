@@ -7,6 +7,7 @@ A preprocessing recipe is a string, hashed and stored with every score: steps jo
 ``center_crop(N)``          a centred N x N square; smaller images get a black border
 ``resize(N,FILTER)``        exactly N x N, the aspect ratio is not kept
 ``resize_short(N,FILTER)``  the shorter side becomes N, the aspect ratio is kept
+``exif``                    first of all: turn the image upright, as its EXIF orientation says
 ==========================  =========================================================================
 
 ``FILTER`` is nearest, box, bilinear, bicubic or lanczos, always antialiased as Pillow does it; crop
@@ -15,7 +16,8 @@ known side.
 
 What every image goes through first:
 
-- the EXIF orientation is *not* applied: ImageNet and its published scores are read that way;
+- without the step ``exif`` the EXIF orientation is *not* applied: ImageNet and its published scores are read
+  that way. With it, photographs from phones come out upright (:func:`upright` puts it in front of a recipe);
 - transparency (RGBA, LA, palette or colour key) is composited on white;
 - 16-bit grey is scaled to 8 bits by 255/65535, not clipped; CMYK, grey, palette, bilevel -> RGB;
 - the file's content decides, not its name: a PNG called ``.JPEG`` is read as a PNG.
@@ -24,29 +26,34 @@ What every image goes through first:
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EINVAL
 from functools import lru_cache
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from comit_bench.data.masks import Mask, read_levels
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
+from comit_bench.files import special_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-STEPS = ("center_crop", "resize", "resize_short")
+STEPS = ("center_crop", "resize", "resize_short", "exif")
 FILTERS = ("nearest", "box", "bilinear", "bicubic", "lanczos")
 # Formats that may hide behind an image's name. The others of Pillow stay off: some start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_SIDE = 8192
 MAX_PIXELS = 1 << 28  # a resized image larger than this is refused (a 1 x 100,000 strip, say)
+MAX_BYTES = 1 << 31  # a larger file is no photograph
+ORIENTATION = 0x0112  # EXIF tag
 
 MASK_FILTER = "nearest"
 
@@ -69,6 +76,10 @@ def _parse_step(text: str, recipe: str) -> Step:
         name = text.partition("(")[0]
         raise UsageError(f"{where} is not known.{did_you_mean(name, STEPS)}")
     name = match[1]
+    if name == "exif":
+        if match[2] is not None:
+            raise UsageError(f"{where}: expected exif, without arguments")
+        return Step(name)
     arguments = [] if match[2] is None else [part.strip() for part in match[2].split(",")]
     if name == "center_crop" and match[2] is None:
         return Step(name)
@@ -91,6 +102,8 @@ def parse_preprocessing(recipe: str) -> tuple[Step, ...]:
         UsageError: Unknown step or filter (the nearest is named), wrong arguments, not a square.
     """
     steps = tuple(_parse_step(part.strip(), recipe) for part in recipe.split("|"))
+    if any(step.name == "exif" for step in steps[1:]):
+        raise UsageError(f"preprocessing {recipe!r}: exif can only be the first step")
     if _output_side(steps) is None:
         raise UsageError(
             f"preprocessing {recipe!r}: the result has no fixed square size. "
@@ -107,9 +120,14 @@ def _output_side(steps: Sequence[Step]) -> int | None:
             short = step.size
         elif step.name == "center_crop" and step.size is None:
             square = True
-        else:
+        elif step.name != "exif":
             short, square = step.size, True
     return short if square else None
+
+
+def upright(recipe: str) -> str:
+    """The same preprocessing of images that are turned upright first, as their EXIF orientation says."""
+    return recipe if recipe.startswith("exif|") else f"exif|{recipe}"
 
 
 def output_side(recipe: str) -> int:
@@ -150,6 +168,31 @@ def _center_crop(image: Image, side: int) -> Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def _orientation(image: Image) -> int:
+    """EXIF orientation 1 to 8 of a loaded image; 1 where there is none or the EXIF block is damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # the decoder's business: the pixels are intact
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _turn(image: Image, orientation: int) -> Image:
+    """Turn and mirror an image as its orientation says."""
+    from PIL.Image import Transpose
+
+    how = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(how[orientation]) if orientation in how else image
+
+
 def _apply(image: Image, step: Step) -> Image:
     width, height = image.size
     if step.name == "center_crop":
@@ -169,9 +212,14 @@ def preprocess(image: Image, recipe: str) -> NDArray[np.uint8]:
         UsageError: A recipe that cannot be parsed, or an image of a kind that has no defined RGB value.
     """
     steps = parse_preprocessing(recipe)
-    image = _to_rgb(image)
+    orientation = _orientation(image) if steps[0].name == "exif" else 1
+    return _through(_turn(_to_rgb(image), orientation), steps)
+
+
+def _through(image: Image, steps: Sequence[Step]) -> NDArray[np.uint8]:
     for step in steps:
-        image = _apply(image, step)
+        if step.name != "exif":
+            image = _apply(image, step)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
@@ -179,17 +227,37 @@ def load_image(path: Path, recipe: str) -> NDArray[np.uint8]:
     """Read one file and preprocess it: uint8 [3, S, S].
 
     Raises:
-        CorruptFileError: Empty, truncated, not an image, or larger than Pillow's safety limit.
+        CorruptFileError: Empty, truncated, not an image, or larger than Pillow's safety limit: whatever its
+            decoder objects to.
         MissingError: No such file.
-        BenchError: The file cannot be read for a reason that is not its content.
+        BenchError: The file cannot be read for a reason that is not its content, or is no file (a folder, a
+            named pipe); such things are never opened.
         UsageError: The recipe cannot be parsed.
     """
+    return decode_image(_content(path), recipe, name=str(path))
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file; raises as :func:`load_image`. Nothing but ordinary files is opened."""
+    with _opened(path) as stream:
+        return stream.read()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """An ordinary file, open for reading; errors as in :func:`load_image`."""
     try:
-        return _decode(path, recipe, str(path), size=None)
+        status = path.stat()
+        if (what := special_file(status.st_mode)) is not None:
+            raise BenchError(f"{path}: cannot read: this is {what}, not a file")
+        if status.st_size > MAX_BYTES:
+            raise CorruptFileError(f"{path}: refused: {status.st_size:,} bytes are no image")
+        with path.open("rb") as stream:
+            yield stream
     except FileNotFoundError as error:
         raise MissingError(f"{path}: no such file. The data changed after they were listed.") from error
-    except OSError as error:  # the system speaks, not the decoder
-        raise BenchError(f"{path}: cannot read: {error.strerror}") from error
+    except OSError as error:
+        raise BenchError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
 def decode_image(content: bytes, recipe: str, *, name: str) -> NDArray[np.uint8]:
@@ -207,7 +275,9 @@ def decode_image(content: bytes, recipe: str, *, name: str) -> NDArray[np.uint8]
         CorruptFileError: Empty, truncated, not an image, or larger than Pillow's safety limit.
         UsageError: The recipe cannot be parsed.
     """
-    return _decode(BytesIO(content), recipe, name, size=len(content))
+    parse_preprocessing(recipe)
+    with _decoder(BytesIO(content), name) as image:
+        return preprocess(image, recipe)
 
 
 def load_from(paths: Sequence[Path], index: int, recipe: str) -> NDArray[np.uint8]:
@@ -220,110 +290,147 @@ def load_from(paths: Sequence[Path], index: int, recipe: str) -> NDArray[np.uint
 
 def image_size(paths: Sequence[Path], index: int) -> tuple[int, int] | None:
     """Width and height of ``paths[index]`` by its header; None when it is no image that can be opened."""
-    from PIL import Image
-
     read = getattr(paths, "read", None)
     try:
-        with Image.open(paths[index] if read is None else BytesIO(read(index)), formats=FORMATS) as image:
+        if read is None:
+            return header_size(paths[index])
+        with _decoder(BytesIO(read(index)), str(paths[index]), header=True) as image:
             return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (CorruptFileError, MissingError):
         return None
 
 
 def header_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file that must be one, read off its header.
+    """Width and height of an image file that must be one, read off its header, as the pixels are stored.
 
     Raises:
         CorruptFileError: Not an image.
-        MissingError: No such file.
+        MissingError: No such file. BenchError: No file, or not readable.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.size
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: no such file. The data changed after they were listed.") from error
-    except UnidentifiedImageError as error:
-        raise CorruptFileError(
-            f"{path}: not an image that can be read. Replace it by an intact copy."
-        ) from error
+    with _opened(path) as stream, _decoder(stream, str(path), header=True) as image:
+        return image.size
 
 
 def load_mask(path: Path, recipe: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Read the mask of an image through the image's own crops and resizes, bool [S, S].
+    """The mask of an image of ``size`` (width, height) without an orientation; see :func:`mask_of`."""
+    return _cropped(path, *_read_mask(path), parse_preprocessing(recipe), size, 1)
 
-    Every resize takes the nearest pixel, so no value is invented. White is the object: a pixel counts when
-    the mean of its channels is 128 or more (edges may be anti-aliased). A mask of another size than its
-    image is first brought to that size.
+
+def mask_of(photo: Path, path: Path, recipe: str) -> tuple[NDArray[np.bool_], Mask]:
+    """Read the mask of a photograph through its own crops and resizes: bool [S, S], and the whole mask.
+
+    What its pixels mean is told by :mod:`comit_bench.data.masks`. Every resize takes the nearest pixel, so no
+    value is invented. A mask of another size than its photograph is first brought to that size. With the step
+    ``exif`` it is turned: as its own orientation says, or, where it has none and its size is not that of the
+    upright photograph alone, together with its photograph.
 
     Args:
+        photo: The photograph; only its header is read.
         path: The mask.
-        recipe: Preprocessing of the image.
-        size: Width and height of the image's file.
+        recipe: Preprocessing of the photograph.
 
     Raises:
-        CorruptFileError: Not an image, or of another shape than its image (more than 2 % in the ratio of
-            width to height).
-        MissingError: No such file.
+        CorruptFileError: Not a mask, or of another shape than its photograph (more than 2 % in the ratio of
+            width to height), or the photograph is no image.
+        MissingError: No such file. BenchError: No file, or not readable.
     """
-    steps = [
-        s if s.filter is None else Step(s.name, s.size, MASK_FILTER) for s in parse_preprocessing(recipe)
-    ]
-    nearest = "|".join(
-        s.name + (f"({s.size},{s.filter})" if s.filter else f"({s.size})" if s.size else "") for s in steps
-    )
-
-    def fit(mask: Image) -> Image:
-        if mask.size == size:
-            return mask
-        (width, height), (wide, high) = mask.size, size
-        if abs(width * high - height * wide) > 0.02 * height * wide:
-            raise CorruptFileError(
-                f"{path}: a mask of {width} x {height} pixels does not fit its image of {wide} x {high}. "
-                "Replace it by the mask of this image."
-            )
-        return _resize(_to_rgb(mask), size, MASK_FILTER)
-
-    try:
-        pixels = _decode(path, nearest, str(path), size=None, before=fit)
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: no such file. The data changed after they were listed.") from error
-    except OSError as error:  # the system speaks, not the decoder
-        raise BenchError(f"{path}: cannot read: {error.strerror}") from error
-    white: NDArray[np.bool_] = pixels.sum(axis=0, dtype=np.int64) >= 3 * 128
-    return white
+    steps = parse_preprocessing(recipe)
+    mask, own = _read_mask(path)
+    orientation = orientation_of(photo) if steps[0].name == "exif" else 1
+    return _cropped(path, mask, own, steps, header_size(photo), orientation), mask
 
 
-def _decode(
-    source: Path | BytesIO,
-    recipe: str,
-    name: str,
-    *,
-    size: int | None,
-    before: Callable[[Image], Image] | None = None,
-) -> NDArray[np.uint8]:
-    """uint8 [3, S, S] of a file or of ``size`` bytes; an OSError that leaves here is the system's."""
+def _cropped(
+    path: Path, mask: Mask, own: int, steps: Sequence[Step], size: tuple[int, int], orientation: int
+) -> NDArray[np.bool_]:
+    """A mask through the steps of its photograph, which has ``size`` as stored and this orientation."""
+    from PIL import Image
+
+    pixels = Image.fromarray(mask.pixels.astype(np.uint8) * np.uint8(255))
+    if steps[0].name == "exif":
+        upright_size = (size[1], size[0]) if orientation >= 5 else size
+        if own > 1:
+            pixels = _turn(pixels, own)
+        elif _same_shape(pixels.size, size) or not _same_shape(pixels.size, upright_size):
+            pixels = _turn(pixels, orientation)
+        size = upright_size
+    if not _same_shape(pixels.size, size):
+        (width, height), (wide, high) = pixels.size, size
+        raise CorruptFileError(
+            f"{path}: a mask of {width} x {height} pixels does not fit its image of {wide} x {high}. "
+            "Replace it by the mask of this image."
+        )
+    if pixels.size != size:
+        pixels = _resize(pixels, size, MASK_FILTER)
+    nearest = [step if step.filter is None else Step(step.name, step.size, MASK_FILTER) for step in steps]
+    found: NDArray[np.bool_] = _through(pixels.convert("RGB"), nearest)[0] >= 128
+    return found
+
+
+def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes agree in their ratio of width to height, up to 2 %."""
+    return abs(one[0] * other[1] - one[1] * other[0]) <= 0.02 * one[1] * other[0]
+
+
+def read_mask(path: Path) -> Mask:
+    """The object in a mask's file, as its pixels are stored.
+
+    Raises:
+        CorruptFileError: Not a mask. MissingError: No such file. BenchError: No file, or not readable.
+    """
+    return _read_mask(path)[0]
+
+
+def _read_mask(path: Path) -> tuple[Mask, int]:
+    """A mask and the EXIF orientation of its file."""
+    content = _content(path)
+    with _decoder(BytesIO(content), str(path)) as image:
+        lossy = image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in content[:4096])
+        return read_levels(image, lossy=lossy, name=str(path)), _orientation(image)
+
+
+def orientation_of(path: Path) -> int:
+    """EXIF orientation of an image's file, 1 to 8; 1 where it says nothing.
+
+    Raises:
+        CorruptFileError: Not an image. MissingError: No such file. BenchError: No file, or not readable.
+    """
+    with _opened(path) as stream, _decoder(stream, str(path), header=True) as image:
+        return _orientation(image)
+
+
+@contextmanager
+def _decoder(source: BinaryIO, name: str, *, header: bool = False) -> Iterator[Image]:
+    """An opened (and unless told otherwise decoded) image; what goes wrong with it is the file's fault.
+
+    Decoders raise all kinds of errors for damaged files: SyntaxError, struct.error, MemoryError, whatever a
+    plugin comes across.
+
+    Raises:
+        CorruptFileError: Names the file and says what the decoder said.
+    """
     from PIL import Image, UnidentifiedImageError
 
-    parse_preprocessing(recipe)
     advice = "Replace the file by an intact copy."
     try:
         with Image.open(source, formats=FORMATS) as image:
-            image.load()
-            return preprocess(image if before is None else before(image), recipe)
+            if not header:
+                image.load()
+            yield image
+    except CorruptFileError:
+        raise
     except UnidentifiedImageError as error:
-        bytes_read = source.stat().st_size if isinstance(source, Path) else size
-        what = "the file is empty" if bytes_read == 0 else "not an image that can be read"
+        what = "not an image that can be read" if source.seek(0, SEEK_END) else "the file is empty"
         raise CorruptFileError(f"{name}: {what}. {advice}") from error
-    except OSError as error:
-        if error.errno is not None and isinstance(source, Path):
-            raise
-        raise CorruptFileError(f"{name}: damaged image ({error}). {advice}") from error
-    except (ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error) as error:
-        raise CorruptFileError(f"{name}: damaged image ({error}). {advice}") from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise CorruptFileError(f"{name}: refused ({error}). {advice}") from error
+    except MemoryError as error:
+        raise CorruptFileError(f"{name}: refused (its pixels do not fit into memory). {advice}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, EINVAL):
+            raise  # the system's: the disk cannot be read
+        said = str(error) or type(error).__name__
+        raise CorruptFileError(f"{name}: damaged image ({said}). {advice}") from error
 
 
 @dataclass(frozen=True, slots=True)

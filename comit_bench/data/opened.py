@@ -61,15 +61,23 @@ class Split:
         paths: The files, same order.
         labels: By :attr:`OpenData.kind`, rows in the order of ``ids``. classes: int64 [n], positions in
             the class list. multilabel: bool [n, C]. relations: :class:`Triplets`. masks: paths [n].
+        exif: Whether images are turned upright as their EXIF orientation says.
     """
 
     name: str
     ids: tuple[str, ...]
     paths: Sequence[Path]
     labels: Any
+    exif: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def preprocessing(self, recipe: str) -> str:
+        """What a tokenizer that declares ``recipe`` gets of these images."""
+        from comit_bench.data.images import upright
+
+        return upright(recipe) if self.exif else recipe
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +96,7 @@ class OpenData:
         predicates: Words of predicates; empty unless ``kind`` is relations.
         missing: Sample id -> reason, for annotated images whose file is not there. They are in no split.
         notes: Facts about the splits, as plain JSON values: a record stores them.
+        max_broken: Share of the images (and masks) that may be missing or broken.
     """
 
     name: str
@@ -101,6 +110,12 @@ class OpenData:
     predicates: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    max_broken: float = 1.0
+
+    @property
+    def exif(self) -> bool:
+        """Whether images are turned upright as their EXIF orientation says."""
+        return any(split.exif for split in self.splits.values())
 
     def split_fingerprint(self, name: str) -> str:
         """``sha256:<hex>`` over the ids, suffixes, sizes and labels of one split."""

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.data.images import header_size, load_mask
+from comit_bench.data.images import mask_of, upright
 from comit_bench.data.readers.saliency import MASKS
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
 from comit_bench.figures.inputs import Inputs, encode, noise_seeds
@@ -133,17 +133,22 @@ def read_masks(inputs: Inputs, preprocessing: str) -> NDArray[np.bool_]:
 
     Raises:
         MissingError: An image has none.
-        UsageError: One is empty after the crop.
+        UsageError: One has no object or nothing else, or no object is left of it after the crop.
     """
-    files = find_masks(inputs)
-    sizes = [header_size(path) for path in inputs.paths]
-    masks = np.stack([load_mask(f, preprocessing, size) for f, size in zip(files, sizes, strict=True)])
-    for file, mask in zip(files, masks, strict=True):
-        if not mask.any():
+    # a folder's images are turned upright, see load_inputs
+    recipe = preprocessing if inputs.masks is not None else upright(preprocessing)
+    masks = []
+    for photo, file in zip(inputs.paths, find_masks(inputs), strict=True):
+        cropped, mask = mask_of(photo, file, recipe)
+        if mask.problem is not None:
             raise UsageError(
-                f"{file}: no object is left after {preprocessing}. Choose other images (--seed)."
+                f"{file}: no object is left to look for: {mask.problem}. Replace the mask, or choose other "
+                "images (--seed)."
             )
-    return masks
+        if not cropped.any():
+            raise UsageError(f"{file}: no object is left after {recipe}. Choose other images (--seed).")
+        masks.append(cropped)
+    return np.stack(masks)
 
 
 def _each_map(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from comit_bench.data.datasets import PathList, open_dataset
 from comit_bench.data.folders import list_images
-from comit_bench.data.images import load_image
+from comit_bench.data.images import load_image, upright
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.files import cache_root
 from comit_bench.recipes import find_datasets
@@ -60,7 +60,8 @@ def load_inputs(
     """Choose and read images; the choice depends on names and seed alone, not on the tokenizer.
 
     Args:
-        source: ``scenes`` (embedded scenes, val split) or a folder, searched recursively.
+        source: ``scenes`` (embedded scenes, val split) or a folder, searched recursively; its images are
+            turned upright as their EXIF orientation says.
         info: Says the preprocessing and the resolution.
         count: How many; None takes all. A folder that has fewer gives what it has. A file that cannot be
             read is skipped with a warning and another takes its place.
@@ -75,13 +76,14 @@ def load_inputs(
     if count is not None and count < 1:
         raise UsageError(f"--count {count}: at least one image is needed")
     names, paths, masks = _listed(source, cache or cache_root(), dataset)
+    recipe = info.preprocessing if source == SCENES else upright(info.preprocessing)
     order = sorted(range(len(names)), key=lambda row: seed_for(seed, f"figure/{names[row]}"))
     kept: dict[int, Tensor] = {}
     for row in order if count is not None else range(len(names)):
         if len(kept) == count:
             break
         try:
-            kept[row] = torch.from_numpy(load_image(paths[row], info.preprocessing))
+            kept[row] = torch.from_numpy(load_image(paths[row], recipe))
         except CorruptFileError as error:
             _log.warning("%s It is left out.", error)
     if not kept:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -207,6 +207,19 @@ class LookingExecutor(Executor, Protocol):
 
     def decodings(self, spec: TaskSpec) -> float:
         """For the plan: how often each image is decoded, about."""
+        ...
+
+
+@runtime_checkable
+class ExaminesData(Protocol):
+    """An executor that looks at its data before tokens are made."""
+
+    def examine(self, inputs: Inputs) -> None:
+        """Refuse data that cannot be measured.
+
+        Raises:
+            BenchError: Says what is wrong with which files.
+        """
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from comit_bench import __version__
-from comit_bench.data.folders import list_images
+from comit_bench.data.folders import list_folder
+from comit_bench.data.images import upright
 from comit_bench.data.opened import PathList, Split
 from comit_bench.data.store import TokenStore
 from comit_bench.data.token_file import Origin, TokenFile, output_names, read_token_file, token_file_bytes
@@ -74,7 +75,7 @@ def tokenize_folder(
     overwrite: bool = False,
     start: Start = _silent,
 ) -> Tokenized:
-    """Tokenize every image below a folder into one file.
+    """Tokenize every image below a folder into one file, turned upright as its EXIF orientation says.
 
     Messages go to the token store of the cache as they are made, so the same call continues after a kill;
     it begins anew when a file of the folder has changed meanwhile. No token depends on ``batch_size``,
@@ -103,20 +104,22 @@ def tokenize_folder(
         raise UsageError(
             f"{output}: this is a folder; give the name of a file, e.g. {output / 'tokens.safetensors'}"
         )
-    names = list_images(folder)
+    names, odd = list_folder(folder)
     canonical = _canonical(tokenizer, policy)
     fingerprint = folder_fingerprint(folder, names)
-    key = store_key(tokenizer, policy=canonical, fingerprint=fingerprint, seed=seed, selection="all")
+    key = store_key(
+        tokenizer, policy=canonical, fingerprint=fingerprint, seed=seed, selection="all", exif=True
+    )
     store = open_store(tokenizer, cache, key, count=len(names), shard_size=shard_size)
     missing = store.missing_shards()
     total = sum(len(store.shard_range(shard)) for shard in missing)
     if missing:
-        split = Split("folder", names, PathList(folder, names), None)
+        split = Split("folder", names, PathList(folder, names), None, exif=True)
         advance = start(f"{tokenizer.info.name}: {folder.name}", total, "images")
         sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
         rows = range(len(names))
         tokenize_split(tokenizer, split, store, key=key, rows=rows, shards=missing, advance=advance, **sizes)
-    content = _export(tokenizer, names, store, policy=canonical, seed=seed, folder=folder)
+    content = _export(tokenizer, names, store, odd=odd, policy=canonical, seed=seed, folder=folder)
     _write(output, token_file_bytes(content), overwrite=overwrite)
     length = tokenizer.info.message_length
     return Tokenized(output, len(content), length, dict(content.broken), total)
@@ -160,17 +163,19 @@ def _export(
     names: Sequence[str],
     store: TokenStore,
     *,
+    odd: Mapping[str, str],
     policy: str | None,
     seed: int,
     folder: Path,
 ) -> TokenFile:
-    """The rows of the store whose image could be read."""
+    """The rows of the store whose image could be read; ``odd`` is what is no file at all."""
     info, whole = tokenizer.info, store.load_all()
     kept = np.flatnonzero(whole.valid)
     # messages of the readers begin with the path; the name says it already
     broken = {
         names[row]: text.removeprefix(f"{folder / names[row]}: ") for row, text in store.broken().items()
     }
+    broken |= {name: f"this is {what}, not a file" for name, what in odd.items()}
     if not len(kept):
         first = next(iter(broken.items()))
         raise CorruptFileError(
@@ -185,7 +190,7 @@ def _export(
             vocab_size=info.vocab_size,
             code_dim=info.code_dim,
             resolution=info.resolution,
-            preprocessing=info.preprocessing,
+            preprocessing=upright(info.preprocessing),
             policy=policy,
             options=dict(info.options),
             seed=seed,

@@ -70,7 +70,7 @@ def batches(inputs: Inputs, role: Role, positions: Rows) -> Iterator[Batch]:
         part = positions[start : start + inputs.batch_size]
         read = iterate_images(
             role.split.paths,
-            tokenizer.info.preprocessing,
+            role.split.preprocessing(tokenizer.info.preprocessing),
             batch_size=len(part),
             num_workers=0,
             indices=images[part].tolist(),

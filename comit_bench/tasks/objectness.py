@@ -15,6 +15,8 @@ Shape legend: ``S`` seeds, ``C`` cells (layers x times), ``P`` shares, ``n`` ima
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.errors import UnsupportedOperation, UsageError
+from comit_bench.errors import BenchError, CorruptFileError, UnsupportedOperation, UsageError
 from comit_bench.models.attention import AttentionRequest
 from comit_bench.seeding import generator_for
 from comit_bench.tasks.executor import Inputs, Role, Rows, check_main_metric
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 LEVELS = ("best", "head", "mean", "null", "null_head", "null_mean", "other_image")
 Floats = NDArray[np.float64]
+_log = logging.getLogger(__name__)
 OPTIMISTIC = (
     "The metrics use the first layer and time of the recipe, chosen before anything was measured. The best "
     "cell of the sweep was found on these very images: it is an optimistic number."
@@ -113,23 +116,82 @@ def make_plan(spec: ObjectnessSpec, tokenizer: Tokenizer) -> Plan:
     return Plan(request, times, missing)
 
 
-def read_masks(
-    role: Role, preprocessing: str, positions: Rows
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Masks through the images' own crops, bool [n, S, S]; and bool [n], which had another size.
+UNREADABLE = "cannot be read"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masks:
+    """Masks of some images.
+
+    Attributes:
+        pixels: bool [n, S, S], through the images' own crops; nothing is set where a mask is of no use.
+        forms: How each was read (``comit_bench.data.masks``), or :data:`UNREADABLE`.
+        whole: float64 [n], share of the file's pixels that are object; NaN where it cannot be read.
+        resized: bool [n], which had another size than their image.
+        problems: Position -> why a mask is of no use: unreadable, without an object, or nothing but object.
+    """
+
+    pixels: NDArray[np.bool_]
+    forms: tuple[str, ...]
+    whole: Floats
+    resized: NDArray[np.bool_]
+    problems: dict[int, str]
+
+
+def read_masks(role: Role, preprocessing: str, positions: Rows) -> Masks:
+    """Masks of the images at some positions of a role.
 
     Raises:
-        CorruptFileError: A mask that cannot be read or does not fit its image.
+        MissingError: A mask or image is not there.
     """
-    from comit_bench.data.images import header_size, load_mask
+    from comit_bench.data.images import header_size, mask_of, output_side
 
-    masks, other = [], []
-    for image in role.images[positions].tolist():
-        path: Path = role.split.labels[image]
-        size = header_size(role.split.paths[image])
-        masks.append(load_mask(path, preprocessing, size))
-        other.append(header_size(path) != size)
-    return np.stack(masks), np.array(other)
+    side = output_side(preprocessing)
+    pixels = np.zeros((len(positions), side, side), dtype=np.bool_)
+    whole = np.full(len(positions), np.nan)
+    resized = np.zeros(len(positions), dtype=np.bool_)
+    forms, problems = [], {}
+    for place, image in enumerate(role.images[positions].tolist()):
+        path, photo = role.split.labels[image], role.split.paths[image]
+        try:
+            cropped, mask = mask_of(photo, path, preprocessing)
+        except CorruptFileError as error:
+            forms.append(UNREADABLE)
+            problems[place] = str(error)
+            continue
+        forms.append(mask.form)
+        whole[place] = mask.share
+        resized[place] = sorted(mask.pixels.shape) != sorted(header_size(photo))
+        if mask.problem is not None:
+            problems[place] = f"{path}: {mask.problem}"
+        else:
+            pixels[place] = cropped
+    return Masks(pixels, tuple(forms), whole, resized, problems)
+
+
+def examine_masks(role: Role, preprocessing: str, most: float, name: str) -> None:
+    """Look at all masks before anything is computed: those of no use are counted and warned about.
+
+    Args:
+        role: Whose masks.
+        preprocessing: Of the images.
+        most: Share of the masks that may be of no use.
+        name: Of the data set.
+
+    Raises:
+        BenchError: More are; the message names some and says how their pixels were read.
+    """
+    found = read_masks(role, preprocessing, np.arange(len(role)))
+    if not found.problems:
+        return
+    some = "; ".join(list(found.problems.values())[:3])
+    text = f"{name}: {len(found.problems)} of {len(role)} masks are of no use: {some}"
+    if len(found.problems) > most * len(role):
+        raise BenchError(
+            f"{text}. That is more than the {most:.1%} the dataset recipe allows (max_broken). White is the "
+            "object, black is not: replace these masks."
+        )
+    _log.warning("%s. Their images are left out and listed in the record.", text)
 
 
 @dataclass(slots=True)
@@ -213,13 +275,13 @@ def score_images(inputs: Inputs, role: Role, plan: Plan, positions: Rows) -> Map
         positions: int64 [n], positions in the role.
 
     Returns:
-        Scores by level as in :class:`_Shard`, ``token`` [n, S], ``object`` [n] (share of the pixels that are
-        object) and ``resized`` bool [n].
+        Scores by level as in :class:`_Shard`, ``token`` [n, S], ``object`` [n] (share of the cropped pixels
+        that are object), and of the files ``whole`` [n], ``form`` [n] and ``resized`` bool [n].
     """
     tokenizer = the_tokenizer(inputs)
     spec = inputs.spec.objectness
-    masks, resized = read_masks(role, tokenizer.info.preprocessing, positions)
-    shard = _Shard.empty(spec, masks, len(inputs.seeds), plan)
+    masks = read_masks(role, role.split.preprocessing(tokenizer.info.preprocessing), positions)
+    shard = _Shard.empty(spec, masks.pixels, len(inputs.seeds), plan)
     ids = [role.split.ids[image] for image in role.images[positions]]
     assert isinstance(tokenizer, AttendingTokenizer)  # make_plan has looked
     for number, seed in enumerate(inputs.seeds):
@@ -239,7 +301,12 @@ def score_images(inputs: Inputs, role: Role, plan: Plan, positions: Rows) -> Map
                 seeds=noise_seeds(seed, ids[start : start + len(part)]),
             )
         shard.compare(number, ids)
-    return {**shard.scores, "token": shard.token, "object": masks.mean(axis=(1, 2)), "resized": resized}
+    files = {"whole": masks.whole, "form": np.array(masks.forms), "resized": masks.resized}
+    return {**shard.scores, "token": shard.token, "object": masks.pixels.mean(axis=(1, 2)), **files}
+
+
+def _counted(forms: NDArray[Any]) -> str:
+    return ", ".join(f"{count} read as {form}" for form, count in sorted(Counter(forms.tolist()).items()))
 
 
 def _summary(metric: MetricResult) -> dict[str, float | None]:
@@ -274,7 +341,7 @@ class ObjectnessExecutor:
         """The rules that stand in no recipe."""
         return {
             "objectness": {
-                "mask": "through the image's crop, nearest pixel, white from 128; empty ones left out",
+                "mask": "through the image's crop, nearest pixel, white is object; useless ones left out",
                 "null": "maps of another image of the same 64, each rolled at random",
             }
         }
@@ -289,6 +356,15 @@ class ObjectnessExecutor:
         except UnsupportedOperation as error:
             return str(error)
         return None
+
+    def examine(self, inputs: Inputs) -> None:
+        """Look at the masks before tokens are made.
+
+        Raises:
+            BenchError: Too many are of no use.
+        """
+        role, recipe = inputs.roles["report"], the_tokenizer(inputs).info.preprocessing
+        examine_masks(role, role.split.preprocessing(recipe), inputs.data.max_broken, inputs.data.name)
 
     def decodings(self, spec: TaskSpec) -> float:
         """Decoding stops after the last time that is read."""
@@ -313,11 +389,15 @@ class ObjectnessExecutor:
     def _result(self, inputs: Inputs, role: Role, plan: Plan, shards: list[Columns]) -> TaskResult:
         spec = inputs.spec.objectness
         there = joined(shards, "object").astype(np.float64) > 0
+        whole, forms = joined(shards, "whole").astype(np.float64), joined(shards, "form")
         if not there.any():
-            raise UsageError(
-                f"{inputs.spec.name}: none of the {len(role)} masks has an object left after the tokenizer's "
-                f"crop ({the_tokenizer(inputs).info.preprocessing})"
+            usable = (whole > 0) & (whole < 1)
+            why = (
+                f" left after the tokenizer's crop ({the_tokenizer(inputs).info.preprocessing})"
+                if usable.any()
+                else f" and something else in it ({_counted(forms)}): look at the files, not at the crop"
             )
+            raise UsageError(f"{inputs.spec.name}: none of the {len(role)} masks has an object{why}")
         levels = {level: joined(shards, level).astype(np.float64)[there].swapaxes(0, 1) for level in LEVELS}
         scores = _Scores(levels, spec.shares)
         metrics = {f"miou_top{share}": scores.metric("best", share, "null") for share in spec.shares}
@@ -338,6 +418,10 @@ class ObjectnessExecutor:
         details["images"] = {
             "measured": int(there.sum()),
             "left_out_without_object": ids[~there].tolist(),
+            "masks_without_object": ids[whole == 0].tolist(),
+            "masks_all_object": ids[whole == 1].tolist(),
+            "masks_unreadable": ids[np.isnan(whole)].tolist(),
+            "masks_read_as": dict(sorted(Counter(forms.tolist()).items())),
             "masks_of_another_size": int(joined(shards, "resized").sum()),
             "mean_object_share": float(columns["object_share"].mean()),
         }

@@ -72,7 +72,9 @@ class Reconstruction:
             "column": f"{info.resolution} px, {images} images",
             "images": images,
             "resolution": info.resolution,
-            "view": view_of(info.preprocessing, inputs.roles["report"]),
+            "view": view_of(
+                inputs.roles["report"].split.preprocessing(info.preprocessing), inputs.roles["report"]
+            ),
             "psnr_cap": similarity.PSNR_CAP,
         }
         if section.features is not None:
@@ -132,14 +134,16 @@ def view_of(preprocessing: str, role: Role) -> str:
     round an odd margin), and any other recipe stands for itself.
     """
     steps, side = parse_preprocessing(preprocessing), output_side(preprocessing)
+    turned = ", upright" if steps[0].name == "exif" else ""
+    steps = steps[1:] if turned else steps
     if all(step.size in (None, side) for step in steps) and _all_squares(role, side):
-        return f"as they are, {side} px"
+        return f"as they are, {side} px{turned}"
     if len(steps) == 2:
         one, two = steps
         crop_first = one == Step("center_crop") and two.name == "resize"
         resize_first = one.name == "resize_short" and two == Step("center_crop", one.size)
         if crop_first or resize_first:
-            return f"centred square, {side} px, {two.filter or one.filter}"
+            return f"centred square, {side} px, {two.filter or one.filter}{turned}"
     return preprocessing
 
 
@@ -237,7 +241,7 @@ class _Meter:
             "format": REFERENCE_FORMAT,
             "data": data.split_fingerprint(self.role.split.name),
             "ids": digest_json(self.role.ids),
-            "preprocessing": the_tokenizer(self.inputs).info.preprocessing,
+            "preprocessing": self.role.split.preprocessing(the_tokenizer(self.inputs).info.preprocessing),
             "features": perceptual.feature_identity(self.spec.features),
             "vectors": self.keeps_features,
             "device": self.inputs.device.type,

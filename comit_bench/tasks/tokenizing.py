@@ -35,6 +35,7 @@ def store_key(
     fingerprint: str,
     seed: int,
     selection: str,
+    exif: bool = False,
 ) -> dict[str, Any]:
     """Everything that can change a token.
 
@@ -44,13 +45,16 @@ def store_key(
         fingerprint: Of the split's images.
         seed: Of the per-image generators.
         selection: Which images of the split, ``all`` or ``limit:N``.
+        exif: Whether images are turned upright first.
     """
+    from comit_bench.data.images import upright
+
     info = tokenizer.info
     return {
         "family": info.family,
         "weights": info.weights,
         "options": dict(info.options),
-        "preprocessing": info.preprocessing,
+        "preprocessing": upright(info.preprocessing) if exif else info.preprocessing,
         "policy": policy,
         "data": fingerprint,
         "selection": selection,
@@ -107,7 +111,7 @@ def tokenize_split(
     wanted = [row for shard in shards for row in store.shard_range(shard)]
     images = iterate_images(
         split.paths,
-        tokenizer.info.preprocessing,
+        split.preprocessing(tokenizer.info.preprocessing),
         batch_size=batch_size,
         num_workers=num_workers,
         indices=[rows[row] for row in wanted],

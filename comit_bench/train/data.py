@@ -9,7 +9,6 @@ parts. So a run continues from its step number alone, and the number of ranks ch
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.data.datasets import EXTENSIONS, PathList
+from comit_bench.data.folders import walk_images
 from comit_bench.data.images import load_image
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.models.teachers import TeacherFeatures
@@ -108,11 +108,9 @@ def list_images(root: Path) -> tuple[str, ...]:
         raise MissingError(
             f"data.source {root}: no such directory. Give data.source=DIR with images below it."
         )
-    found = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        below = Path(folder).relative_to(root)
-        prefix = "" if below == Path() else below.as_posix() + "/"
-        found += [prefix + n for n in names if Path(n).suffix.lower() in EXTENSIONS and n[0] != "."]
+    found, odd = walk_images(root, EXTENSIONS, follow=True)
+    for name, what in odd.items():
+        _log.warning("%s: this is %s, no image; left out", root / name, what)
     if not found:
         raise UsageError(
             f"data.source {root}: no image below it (looked for {', '.join(sorted(EXTENSIONS))})"

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps, JpegImagePlugin
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from comit_bench.data.images import (
     FILTERS,
+    header_size,
+    image_size,
     iterate_images,
     load_image,
     output_side,
     parse_preprocessing,
     preprocess,
+    read_mask,
+    upright,
 )
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 
@@ -165,6 +173,123 @@ def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(load_image(tmp_path / "turned.png", "center_crop(24)"), chw(image))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_step_exif_turns_upright(orientation: int, kind: str, tmp_path: Path) -> None:
+    image = noise(24, 16).resize((96, 64), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "photo", kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    with Image.open(tmp_path / "photo") as stored:
+        upright_image = ImageOps.exif_transpose(stored).convert("RGB")
+    found = load_image(tmp_path / "photo", "exif|resize_short(16,bilinear)|center_crop(16)")
+    assert np.array_equal(found, preprocess(upright_image, "resize_short(16,bilinear)|center_crop(16)"))
+
+
+@pytest.mark.parametrize(
+    "raw", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
+)
+def test_a_damaged_exif_block_turns_nothing(raw: bytes, tmp_path: Path) -> None:
+    noise(24, 24).save(tmp_path / "a.jpg", exif=raw)
+    assert np.array_equal(
+        load_image(tmp_path / "a.jpg", f"exif|{RECIPE}"), load_image(tmp_path / "a.jpg", RECIPE)
+    )
+
+
+def test_exif_is_declared_first_and_once() -> None:
+    assert upright(RECIPE) == upright(upright(RECIPE)) == f"exif|{RECIPE}"
+    assert output_side(f"exif|{RECIPE}") == 16
+    for recipe, words in (
+        (f"{RECIPE}|exif", "only be the first"),
+        (f"exif|exif|{RECIPE}", "only be the first"),
+        (f"exif(1)|{RECIPE}", "without arguments"),
+        ("exif", "no fixed square"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            parse_preprocessing(recipe)
+
+
+class Unheard(Exception):
+    """What a plugin might raise."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SyntaxError("not a PNG"), struct.error("unpack"), OverflowError("too large"), RecursionError("deep"),
+        MemoryError(), Image.DecompressionBombError("bomb"), KeyError(7), IndexError(), TypeError("None"),
+        ZeroDivisionError(), AttributeError("x"), NotImplementedError(), EOFError(), AssertionError(),
+        UnicodeDecodeError("utf8", b"x", 0, 1, "bad"), OSError("broken data stream"), OSError(22, "seek"),
+        RuntimeError("plugin"), zlib.error("invalid"), Image.DecompressionBombWarning("bomb"), Unheard("?"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["open", "load", "convert"])
+def test_whatever_a_decoder_raises_is_about_the_file(
+    error: Exception, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path in paths:
+        noise(20, 20, "CMYK" if where == "convert" else "RGB").save(path, "JPEG")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    target = {"open": JpegImagePlugin.JpegImageFile, "load": ImageFile.ImageFile, "convert": Image.Image}[
+        where
+    ]
+    monkeypatch.setattr(target, {"open": "_open"}.get(where, where), fail)
+    with pytest.raises(CorruptFileError) as caught:
+        load_image(paths[0], RECIPE)
+    text = str(caught.value)
+    assert text.startswith(f"{paths[0]}: ") and "()" not in text
+    assert where == "open" or str(error) in text  # Pillow itself sums up what happens while it opens
+    (batch,) = iterate_images(paths, RECIPE, batch_size=2, num_workers=0)
+    assert batch.broken.keys() == {0, 1}
+
+
+def test_a_disk_that_fails_is_not_blamed_on_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise(20, 20).save(tmp_path / "a.png")
+
+    def fail(self: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", lambda *a, **k: fail(None))
+    with pytest.raises(BenchError, match="Input/output error") as caught:
+        load_image(tmp_path / "a.png", RECIPE)
+    assert not isinstance(caught.value, CorruptFileError)
+
+
+def test_decompression_bombs_are_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise(40, 40).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(CorruptFileError, match="refused"):
+        load_image(tmp_path / "a.png", RECIPE)
+    assert image_size([tmp_path / "a.png"], 0) is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder", "loop"])
+def test_what_is_no_file_is_never_opened(kind: str, tmp_path: Path) -> None:
+    path, held = tmp_path / "x.jpg", None
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        held = socket.socket(socket.AF_UNIX)
+        held.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path)
+    for read in (lambda: load_image(path, RECIPE), lambda: header_size(path), lambda: read_mask(path)):
+        with pytest.raises(BenchError, match="cannot read") as caught:
+            read()
+        assert str(path) in str(caught.value) and not isinstance(caught.value, CorruptFileError)
+    if held is not None:
+        held.close()
 
 
 def broken_files(folder: Path) -> list[Path]:
