@@ -32,6 +32,7 @@ from comit_bench.models.crops import (
     encoding_offsets,
     select_cells,
 )
+from comit_bench.models.finite import observe
 from comit_bench.models.flow import Guidance, ProjectedGuidance, integrate, reached
 from comit_bench.models.vae import LatentCodec
 
@@ -463,4 +464,4 @@ class _MapReader:
 
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] floats -> uint8: clamp, (x + 1) * 127.5, truncate."""
-    return images.clamp(-1, 1).add(1).mul(127.5).to(torch.uint8)
+    return observe("pixels", images).clamp(-1, 1).add(1).mul(127.5).to(torch.uint8)

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from comit_bench.models.finite import observe
 from comit_bench.models.flextok import Decoder, FlexTok
 from comit_bench.models.flow import Guidance, ProjectedGuidance, integrate
 
@@ -150,4 +151,4 @@ def decode(
 
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] floats -> uint8: (x + 1) / 2, clamp, nearest of 255 steps."""
-    return images.add(1).div(2).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return observe("pixels", images).add(1).div(2).clamp(0, 1).mul(255).round().to(torch.uint8)

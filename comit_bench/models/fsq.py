@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from comit_bench.models.finite import observe
+
 EPS = 1e-3
 
 
@@ -67,6 +69,7 @@ class FSQ(nn.Module):
 
     def bound(self, z: Tensor) -> Tensor:
         """Squash [..., d] into the span of the levels, in units of one level, float32."""
+        observe("latents", z)
         return torch.tanh(z.float() + self.shift) * self.span - self.offset  # autocast leaves these be
 
     def relaxed(self, z: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from comit_bench.models.selftok_blocks import (
     token_positions,
 )
 from comit_bench.models.vae import KLVae, KLVaeSpec
-from comit_bench.models.vq import most_similar
+from comit_bench.models.vq import most_similar, unit
 
 TIME_SCALE = 1000.0
 SD3_VAE = KLVaeSpec(channels=16, scale=1.5305, shift=0.0609, quant_convs=False)
@@ -201,8 +201,7 @@ class Quantizer(nn.Module):
     def ids(self, z: Tensor) -> Tensor:
         """[..., d'] -> int64 [...]; never under autocast."""
         with full_precision(z.device):
-            unit = F.normalize(z.float(), dim=-1, eps=1e-12)
-            return most_similar(unit.flatten(0, -2), self.table).view(z.shape[:-1])
+            return most_similar(unit(z.float()).flatten(0, -2), self.table).view(z.shape[:-1])
 
     def rows(self, ids: Tensor) -> Tensor:
         """int64 [...] -> float32 [..., d], before the LayerNorm."""

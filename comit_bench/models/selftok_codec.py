@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from comit_bench.models.finite import observe
 from comit_bench.models.selftok import TIME_SCALE, Decoder, Schedule, Selftok, TimeStates
 
 
@@ -173,7 +174,8 @@ def decode_latents(model: Selftok, latents: Tensor) -> Tensor:
     """
     if model.vae is None:
         raise ValueError("this network has no VAE: it makes latents only")
-    return model.vae.decode(latents).clamp(-1, 1).float().add(1).div(2)
+    pixels = observe("pixels", model.vae.decode(latents))  # clamping would hide an infinity
+    return pixels.clamp(-1, 1).float().add(1).div(2)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.models.finite import observe
 from comit_bench.models.precision import full_precision
 
 EPS = 1e-12
@@ -32,7 +33,11 @@ def nearest(z: Tensor, table: Tensor, *, entries: int = CHUNK_ENTRIES) -> Tensor
     """
     squares = table.square().sum(1)
     rows = max(entries // table.shape[0], 1)
-    parts = [(p.square().sum(1, keepdim=True) + squares - 2 * (p @ table.T)).argmin(1) for p in z.split(rows)]
+    norms = observe("latents", z.square().sum(1, keepdim=True))  # also sees what overflows when it is squared
+    parts = [
+        (norm + squares - 2 * (part @ table.T)).argmin(1)
+        for part, norm in zip(z.split(rows), norms.split(rows), strict=True)
+    ]
     return torch.cat(parts) if parts else z.new_zeros(0, dtype=torch.int64)
 
 
@@ -47,9 +52,16 @@ def most_similar(z: Tensor, table: Tensor, *, entries: int = CHUNK_ENTRIES) -> T
     Returns:
         int64 [M].
     """
+    observe("latents", z)
     rows = max(entries // table.shape[0], 1)
     parts = [(part @ table.T).argmax(1) for part in z.split(rows)]
     return torch.cat(parts) if parts else z.new_zeros(0, dtype=torch.int64)
+
+
+def unit(z: Tensor) -> Tensor:
+    """[..., d] at length 1; a length that overflows is noticed, for the result would be zeros."""
+    observe("latents", z.square().sum(-1))
+    return F.normalize(z, dim=-1, eps=EPS)
 
 
 class VectorQuantizer(nn.Module):
@@ -70,14 +82,14 @@ class VectorQuantizer(nn.Module):
     def table(self) -> Tensor:
         """Code vectors as decoders see them: float32 [V, d]."""
         weight = self.embedding.weight.float()
-        return F.normalize(weight, dim=-1, eps=EPS) if self.l2_norm else weight
+        return unit(weight) if self.l2_norm else weight
 
     def ids(self, z: Tensor) -> Tensor:
         """[..., d] -> int64 [...]."""
         with full_precision(z.device):
             flat = z.float().flatten(0, -2)
             if self.l2_norm:
-                flat = F.normalize(flat, dim=-1, eps=EPS)
+                flat = unit(flat)
             return nearest(flat, self.table()).view(z.shape[:-1])
 
     def codes(self, ids: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from comit_bench.errors import CorruptFileError, MissingError
+from comit_bench.errors import BenchError, CorruptFileError, MissingError
 from comit_bench.files import sha256_file, shipped_weights
 from comit_bench.models.precision import exact_products
 
@@ -59,7 +59,7 @@ class ScenesTeacherFeatures:
 
     def __call__(self, images_u8: Tensor) -> Tensor:
         pixels = images_u8.to(self.device).float().div(127.5).sub(1)
-        return _tiled(lambda tile: self._teacher.features(tile).cls, pixels)
+        return _tiled(lambda tile: self._teacher.features(tile).cls, pixels, name=SCENES_TEACHER)
 
 
 class InceptionFeatures:
@@ -83,18 +83,28 @@ class InceptionFeatures:
             ) from error
 
     def __call__(self, images_u8: Tensor) -> Tensor:
-        return _tiled(lambda tile: self._network(tile)[0], images_u8.to(self.device))
+        return _tiled(lambda tile: self._network(tile)[0], images_u8.to(self.device), name="inception")
 
 
-def _tiled(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Call ``function`` on ``TILE`` images at a time, the last tile padded by repetition."""
+def _tiled(function: Callable[[Tensor], Tensor], images: Tensor, *, name: str) -> Tensor:
+    """Call ``function`` on ``TILE`` images at a time, the last tile padded by repetition.
+
+    Raises:
+        BenchError: What ``name`` computes is not finite.
+    """
     total = len(images)
     parts = []
     with torch.inference_mode(), exact_products(images.device):
         for start in range(0, total, TILE):
             index = torch.arange(start, start + TILE, device=images.device).clamp_(max=total - 1)
             parts.append(function(images[index]).float())
-        return torch.cat(parts)[:total].cpu()
+        found = torch.cat(parts)[:total].cpu()
+    if not bool(found.isfinite().all()):
+        raise BenchError(
+            f"{name}: what it computes is not finite (NaN or infinity), so it cannot judge images. Its "
+            "weights are damaged: fetch them again."
+        )
+    return found
 
 
 def read_plain_tensors(path: Path) -> dict[str, Tensor]:
@@ -232,6 +242,6 @@ def load_lpips(name: LpipsName, device: torch.device) -> Callable[[Tensor, Tenso
             out: Tensor = network(pixels[:, 0], pixels[:, 1])
             return out.flatten(1)
 
-        return _tiled(tile, pairs).double()[:, 0]
+        return _tiled(tile, pairs, name=f"LPIPS ({name})").double()[:, 0]
 
     return scores

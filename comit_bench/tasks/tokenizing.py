@@ -20,6 +20,7 @@ from torch import Tensor
 from comit_bench.data.datasets import Split
 from comit_bench.data.images import iterate_images
 from comit_bench.data.store import TokenStore
+from comit_bench.errors import BenchError
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 
@@ -106,7 +107,7 @@ def tokenize_split(
         profile: Seconds are added here: ``images`` (waiting for decoded images), ``encode``, ``write``.
 
     Raises:
-        BenchError: A file vanished, the disk is full.
+        BenchError: A file vanished, the disk is full, or codes are not finite.
     """
     wanted = [row for shard in shards for row in store.shard_range(shard)]
     images = iterate_images(
@@ -117,7 +118,7 @@ def tokenize_split(
         indices=[rows[row] for row in wanted],
     )
     spent = profile if profile is not None else {}
-    pending = _Pending(store, shards)
+    pending = _Pending(store, shards, tokenizer.info.name)
     source: Any = ahead(images) if num_workers == 0 else images
     with closing(source) as batches:
         for batch in _timed(batches, spent, "images"):
@@ -195,8 +196,8 @@ def _timed(items: Iterator[T], spent: dict[str, float], name: str) -> Iterator[T
 class _Pending:
     """Tokens that wait until their shard is full."""
 
-    def __init__(self, store: TokenStore, shards: Sequence[int]) -> None:
-        self.store = store
+    def __init__(self, store: TokenStore, shards: Sequence[int], name: str) -> None:
+        self.store, self.name = store, name
         self.shards = list(shards)
         self.columns: dict[str, list[Tensor]] = {}
         self.notes: list[str | None] = []  # per row, why its image is broken
@@ -217,6 +218,11 @@ class _Pending:
         joined = {name: torch.cat(parts) for name, parts in self.columns.items()}
         broken = {row: note for row, note in zip(rows, self.notes, strict=False) if note is not None}
         full = {name: value[: len(rows)] for name, value in joined.items()}
+        for what, value in full.items():
+            if not bool(value.isfinite().all()):
+                raise BenchError(
+                    f"{self.name}: its {what} are not finite (NaN or infinity): nothing is stored."
+                )
         self.store.write_shard(shard, broken=broken, **full)
         self.columns = {name: [value[len(rows) :]] for name, value in joined.items()}
         self.notes = self.notes[len(rows) :]

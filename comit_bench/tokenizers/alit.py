@@ -25,6 +25,7 @@ from comit_bench.files import sha256_file, write_atomic
 from comit_bench.models.alit import GRID, Alit, Step, select_length
 from comit_bench.models.alit_base import Vqgan
 from comit_bench.models.attention import AttentionRequest, MapReceiver
+from comit_bench.models.finite import observe
 from comit_bench.tokenizers.alit_config import (
     VARIANTS,
     Variant,
@@ -43,6 +44,7 @@ from comit_bench.tokenizers.base import (
     check_ids,
     check_images,
     in_tiles,
+    only_finite,
     own_streams,
     refuse_unknown,
     speed_up,
@@ -61,7 +63,7 @@ _log = logging.getLogger(__name__)
 
 def to_uint8(images: Tensor) -> Tensor:
     """[0, 1] floats -> uint8: times 255, clipped, truncated, as the released evaluation does."""
-    return images.float().mul(255).clamp(0, 255).to(torch.uint8)
+    return observe("pixels", images).float().mul(255).clamp(0, 255).to(torch.uint8)
 
 
 class AlitTokenizer:
@@ -181,7 +183,7 @@ class AlitTokenizer:
         self, images_u8: Tensor, *, generators: Sequence[torch.Generator] | None = None
     ) -> list[Step]:
         """All iterations of one un-tiled encoding with their trace, for figures and inspection."""
-        with torch.inference_mode(), autocast(self.device, self.dtype):
+        with only_finite(self.info.name), torch.inference_mode(), autocast(self.device, self.dtype):
             return list(self._steps(images_u8, generators, self.iterations))
 
     def encode(
@@ -208,7 +210,7 @@ class AlitTokenizer:
                 return Tokens(last.ids, last.codes)
             return Tokens(None, (last.latents if self.latents == "raw" else last.prequant).float())
 
-        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]))
+        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), name=self.info.name)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], unit vectors.
@@ -254,7 +256,7 @@ class AlitTokenizer:
             with torch.inference_mode(), autocast(self.device, self.dtype):
                 return Tokens(None, to_uint8(self.model.reconstruct(self._decoder_codes(codes))))
 
-        return in_tiles(tile, tokens.codes).codes
+        return in_tiles(tile, tokens.codes, name=self.info.name).codes
 
     @property
     def attention_layers(self) -> int:
@@ -296,12 +298,16 @@ class AlitTokenizer:
         """
         check_images(images_u8, self.info)
         chosen = []
-        for index, image in enumerate(images_u8):
-            own = None if generators is None else [generators[index].clone_state()]
-            with torch.inference_mode(), autocast(self.device, self.dtype):
+
+        def draw(codes: Tensor) -> Tensor:
+            return observe("pixels", self.model.reconstruct(codes))
+
+        with only_finite(self.info.name), torch.inference_mode(), autocast(self.device, self.dtype):
+            for index, image in enumerate(images_u8):
+                own = None if generators is None else [generators[index].clone_state()]
                 steps = self._steps(image[None], own, self.iterations)
                 target = self._pixels(image[None])
-                chosen.append(select_length(steps, self.model.reconstruct, target, threshold=threshold)[0])
+                chosen.append(select_length(steps, draw, target, threshold=threshold)[0])
         return torch.cat(chosen).cpu() + 1
 
     def save(self, directory: Path) -> None:

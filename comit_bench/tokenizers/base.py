@@ -16,8 +16,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.errors import BenchError, UsageError, did_you_mean
 from comit_bench.models.attention import AttentionRequest
+from comit_bench.models.finite import observe, watching
 from comit_bench.models.precision import exact_products, full_precision
 
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
@@ -168,6 +169,30 @@ class AttendingTokenizer(Protocol):
         ...
 
 
+@contextmanager
+def only_finite(name: str) -> Iterator[None]:
+    """Refuse latents, codes and pixels that are not finite before the ids or bytes made of them are used.
+
+    Quantizers, ``to_uint8`` and :func:`in_tiles` observe what they handle (``comit_bench.models.finite``);
+    an adapter of its own wraps its calls in this and calls ``observe("latents", z)``. The device is asked
+    once, when the outermost block ends.
+
+    Args:
+        name: Of the tokenizer, for the message.
+
+    Raises:
+        BenchError: Something held NaN or infinity.
+    """
+    with watching() as watch:
+        yield
+    broken = watch.broken() if watch is not None else []
+    if broken:
+        raise BenchError(
+            f"{name}: its {' and '.join(broken)} are not finite (NaN or infinity), so they stand for no "
+            "image. Its weights are damaged or do not fit its config; with --dtype bfloat16 try float32."
+        )
+
+
 def attention_in_tiles(
     function: Callable[..., None], receive: TileReceiver, *batches: Tensor, tile: int | None = None
 ) -> None:
@@ -178,16 +203,20 @@ def attention_in_tiles(
         receive: Gets the maps of every tile.
         *batches: Tensors with equal first dimension B >= 1.
         tile: Rows per call; None is ``TILE``.
+
+    Raises:
+        BenchError: Maps that are not finite.
     """
     total, tile = batches[0].shape[0], tile or tile_rows.get()
-    for start in range(0, total, tile):
-        index = torch.arange(start, start + tile).clamp_(max=total - 1)
-        count = min(tile, total - start)
+    with only_finite("this tokenizer"):
+        for start in range(0, total, tile):
+            index = torch.arange(start, start + tile).clamp_(max=total - 1)
+            count = min(tile, total - start)
 
-        def hand_on(layer: int, time: int, maps: Tensor, start: int = start, count: int = count) -> None:
-            receive(start, layer, time, maps[:count])
+            def hand_on(layer: int, time: int, maps: Tensor, start: int = start, count: int = count) -> None:
+                receive(start, layer, time, observe("attention maps", maps)[:count])
 
-        function(*(b[index.to(b.device)] for b in batches), hand_on)
+            function(*(b[index.to(b.device)] for b in batches), hand_on)
 
 
 def gather_attention(
@@ -211,19 +240,30 @@ def gather_attention(
     return torch.stack(layers)
 
 
-def in_tiles(function: Callable[..., Tokens], *batches: Tensor, tile: int | None = None) -> Tokens:
+def in_tiles(
+    function: Callable[..., Tokens],
+    *batches: Tensor,
+    tile: int | None = None,
+    name: str = "this tokenizer",
+) -> Tokens:
     """Call ``function`` on slices of exactly ``tile`` rows; the last one is padded by repetition.
 
     Args:
         function: Takes one slice of every batch, returns Tokens with ``tile`` rows.
         *batches: Tensors with equal first dimension B >= 1.
         tile: Rows per call; None is ``TILE``.
+        name: Of the tokenizer, for the message.
+
+    Raises:
+        BenchError: See :func:`only_finite`.
     """
     total, tile = batches[0].shape[0], tile or tile_rows.get()
     parts: list[Tokens] = []
-    for start in range(0, total, tile):
-        index = torch.arange(start, start + tile).clamp_(max=total - 1)
-        parts.append(function(*(b[index.to(b.device)] for b in batches)))
+    with only_finite(name):
+        for start in range(0, total, tile):
+            index = torch.arange(start, start + tile).clamp_(max=total - 1)
+            parts.append(function(*(b[index.to(b.device)] for b in batches)))
+            observe("codes", parts[-1].codes)
 
     def join(values: list[Tensor | None]) -> Tensor | None:
         tensors = [v for v in values if v is not None]
@@ -320,7 +360,7 @@ def encode_pixels(
         with torch.inference_mode(), autocast(device, dtype):
             return Tokens(*encode(images.to(device, torch.float32).div(255)))
 
-    return in_tiles(tile, images_u8)
+    return in_tiles(tile, images_u8, name=info.name)
 
 
 def decode_pixels(
@@ -342,7 +382,7 @@ def decode_pixels(
         with torch.inference_mode(), autocast(device, dtype):
             return Tokens(None, to_uint8(decode(codes.to(device))))
 
-    return in_tiles(tile, tokens.codes).codes
+    return in_tiles(tile, tokens.codes, name=info.name).codes
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], count: int) -> Tensor:
@@ -359,7 +399,7 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int], count: int) -> Tens
 
 def to_uint8(images: Tensor) -> Tensor:
     """[0, 1] floats -> uint8: clamp, then the nearest of 256 levels."""
-    return images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return observe("pixels", images).float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def speed_up(decoder: nn.Module, device: torch.device, *, compiled: bool | None) -> None:

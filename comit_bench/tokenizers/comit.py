@@ -24,6 +24,7 @@ from comit_bench.models.comit_codec import (
     to_uint8,
 )
 from comit_bench.models.crops import CropPolicy, parse_policy
+from comit_bench.models.finite import observe
 from comit_bench.models.flow import SOLVERS, Guidance, evaluation_times, reached
 from comit_bench.tokenizers.base import (
     TileReceiver,
@@ -34,6 +35,7 @@ from comit_bench.tokenizers.base import (
     check_ids,
     check_images,
     in_tiles,
+    only_finite,
     own_streams,
     refuse_unknown,
 )
@@ -160,7 +162,7 @@ class ComitTokenizer:
         noise: NoiseSource | None = None,
     ) -> Encoded:
         """One un-tiled encoding with its trace, for figures and inspection; ``noise`` is as in ``encode``."""
-        with torch.inference_mode(), self._autocast():
+        with only_finite(self.info.name), torch.inference_mode(), self._autocast():
             return encode(
                 self.model,
                 self._pixels(images_u8),
@@ -181,11 +183,11 @@ class ComitTokenizer:
         Returns:
             float32 [B, 3, S, S], about [-1, 1], as adaptive policies compare it with the image.
         """
-        with torch.inference_mode(), self._autocast():
+        with only_finite(self.info.name), torch.inference_mode(), self._autocast():
             latents = one_step_decode(
                 self.model, codes.to(self.device), offsets.to(self.device), noise.to(self.device)
             )
-            return cast(Tensor, cast(Any, self.model.vae).decode(latents))
+            return observe("pixels", cast(Tensor, cast(Any, self.model.vae).decode(latents)))
 
     def encode(
         self,
@@ -210,7 +212,7 @@ class ComitTokenizer:
             done = self.messages(images, parsed, own)
             return Tokens(done.ids, done.codes, done.offset)
 
-        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]))
+        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), name=self.info.name)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -240,7 +242,7 @@ class ComitTokenizer:
                 ).latents
                 return Tokens(None, to_uint8(cast(Any, self.model.vae).decode(latents)))
 
-        return in_tiles(tile, tokens.codes, tokens.offsets, noise).codes
+        return in_tiles(tile, tokens.codes, tokens.offsets, noise, name=self.info.name).codes
 
     def noise(self, seed: int) -> Tensor:
         """The noise [C, h, w] that ``decode`` starts from, for one image's seed."""

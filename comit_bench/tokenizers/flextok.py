@@ -174,7 +174,7 @@ class FlexTokTokenizer:
                 done = encode(self.model, pixels, tokens=self.tokens, noise=eps)
             return Tokens(done.ids, done.codes)
 
-        return in_tiles(tile, images_u8, noise)
+        return in_tiles(tile, images_u8, noise, name=self.info.name)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -206,7 +206,7 @@ class FlexTokTokenizer:
                 )
                 return Tokens(None, to_uint8(images))
 
-        return in_tiles(tile, codes, noise).codes
+        return in_tiles(tile, codes, noise, name=self.info.name).codes
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors`` in the released layout."""

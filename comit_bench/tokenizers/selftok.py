@@ -218,7 +218,7 @@ class SelftokTokenizer:
                 return Tokens(done.ids, done.codes)
             return Tokens(None, (done.prequant if self.latents == "prequant" else done.queries).float())
 
-        return in_tiles(tile, images_u8)
+        return in_tiles(tile, images_u8, name=self.info.name)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], after the LayerNorm.
@@ -260,7 +260,7 @@ class SelftokTokenizer:
                 latents = self._latents(self._decoder_codes(codes.to(self.device)), noise, fixed)
                 return Tokens(None, to_uint8(decode_latents(self.model, latents.float())))
 
-        return in_tiles(tile, codes, noise).codes
+        return in_tiles(tile, codes, noise, name=self.info.name).codes
 
     def _latents(self, codes: Tensor, noise: Tensor, fixed: Constants) -> Tensor:
         if self.schedule is None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.files import sha256_file
+from comit_bench.models.finite import observe
 from comit_bench.models.vq import nearest
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
@@ -140,9 +141,9 @@ class VqModelTokenizer:
                     z = self.model.quant_conv(hidden.float())
                     flat = rearrange(z, "b d h w -> (b h w) d")
                     ids = nearest(flat, self.table).view(len(images), -1)
-                return Tokens(ids, self.codes_from_ids(ids))
+                return Tokens(ids, torch.nn.functional.embedding(ids, self.table))
 
-        return in_tiles(tile, images_u8)
+        return in_tiles(tile, images_u8, name=self.info.name)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -167,9 +168,11 @@ class VqModelTokenizer:
                 latents = rearrange(codes.to(self.device), "b (h w) d -> b d h w", h=self.grid)
                 hidden = self.model.post_quant_conv(latents)
                 image = self.model.decoder(hidden, latents if spatial else None).float()
-                return Tokens(None, image.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8))
+                return Tokens(
+                    None, observe("pixels", image).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+                )
 
-        return in_tiles(tile, tokens.codes).codes
+        return in_tiles(tile, tokens.codes, name=self.info.name).codes
 
 
 def _encode_flops(model: Any, side: int) -> float:

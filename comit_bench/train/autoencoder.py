@@ -24,7 +24,7 @@ from comit_bench.models.vq import EPS
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers import titok as titok_files
 from comit_bench.tokenizers import vq_grid as grid_files
-from comit_bench.tokenizers.base import to_uint8
+from comit_bench.tokenizers.base import only_finite, to_uint8
 from comit_bench.train.autoencoder_card import Facts, card
 from comit_bench.train.config import AutoencoderRun
 from comit_bench.train.data import PROBE_VAL_SCENES, Order, paint_scenes
@@ -131,11 +131,15 @@ def measure(network: Network, pixels: Tensor, *, batch: int = 64) -> dict[str, f
 
     PSNR is averaged over images. ``shuffled_gap`` is what it loses when every image is given the message of
     the image before it.
+
+    Raises:
+        BenchError: The network computes NaN or infinity.
     """
-    ids = torch.cat([network.encode(part.float().div(255))[0] for part in pixels.split(batch)])
-    table = network.quantizer if isinstance(network, vq_grid.VqGrid) else network.quantize
-    codes = table.codes(ids)
-    drawn = torch.cat([to_uint8(network.decode(part)) for part in codes.split(batch)])
+    with only_finite(type(network).__name__):
+        ids = torch.cat([network.encode(part.float().div(255))[0] for part in pixels.split(batch)])
+        table = network.quantizer if isinstance(network, vq_grid.VqGrid) else network.quantize
+        codes = table.codes(ids)
+        drawn = torch.cat([to_uint8(network.decode(part)) for part in codes.split(batch)])
     images, others = (part.float().div(127.5) - 1 for part in (pixels, drawn))
     flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
     quality = psnr(images, others)
