@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from comit_bench.errors import BenchError, UnsupportedOperation, UsageError
-from comit_bench.files import digest_json
+from comit_bench.files import digest_json, remove_folder
 from comit_bench.jobs import Job
 from comit_bench.recipes import KINDS
 from comit_bench.recording import make_record, save_with_images, task_row, tokenizer_row
@@ -216,7 +215,7 @@ class Bench(Resources):
             timings={"tokenize": tokenized - started, "probe": time.perf_counter() - tokenized},
         )
         save_with_images(self.settings, record, result.per_image)
-        rmtree(work, ignore_errors=True)
+        remove_folder(work)
         return record
 
     def _refuse(self, job: Job, tokenizer: Tokenizer, inputs: Inputs) -> None:

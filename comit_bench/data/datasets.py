@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from comit_bench.data.readers.common import (
 )
 from comit_bench.data.splitting import check_pair_disjoint, holdout
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.files import digest_json, sha256_file, write_atomic
+from comit_bench.files import digest_json, locked, sha256_file, write_atomic
 from comit_bench.recipes import DatasetSpec, Recipe
 
 __all__ = [
@@ -148,18 +149,26 @@ def manifest_for(
         "sources": {what: sha256_file(path) for what, path in found.items()},
     }
     path = _manifest_path(spec, cache, key)
-    try:
-        manifest, digest = read_manifest(path, key)
-    except (MissingError, CorruptFileError) as error:
-        if isinstance(error, CorruptFileError):
-            _log.warning("%s It is made again.", error)
+    with suppress(MissingError, CorruptFileError):
+        return *_stored_manifest(spec, path, key), path
+    with locked(path.with_name(".lock"), f"making the manifest of {spec.name}"):
+        try:
+            return *_stored_manifest(spec, path, key), path
+        except (MissingError, CorruptFileError) as error:
+            if isinstance(error, CorruptFileError):
+                _log.warning("%s It is made again.", error)
         manifest = reader.build(spec, found, progress=progress)
         return manifest, write_manifest(path, manifest, key), path
+
+
+def _stored_manifest(spec: DatasetSpec, path: Path, key: dict[str, Any]) -> tuple[Manifest, str]:
+    """A manifest from the cache and its digest, verified; errors as for :func:`read_manifest`."""
+    manifest, digest = read_manifest(path, key)
     if spec.reader == "coco":
         coco.verify(spec, manifest, str(path))
     else:
         visual_genome.verify(manifest, str(path))
-    return manifest, digest, path
+    return manifest, digest
 
 
 def _manifest_path(spec: DatasetSpec, cache: Path, key: dict[str, Any]) -> Path:

@@ -20,8 +20,15 @@ import numpy as np
 
 from comit_bench.data.scenes_formats import FORMAT, Pixels, contact_sheet, label_files, paint_files
 from comit_bench.data.scenes_painting import Split, check_spec
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.files import atomic_path, digest_json, write_atomic
+from comit_bench.errors import CorruptFileError, MissingError, UsageError
+from comit_bench.files import (
+    atomic_path,
+    digest_json,
+    explain_write_error,
+    locked,
+    remove_folder,
+    write_atomic,
+)
 from comit_bench.recipes import GeneratorSpec
 
 __all__ = ["CHUNK", "MANIFEST", "contact_sheet", "generate", "verify"]
@@ -129,8 +136,11 @@ def _finished(directory: Path, listing: Path) -> dict[str, Any] | None:
 def _write_image(path: Path, data: bytes) -> None:
     """Whole or not at all. Leaner than ``write_atomic``: a lock keeps others away from the folder."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise explain_write_error(error, path) from error
 
 
 def _write_chunk(
@@ -201,39 +211,34 @@ def generate(spec: GeneratorSpec, directory: Path, *, progress: bool = True) -> 
             settings cannot be painted.
         BenchError: Disk full or not writable.
     """
-    from filelock import FileLock
-
     check_spec(spec)
     done = _finished_digest(spec, directory)
     if done is not None:
         return done
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory.parent / f".{directory.name}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise BenchError(f"{directory}: cannot write here: {error.strerror or error}") from error
-    try:
+    with locked(directory.parent / f".{directory.name}.lock", f"painting {directory.name}"):
         done = _finished_digest(spec, directory)
-        if done is not None:
-            return done
-        for leftover in directory.rglob(".*.part"):
+        return done if done is not None else _generate(spec, directory, progress)
+
+
+def _generate(spec: GeneratorSpec, directory: Path, progress: bool) -> str:
+    for leftover in sorted(directory.rglob(".*.part")):  # of a killed run: nobody else is at work here
+        if leftover.is_dir():
+            remove_folder(leftover)
+        else:
             leftover.unlink(missing_ok=True)
-        write_atomic(directory / LISTS / "spec.json", json.dumps(_settings(spec)))
-        pixels, records = _collect(spec, directory, progress)
-        labels = label_files(spec, records)
-        sizes = {}
-        for path, content in labels.items():
-            text = json.dumps(content, separators=(",", ":"))
-            write_atomic(directory / path, text)
-            sizes[path] = len(text)  # ASCII
-        digest = _content_digest(pixels, labels)
-        counts = {"train": spec.train, "val": spec.val, "files": len(pixels) + len(labels)}
-        summary = {"digest": digest, "settings": _settings(spec), "counts": counts, "labels": sizes}
-        write_atomic(directory / MANIFEST, json.dumps(summary, indent=2) + "\n")
-        return digest
-    finally:
-        lock.release()
+    write_atomic(directory / LISTS / "spec.json", json.dumps(_settings(spec)))
+    pixels, records = _collect(spec, directory, progress)
+    labels = label_files(spec, records)
+    sizes = {}
+    for path, content in labels.items():
+        text = json.dumps(content, separators=(",", ":"))
+        write_atomic(directory / path, text)
+        sizes[path] = len(text)  # ASCII
+    digest = _content_digest(pixels, labels)
+    counts = {"train": spec.train, "val": spec.val, "files": len(pixels) + len(labels)}
+    summary = {"digest": digest, "settings": _settings(spec), "counts": counts, "labels": sizes}
+    write_atomic(directory / MANIFEST, json.dumps(summary, indent=2) + "\n")
+    return digest
 
 
 def _decode(path: Path) -> Pixels:

@@ -21,6 +21,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError, did_you_mean
-from comit_bench.files import atomic_path, digest_json
+from comit_bench.files import atomic_path, digest_json, locked, sweep
 from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images, warn_policy
 from comit_bench.tokenizers.checkpoints import read_config, read_tensors
 from comit_bench.tokenizers.pixels import check_grid, from_patches, to_codes, to_patches
@@ -239,15 +240,19 @@ class KMeansPatchTokenizer:
             "training_data": training_data,
         }
         folder = fit_folder(cache, settings, key)
-        try:
+        sweep(folder.parent)
+        with suppress(MissingError, CorruptFileError):  # no lock to read, so a read-only cache will do
             return cls.load(folder, device=device)
-        except MissingError:
-            pass
-        except CorruptFileError as error:
-            _log.warning("%s Fitting it again.", error)
-        fitted = cls.fit(images_loader(), device=device, **settings)
-        fitted.save(folder)
-        return fitted
+        with locked(folder.with_name(f".{folder.name[:16]}.lock"), f"fitting {FAMILY} on the same images"):
+            try:
+                return cls.load(folder, device=device)
+            except MissingError:
+                pass
+            except CorruptFileError as error:
+                _log.warning("%s Fitting it again.", error)
+            fitted = cls.fit(images_loader(), device=device, **settings)
+            fitted.save(folder)
+            return fitted
 
     def save(self, directory: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; the whole directory or nothing."""

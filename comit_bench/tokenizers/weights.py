@@ -16,19 +16,17 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.files import cache_root, sha256_file, write_atomic
+from comit_bench.files import cache_root, locked, sha256_file, write_atomic
 from comit_bench.tokenizers.checkpoints import PICKLES, WEIGHT_FILES, require_allowed, write_tensors
 from comit_bench.tokenizers.download import Advance, download
 from comit_bench.tokenizers.releases import Release, find_release, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 SOURCE = "source.json"
@@ -64,21 +62,12 @@ def required(name: str, *, hint: str = "") -> Path:
     )
 
 
-@contextmanager
-def _locked() -> Iterator[None]:
-    from filelock import FileLock
-
-    root = weights_root()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BenchError(f"{root}: cannot make this folder ({error.strerror})") from error
-    with FileLock(root / ".lock"):
-        yield
+def _locked() -> AbstractContextManager[None]:
+    return locked(weights_root() / ".lock", "fetching or converting weights")
 
 
-def _remember(source: str, digest: str) -> None:
-    """Record the checksum of a source on first use; later ones must be equal.
+def _checksums(source: str, digest: str) -> tuple[Path, dict[str, str]]:
+    """The file of known checksums and its content, after comparing that of one source.
 
     Raises:
         CorruptFileError: The source gave another file before.
@@ -90,12 +79,18 @@ def _remember(source: str, digest: str) -> None:
             known = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CorruptFileError(f"{path}: not valid JSON ({error}). Delete it.") from error
-    if known.setdefault(source, digest) != digest:
+    if known.get(source, digest) != digest:
         raise CorruptFileError(
             f"{source}: the file has the checksum {digest}, but the first download had {known[source]}. It "
             f"was changed or damaged. If the new file is right, delete the line in {path} and fetch again."
         )
-    write_atomic(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return path, known
+
+
+def _remember(source: str, digest: str) -> None:
+    """Record the checksum of a file that turned out to be what it should be; later ones must be equal."""
+    path, known = _checksums(source, digest)
+    write_atomic(path, json.dumps(known | {source: digest}, indent=1, sort_keys=True) + "\n")
 
 
 def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Advance | None = None) -> Path:
@@ -117,26 +112,27 @@ def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Adv
         there = stored(release.name)
         if there is not None:
             return there
-        folder = weights_root() / release.name
+        folder, ours = weights_root() / release.name, True
         if release.hub and not url:
             from comit_bench.tokenizers.hub import fetch as hub_fetch
 
             hint = f"or run `comit-bench weights convert {release.name} FILE`"
             file = hub_fetch(release.hub, (release.file,), offline=False, hint=hint) / release.file
-            keep = True  # it belongs to the hub's own cache
+            ours = False  # it belongs to the hub's own cache
         else:
             file = folder / release.file
             if not file.is_file():
                 download(str(url or release.url), file, advance=advance)
         digest = sha256_file(file)
         try:
-            _remember(release.source, digest)
+            _checksums(release.source, digest)
             convert_file(release, file, folder, digest=digest)
+            _remember(release.source, digest)  # not before: a wrong first file must not block the right one
         except BenchError:
-            if not keep:
+            if ours:
                 file.unlink(missing_ok=True)  # the next attempt must not find a wrong file
             raise
-        if not keep:
+        if ours and not keep:
             file.unlink()
         return folder
 
@@ -184,6 +180,7 @@ def convert_file(release: Release, file: Path, folder: Path, *, digest: str) -> 
     tensors: dict[str, Tensor] = resolve(release.unpack)(content, file)
     if release.check is not None:
         resolve(release.check)(release.name, tensors, file)
+    (folder / SOURCE).unlink(missing_ok=True)  # written last: until then the folder is not whole
     write_tensors(folder / WEIGHT_FILES[0], _unshared(tensors))
     if release.config is not None:
         config = resolve(release.config)(release.name)

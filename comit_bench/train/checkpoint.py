@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.files import atomic_path
+from comit_bench.files import atomic_path, remove_folder
+from comit_bench.files import sweep as sweep_killed
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.ema import Ema
@@ -148,19 +148,17 @@ def save_checkpoint(
 
 
 def sweep(root: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Finish or remove what a killed run left half-done (also one of an earlier version: ``.step-*``)."""
+    sweep_killed(root)
     for leftover in root.glob(".step-*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove_folder(leftover)
 
 
 def tidy(root: Path, *, keep_last: int, best: int | None) -> None:
     """Remove all but the last checkpoints and the best one."""
     for directory in found(root)[:-keep_last]:
         if step_of(directory) != best:
-            # out of sight first: a kill during the removal leaves no half checkpoint
-            hidden = directory.with_name(f".{directory.name}.old.part")
-            directory.rename(hidden)
-            shutil.rmtree(hidden)
+            remove_folder(directory)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -265,6 +263,7 @@ def choose(root: Path, resume: str) -> Path | None:
         UsageError: ``never`` where checkpoints exist, or a directory older than the latest here.
         MissingError: No such checkpoint.
     """
+    sweep_killed(root)
     here = found(root)
     if resume == "auto":
         return here[-1] if here else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import CorruptFileError, UsageError
-from comit_bench.files import atomic_path
+from comit_bench.files import atomic_path, sweep
 from comit_bench.models.teachers import WEIGHTS
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
 
@@ -67,6 +67,7 @@ class RunState:
             UsageError: It was made with other settings.
         """
         place = self.directory / "checkpoint"
+        sweep(self.directory)
         if not place.is_dir():
             return 0
         try:

@@ -99,7 +99,9 @@ def test_photographs_of_phones_come_out_upright(orientation: int, tmp_path: Path
     want = load_image(tmp_path / "p" / "a.jpg", f"exif|{pixels.info.preprocessing}")
     assert np.array_equal(shown, want)
     assert found.codes is not None
-    again = pixels.decode(pixels.encode(load_inputs(str(tmp_path / "p"), pixels.info, 1, 0).images), seeds=[0])
+    again = pixels.decode(
+        pixels.encode(load_inputs(str(tmp_path / "p"), pixels.info, 1, 0).images), seeds=[0]
+    )
     assert np.array_equal(again[0].numpy(), want)
     sideways = load_image(tmp_path / "p" / "a.jpg", pixels.info.preprocessing)
     assert np.array_equal(want, sideways) == (orientation == 1)

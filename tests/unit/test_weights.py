@@ -309,11 +309,14 @@ def test_bad_files_are_refused_and_not_kept(
     server.content = {"truncated": content[:-200], "text": b"hello"}.get(kind) or pickled(
         tmp_path / "bad.pth", bad
     )
-    with pytest.raises((CorruptFileError, UsageError), match=says):
-        weights.fetch("toy")
-    assert not (tmp_path / "evil-was-here").exists()
-    assert weights.stored("toy") is None
-    assert not list((tmp_path / "cache" / "weights" / "toy").glob("*.pth"))
+    for keep in (False, True):
+        with pytest.raises((CorruptFileError, UsageError), match=says):
+            weights.fetch("toy", keep=keep)
+        assert not (tmp_path / "evil-was-here").exists()
+        assert weights.stored("toy") is None
+        assert not list((tmp_path / "cache" / "weights" / "toy").glob("*.pth"))
+    server.content = content  # the wrong file was first, and does not block the right one
+    assert weights.fetch("toy") == tmp_path / "cache" / "weights" / "toy"
 
 
 def test_tensors_that_share_memory_are_copied(release: Release, tmp_path: Path) -> None:
