@@ -26,7 +26,7 @@ What every image goes through first:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EINVAL
@@ -39,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.data.masks import Mask, read_levels
+from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
 from comit_bench.files import special_file
 
@@ -450,19 +451,14 @@ class ImageBatch:
 
 @dataclass(frozen=True, slots=True)
 class _Batches:
-    """Map-style data set whose items are whole batches; errors come back as values, see ``_raise``."""
+    """Gives the batch of a list of indices; errors come back as values, see :func:`iterate_images`."""
 
     paths: Sequence[Path]
     recipe: str
-    batches: list[list[int]]
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> ImageBatch | BenchError:
+    def __getitem__(self, indices: list[int]) -> ImageBatch | BenchError:
         import torch
 
-        indices = self.batches[number]
         side = output_side(self.recipe)
         images = np.zeros((len(indices), 3, side, side), dtype=np.uint8)
         broken: dict[int, str] = {}
@@ -476,17 +472,13 @@ class _Batches:
         return ImageBatch(indices, torch.from_numpy(images), broken)
 
 
-def _same(item: Any) -> Any:
-    return item
-
-
 def iterate_images(
     paths: Sequence[Path],
     recipe: str,
     *,
     batch_size: int,
     num_workers: int,
-    indices: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+    indices: Iterable[int] | NDArray[np.integer[Any]] | None = None,
 ) -> Iterator[ImageBatch]:
     """Read images in batches, in order, each exactly once; the last batch may be smaller.
 
@@ -498,35 +490,45 @@ def iterate_images(
         recipe: Preprocessing, see the module's docstring.
         batch_size: Images per batch, at least 1.
         num_workers: Worker processes; 0 reads in this process. The images do not depend on it.
-        indices: Positions in ``paths`` to read, in this order; None reads all.
+        indices: Positions in ``paths`` to read, in this order; None reads all. An iterator is asked for the
+            next ones as they are needed.
 
     Raises:
         UsageError: Bad arguments (at the call, not at the first batch).
-        MissingError: A file vanished. BenchError: a file cannot be read.
+        MissingError: A file vanished. BenchError: a file cannot be read, or a worker does not answer.
     """
     parse_preprocessing(recipe)
     if batch_size < 1 or num_workers < 0:
         raise UsageError(
             f"batch_size {batch_size} must be at least 1 and num_workers {num_workers} at least 0"
         )
-    order = list(range(len(paths))) if indices is None else [int(i) for i in indices]
-    outside = next((i for i in order if not 0 <= i < len(paths)), None)
-    if outside is not None:
-        raise UsageError(f"image index {outside} is outside 0..{len(paths) - 1}")
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return _iterate(_Batches(paths, recipe, batches), min(num_workers, len(batches)))
+    order: Iterable[Any] = range(len(paths)) if indices is None else indices
+    if isinstance(order, Sized) and isinstance(order, Iterable):
+        order = [_checked(int(i), len(paths)) for i in order]
+        num_workers = min(num_workers, -(-len(order) // batch_size))
+    return _iterate(_Batches(paths, recipe), _cut(order, batch_size, len(paths)), num_workers)
 
 
-def _iterate(source: _Batches, num_workers: int) -> Iterator[ImageBatch]:
-    items: Any
-    if num_workers == 0:
-        items = (source[number] for number in range(len(source)))
-    else:
-        from torch.utils.data import DataLoader
+def _checked(index: int, count: int) -> int:
+    if not 0 <= index < count:
+        raise UsageError(f"image index {index} is outside 0..{count - 1}")
+    return index
 
-        dataset: Any = source
-        items = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=_same)
-    for item in items:
+
+def _cut(order: Iterable[Any], size: int, count: int) -> Iterator[list[int]]:
+    """Lists of ``size`` indices; the last may be shorter."""
+    part: list[int] = []
+    for index in order:
+        part.append(_checked(int(index), count))
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _iterate(source: _Batches, batches: Iterator[list[int]], num_workers: int) -> Iterator[ImageBatch]:
+    for item in read_ahead(source, batches, num_workers):
         if isinstance(item, BenchError):
             raise item
         yield item

@@ -1,14 +1,17 @@
 """The file format of the token store and of the feature cache: a safetensors file per shard, mapped.
 
 The metadata carry a sha256 over themselves and every tensor, so that any changed byte is noticed. How
-shards make a store, and what the tensors mean: ``comit_bench.data.store``.
+shards make a store, and what the tensors mean: ``comit_bench.data.store``. Processes that want the same
+shards at the same time divide them among themselves (:class:`SharedWork`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.errors import UsageError
+from comit_bench.files import SAY_AFTER, try_lock
 
+POLL = 0.2  # seconds between two looks at what others are doing
 Array = NDArray[Any]
+_log = logging.getLogger(__name__)
 _TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16, "F32": np.float32}
 
 
@@ -215,3 +221,93 @@ def read_shard(path: Path, layout: ShardLayout, rows: int, *, store: str, shard:
     except (LookupError, TypeError, AttributeError) as error:  # a header that is JSON of another form
         raise ValueError(f"its header is damaged: {error!r}") from error
     return Shard(tensors, broken)
+
+
+class SharedWork:
+    """Shards that are to be made, divided among all processes that want them, whoever started them.
+
+    A process claims a shard with a lock file beside it before it makes it. The claim ends with the process,
+    so what a killed one was making is made by another. Nobody waits while holding a claim. A shard that two
+    processes make all the same (on a disk without locks) is written twice with equal bytes.
+
+    Use it as a context manager around each pass over :meth:`take`, and :meth:`wait` in between::
+
+        while work.left:
+            work.wait()
+            with work:
+                for shard in work.take():
+                    ...
+                    work.done(shard)
+
+    Args:
+        shards: Numbers, in the order in which they are made.
+        path: File of a shard.
+        what: What the shards hold, for the message of those who wait.
+    """
+
+    def __init__(self, shards: Sequence[int], path: Callable[[int], Path], what: str) -> None:
+        self.left, self.path, self.what = list(shards), path, what
+        self.elsewhere = 0  # shards that others have made
+        self._held: dict[int, Callable[[], None]] = {}
+
+    def take(self) -> Iterator[int]:
+        """Claim one shard after the other that is not there and that nobody else is making."""
+        for shard in list(self.left):
+            give_back = None if self._is_there(shard) else self._claim(shard)
+            if give_back is None:
+                continue
+            if self._is_there(shard):  # finished in between
+                give_back()
+                continue
+            self._held[shard] = give_back
+            yield shard
+
+    def done(self, shard: int) -> None:
+        """A shard that was taken has been written."""
+        self.left.remove(shard)
+        self._held.pop(shard)()
+
+    def wait(self) -> None:
+        """Return as soon as there is a shard to take, or all are there."""
+        began, said = time.monotonic(), False
+        while self.left:
+            for shard in list(self.left):
+                if not self._is_there(shard) and (give_back := self._claim(shard)) is not None:
+                    give_back()
+                    return
+            if self.left and not said and time.monotonic() - began > SAY_AFTER:
+                said = True
+                _log.warning("another process is making the rest of %s: waiting for it", self.what)
+            if self.left:
+                time.sleep(POLL)
+
+    def _is_there(self, shard: int) -> bool:
+        if not self.path(shard).exists():
+            return False
+        if shard in self.left:
+            self.left.remove(shard)
+            self.elsewhere += 1
+        return True
+
+    def _claim(self, shard: int) -> Callable[[], None] | None:
+        file = self.path(shard).with_name(f".{self.path(shard).stem}.lock")
+        try:
+            lock = try_lock(file)
+        except OSError:  # no locks on this disk, or no right to make one
+            return lambda: None
+        if lock is None:
+            return None
+        held = lock
+
+        def give_back() -> None:
+            file.unlink(missing_ok=True)
+            held.release()
+
+        return give_back
+
+    def __enter__(self) -> SharedWork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._held:
+            self._held.popitem()[1]()

@@ -12,7 +12,8 @@ beside the shards as ``key.json``. Shard i is one safetensors file with rows
 
 Its metadata hold the store's digest, the shard's number, the messages of the broken rows and a sha256
 over all of this and the tensors (``comit_bench.data.shards``). No file is shared between writers: any
-number of processes may write different shards, and a shard that is killed half-way does not exist.
+number of processes may write different shards, and a shard that is killed half-way does not exist. Processes
+that want the same shards at the same time divide them (``SharedWork`` there).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 
 from comit_bench.data.shards import Array, Layout, Shard, read_shard, shard_bytes
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.files import digest_json, write_atomic
+from comit_bench.files import digest_json, open_plain, require_room, sweep, write_atomic
 
 FORMAT_VERSION = 1
 STALE_SECONDS = 3600.0  # a temporary file this old belongs to a process that was killed
@@ -157,6 +158,17 @@ class TokenStore:
     def complete(self) -> bool:
         """True when every shard exists (see :meth:`missing_shards`)."""
         return not self.missing_shards()
+
+    def require_room(self, shards: Sequence[int]) -> None:
+        """Refuse to begin what will not fit on the disk.
+
+        Raises:
+            BenchError: The messages of these shards need more than is free.
+        """
+        rows = sum(len(self.shard_range(shard)) for shard in shards)
+        if rows:
+            need = self.layout.nbytes * rows // self.layout.count
+            require_room(self.directory, need, f"the tokens of {rows:,} images need")
 
     def verify(self, *, checksums: bool = True) -> dict[int, str]:
         """Check header, size and (unless told not to) checksum of every shard; remove the corrupt ones.
@@ -371,7 +383,8 @@ class TokenStore:
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove the temporary files that killed processes left in a store's directory."""
+    """Remove the temporary files that killed processes left in a store's directory, of any version."""
+    sweep(directory)
     now = time.time()
     for path in directory.glob(".shard-*.part"):
         try:
@@ -391,7 +404,8 @@ def check_key(path: Path, payload: dict[str, Any]) -> None:
         write_atomic(path, json.dumps(payload, indent=2, sort_keys=True) + "\n")
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open_plain(path) as stream:
+            found = json.loads(stream.read().decode("utf-8"))
     except (ValueError, OSError) as error:
         raise CorruptFileError(
             f"{path}: cannot be read ({error}). Remove its folder and run the same command again."

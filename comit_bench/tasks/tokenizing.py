@@ -7,6 +7,7 @@ generator of its own, so the store's bytes do not depend on batch size, workers 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from comit_bench.data.datasets import Split
 from comit_bench.data.images import iterate_images
+from comit_bench.data.shards import SharedWork
 from comit_bench.data.store import TokenStore
 from comit_bench.errors import BenchError
 from comit_bench.seeding import generator_for
@@ -94,6 +96,9 @@ def tokenize_split(
 ) -> None:
     """Compute some shards of a store. Images are decoded while the tokenizer computes.
 
+    What another process is just computing is left to it and waited for, whoever started it; if it is killed,
+    this one takes over.
+
     Args:
         tokenizer: Encodes uint8 batches.
         split: Images in index order.
@@ -109,27 +114,37 @@ def tokenize_split(
     Raises:
         BenchError: A file vanished, the disk is full, or codes are not finite.
     """
-    wanted = [row for shard in shards for row in store.shard_range(shard)]
-    images = iterate_images(
-        split.paths,
-        split.preprocessing(tokenizer.info.preprocessing),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        indices=[rows[row] for row in wanted],
-    )
+    store.require_room(shards)
     spent = profile if profile is not None else {}
-    pending = _Pending(store, shards, tokenizer.info.name)
-    source: Any = ahead(images) if num_workers == 0 else images
-    with closing(source) as batches:
-        for batch in _timed(batches, spent, "images"):
-            with _clock(spent, "encode"):
-                generators = [generator_for(int(key["seed"]), split.ids[index]) for index in batch.indices]
-                tokens = tokenizer.encode(batch.images, policy=key["policy"], generators=generators)
-            with _clock(spent, "write"):
-                pending.add(tokens, batch.broken, batch.indices)
-            if advance is not None:
-                advance(len(batch.indices))
-    pending.finish()
+    work = SharedWork(shards, store.shard_path, f"the tokens of {tokenizer.info.name}")
+    total, made = sum(len(store.shard_range(shard)) for shard in shards), 0
+    while work.left:
+        work.wait()
+        with work:
+            pending = _Pending(store, work, tokenizer.info.name)
+            images = iterate_images(
+                split.paths,
+                split.preprocessing(tokenizer.info.preprocessing),
+                batch_size=batch_size,
+                num_workers=min(num_workers, -(-total // batch_size)),
+                indices=(rows[row] for row in pending.rows()),
+            )
+            source: Any = ahead(images) if num_workers == 0 else images
+            with closing(source) as batches:
+                for batch in _timed(batches, spent, "images"):
+                    with _clock(spent, "encode"):
+                        generators = [
+                            generator_for(int(key["seed"]), split.ids[index]) for index in batch.indices
+                        ]
+                        tokens = tokenizer.encode(batch.images, policy=key["policy"], generators=generators)
+                    with _clock(spent, "write"):
+                        pending.add(tokens, batch.broken, batch.indices)
+                    made += len(batch.indices)
+                    if advance is not None:
+                        advance(len(batch.indices))
+            pending.finish()
+    if advance is not None and made < total:
+        advance(total - made)  # by others
 
 
 def ahead(items: Iterator[T], depth: int = 2) -> Generator[T]:
@@ -196,11 +211,17 @@ def _timed(items: Iterator[T], spent: dict[str, float], name: str) -> Iterator[T
 class _Pending:
     """Tokens that wait until their shard is full."""
 
-    def __init__(self, store: TokenStore, shards: Sequence[int], name: str) -> None:
-        self.store, self.name = store, name
-        self.shards = list(shards)
+    def __init__(self, store: TokenStore, work: SharedWork, name: str) -> None:
+        self.store, self.work, self.name = store, work, name
+        self.shards: deque[int] = deque()
         self.columns: dict[str, list[Tensor]] = {}
         self.notes: list[str | None] = []  # per row, why its image is broken
+
+    def rows(self) -> Iterator[int]:
+        """Rows of the store whose images come next: those of every shard that is taken."""
+        for shard in self.work.take():
+            self.shards.append(shard)
+            yield from self.store.shard_range(shard)
 
     def add(self, tokens: Tokens, broken: Mapping[int, str], indices: Sequence[int]) -> None:
         finite = self.store.layout.vocab_size is not None
@@ -211,7 +232,7 @@ class _Pending:
             self.columns.setdefault("offsets", []).append(tokens.offsets.float().cpu())
         self.notes += [broken.get(index) for index in indices]
         while self.shards and len(self.notes) >= len(self.store.shard_range(self.shards[0])):
-            self._write(self.shards.pop(0))
+            self._write(self.shards.popleft())
 
     def _write(self, shard: int) -> None:
         rows = self.store.shard_range(shard)
@@ -224,6 +245,7 @@ class _Pending:
                     f"{self.name}: its {what} are not finite (NaN or infinity): nothing is stored."
                 )
         self.store.write_shard(shard, broken=broken, **full)
+        self.work.done(shard)
         self.columns = {name: [value[len(rows) :]] for name, value in joined.items()}
         self.notes = self.notes[len(rows) :]
 

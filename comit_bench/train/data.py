@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from comit_bench.data.datasets import EXTENSIONS, PathList
 from comit_bench.data.folders import walk_images
 from comit_bench.data.images import load_image
+from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.models.teachers import TeacherFeatures
 from comit_bench.recipes import GeneratorSpec
@@ -310,28 +311,13 @@ class Steps:
             return error
 
 
-def _same(item: Any) -> Any:
-    return item
-
-
 def iterate_steps(steps: Steps, start: int, *, workers: int, pin: bool) -> Iterator[Batch]:
     """Batches from step ``start`` to the last one; with workers they are made ahead of time.
 
     Raises:
-        BenchError: A file vanished or cannot be read.
+        BenchError: A file vanished or cannot be read, or a worker does not answer.
     """
-    from torch.utils.data import DataLoader
-
-    source: Any = steps
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=range(start, len(steps)),
-        num_workers=workers,
-        collate_fn=_same,
-        pin_memory=pin,
-    )
-    for item in loader:
+    for item in read_ahead(steps, range(start, len(steps)), workers, pin=pin):
         if isinstance(item, BenchError):
             raise item
         yield item

@@ -20,8 +20,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from comit_bench.data.shards import Array, Shard, read_shard, shard_bytes
+from comit_bench.data.shards import Array, Shard, SharedWork, read_shard, shard_bytes
 from comit_bench.data.store import check_key, remove_stale
+from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
 from comit_bench.files import cache_root, digest_json, write_atomic
 from comit_bench.models.teachers import Teacher, TeacherFeatures
@@ -234,13 +237,42 @@ class FeatureStore:
         remove_stale(self.directory)
         todo = self.verify(range(rank, self.num_shards, ranks))
         total = sum(len(self.shard_range(shard)) for shard in todo)
-        images = _read_rows(source, [row for shard in todo for row in self.shard_range(shard)], workers)
+        work = SharedWork(todo, self.shard_path, "the teacher's features")
+        made = 0
         with tqdm(total=total, desc="teacher features", unit="img", disable=not progress) as bar:
-            for shard in todo:
-                if stopped():
-                    raise KeyboardInterrupt
-                self._write(shard, images, teacher, device, bar)
-        return total
+            while work.left:
+                work.wait()
+                with work:
+                    made += self._fill(work, source, teacher, device, workers if total else 0, stopped, bar)
+        return made
+
+    def _fill(
+        self,
+        work: SharedWork,
+        source: Images,
+        teacher: Teacher,
+        device: torch.device,
+        workers: int,
+        stopped: Callable[[], bool],
+        bar: Any,
+    ) -> int:
+        """Every shard that nobody else is making; how many images went through the teacher."""
+        taken: deque[int] = deque()
+
+        def rows() -> Iterator[int]:
+            for shard in work.take():
+                taken.append(shard)
+                yield from self.shard_range(shard)
+
+        images, made = read_ahead(_Reader(source), rows(), workers), 0
+        while (first := next(images, None)) is not None:
+            if stopped():
+                raise KeyboardInterrupt
+            shard = taken.popleft()
+            self._write(shard, chain([first], images), teacher, device, bar)
+            work.done(shard)
+            made += len(self.shard_range(shard))
+        return made
 
     def _write(
         self,
@@ -325,7 +357,7 @@ class FeatureStore:
 
 
 class _Reader:
-    """Map-style data set of images; a broken one is None and its message."""
+    """Gives the image of a row; a broken one is None and its message."""
 
     def __init__(self, source: Images) -> None:
         self.source = source
@@ -335,22 +367,6 @@ class _Reader:
             return self.source.read(row), ""
         except CorruptFileError as error:
             return None, str(error)
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _read_rows(source: Images, rows: list[int], workers: int) -> Iterator[tuple[Tensor | None, str]]:
-    """Images of these rows in this order."""
-    from torch.utils.data import DataLoader
-
-    reader: Any = _Reader(source)
-    return iter(
-        DataLoader(
-            reader, batch_size=None, sampler=rows, num_workers=workers if rows else 0, collate_fn=_same
-        )
-    )
 
 
 def open_features(
