@@ -6,17 +6,27 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+DEFAULT_TOKENIZER = "comit-nano"  # of commands that need one
 
 
 def say(text: str) -> None:
     """Write a message to stderr."""
     sys.stderr.write(text.rstrip("\n") + "\n")
     sys.stderr.flush()
+
+
+def say_default(names: Sequence[str]) -> None:
+    """Say that images of the user's own meet networks that nobody named."""
+    several = len(names) > 1
+    say(
+        f"note: no --tokenizer is given, so {', '.join(names)} {'are' if several else 'is'} used: small, and "
+        "trained on 32 px embedded scenes, not on photographs. Name another, see `comit-bench ls tokenizers`."
+    )
 
 
 def stoppable(command: Callable[[], int]) -> int:

@@ -6,6 +6,8 @@ One short function per figure, in alphabetical order; what is computed and drawn
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,7 +52,12 @@ FIGURES: tuple[FigureEntry, ...] = (
 )
 
 One = Annotated[
-    str, typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory of the tokenizer.")
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        "-t",
+        help="Name, hub id or checkpoint directory of the tokenizer. [default: comit-nano]",
+    ),
 ]
 Several = Annotated[
     list[str] | None,
@@ -63,16 +70,38 @@ Count = Annotated[int, typer.Option(min=1, help="How many images.")]
 Seed = Annotated[int, typer.Option(help="Which images, and all noise.")]
 Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 FIGURES_FOLDER = Path("figures")
 
 
-def load(name: str, weights: str | None, device: str) -> Tokenizer:
-    """The tokenizer a figure is about; warnings go to stderr from here on."""
-    from comit_bench.console import set_up_logging
-    from comit_bench.tokenizers.loading import load_tokenizer
+@contextmanager
+def at_work(quiet: bool) -> Iterator[None]:
+    """What is computed inside has a progress bar on stderr; Ctrl-C is one message and a code of its own."""
+    from comit_bench.console import INTERRUPTED, Bars, Interrupts, say, set_up_logging
+    from comit_bench.figures.inputs import progress
 
     set_up_logging()
-    return load_tokenizer(name, weights=weights, device=device)
+    try:
+        with Interrupts() as interrupts, Bars(enabled=not quiet, check=interrupts.check) as bars:
+            token = progress.set(progress.get() if quiet else bars.start)
+            try:
+                yield
+            finally:
+                progress.reset(token)
+    except KeyboardInterrupt:
+        say("\nstopped. Figures that were printed above are whole, the others are not there.")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def load(name: str | None, images: str, weights: str | None, device: str) -> Tokenizer:
+    """The tokenizer a figure is about; says so when the small default meets images of the reader."""
+    from comit_bench.console import DEFAULT_TOKENIZER, say_default
+    from comit_bench.figures.inputs import SCENES
+    from comit_bench.tokenizers.loading import load_tokenizer
+
+    if name is None and images != SCENES:
+        say_default([DEFAULT_TOKENIZER])
+    return load_tokenizer(name or DEFAULT_TOKENIZER, weights=weights, device=device)
 
 
 def read(source: str, tokenizer: Tokenizer, count: int | None, seed: int, dataset: str | None = None) -> Any:
@@ -80,6 +109,15 @@ def read(source: str, tokenizer: Tokenizer, count: int | None, seed: int, datase
     from comit_bench.figures.inputs import SCENES_DATASET, load_inputs
 
     return load_inputs(source, tokenizer.info, count, seed, dataset=dataset or SCENES_DATASET)
+
+
+def title(tokenizer: Tokenizer, name: str | None, weights: str | None) -> str:
+    """A tokenizer's name for a file: random weights and the reader's own have one of their own."""
+    info = tokenizer.info
+    if not info.trained:
+        return info.name if "untrained" in info.name else f"{info.name}-untrained"
+    own = weights is not None or (name is not None and Path(name).is_dir())
+    return f"{info.name}-{info.weights.partition(':')[2][:8]}" if own else info.name
 
 
 def put(figure: Figure, output: Path, *parts: str) -> None:
@@ -92,7 +130,7 @@ def put(figure: Figure, output: Path, *parts: str) -> None:
 
 @app.command(name="attention")
 def attention(
-    tokenizer: One = "comit-nano",
+    tokenizer: One = None,
     images: Images = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Policy = None,
@@ -101,26 +139,29 @@ def attention(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    quiet: Quiet = False,
     layer: Annotated[float, typer.Option(help="Relative depth below 1, or a block (0, -1, ...).")] = 0.857,
     time: Annotated[float, typer.Option(help="Flow time in [0, 1) at which maps are read.")] = 0.5,
 ) -> None:
     """Where tokens look: the best maps beside the object's mask, and their overlap by layer and time."""
     from comit_bench.figures.attention import compute, compute_sweep, draw, draw_sweep
 
-    loaded = load(tokenizer, weights, device)
-    chosen = int(layer) if layer == int(layer) else layer
-    data = compute(
-        loaded, read(images, loaded, count, seed), layer=chosen, time=time, policy=policy, seed=seed
-    )
-    put(draw(data), output, "attention", loaded.info.name)
-    if sweep_count:
-        sweep = compute_sweep(loaded, read(images, loaded, sweep_count, seed), policy=policy, seed=seed)
-        put(draw_sweep(sweep), output, "attention", "sweep", loaded.info.name)
+    with at_work(quiet):
+        loaded = load(tokenizer, images, weights, device)
+        name = title(loaded, tokenizer, weights)
+        chosen = int(layer) if layer == int(layer) else layer
+        data = compute(
+            loaded, read(images, loaded, count, seed), layer=chosen, time=time, policy=policy, seed=seed
+        )
+        put(draw(data), output, "attention", name, *data.about.file_parts)
+        if sweep_count:
+            sweep = compute_sweep(loaded, read(images, loaded, sweep_count, seed), policy=policy, seed=seed)
+            put(draw_sweep(sweep), output, "attention", "sweep", name, *sweep.about.file_parts)
 
 
 @app.command(name="codebook")
 def codebook(
-    tokenizer: One = "comit-nano",
+    tokenizer: One = None,
     images: Images = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Policy = None,
@@ -128,19 +169,22 @@ def codebook(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Entropy per position, use of ids, and what pairs of positions share."""
     from comit_bench.figures.codebook import compute, draw
     from comit_bench.figures.neighbours import DATASET
 
-    loaded = load(tokenizer, weights, device)
-    data = compute(loaded, read(images, loaded, count, seed, DATASET), policy=policy, seed=seed)
-    put(draw(data), output, "codebook", loaded.info.name)
+    with at_work(quiet):
+        loaded = load(tokenizer, images, weights, device)
+        name = title(loaded, tokenizer, weights)
+        data = compute(loaded, read(images, loaded, count, seed, DATASET), policy=policy, seed=seed)
+        put(draw(data), output, "codebook", name, *data.about.file_parts)
 
 
 @app.command(name="counterfactual")
 def counterfactual(
-    tokenizer: One = "comit-nano",
+    tokenizer: One = None,
     images: Images = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Policy = None,
@@ -148,18 +192,23 @@ def counterfactual(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Scenes with one thing changed, and the tokens that change. A folder needs one sub-folder per edit."""
     from comit_bench.figures.counterfactual import DATASET, compute, draw
 
-    loaded = load(tokenizer, weights, device)
-    data = compute(loaded, read(images, loaded, None, seed, DATASET), count=count, policy=policy, seed=seed)
-    put(draw(data), output, "counterfactual", loaded.info.name)
+    with at_work(quiet):
+        loaded = load(tokenizer, images, weights, device)
+        name = title(loaded, tokenizer, weights)
+        data = compute(
+            loaded, read(images, loaded, None, seed, DATASET), count=count, policy=policy, seed=seed
+        )
+        put(draw(data), output, "counterfactual", name, *data.about.file_parts)
 
 
 @app.command(name="edit")
 def edit(
-    tokenizer: One = "comit-nano",
+    tokenizer: One = None,
     images: Images = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Policy = None,
@@ -167,6 +216,7 @@ def edit(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    quiet: Quiet = False,
     span: Annotated[
         int | None, typer.Option(min=1, help="Tokens per span. [default: a quarter of the message]")
     ] = None,
@@ -174,14 +224,16 @@ def edit(
     """Swap spans of tokens between two images and decode."""
     from comit_bench.figures.edit import compute, draw
 
-    loaded = load(tokenizer, weights, device)
-    data = compute(loaded, read(images, loaded, count, seed), span=span, policy=policy, seed=seed)
-    put(draw(data), output, "edit", loaded.info.name)
+    with at_work(quiet):
+        loaded = load(tokenizer, images, weights, device)
+        name = title(loaded, tokenizer, weights)
+        data = compute(loaded, read(images, loaded, count, seed), span=span, policy=policy, seed=seed)
+        put(draw(data), output, "edit", name, *data.about.file_parts)
 
 
 @app.command(name="evolution")
 def evolution(
-    tokenizer: One = "comit-nano",
+    tokenizer: One = None,
     images: Images = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Policy = None,
@@ -189,13 +241,16 @@ def evolution(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """What a message knows after each crop. COMiT only; default policy: adaptive:6."""
     from comit_bench.figures.evolution import DEFAULT_POLICY, compute, draw
 
-    loaded = load(tokenizer, weights, device)
-    data = compute(loaded, read(images, loaded, count, seed), policy=policy or DEFAULT_POLICY, seed=seed)
-    put(draw(data), output, "evolution", loaded.info.name)
+    with at_work(quiet):
+        loaded = load(tokenizer, images, weights, device)
+        name = title(loaded, tokenizer, weights)
+        data = compute(loaded, read(images, loaded, count, seed), policy=policy or DEFAULT_POLICY, seed=seed)
+        put(draw(data), output, "evolution", name, *data.about.file_parts)
 
 
 @app.command(name="ls")
@@ -209,7 +264,7 @@ def ls() -> None:
 
 @app.command(name="neighbours")
 def neighbours(
-    tokenizer: One = "comit-nano",
+    tokenizer: One = None,
     images: Images = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Policy = None,
@@ -219,19 +274,22 @@ def neighbours(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Images and those with the nearest messages; the folder an image lies in is its class."""
     from comit_bench.figures.neighbours import DATASET, compute, draw
 
-    loaded = load(tokenizer, weights, device)
-    inputs = read(images, loaded, pool, seed, DATASET)
-    data = compute(loaded, inputs, queries=count, k=k, policy=policy, seed=seed)
-    put(draw(data), output, "neighbours", loaded.info.name)
+    with at_work(quiet):
+        loaded = load(tokenizer, images, weights, device)
+        name = title(loaded, tokenizer, weights)
+        inputs = read(images, loaded, pool, seed, DATASET)
+        data = compute(loaded, inputs, queries=count, k=k, policy=policy, seed=seed)
+        put(draw(data), output, "neighbours", name, *data.about.file_parts)
 
 
 @app.command(name="policies")
 def policies(
-    tokenizer: One = "comit-nano",
+    tokenizer: One = None,
     images: Images = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Annotated[
@@ -246,17 +304,20 @@ def policies(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Reconstructions by cropping policy, and PSNR by number of crops. COMiT only."""
     from comit_bench.figures.policies import DEFAULT_POLICIES, compute, compute_curves, draw, draw_curves
 
-    loaded = load(tokenizer, weights, device)
-    chosen = policy or DEFAULT_POLICIES
-    data = compute(loaded, read(images, loaded, count, seed), policies=chosen, seed=seed)
-    put(draw(data), output, "policies", loaded.info.name)
-    if curve_count:
-        curves = compute_curves(loaded, read(images, loaded, curve_count, seed), seed=seed)
-        put(draw_curves(curves), output, "policies", "curves", loaded.info.name)
+    with at_work(quiet):
+        loaded = load(tokenizer, images, weights, device)
+        name = title(loaded, tokenizer, weights)
+        chosen = policy or DEFAULT_POLICIES
+        data = compute(loaded, read(images, loaded, count, seed), policies=chosen, seed=seed)
+        put(draw(data), output, "policies", name, *data.about.file_parts)
+        if curve_count:
+            curves = compute_curves(loaded, read(images, loaded, curve_count, seed), seed=seed)
+            put(draw_curves(curves), output, "policies", "curves", name, *curves.about.file_parts)
 
 
 @app.command(name="reconstruction")
@@ -269,6 +330,7 @@ def reconstruction(
     seed: Seed = 0,
     weights: Weights = None,
     device: Device = "auto",
+    quiet: Quiet = False,
     show: Annotated[
         str,
         typer.Option(help="random, or the worst or best images of the pool by the first tokenizer's PSNR."),
@@ -282,13 +344,16 @@ def reconstruction(
     ways = ("random", "worst", "best")
     if show not in ways:
         raise UsageError(f"--show {show!r}: one of {', '.join(ways)}.{did_you_mean(show, ways)}")
-    loaded = [load(name, weights, device) for name in tokenizer or ["comit-nano"]]
-    inputs = [read(images, one, count if show == "random" else max(count, pool), seed) for one in loaded]
-    data = compute(loaded, inputs, policy=policy, seed=seed)
-    if show != "random":
-        data = extremes(data, count, best=show == "best")
-    name = "reconstruction" if show == "random" else f"reconstruction-{show}"
-    put(draw(data), output, name, "+".join(one.info.name for one in loaded))
+    names: list[str | None] = [*tokenizer] if tokenizer else [None]
+    with at_work(quiet):
+        loaded = [load(name, images, weights, device) for name in names]
+        inputs = [read(images, one, count if show == "random" else max(count, pool), seed) for one in loaded]
+        data = compute(loaded, inputs, policy=policy, seed=seed)
+        if show != "random":
+            data = extremes(data, count, best=show == "best")
+        kind = "reconstruction" if show == "random" else f"reconstruction-{show}"
+        called = "+".join(title(one, name, weights) for one, name in zip(loaded, names, strict=True))
+        put(draw(data), output, kind, called, *data.about.file_parts)
 
 
 @app.command(name="sweeps")
@@ -306,4 +371,4 @@ def sweeps(
     folder = results / "records" if (results / "records").is_dir() else results
     records = [record for record in load_records(folder) if task is None or record.task.name == task]
     for data in compute(records):
-        put(draw(data), output, "sweeps", data.task, data.column)
+        put(draw(data), output, "sweeps", data.task, data.column, *data.about.file_parts)

@@ -139,7 +139,7 @@ def run_command(
     profile: bool = False,
 ) -> int:
     """Plan, do, print; returns the exit code (0 done, 1 a task failed, 3 data or weights missing)."""
-    from comit_bench.console import Bars, Interrupts, say
+    from comit_bench.console import Bars, Interrupts, say, say_default
     from comit_bench.plan import describe, make_plan
 
     name, why = choose_suite(suite, settings.data_root)
@@ -149,6 +149,8 @@ def run_command(
     bench = Bench(settings)
     plan = make_plan(jobs, bench)
     first = bench.ranks.first
+    if first and not tokenizers and name == "paper":
+        say_default([label for label in DEFAULT_TOKENIZERS if label.endswith("-nano")])
     if first:
         say("\n".join(describe(plan, settings, suite=name, why=why)))
     if plan.missing:

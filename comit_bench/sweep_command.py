@@ -49,7 +49,7 @@ def sweep(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Reconstruct for lists of settings; each point is a record, so the same command continues a sweep."""
-    from comit_bench.console import set_up_logging, stoppable
+    from comit_bench.console import DEFAULT_TOKENIZER, say_default, set_up_logging, stoppable
     from comit_bench.run import data_root_from
     from comit_bench.token_command import key_values
 
@@ -73,7 +73,9 @@ def sweep(
         "include": tuple(include_path or ()),
         "progress": not quiet,
     }
-    names = tokenizer or ["comit-nano"]
+    if not tokenizer and settings["data_root"] is not None:
+        say_default([DEFAULT_TOKENIZER])
+    names = tokenizer or [DEFAULT_TOKENIZER]
     raise typer.Exit(stoppable(lambda: _run(names, chosen, settings)))
 
 

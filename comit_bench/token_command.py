@@ -58,8 +58,9 @@ def tokenize(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Images, searched recursively.")],
     out: Annotated[Path, typer.Option(help="The token file (safetensors).")],
     tokenizer: Annotated[
-        str, typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory.")
-    ] = "comit-nano",
+        str | None,
+        typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory. [default: comit-nano]"),
+    ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")
     ] = None,
@@ -75,7 +76,7 @@ def tokenize(
     quiet: Quiet = False,
 ) -> None:
     """Tokens of a folder of images, in one file; continues after a kill. Format: docs/tokens.md."""
-    from comit_bench.console import say, set_up_logging, stoppable
+    from comit_bench.console import DEFAULT_TOKENIZER, say, say_default, set_up_logging, stoppable
 
     set_up_logging()
 
@@ -86,7 +87,9 @@ def tokenize(
 
         settings: dict[str, Any] = {"device": device, "dtype": dtype, "offline": offline}
         settings |= key_values(option or [])
-        loaded = load_tokenizer(tokenizer, weights=weights, **settings)
+        if tokenizer is None:
+            say_default([DEFAULT_TOKENIZER])
+        loaded = load_tokenizer(tokenizer or DEFAULT_TOKENIZER, weights=weights, **settings)
         with _bars(quiet) as bars:
             done = tokenize_folder(
                 loaded,

@@ -1,8 +1,10 @@
 """Figure ``attention``: where tokens look while an image is decoded, beside the object's mask.
 
 The gallery shows, for every image and share, the token whose map covers the object best (as task kind
-``objectness`` counts it); the heat map shows the mean of this over images for every layer and time. The best
-of K maps covers a part of any object by chance: read the numbers beside the task's null model.
+``objectness`` counts it); the heat map shows the mean of this over images for every layer and time. The token
+is chosen with the mask, which is an oracle choice: the best of K maps covers a part of any object by chance.
+So the null stands beside every value: the best of the K maps of another image, each rolled around the edges
+at random, as in the task.
 
 Shape legend: ``n`` images, ``P`` shares, ``L`` layers, ``T`` times (1 for a decoder of one pass), ``S`` side
 of an image, ``h w`` grid of a map.
@@ -10,8 +12,9 @@ of an image, ``h w`` grid of a map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +25,9 @@ from torch import Tensor
 
 from comit_bench.data.images import mask_of, upright
 from comit_bench.data.readers.saliency import MASKS
-from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
-from comit_bench.figures.inputs import Inputs, encode, noise_seeds
+from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
+from comit_bench.figures.about import NOTHING, About, describe
+from comit_bench.figures.inputs import BATCH, Inputs, encode, noise_seeds, progress, rows_of, tiles_for
 from comit_bench.figures.style import (
     COLUMN,
     FULL,
@@ -37,9 +41,10 @@ from comit_bench.figures.style import (
 )
 from comit_bench.models.attention import AttentionRequest
 from comit_bench.sections import ObjectnessSpec
+from comit_bench.seeding import generator_for
 from comit_bench.tasks.objectness import make_plan
-from comit_bench.tasks.overlap import binary, overlaps
-from comit_bench.tokenizers.base import Tokenizer, Tokens
+from comit_bench.tasks.overlap import binary, overlaps, shifted
+from comit_bench.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,8 +52,9 @@ if TYPE_CHECKING:
 SHARES = (10, 20, 30, 40)
 LAYER, TIME = 0.857, 0.5  # as the recipes
 SWEEP_TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-BATCH = 16
+OPTIMISTIC_CELL = "the best cell was found on these very images: it is an optimistic number"
 MASK_SUFFIXES = (".png", ".bmp", ".jpg")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +73,9 @@ class Attention:
         maps: float32 [n, P, h, w], its map, mean over heads.
         binary: bool [n, P, S, S], the pixels it keeps.
         iou: float64 [n, P].
+        null: float64 [n, P], the same of rolled maps of another image, mean over draws.
+        candidates: K, the tokens among which the best was chosen.
+        about: Words around the figure.
     """
 
     tokenizer: str
@@ -80,6 +89,9 @@ class Attention:
     maps: NDArray[np.float32]
     binary: NDArray[np.bool_]
     iou: NDArray[np.float64]
+    null: NDArray[np.float64]
+    candidates: int
+    about: About = NOTHING
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +104,10 @@ class Sweep:
         times: As read [T]; empty for a decoder of one pass.
         share: Percent of the pixels.
         miou: float64 [L, max(T, 1)].
+        null: float64 [L, max(T, 1)], the same of rolled maps of another image, one draw per image.
         images: How many it is the mean of.
+        candidates: K, the tokens among which the best was chosen.
+        about: Words around the figure.
     """
 
     tokenizer: str
@@ -100,7 +115,10 @@ class Sweep:
     times: tuple[float, ...]
     share: int
     miou: NDArray[np.float64]
+    null: NDArray[np.float64]
     images: int
+    candidates: int
+    about: About = NOTHING
 
 
 def find_masks(inputs: Inputs) -> tuple[Path, ...]:
@@ -128,27 +146,43 @@ def find_masks(inputs: Inputs) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def read_masks(inputs: Inputs, preprocessing: str) -> NDArray[np.bool_]:
-    """Masks through the images' own crops, bool [n, S, S].
+def read_masks(inputs: Inputs, preprocessing: str) -> tuple[Inputs, NDArray[np.bool_]]:
+    """The images with an object, and their masks through their own crops, bool [n, S, S].
+
+    Images whose mask is of no use are left out with a warning.
 
     Raises:
-        MissingError: An image has none.
-        UsageError: One has no object or nothing else, or no object is left of it after the crop.
+        MissingError: An image has no mask.
+        UsageError: None of the masks can be used; says why the first cannot.
     """
     # a folder's images are turned upright, see load_inputs
     recipe = preprocessing if inputs.masks is not None else upright(preprocessing)
-    masks = []
-    for photo, file in zip(inputs.paths, find_masks(inputs), strict=True):
-        cropped, mask = mask_of(photo, file, recipe)
+    masks, rows, reasons = [], [], []
+    for row, (photo, file) in enumerate(zip(inputs.paths, find_masks(inputs), strict=True)):
+        try:
+            cropped, mask = mask_of(photo, file, recipe)
+        except CorruptFileError as error:
+            reasons.append(str(error))
+            continue
         if mask.problem is not None:
-            raise UsageError(
-                f"{file}: no object is left to look for: {mask.problem}. Replace the mask, or choose other "
-                "images (--seed)."
-            )
-        if not cropped.any():
-            raise UsageError(f"{file}: no object is left after {recipe}. Choose other images (--seed).")
-        masks.append(cropped)
-    return np.stack(masks)
+            reasons.append(f"{file}: no object is left to look for: {mask.problem}.")
+        elif not cropped.any():
+            reasons.append(f"{file}: no object is left after {recipe}.")
+        else:
+            masks.append(cropped)
+            rows.append(row)
+    if not masks:
+        raise UsageError(f"{reasons[0]} Replace the mask, or choose other images (--seed, --count).")
+    for reason in reasons:
+        _log.warning("%s It is left out.", reason)
+    kept = replace(
+        inputs,
+        names=tuple(inputs.names[row] for row in rows),
+        images=inputs.images[rows],
+        paths=tuple(inputs.paths[row] for row in rows),
+        masks=None if inputs.masks is None else tuple(inputs.masks[row] for row in rows),
+    )
+    return kept, np.stack(masks)
 
 
 def _each_map(
@@ -171,15 +205,41 @@ def _each_map(
     def keep(first: int, layer: int, time: int, maps: Tensor) -> None:
         found.setdefault((layer, time), []).extend(maps.float().mean(dim=1).cpu())
 
-    for start in range(0, len(inputs), BATCH):
-        rows = slice(start, start + BATCH)
-        part = Tokens(
-            None if tokens.ids is None else tokens.ids[rows],
-            tokens.codes[rows],
-            None if tokens.offsets is None else tokens.offsets[rows],
-        )
-        attending.attention(part, plan.request, keep, seeds=seeds[rows])
+    advance = progress.get()(f"{tokenizer.info.name}: reading maps", len(inputs), "images")
+    with tiles_for(len(inputs)):
+        for start in range(0, len(inputs), BATCH):
+            rows = slice(start, start + BATCH)
+            part = rows_of(tokens, rows)
+            attending.attention(part, plan.request, keep, seeds=seeds[rows])
+            advance(len(part))
     return plan.request, plan.read_at, found
+
+
+def _null(
+    maps: Sequence[Tensor], masks: NDArray[np.bool_], names: Sequence[str], spec: ObjectnessSpec, draws: int
+) -> Iterator[NDArray[np.float64]]:
+    """Per image float64 [P]: IoU of the best rolled map of another image (of its own where it is alone)."""
+    for image, mask in enumerate(masks):
+        generator = generator_for(spec.null_seed, f"objectness-null/{names[image]}")
+        best = []
+        for _ in range(draws):
+            other = int(torch.randint(max(len(maps) - 1, 1), (), generator=generator))
+            other += int(other >= image and len(maps) > 1)
+            blobs = shifted(maps[other], generator)
+            found = overlaps(blobs, torch.from_numpy(mask), spec.shares, resize=spec.resize)
+            best.append(found.amax(dim=1).numpy())
+        yield np.mean(best, axis=0)
+
+
+def _says(tokenizer: Tokenizer, inputs: Inputs, policy: str | None, candidates: int, left_out: int) -> About:
+    """What both figures must say."""
+    lines = [
+        f"oracle choice: the token shown is the one of {candidates} whose map (mean over heads) covers the "
+        "mask best; null: the best of as many maps of another image, rolled at random"
+    ]
+    if left_out:
+        lines.append(f"INCOMPLETE: {left_out} image(s) without a mask of an object in their crop are left out")
+    return describe(tokenizer, inputs, policy=policy, decodes=True).plus(*lines)
 
 
 def compute(
@@ -208,7 +268,7 @@ def compute(
         MissingError: An image has no mask.
         UsageError: An image without an object, or settings out of range.
     """
-    masks = read_masks(inputs, tokenizer.info.preprocessing)
+    asked, (inputs, masks) = len(inputs), read_masks(inputs, tokenizer.info.preprocessing)
     spec = _spec(layers=(layer,), times=(time,), shares=tuple(shares))
     request, read_at, found = _each_map(tokenizer, inputs, spec, policy, seed)
     tokens, maps, kept, iou = [], [], [], []
@@ -235,6 +295,9 @@ def compute(
         np.stack(maps),
         np.stack(kept),
         np.stack(iou),
+        np.stack(list(_null(found[0, 0], masks, inputs.names, spec, spec.null_draws))),
+        len(found[0, 0][0]),
+        _says(tokenizer, inputs, policy, len(found[0, 0][0]), asked - len(inputs)),
     )
 
 
@@ -262,17 +325,25 @@ def compute_sweep(
         As :func:`compute`.
     """
     depth = getattr(tokenizer, "attention_layers", 1)
-    masks = read_masks(inputs, tokenizer.info.preprocessing)
+    asked, (inputs, masks) = len(inputs), read_masks(inputs, tokenizer.info.preprocessing)
     spec = _spec(layers=tuple(range(depth)), times=_readable(tokenizer, times), shares=(share,))
     request, read_at, found = _each_map(tokenizer, inputs, spec, policy, seed)
     miou = np.zeros((len(request.layers), max(len(read_at), 1)))
+    null = np.zeros_like(miou)
+    advance = progress.get()("comparing with masks", len(found), "cells")
     for (row, column), maps in found.items():
         scores = [
             float(overlaps(own, torch.from_numpy(mask), (share,), resize=spec.resize).max())
             for own, mask in zip(maps, masks, strict=True)
         ]
         miou[row, column] = np.mean(scores)
-    return Sweep(tokenizer.info.name, request.layers, read_at, share, miou, len(inputs))
+        null[row, column] = np.mean(list(_null(maps, masks, inputs.names, spec, 1)))
+        advance(1)
+    candidates = len(found[0, 0][0])
+    said = _says(tokenizer, inputs, policy, candidates, asked - len(inputs)).plus(OPTIMISTIC_CELL)
+    return Sweep(
+        tokenizer.info.name, request.layers, read_at, share, miou, null, len(inputs), candidates, said
+    )
 
 
 def _readable(tokenizer: Tokenizer, times: Sequence[float]) -> tuple[float, ...]:
@@ -309,6 +380,8 @@ def _tinted(image: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDArray[np.uin
 def draw(data: Attention, *, width: float = FULL) -> Figure:
     """A row per image: the image, its mask, the map of one token, the best token's pixels at each share.
 
+    Under each stand IoU and, in brackets, that of the null; under the map its range.
+
     Args:
         data: From :func:`compute`.
         width: In inches.
@@ -321,10 +394,18 @@ def draw(data: Attention, *, width: float = FULL) -> Figure:
         tinted = [_tinted(image, kept) for kept in data.binary[n]]
         rows.append([image, mask, data.maps[n, middle], *tinted])
         tokens = [f"token {token}" for token in data.tokens[n]]
-        values = [f"{value:.2f} ({token})" for value, token in zip(data.iou[n], tokens, strict=True)]
-        captions.append(["", "", tokens[middle], *values])
+        values = [
+            f"IoU {value:.2f} (null {null:.2f})\n{token}"
+            for value, null, token in zip(data.iou[n], data.null[n], tokens, strict=True)
+        ]
+        low, high = float(data.maps[n, middle].min()), float(data.maps[n, middle].max())
+        captions.append(["", "", f"{low:.2g} .. {high:.2g}\n{tokens[middle]}", *values])
     when = "" if data.time is None else f", t = {data.time:.2g}"
-    shares = [f"top {share} %" for share in data.shares]
+    means = zip(data.shares, data.iou.mean(axis=0), data.null.mean(axis=0), strict=True)
+    shares = [
+        f"best of {data.candidates}, top {share} %\nmean {iou:.2f} (null {null:.2f})"
+        for share, iou, null in means
+    ]
     labels = ["image", "mask", f"map\nlayer {data.layer}{when}", *shares]
     figure, axes = gallery(
         rows,
@@ -341,16 +422,16 @@ def draw(data: Attention, *, width: float = FULL) -> Figure:
 
 @styled
 def draw_sweep(data: Sweep, *, width: float = COLUMN) -> Figure:
-    """A heat map of the mean overlap, layers by times, the value in every cell.
+    """A heat map of the mean overlap, layers by times; in every cell the value and, in brackets, the null.
 
     Args:
         data: From :func:`compute_sweep`.
         width: In inches.
     """
     rows, columns = data.miou.shape
-    height = 0.75 + 0.2 * rows
+    height = 0.85 + 0.27 * rows
     figure = new_figure(width, height)
-    axes = figure.add_axes((0.45 / width, 0.4 / height, 1 - 1.0 / width, 1 - 0.65 / height))
+    axes = figure.add_axes((0.45 / width, 0.4 / height, 1 - 1.0 / width, 1 - 0.75 / height))
     show(axes, data.miou)
     low, high = float(data.miou.min()), float(data.miou.max())
     axes.images[0].set(cmap=SEQUENTIAL, clim=(low, max(high, low + 1e-6)))
@@ -362,17 +443,23 @@ def draw_sweep(data: Sweep, *, width: float = COLUMN) -> Figure:
         for column in range(columns):
             value = data.miou[row, column]
             colour = "white" if value < (low + high) / 2 else "black"
-            text = f"{value:.2f}".removeprefix("0")
+            null = data.null[row, column]
+            text = f"{value:.2f}\n({null:.2f})".replace("0.", ".")
             axes.text(
                 column,
                 row,
                 text,
                 ha="center",
                 va="center",
-                fontsize=SMALL - 1,
+                fontsize=SMALL - 1.5,
                 color=colour,
+                linespacing=0.95,
             )
-    axes.set_title(f"{data.tokenizer}: best token, top {data.share} %, {data.images} images", fontsize=SMALL)
-    bar = figure.add_axes((1 - 0.45 / width, 0.4 / height, 0.08 / width, 1 - 0.65 / height))
+    axes.set_title(
+        f"{data.about.label(data.tokenizer)}: IoU of the best of {data.candidates} tokens\n"
+        f"(null in brackets), top {data.share} %, {data.images} images",
+        fontsize=SMALL,
+    )
+    bar = figure.add_axes((1 - 0.45 / width, 0.4 / height, 0.08 / width, 1 - 0.75 / height))
     figure.colorbar(axes.images[0], cax=bar).ax.tick_params(labelsize=SMALL - 1)
     return figure

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.errors import UnsupportedOperation
+from comit_bench.figures.about import NOTHING, About, describe
 from comit_bench.figures.inputs import Inputs, encode
 from comit_bench.figures.style import BLACK, BLUE, FULL, SEQUENTIAL, SMALL, VERMILION, new_figure, styled
 from comit_bench.sections import CodebookSpec
-from comit_bench.tasks.codebook import CodebookUse, count_use, even_entropy, excess_information
+from comit_bench.tasks.codebook import CodebookUse, count_use, even_entropy, even_unused, excess_information
 from comit_bench.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ class CodebookFigure:
         positions: int64 [M], the positions of the matrix.
         shared: float64 [M, M], excess mutual information in percent of its room; NaN on the diagonal and
             where the images are too few to say.
+        about: Words around the figure.
     """
 
     tokenizer: str
     use: CodebookUse
     positions: NDArray[np.int64]
     shared: NDArray[np.float64]
+    about: About = NOTHING
 
 
 def compute(
@@ -78,7 +81,10 @@ def compute(
     share = np.where(told.determined, 100 * told.excess / np.where(told.determined, told.room, 1.0), np.nan)
     shared = np.full((len(places), len(places)), np.nan)
     shared[first, second] = shared[second, first] = share
-    return CodebookFigure(tokenizer.info.name, count_use(ids, vocab, spec), places, shared)
+    said = describe(tokenizer, inputs, policy=policy).plus(
+        "shared information: beyond what shuffled positions share, so that 0 is the null"
+    )
+    return CodebookFigure(tokenizer.info.name, count_use(ids, vocab, spec), places, shared, said)
 
 
 @styled
@@ -95,13 +101,13 @@ def draw(data: CodebookFigure, *, width: float = FULL) -> Figure:
     _ranks(middle, data.use)
     _matrix(figure, right, data)
     use = data.use
+    even = 2.0 ** even_entropy(use.draws, use.vocab)
     figure.suptitle(
-        f"{data.tokenizer}: {use.images} messages of {len(use.entropy)} ids out of {use.vocab}, perplexity "
-        f"{use.perplexity:.0f}, unused {100 * use.unused:.1f} %",
+        f"{data.about.label(data.tokenizer)}: {use.images} messages of {len(use.entropy)} ids out of "
+        f"{use.vocab}, perplexity {use.perplexity:.0f} (even use {even:.0f}), unused "
+        f"{100 * use.unused:.1f} % (even use {100 * even_unused(use.draws, use.vocab):.1f} %)",
         fontsize=SMALL,
     )
-    figure.draw_without_rendering()  # the layout is made once: it moves a little whenever it is made again
-    figure.set_layout_engine("none")
     return figure
 
 
@@ -151,4 +157,5 @@ def _matrix(figure: Figure, axes: Axes, data: CodebookFigure) -> None:
     axes.set(xticks=ticks, yticks=ticks, xticklabels=labels, yticklabels=labels)
     axes.set(xlabel="position", ylabel="position")
     axes.spines[:].set_visible(True)
-    figure.colorbar(picture, ax=axes, label="shared information (%)", fraction=0.046, pad=0.03)
+    below = "min" if len(known) and known.min() < 0 else "neither"  # negative ones have the colour of 0
+    figure.colorbar(picture, ax=axes, label="shared information (%)", fraction=0.046, pad=0.03, extend=below)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.errors import UsageError
+from comit_bench.figures.about import NOTHING, About, describe
 from comit_bench.figures.inputs import Inputs, encode
 from comit_bench.figures.style import BLUE, COLOURS, FULL, SMALL, bare, new_figure, show, styled
 from comit_bench.sections import CounterfactualSpec
@@ -38,6 +39,7 @@ class CounterfactualFigure:
         shown: int64 [s], scenes of ``found.pairs``.
         images: uint8 [s, 1 + F, 3, S, S], original and edits; zeros where there is no pair.
         by_id: Whether a change is an id that differs (0 or 1), else it is a distance.
+        about: Words around the figure.
     """
 
     tokenizer: str
@@ -46,6 +48,7 @@ class CounterfactualFigure:
     shown: NDArray[np.int64]
     images: NDArray[np.uint8]
     by_id: bool
+    about: About = NOTHING
 
 
 def compute(
@@ -91,6 +94,10 @@ def compute(
         shown=shown,
         images=images,
         by_id=tokens.ids is not None,
+        about=describe(tokenizer, inputs, policy=policy).plus(
+            "strips: one cell per position, grey 0, blue "
+            + ("1: another id" if tokens.ids is not None else "1 or more: distance of the codes")
+        ),
     )
 
 
@@ -137,7 +144,7 @@ def draw(data: CounterfactualFigure, *, width: float = FULL) -> Figure:
         )
     bottom, top = note + 0.35, note + below - 0.45
     area = {"left": (LEFT + 0.02) / width, "right": 0.995, "bottom": bottom / height, "top": top / height}
-    _profiles(figure, data, area, legend=(note + below - 0.02) / height)
+    _profiles(figure, data, area, above=0.43 / (top - bottom))
     figure.text(0.01, 0.04 / height, _scores(data), ha="left", va="bottom", fontsize=SMALL)
     return figure
 
@@ -170,8 +177,15 @@ def _strip(axes: Axes, change: NDArray[np.float64]) -> None:
         axes.axhline(y - 0.5, **lines)
 
 
-def _profiles(figure: Figure, data: CounterfactualFigure, area: dict[str, float], *, legend: float) -> None:
-    """A panel for each thing that is done: profiles of the objects over the null's band."""
+def _profiles(figure: Figure, data: CounterfactualFigure, area: dict[str, float], *, above: float) -> None:
+    """A panel for each thing that is done: profiles of the objects over the null's band.
+
+    Args:
+        figure: Where to draw.
+        data: What to draw.
+        area: Edges of the panels, as shares of the page.
+        above: Where the legend's upper edge lies above the panels, as a share of their height.
+    """
     found, groups = data.found, panels(data.found.pairs.edits)
     places = figure.subplots(1, len(groups), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.1, **area})[
         0
@@ -194,8 +208,8 @@ def _profiles(figure: Figure, data: CounterfactualFigure, area: dict[str, float]
     places[0].set_ylim(bottom=0)
     places[0].set_ylabel("share of changes (%)")
     handles, labels = places[0].get_legend_handles_labels()
-    figure.legend(
-        [*handles, band], [*labels, "null, 95 %"], loc="upper right", bbox_to_anchor=(area["right"], legend),
+    places[-1].legend(
+        [*handles, band], [*labels, "null, 95 %"], loc="upper right", bbox_to_anchor=(1, 1 + above),
         ncols=len(handles) + 1, handlelength=1.6, borderaxespad=0, columnspacing=1.2,
     )  # fmt: skip
 
@@ -205,4 +219,4 @@ def _scores(data: CounterfactualFigure) -> str:
         f"{name} {100 * score.value:.1f} % (null {100 * score.chance:.1f} ± {100 * score.null.std():.2f})"
         for name, score in data.found.scores.items()
     ]
-    return f"{data.tokenizer}, {len(data.found.pairs.scenes)} scenes: " + ", ".join(parts)
+    return f"{data.about.label(data.tokenizer)}, {len(data.found.pairs.scenes)} scenes: " + ", ".join(parts)

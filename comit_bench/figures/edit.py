@@ -12,12 +12,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds
+from comit_bench.figures.about import NOTHING, About, describe
+from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, together
 from comit_bench.figures.style import FULL, gallery, styled
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 
@@ -43,6 +43,7 @@ class Edits:
         edited: uint8 [n, E, 3, S, S].
         way: float64 [n, E], how far an edited image is from A's reconstruction to B's: the share
             ``a / (a + b)`` of its root mean squared distances a to A's and b to B's; 0 is A, 1 is B.
+        about: Words around the figure.
     """
 
     names: tuple[tuple[str, str], ...]
@@ -53,6 +54,7 @@ class Edits:
     reconstructions: NDArray[np.uint8]
     edited: NDArray[np.uint8]
     way: NDArray[np.float64]
+    about: About = NOTHING
 
 
 def swap(into: Tokens, other: Tokens, start: int, stop: int) -> Tokens:
@@ -104,9 +106,10 @@ def compute(
     prefixes = tuple((0, stop) for _, stop in default_spans(length, len(spans)))
     a, b = _rows(tokens, 0), _rows(tokens, 1)
     seeds = noise_seeds(inputs.names[::2], seed)
-    pair = torch.stack([decode(tokenizer, one, seeds) for one in (a, b)], dim=1)
-    changed = [swap(a, b, start, stop) for start, stop in spans + prefixes]
-    edited = torch.stack([decode(tokenizer, one, seeds) for one in changed], dim=1)
+    messages = [a, b, *(swap(a, b, start, stop) for start, stop in spans + prefixes)]
+    decoded = decode(tokenizer, together(messages), seeds * len(messages))
+    decoded = decoded.unflatten(0, (len(messages), -1)).transpose(0, 1)  # [n, 2 + E, 3, S, S]
+    pair, edited = decoded[:, :2], decoded[:, 2:]
     return Edits(
         tuple(zip(inputs.names[::2], inputs.names[1::2], strict=True)),
         tokenizer.info.name,
@@ -116,6 +119,10 @@ def compute(
         pair.numpy(),
         edited.numpy(),
         _way(pair, edited),
+        describe(tokenizer, inputs, policy=policy, decodes=True).plus(
+            "below: positions that come from B, and how far the picture went from A's reconstruction (0 %) "
+            "to B's (100 %)"
+        ),
     )
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comit_bench.figures.inputs import Inputs, psnr, require_comit
+from comit_bench.figures.about import NOTHING, About, describe
+from comit_bench.figures.inputs import Inputs, psnr, psnr_of_flat, require_comit
 from comit_bench.figures.style import FULL, SEQUENTIAL, VERMILION, decibels, gallery, show, styled
 from comit_bench.figures.tracing import boxes, trace
 from comit_bench.models.crops import CELLS, GLOBAL
@@ -35,6 +36,7 @@ class Evolution:
         one_step: uint8 [K, n, 3, S, S].
         errors: float32 [K, n, 3, 3], see :class:`comit_bench.figures.tracing.Trace`.
         psnr: float64 [K, n] in dB, of the one-step images.
+        about: Words around the figure.
     """
 
     names: tuple[str, ...]
@@ -46,6 +48,7 @@ class Evolution:
     one_step: NDArray[np.uint8]
     errors: NDArray[np.float32]
     psnr: NDArray[np.float64]
+    about: About = NOTHING
 
 
 def compute(
@@ -64,6 +67,8 @@ def compute(
         UsageError: Not a policy.
     """
     comit = require_comit(tokenizer, "evolution")
+    said = describe(comit, inputs, policy=policy, default_policy=DEFAULT_POLICY)
+    flat = float(psnr_of_flat(inputs.images).mean())
     found = trace(comit, inputs, policy, seed)
     return Evolution(
         inputs.names,
@@ -75,6 +80,11 @@ def compute(
         found.one_step.numpy(),
         found.errors.numpy(),
         np.stack([psnr(inputs.images, seen) for seen in found.one_step]),
+        said.plus(
+            "one step: one Euler step without guidance; painting images in their own mean colour has "
+            f"{decibels(flat)} in the mean. Colours of the errors run from 0 to the largest of the row; a "
+            "frame: the next crop"
+        ),
     )
 
 
@@ -95,7 +105,8 @@ def draw(data: Evolution, *, width: float = FULL) -> Figure:
     captions: list[list[str] | None] = []
     for i in range(count):
         rows += [[data.images[i]] * steps, list(data.one_step[:, i]), [None] * steps]
-        labels += ["original", "one step", "100 × squared error"]
+        top = 100 * float(data.errors[:, i].max())
+        labels += ["original", "one step", f"100 × squared error (0 to {short(top)})"]
         captions += [None, [decibels(value) for value in data.psnr[:, i]], None]
     columns = ["whole image" if (data.cells[k] == GLOBAL).all() else f"crop {k + 1}" for k in range(steps)]
     figure, axes = gallery(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,13 +21,23 @@ from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperat
 from comit_bench.files import cache_root
 from comit_bench.recipes import find_datasets
 from comit_bench.seeding import generator_for, seed_for
-from comit_bench.tokenizers.base import Tokenizer, TokenizerInfo, Tokens
+from comit_bench.tokenizers.base import TILE, Tokenizer, TokenizerInfo, Tokens, tile_rows
 from comit_bench.tokenizers.comit import ComitTokenizer
 
 SCENES = "scenes"
 SCENES_DATASET, SCENES_SPLIT = "scenes-objectness", "val"
-BATCH = 32  # images per call; nothing depends on it
+BATCH = TILE  # images per call; nothing depends on it, and the progress bar moves after each
+FEW = 2  # so many messages are decoded without padding
+Start = Callable[[str, int, str], Callable[[int], None]]  # what, how many, unit -> advance
 _log = logging.getLogger(__name__)
+
+
+def _silent(what: str, total: int, unit: str) -> Callable[[int], None]:
+    return lambda done: None
+
+
+# Shows how far a figure is; commands set it to a progress bar, notebooks may.
+progress: ContextVar[Start] = ContextVar("progress", default=_silent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,12 +49,22 @@ class Inputs:
         images: uint8 [n, 3, S, S], preprocessed as the tokenizer declares.
         paths: The files.
         masks: Files of the salient object's masks (scenes only), same order.
+        source: Where they are from, in words.
+        available: How many there are to choose from; 0 when nobody knows.
+        unreadable: How many of those that were chosen could not be read.
+        seed: Of the choice; None when nothing was chosen.
+        of_reader: Whether they are the reader's own, not embedded scenes.
     """
 
     names: tuple[str, ...]
     images: Tensor
     paths: tuple[Path, ...]
     masks: tuple[Path, ...] | None = None
+    source: str = ""
+    available: int = 0
+    unreadable: int = 0
+    seed: int | None = None
+    of_reader: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -79,12 +101,16 @@ def load_inputs(
     recipe = info.preprocessing if source == SCENES else upright(info.preprocessing)
     order = sorted(range(len(names)), key=lambda row: seed_for(seed, f"figure/{names[row]}"))
     kept: dict[int, Tensor] = {}
+    unreadable = 0
+    advance = progress.get()("reading", len(names) if count is None else min(count, len(names)), "images")
     for row in order if count is not None else range(len(names)):
         if len(kept) == count:
             break
         try:
             kept[row] = torch.from_numpy(load_image(paths[row], recipe))
+            advance(1)
         except CorruptFileError as error:
+            unreadable += 1
             _log.warning("%s It is left out.", error)
     if not kept:
         raise MissingError(f"{source}: none of its {len(names)} image files can be read")
@@ -94,6 +120,11 @@ def load_inputs(
         torch.stack([kept[row] for row in rows]),
         tuple(paths[row] for row in rows),
         None if masks is None else tuple(masks[row] for row in rows),
+        source=f"{dataset} {SCENES_SPLIT}" if source == SCENES else f"folder {Path(source).resolve().name}",
+        available=len(names),
+        unreadable=unreadable,
+        seed=seed,
+        of_reader=source != SCENES,
     )
 
 
@@ -104,7 +135,9 @@ def _listed(
         folder = Path(source).expanduser()
         names = list_images(folder)
         return names, PathList(folder, names), None
-    data = open_dataset(find_datasets()[dataset], data_root=None, cache=cache, progress=False)
+    data = open_dataset(
+        find_datasets()[dataset], data_root=None, cache=cache, progress=progress.get() is not _silent
+    )
     split = data.splits[SCENES_SPLIT]
     masks = cast(Sequence[Path], split.labels) if data.kind == "masks" else None
     return split.ids, split.paths, masks
@@ -120,10 +153,29 @@ def noise_seeds(names: Sequence[str], seed: int) -> list[int]:
     return [seed_for(seed, name) for name in names]
 
 
+@contextmanager
+def _tiles_of(rows: int) -> Iterator[None]:
+    """Tokenizers compute in tiles of this many images, or of their own size where that is smaller."""
+    token = tile_rows.set(max(1, min(rows, tile_rows.get())))
+    try:
+        yield
+    finally:
+        tile_rows.reset(token)
+
+
+def tiles_for(count: int) -> AbstractContextManager[None]:
+    """Tiles in which ``count`` messages are decoded: few are not padded."""
+    return _tiles_of(count if count <= FEW else TILE)
+
+
 def encode(
     tokenizer: Tokenizer, inputs: Inputs, *, policy: str | None = None, seed: int = 0, batch: int = BATCH
 ) -> Tokens:
     """Messages of all images, on the CPU; each image has its own generator, so batches change nothing.
+
+    Fewer images than a tile are not padded to one: one photo costs one, not eight. Sums are then rounded
+    otherwise than in runs, so an id at a rounding boundary may be its neighbour there. Policies that share
+    crops between the images of a tile keep its size.
 
     Raises:
         UsageError: Not a policy of this tokenizer.
@@ -132,35 +184,51 @@ def encode(
         _log.warning("%s looks at whole images: policy %s is ignored for it", tokenizer.info.name, policy)
         policy = None
     parts = []
-    for start in range(0, len(inputs), batch):
-        stop = start + batch
-        own = generators(inputs.names[start:stop], seed)
-        parts.append(tokenizer.encode(inputs.images[start:stop], policy=policy, generators=own))
+    advance = progress.get()(f"{tokenizer.info.name}: encoding", len(inputs), "images")
+    with _tiles_of(TILE if "-shared" in (policy or "").lower() else len(inputs)):
+        for start in range(0, len(inputs), batch):
+            stop = start + batch
+            own = generators(inputs.names[start:stop], seed)
+            parts.append(tokenizer.encode(inputs.images[start:stop], policy=policy, generators=own))
+            advance(len(own))
     return _join(parts)
 
 
 def decode(tokenizer: Tokenizer, tokens: Tokens, seeds: Sequence[int], *, batch: int = BATCH) -> Tensor:
     """Reconstructions uint8 [n, 3, S, S] on the CPU.
 
+    More than ``FEW`` messages are decoded in whole tiles, so that pixels are those of a run; fewer without
+    padding, where a few of ten thousand values may be one level off.
+
     Raises:
         UnsupportedOperation: The tokenizer has no decoder; the message names it.
     """
     parts = []
-    for start in range(0, len(tokens), batch):
-        rows = slice(start, start + batch)
-        part = Tokens(
-            None if tokens.ids is None else tokens.ids[rows],
-            tokens.codes[rows],
-            None if tokens.offsets is None else tokens.offsets[rows],
-        )
-        try:
-            parts.append(tokenizer.decode(part, seeds=seeds[rows]).cpu())
-        except (UnsupportedOperation, NotImplementedError) as error:
-            raise UnsupportedOperation(
-                f"{tokenizer.info.name} cannot decode its messages ({error}), so there is no reconstruction "
-                "to show. `comit-bench figure ls` says which figures need a decoder."
-            ) from error
+    advance = progress.get()(f"{tokenizer.info.name}: decoding", len(tokens), "images")
+    with tiles_for(len(tokens)):
+        for start in range(0, len(tokens), batch):
+            rows = slice(start, start + batch)
+            part = rows_of(tokens, rows)
+            try:
+                parts.append(tokenizer.decode(part, seeds=seeds[rows]).cpu())
+            except (UnsupportedOperation, NotImplementedError) as error:
+                raise UnsupportedOperation(
+                    f"{tokenizer.info.name} cannot decode its messages ({error}), so there is no "
+                    "reconstruction to show. `comit-bench figure ls` says which figures need a decoder."
+                ) from error
+            advance(len(part))
     return torch.cat(parts)
+
+
+def rows_of(tokens: Tokens, rows: slice) -> Tokens:
+    """Some of several messages."""
+    ids = None if tokens.ids is None else tokens.ids[rows]
+    return Tokens(ids, tokens.codes[rows], None if tokens.offsets is None else tokens.offsets[rows])
+
+
+def together(several: Sequence[Tokens]) -> Tokens:
+    """Messages one after the other, so that they are decoded in full tiles."""
+    return _join(several)
 
 
 def _join(parts: Sequence[Tokens]) -> Tokens:
@@ -196,3 +264,9 @@ def psnr(one: Tensor, two: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64
     error = (one.double() - two.double()).square().flatten(1).mean(dim=1).numpy()
     with np.errstate(divide="ignore"):
         return cast(np.ndarray[tuple[int], np.dtype[np.float64]], 10 * np.log10(255.0**2 / error))
+
+
+def psnr_of_flat(images: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """PSNR of every image painted in its own mean colour, float64 [n]; needs no tokenizer."""
+    flat = images.double().mean(dim=(2, 3), keepdim=True).round().to(torch.uint8)
+    return psnr(images, flat.expand_as(images))

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.errors import UsageError
-from comit_bench.figures.inputs import Inputs, encode
-from comit_bench.figures.style import BLUE, FULL, SMALL, VERMILION, gallery, styled
+from comit_bench.figures.about import NOTHING, About, describe
+from comit_bench.figures.inputs import Inputs, encode, progress
+from comit_bench.figures.style import BLUE, FULL, VERMILION, gallery, styled
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.retrieval import chance_of_hit, nearest
 from comit_bench.tokenizers.base import Tokenizer
@@ -37,6 +38,7 @@ class Neighbourhood:
         recall: Percent of all n images whose nearest neighbour is of their class, and percent with one of
             their class among the k nearest; None without classes.
         chance: The same for random orders.
+        about: Words around the figure.
     """
 
     tokenizer: str
@@ -47,6 +49,7 @@ class Neighbourhood:
     searched: int
     recall: tuple[float, float] | None
     chance: tuple[float, float] | None
+    about: About = NOTHING
 
 
 def classes_of(names: Sequence[str]) -> list[str] | None:
@@ -79,18 +82,29 @@ def compute(
     """
     if queries < 1:
         raise UsageError(f"--count {queries}: at least one query is needed")
+    if not 1 <= k < len(inputs):
+        raise UsageError(
+            f"{k} neighbours of {len(inputs)} images: each has {len(inputs) - 1} others. Search more "
+            "(--pool) or show fewer (--neighbours)."
+        )
     codes = encode(tokenizer, inputs, policy=policy, seed=seed).codes
-    found = nearest(lambda rows: codes[rows], len(inputs), k)
+    advance = progress.get()("neighbours of", len(inputs), "images")
+    found = nearest(lambda rows: codes[rows], len(inputs), k, progress=advance)
     order = sorted(range(len(inputs)), key=lambda row: seed_for(seed, f"query/{inputs.names[row]}"))
     chosen = sorted(order[:queries])
     table = np.concatenate([np.array(chosen)[:, None], found.index[chosen]], axis=1)  # [q, 1 + k]
     folders = classes_of(inputs.names)
     recall = chance = None
+    result = "all images lie in one folder, so there are no classes and no recall"
     if folders is not None:
         labels = np.unique(folders, return_inverse=True)[1].astype(np.int64)
         same = labels[found.index] == labels[:, None]
         recall = (100 * float(same[:, 0].mean()), 100 * float(same.any(axis=1).mean()))
         chance = (100 * chance_of_hit(labels, 1), 100 * chance_of_hit(labels, k))
+        result = (
+            f"of all {len(inputs)}: recall@1 {recall[0]:.1f} % (chance {chance[0]:.1f} %), "
+            f"recall@{k} {recall[1]:.1f} % (chance {chance[1]:.1f} %)"
+        )
     return Neighbourhood(
         tokenizer=tokenizer.info.name,
         names=tuple(tuple(inputs.names[i] for i in row) for row in table.tolist()),
@@ -100,6 +114,7 @@ def compute(
         searched=len(inputs),
         recall=recall,
         chance=chance,
+        about=describe(tokenizer, inputs, policy=policy).plus(result),
     )
 
 
@@ -128,12 +143,6 @@ def draw(data: Neighbourhood, *, width: float = FULL) -> Figure:
         for place, right in zip(row[1:], _right(data, number), strict=True):
             if right is not None:
                 _frame(place, right)
-    if data.recall is not None and data.chance is not None:
-        text = (
-            f"{data.tokenizer}, {data.searched} images: recall@1 {data.recall[0]:.1f} % (chance "
-            f"{data.chance[0]:.1f} %), recall@{count} {data.recall[1]:.1f} % ({data.chance[1]:.1f} %)"
-        )
-        _note(figure, text)
     return figure
 
 
@@ -148,18 +157,3 @@ def _frame(axes: Axes, right: bool) -> None:
     axes.spines[:].set(visible=True, color=BLUE if right else VERMILION, linewidth=1.4)
     if not right:
         axes.spines[:].set(linestyle=(0, (3, 1.5)))
-
-
-def _note(figure: Figure, text: str) -> None:
-    """A line below everything; the page grows by it."""
-    width, height = figure.get_size_inches()
-    more = 0.2
-    for axes in figure.axes:
-        box = axes.get_position()
-        axes.set_position((box.x0, (box.y0 * height + more) / (height + more), box.width,
-                           box.height * height / (height + more)))  # fmt: skip
-    for written in figure.texts:
-        x, y = written.get_position()
-        written.set_position((x, (y * height + more) / (height + more)))
-    figure.set_size_inches(width, height + more)
-    figure.text(0.01, 0.05 / (height + more), text, ha="left", va="bottom", fontsize=SMALL)

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr, require_comit
-from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, decibels, gallery, new_figure, styled
+from comit_bench.figures.about import FLAT, NOTHING, About, describe
+from comit_bench.figures.inputs import (
+    Inputs,
+    decode,
+    encode,
+    noise_seeds,
+    psnr,
+    psnr_of_flat,
+    require_comit,
+    together,
+)
+from comit_bench.figures.style import (
+    BLACK,
+    COLOURS,
+    COLUMN,
+    FULL,
+    MARKERS,
+    decibels,
+    gallery,
+    new_figure,
+    styled,
+)
 from comit_bench.figures.tracing import one_step_images, trace
 from comit_bench.models.crops import CELLS
 from comit_bench.tokenizers.base import Tokenizer, Tokens
+from comit_bench.tokenizers.comit import ComitTokenizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +55,7 @@ class PolicyGallery:
         images: uint8 [n, 3, S, S], the originals.
         reconstructions: uint8 [P, n, 3, S, S], fully decoded.
         psnr: float64 [P, n] in dB.
+        about: Words around the figure.
     """
 
     names: tuple[str, ...]
@@ -41,6 +64,7 @@ class PolicyGallery:
     images: NDArray[np.uint8]
     reconstructions: NDArray[np.uint8]
     psnr: NDArray[np.float64]
+    about: About = NOTHING
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,12 +76,16 @@ class PolicyCurves:
         orders: ``raster``, ``random``, ``adaptive`` [O]; without the global crop.
         one_step: float64 [O, K, n] in dB: one Euler step, the same noise for one image everywhere.
         full: float64 [O, K, n] in dB: decoded as for a reconstruction, the same noise.
+        flat: float64 [n] in dB, of every image's mean colour: what a decoder that sees nothing gets.
+        about: Words around the figure.
     """
 
     tokenizer: str
     orders: tuple[str, ...]
     one_step: NDArray[np.float64]
     full: NDArray[np.float64]
+    flat: NDArray[np.float64]
+    about: About = NOTHING
 
 
 def compute(
@@ -78,15 +106,23 @@ def compute(
     comit = require_comit(tokenizer, "policies")
     canonical = tuple(str(comit.policy(name)) for name in policies)
     seeds = noise_seeds(inputs.names, seed)
-    found = [decode(comit, encode(comit, inputs, policy=name, seed=seed), seeds) for name in canonical]
+    messages = together([encode(comit, inputs, policy=name, seed=seed) for name in canonical])
+    found = decode(comit, messages, seeds * len(canonical)).unflatten(0, (len(canonical), -1))
     return PolicyGallery(
         inputs.names,
         comit.info.name,
         canonical,
         inputs.images.numpy(),
-        np.stack([images.numpy() for images in found]),
+        found.numpy(),
         np.stack([psnr(inputs.images, images) for images in found]),
+        _about(comit, inputs).plus(FLAT),
     )
+
+
+def _about(comit: ComitTokenizer, inputs: Inputs) -> About:
+    """The policies are rows or curves, so none is named."""
+    said = describe(comit, inputs, decodes=True)
+    return replace(said, lines=(said.lines[0].replace(f", policy {comit.policy(None)}", ""), *said.lines[1:]))
 
 
 def compute_curves(
@@ -117,22 +153,29 @@ def compute_curves(
         shape = (crops, len(inputs))
         one_step.append(psnr(truth, one_step_images(comit, codes, offsets, seeds)).reshape(shape))
         full.append(psnr(truth, decode(comit, Tokens(None, codes, offsets), seeds)).reshape(shape))
-    return PolicyCurves(comit.info.name, tuple(ORDERS), np.array(one_step), np.array(full))
+    flat = psnr_of_flat(inputs.images)
+    said = _about(comit, inputs).plus(
+        "bars: standard error over images; mean colour: images painted in it, which needs no tokenizer"
+    )
+    return PolicyCurves(comit.info.name, tuple(ORDERS), np.array(one_step), np.array(full), flat, said)
 
 
 @styled
 def draw(data: PolicyGallery, *, width: float = FULL) -> Figure:
     """A row of originals and a row per policy, PSNR in dB under each.
 
+    Under the originals stands the PSNR of their mean colour, which needs no tokenizer.
+
     Args:
         data: From :func:`compute`.
         width: In inches.
     """
     captions = [[decibels(value) for value in row] for row in data.psnr]
+    flat = [f"flat: {decibels(value)}" for value in psnr_of_flat(torch.from_numpy(data.images))]
     figure, _ = gallery(
         [list(data.images), *(list(row) for row in data.reconstructions)],
         row_labels=["original", *data.policies],
-        captions=[None, *captions],
+        captions=[flat, *captions],
         width=width,
     )
     return figure
@@ -160,8 +203,11 @@ def draw_curves(data: PolicyCurves, *, width: float = COLUMN) -> Figure:
                 color=COLOURS[number], marker=MARKERS[number], label=ORDERS[order],
                 elinewidth=0.6, capsize=1.5, capthick=0.6,
             )  # fmt: skip
+        flat = float(data.flat.mean())
+        if np.isfinite(flat):
+            axes.axhline(flat, color=BLACK, linestyle=(0, (4, 2)), linewidth=0.9, label="mean colour")
         axes.set(title=title, xlabel="crops", xticks=crops[::2])
     panels[0].set_ylabel("PSNR (dB)")
     lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside upper center", ncols=3, handlelength=1.6, columnspacing=1.0)
+    figure.legend(lines, labels, loc="outside upper center", ncols=2, handlelength=1.6, columnspacing=1.0)
     return figure

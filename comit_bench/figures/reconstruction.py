@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr
+from comit_bench.figures.about import FLAT, NOTHING, About, describe, joined
+from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr, psnr_of_flat
 from comit_bench.figures.style import FULL, decibels, gallery, styled
 from comit_bench.tokenizers.base import Tokenizer
 
@@ -27,6 +29,7 @@ class Reconstructions:
         originals: Per tokenizer uint8 [n, 3, S, S], what it was given.
         images: Per tokenizer uint8 [n, 3, S, S], what it gave back.
         psnr: float64 [T, n] in dB, against the tokenizer's own original.
+        about: Words around the figure.
     """
 
     names: tuple[str, ...]
@@ -34,6 +37,7 @@ class Reconstructions:
     originals: tuple[NDArray[np.uint8], ...]
     images: tuple[NDArray[np.uint8], ...]
     psnr: NDArray[np.float64]
+    about: About = NOTHING
 
 
 def compute(
@@ -54,8 +58,9 @@ def compute(
     names = {given.names for given in inputs}
     if len(names) != 1 or len(inputs) != len(tokenizers):
         raise ValueError(f"expected the same images for each of {len(tokenizers)} tokenizers, got {names}")
-    images, values = [], []
+    images, values, said = [], [], []
     for tokenizer, given in zip(tokenizers, inputs, strict=True):
+        said.append(describe(tokenizer, given, policy=policy, decodes=True))
         tokens = encode(tokenizer, given, policy=policy, seed=seed)
         decoded = decode(tokenizer, tokens, noise_seeds(given.names, seed))
         images.append(decoded.numpy())
@@ -66,6 +71,7 @@ def compute(
         tuple(given.images.numpy() for given in inputs),
         tuple(images),
         np.stack(values),
+        joined(said).plus(FLAT),
     )
 
 
@@ -85,12 +91,17 @@ def extremes(data: Reconstructions, count: int, *, best: bool = False) -> Recons
         tuple(one[order] for one in data.originals),
         tuple(one[order] for one in data.images),
         data.psnr[:, order],
+        data.about.plus(
+            f"shown: the {len(order)} that {data.tokenizers[0]} reconstructs {'best' if best else 'worst'}"
+        ),
     )
 
 
 @styled
 def draw(data: Reconstructions, *, width: float = FULL) -> Figure:
     """A row of originals (another where preprocessing differs), a row per tokenizer, PSNR under each.
+
+    Under the originals stands the PSNR of their mean colour, which needs no tokenizer.
 
     Args:
         data: From :func:`compute`.
@@ -107,10 +118,11 @@ def draw(data: Reconstructions, *, width: float = FULL) -> Figure:
             several = "" if len(sides) == 1 else f" {given.shape[-1]} px"
             rows.append(list(given))
             labels.append(f"original{several}" if not shown or several else f"original for {name}")
-            captions.append(None)
+            flat = psnr_of_flat(torch.from_numpy(given))
+            captions.append([f"flat: {decibels(value)}" for value in flat])
             shown.append(given)
         rows.append(list(data.images[t]))
-        labels.append(name)
+        labels.append(data.about.label(name))
         captions.append([decibels(value) for value in data.psnr[t]])
     figure, _ = gallery(rows, row_labels=labels, captions=captions, width=width)
     return figure

@@ -6,6 +6,7 @@ changes. Sizes are in inches.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import textwrap
@@ -33,7 +34,9 @@ SEQUENTIAL = "cividis"  # a colour map made for readers with and without colour 
 FONT, SMALL = 8.0, 7.0  # points
 LEAST_CELL = 0.5  # a picture of a gallery is never smaller; the page grows instead
 GAP, CAPTION, BREAK = 0.05, 0.13, 0.12
+LINE, MARGIN, GREY = 0.125, 0.04, "#444444"  # of the words around a figure
 DPI = 300
+LONGEST_STEM = 150  # characters of a file name
 METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
 RC: Any = {
     "font.family": "sans-serif",
@@ -71,14 +74,53 @@ def _own_settings() -> Iterator[None]:
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Decorator of ``draw`` functions: the style holds inside and is forgotten after."""
+    """Decorator of ``draw`` functions: the style holds inside, and the figure says what it is.
+
+    What was drawn may have an attribute ``about`` (:class:`comit_bench.figures.about.About`): its warnings
+    are written at the top of the page and its lines at the bottom.
+    """
 
     @wraps(draw)
     def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with _own_settings():
-            return draw(*args, **kwargs)
+            figure = draw(*args, **kwargs)
+            said = getattr(next(iter((*args, *kwargs.values())), None), "about", None)
+            if said is not None:
+                sign(figure, top=said.warnings, bottom=said.lines)
+            return figure
 
     return inside
+
+
+def sign(figure: Figure, *, top: Sequence[str] = (), bottom: Sequence[str] = ()) -> None:
+    """Write lines above and below everything; the page grows by them and what is there keeps its size."""
+    width, height = figure.get_size_inches()
+    most = (width - 2 * MARGIN) * 72 / SMALL  # letters as wide as they are high
+    above = [part for text in top for part in _wrapped(text, most / 0.67)]  # bold
+    below = [part for text in bottom for part in _wrapped(text, most / 0.55)]
+    add_top, add_bottom = ((len(lines) * LINE + 0.06) * bool(lines) for lines in (above, below))
+    if figure.get_layout_engine() is not None:  # made once: it would move things again
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    whole = height + add_top + add_bottom
+    for axes in figure.axes:
+        box = axes.get_position(original=True)
+        place = (box.x0, (box.y0 * height + add_bottom) / whole, box.width, box.height * height / whole)
+        axes.set_position(place)
+    for text in figure.texts:
+        x, y = text.get_position()
+        text.set_position((x, (y * height + add_bottom) / whole))
+    for legend in figure.legends:  # they lie within the page as it was
+        legend.set_bbox_to_anchor((0, add_bottom / whole, 1, height / whole), figure.transFigure)
+    figure.set_size_inches(width, whole)
+    for number, line in enumerate(above):
+        y = 1 - (number * LINE + 0.03) / whole
+        figure.text(
+            MARGIN / width, y, line, ha="left", va="top", fontsize=SMALL, color=VERMILION, weight="bold"
+        )
+    for number, line in enumerate(below, start=1):
+        y = ((len(below) - number) * LINE + 0.04) / whole
+        figure.text(MARGIN / width, y, line, ha="left", va="bottom", fontsize=SMALL - 0.5, color=GREY)
 
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:
@@ -109,6 +151,10 @@ def _bytes(figure: Figure, kind: str, dpi: int) -> bytes:
     return stream.getvalue()
 
 
+def _wrapped(text: str, width: float) -> list[str]:
+    return textwrap.wrap(text, max(20, int(width)), break_on_hyphens=False)
+
+
 class Shown:
     """A figure as the result of a notebook cell; notebooks do not display figures made without pyplot."""
 
@@ -122,7 +168,10 @@ class Shown:
 def file_stem(*parts: str) -> str:
     """A file name without suffix from a figure's name and what it shows: ``evolution-comit-nano``."""
     text = "-".join(part.strip() for part in parts if part.strip())
-    return re.sub(r"[^\w.+@=-]+", "-", text)[:150].strip("-.") or "figure"
+    stem = re.sub(r"[^\w.+@=-]+", "-", text)
+    if len(stem) > LONGEST_STEM:  # what differs may stand at the end
+        stem = f"{stem[: LONGEST_STEM - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return stem.strip("-.") or "figure"
 
 
 def picture(image: Any) -> NDArray[np.uint8]:
@@ -178,7 +227,7 @@ def gallery(
         rows: Images [3, S, S] or maps [H, W]; None leaves a place empty.
         row_labels: One per row, wrapped when long.
         column_labels: One per column.
-        captions: Per row None, or a short text for every picture.
+        captions: Per row None, or a short text of one or several lines for every picture.
         width: In inches; wider when pictures would be smaller than ``LEAST_CELL``.
         most_cell: Pictures are never larger.
         block: There is more space after every so many rows.
@@ -192,10 +241,8 @@ def gallery(
     left = longest * 0.62 * SMALL / 72 + GAP
     cell = min(max((width - left) / columns - GAP, LEAST_CELL), most_cell)
     ends = [bool(block) and (r + 1) % (block or 1) == 0 and r + 1 < len(rows) for r in range(len(rows))]
-    below = [
-        CAPTION * (captions is not None and captions[r] is not None) + BREAK * end
-        for r, end in enumerate(ends)
-    ]
+    lines = [max((text.count("\n") + 1 for text in texts or ()), default=0) for texts in captions or ()]
+    below = [CAPTION * (lines[r] if lines else 0) + BREAK * end for r, end in enumerate(ends)]
     above = 0.0 if column_labels is None else 0.05 + 0.14 * max(t.count("\n") + 1 for t in column_labels)
     width = left + columns * (cell + GAP)
     height = above + len(rows) * (cell + GAP) + sum(below)

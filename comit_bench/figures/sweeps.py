@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.errors import MissingError
+from comit_bench.figures.about import NOTHING, About
 from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, new_figure, styled
 from comit_bench.files import digest_json
 from comit_bench.results.records import Record
@@ -74,6 +75,7 @@ class Sweeps:
         metric: Name of the Fréchet distance, or empty when there is none.
         panels: One per axis along which there are at least two points.
         incomplete: Whether any record used only part of the data.
+        about: Words around the figure.
     """
 
     task: str
@@ -81,6 +83,7 @@ class Sweeps:
     metric: str
     panels: tuple[Panel, ...]
     incomplete: bool
+    about: About = NOTHING
 
 
 def compute(records: Sequence[Record]) -> list[Sweeps]:
@@ -104,13 +107,29 @@ def compute(records: Sequence[Record]) -> list[Sweeps]:
             "there are no records of a reconstruction task here. "
             "Make some: comit-bench sweep --steps 1,2,5,10,25"
         )
-    found = [sweeps for members in columns.values() if (sweeps := _sweeps(members)).panels]
+    made = {digest: _sweeps(members) for digest, members in columns.items()}
+    found = _told_apart({digest: sweeps for digest, sweeps in made.items() if sweeps.panels})
     if not found:
         raise MissingError(
             "no two records differ in steps, guidance, policy or tokenizer alone, so there is nothing to "
             "draw. Make a sweep: comit-bench sweep --steps 1,2,5,10,25"
         )
     return sorted(found, key=lambda sweeps: (sweeps.task, sweeps.column))
+
+
+def _told_apart(several: dict[str, Sweeps]) -> list[Sweeps]:
+    """Columns of one task that are called alike get a part of their digest into the file name."""
+
+    def name(sweeps: Sweeps) -> tuple[Any, ...]:
+        return sweeps.task, sweeps.column, sweeps.about.file_parts
+
+    names = [name(sweeps) for sweeps in several.values()]
+    return [
+        replace(one, about=replace(one.about, file_parts=(*one.about.file_parts, digest[7:15])))
+        if names.count(name(one)) > 1
+        else one
+        for digest, one in several.items()
+    ]
 
 
 def _sweeps(records: list[Record]) -> Sweeps:
@@ -122,11 +141,53 @@ def _sweeps(records: list[Record]) -> Sweeps:
     last = chosen[-1]
     return Sweeps(
         last.task.name,
-        str(last.protocol.get("column", "")),
+        _column(last),
         metric,
         tuple(panel for panel in panels if panel.curves),
         any(not record.complete for record in chosen),
+        _about(chosen, metric),
     )
+
+
+def _about(records: list[Record], metric: str) -> About:
+    """What readers must know about the points: whose they are, of what, and what a flat colour would give."""
+    names = tuple(dict.fromkeys(record.tokenizer.name for record in records))
+    untrained = tuple(dict.fromkeys(r.tokenizer.name for r in records if not r.tokenizer.trained))
+    limits = sorted({str(record.limit) for record in records if not record.complete and record.limit})
+    incomplete = any(not record.complete for record in records)
+    warnings = [f"UNTRAINED, random weights: {', '.join(untrained)}"] if untrained else []
+    if incomplete:
+        told = f" (--limit {', '.join(limits)})" if limits else ""
+        warnings.append(f"INCOMPLETE: only part of the data was used{told}")
+    task = records[-1].task
+    lines = [", ".join(part for part in (f"{task.name} v{task.version}", _column(records[-1])) if part)]
+    for name, what in ((metric, DISTANCES.get(metric, "")), ("psnr", "PSNR")):
+        chances = [r.metrics[name].chance for r in records if name in r.metrics]
+        if levels := sorted({f"{chance:.4g}" for chance in chances if chance is not None}):
+            lines.append(f"{what} of one flat colour: {', '.join(levels)}")
+    lines.append("bars: standard error of PSNR over images and seeds")
+    parts = ["untrained"] * (untrained == names) + ["incomplete"] * incomplete
+    return About(tuple(warnings), (_same_for_all(records), "; ".join(lines)), untrained, tuple(parts))
+
+
+def _same_for_all(records: list[Record]) -> str:
+    """Tokenizers, and the settings in which they do not differ."""
+    told = [", ".join(sorted({record.tokenizer.name for record in records}))]
+    policies = {record.tokenizer_protocol.get("policy") for record in records}
+    told += [f"policy {policy}" for policy in policies if policy is not None and len(policies) == 1]
+    for axis in ("steps", "guidance"):
+        values = {record.decoder_setting(axis) for record in records}
+        told += [f"{axis} {value:g}" for value in values if value is not None and len(values) == 1]
+    return ", ".join(told)
+
+
+def _column(record: Record) -> str:
+    return str(record.protocol.get("column", ""))
+
+
+def _name(record: Record) -> str:
+    row = record.tokenizer
+    return row.name if row.trained or "untrained" in row.name else f"{row.name} (untrained)"
 
 
 def evaluations(record: Record) -> float | None:
@@ -167,8 +228,8 @@ def _along(records: list[Record], axis: str, metric: str) -> Panel:
 
 
 def _labels(records: list[Record], axis: str) -> list[str]:
-    """Names; where one name has several curves, what stays fixed along each."""
-    names = [record.tokenizer.name for record in records]
+    """Names, untrained ones marked; where one name has several curves, what stays fixed along each."""
+    names = [_name(record) for record in records]
     labels = []
     for record, name in zip(records, names, strict=True):
         parts = []
@@ -190,7 +251,7 @@ def _bottleneck(records: list[Record], metric: str) -> Panel:
         decode: Any = record.tokenizer_protocol.get("decode")
         plain = decode is None or decode.get("default", True)
         if plain and row.message_length and row.vocab_size and row.kind != "reference":
-            points.setdefault((row.message_length * math.log2(row.vocab_size), row.name), record)
+            points.setdefault((row.message_length * math.log2(row.vocab_size), _name(record)), record)
     ordered = sorted(points.items())
     if len({bits for (bits, _), _ in ordered}) < 2:
         return Panel("bits", ())

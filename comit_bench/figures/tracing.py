@@ -5,8 +5,9 @@ Shape legend: ``n`` images, ``K`` crops, ``M`` message length, ``d`` code dimens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.figures.inputs import Inputs, generators, noise_seeds
+from comit_bench.figures.inputs import Inputs, generators, noise_seeds, progress
 from comit_bench.models.comit_codec import EncodeStep, locate, noise_from_generators, to_uint8
 from comit_bench.models.crops import GLOBAL, GRID, CropGeometry, CropPolicy
 from comit_bench.tokenizers.base import TILE
@@ -47,10 +48,16 @@ class Trace:
 
 
 class _Recorder:
-    """The noise that an adaptive encoding draws, kept so that its pictures can be made again."""
+    """The noise that an adaptive encoding draws, kept so that its pictures can be made again.
 
-    def __init__(self, own: Sequence[torch.Generator]) -> None:
+    Args:
+        own: Generators of the images.
+        looked: Called when the encoding has come to the next crop.
+    """
+
+    def __init__(self, own: Sequence[torch.Generator], looked: Callable[[], None]) -> None:
         self._draw = noise_from_generators(own)
+        self._looked = looked
         self.drawn: dict[int, Tensor] = {}
 
     def __call__(
@@ -59,6 +66,7 @@ class _Recorder:
         noise = self._draw(what, step, images, shape)
         if what == "adaptive":
             self.drawn[step] = noise
+            self._looked()
         return noise
 
 
@@ -69,25 +77,39 @@ def trace(tokenizer: ComitTokenizer, inputs: Inputs, policy: str | None, seed: i
     from the noise that the adaptive choice saw; under other policies from one noise per image, the same
     for every crop.
 
+    Images are taken one by one, so that nothing depends on the others and one photo costs one. Runs compute
+    in tiles of 8 and round otherwise: an id at a rounding boundary may be its neighbour there. Policies whose
+    images share crops get their tile.
+
     Raises:
         UsageError: Not a policy.
     """
     parsed = tokenizer.policy(policy)
+    size = TILE if parsed.shared else 1
+    crops = parsed.num_crops if parsed.adaptive else len(parsed.indices(1, [torch.Generator()]))
+    looks = len(inputs) * (crops or 1) * (2 if parsed.adaptive else 1)  # adaptive: also to choose
+    advance = progress.get()(f"{tokenizer.info.name}: crop by crop", looks, "looks")
     parts = []
-    for start in range(0, len(inputs), TILE):
-        rows = torch.arange(start, start + TILE).clamp_(max=len(inputs) - 1)
+    for start in range(0, len(inputs), size):
+        rows = torch.arange(start, start + size).clamp_(max=len(inputs) - 1)
         names = [inputs.names[row] for row in rows.tolist()]
-        parts.append(_tile(tokenizer, inputs.images[rows], names, parsed, seed))
+        looked = partial(advance, min(size, len(inputs) - start))
+        parts.append(_tile(tokenizer, inputs.images[rows], names, parsed, seed, looked))
     joined = [torch.cat(columns, dim=1)[:, : len(inputs)] for columns in zip(*parts, strict=True)]
     return Trace(str(parsed), *joined)
 
 
 def _tile(
-    tokenizer: ComitTokenizer, images: Tensor, names: Sequence[str], policy: CropPolicy, seed: int
+    tokenizer: ComitTokenizer,
+    images: Tensor,
+    names: Sequence[str],
+    policy: CropPolicy,
+    seed: int,
+    looked: Callable[[], None],
 ) -> tuple[Tensor, ...]:
-    """Cells, codes, offsets, one-step images and error maps of one tile, each [K, TILE, ...]."""
+    """Cells, codes, offsets, one-step images and error maps of one tile, each [K, b, ...]."""
     own = generators(names, seed)
-    recorder = _Recorder(own)
+    recorder = _Recorder(own, looked)
     steps = tokenizer.messages(images, policy, own, noise=recorder).steps
     fixed = torch.stack([tokenizer.noise(number) for number in noise_seeds(names, seed)])
     if policy.adaptive:  # nothing was drawn after the last crop, because no choice follows
@@ -98,6 +120,7 @@ def _tile(
         offset = decoding_offsets(tokenizer, step, images.shape[-1])
         seen = tokenizer.one_step(step.codes, offset, recorder.drawn.get(k, fixed)).float().cpu()
         error = tokenizer.model.spec.geometry.error_map(seen, pixels)
+        looked()
         columns.append((step.cells.cpu(), step.codes.float().cpu(), offset.cpu(), to_uint8(seen), error))
     return tuple(torch.stack(column) for column in zip(*columns, strict=True))
 
@@ -110,7 +133,7 @@ def decoding_offsets(tokenizer: ComitTokenizer, step: EncodeStep, side: int) -> 
 def one_step_images(
     tokenizer: ComitTokenizer, codes: Tensor, offsets: Tensor, seeds: Sequence[int]
 ) -> Tensor:
-    """One-step images uint8 [n, 3, S, S] of messages [n, M, d], from one noise per image.
+    """One-step images uint8 [n, 3, S, S] of messages [n, M, d], from one noise per image; one by one.
 
     Args:
         tokenizer: What decodes.
@@ -119,11 +142,13 @@ def one_step_images(
         seeds: n of them.
     """
     noise = torch.stack([tokenizer.noise(seed) for seed in seeds])
+    advance = progress.get()(f"{tokenizer.info.name}: one step", len(codes), "images")
     parts = []
-    for start in range(0, len(codes), TILE):
-        rows = torch.arange(start, start + TILE).clamp_(max=len(codes) - 1)
-        parts.append(to_uint8(tokenizer.one_step(codes[rows], offsets[rows], noise[rows])).cpu())
-    return torch.cat(parts)[: len(codes)]
+    for row in range(len(codes)):
+        one = slice(row, row + 1)
+        parts.append(to_uint8(tokenizer.one_step(codes[one], offsets[one], noise[one])).cpu())
+        advance(1)
+    return torch.cat(parts)
 
 
 def crop_box(cell: int, side: int, geometry: CropGeometry) -> Box:

@@ -425,7 +425,8 @@ def app_commands() -> list[Any]:
             ["reconstruction", "-t", "comit-nano", "-t", "titok-nano"],
             ["reconstruction-comit-nano+titok-nano"],
         ),
-        (["evolution", "--policy", "raster:2"], ["evolution-comit-nano"]),
+        (["evolution", "--policy", "raster:2"], ["evolution-comit-nano-raster-2"]),
+        (["evolution", "--policy", "ADAPTIVE:6"], ["evolution-comit-nano"]),
         (
             ["policies", "--policy", "global", "--curve-count", 1],
             ["policies-comit-nano", "policies-curves-comit-nano"],

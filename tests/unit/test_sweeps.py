@@ -243,3 +243,43 @@ def test_the_figure_is_drawn_from_records(
     assert all(path.is_file() for path in named)
     one, two = save(figure, tmp_path / "a"), save(draw(data), tmp_path / "b")
     assert [a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True)] == [True, True]
+
+
+def test_the_figure_says_what_its_points_are_not(root: Path) -> None:
+    from comit_bench.figures.sweeps import compute, draw
+
+    (base,) = run(root)
+    data = base.model_dump(by_alias=True)
+    data["protocol"] |= {"limit": 4}
+    data |= {"limit": 4, "complete": False, "protocol_digest": protocol_digest(data["protocol"])}
+    short = Record.model_validate(data)
+    blank = Record.model_validate(data | {"tokenizer": data["tokenizer"] | {"trained": False}})
+
+    def said(*records: Record) -> tuple[str, tuple[str, ...]]:
+        (found,) = compute(records)
+        texts = " ".join(text.get_text() for text in draw(found).texts)
+        return texts, found.about.file_parts
+
+    text, parts = said(base, changed(base, 15.0, 9.0, steps=1))
+    assert "INCOMPLETE" not in text and "UNTRAINED" not in text and parts == ()
+    assert "comit-nano, policy global, guidance 7.5" in text and "of one flat colour" in text and "tiny-back v1" in text
+    text, parts = said(short, changed(short, 15.0, 9.0, steps=1))
+    assert "INCOMPLETE: only part of the data was used (--limit 4)" in text and parts == ("incomplete",)
+    (found,) = compute([blank, changed(blank, 15.0, 9.0, steps=1)])
+    assert found.about.file_parts == ("untrained", "incomplete")
+    assert found.panels[0].curves[0].label == "comit-nano (untrained)"
+    assert "UNTRAINED, random weights: comit-nano" in " ".join(t.get_text() for t in draw(found).texts)
+    (found,) = compute([blank, changed(short, 15.0, 9.0, name="longer")])  # one of two
+    assert found.about.file_parts == ("incomplete",)
+
+
+def test_columns_that_are_called_alike_are_two_files(root: Path) -> None:
+    from comit_bench.figures.sweeps import compute
+
+    (base,) = run(root)
+    data = base.model_dump(by_alias=True)
+    data["task"] |= {"version": 2}
+    other = Record.model_validate(data)
+    one, two = compute([r for b in (base, other) for r in (b, changed(b, 15.0, 9.0, steps=1))])
+    assert (one.task, one.column) == (two.task, two.column)
+    assert one.about.file_parts != two.about.file_parts
