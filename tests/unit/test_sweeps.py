@@ -262,7 +262,11 @@ def test_the_figure_says_what_its_points_are_not(root: Path) -> None:
 
     text, parts = said(base, changed(base, 15.0, 9.0, steps=1))
     assert "INCOMPLETE" not in text and "UNTRAINED" not in text and parts == ()
-    assert "comit-nano, policy global, guidance 7.5" in text and "of one flat colour" in text and "tiny-back v1" in text
+    assert (
+        "comit-nano, policy global, guidance 7.5" in text
+        and "of one flat colour" in text
+        and "tiny-back v1" in text
+    )
     text, parts = said(short, changed(short, 15.0, 9.0, steps=1))
     assert "INCOMPLETE: only part of the data was used (--limit 4)" in text and parts == ("incomplete",)
     (found,) = compute([blank, changed(blank, 15.0, 9.0, steps=1)])
