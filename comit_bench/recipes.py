@@ -270,7 +270,9 @@ class DatasetSpec(SpecModel):
     maps a split name to candidate sub-directories (class-folders, saliency) or label files (the others),
     ``images`` and ``labels`` name further candidates, ``shards`` and ``hub_copies`` tar shards and copies of
     Hugging Face sets to be read where no folder is; the first one found wins. ``expected`` says how
-    many samples the official splits have: other counts are noted and warned about.
+    many samples the official splits have: other counts are noted and warned about. ``exif``: whether
+    photographs are turned upright as their EXIF orientation says; when it is not said, only those with
+    masks are, since ImageNet and MSCOCO are read as they are stored.
     """
 
     name: str
@@ -295,6 +297,14 @@ class DatasetSpec(SpecModel):
     homepage: str | None = None
     obtain: str | None = None
     max_broken: Annotated[float, Field(ge=0, le=1)] = 0.01
+    exif: bool | None = None
+
+    @property
+    def upright(self) -> bool:
+        """Whether photographs are turned upright as their EXIF orientation says."""
+        if self.exif is not None:
+            return self.exif
+        return self.reader == "saliency" and self.generator is None
 
 
 S = TypeVar("S", bound=SpecModel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def build_dataset(
     check_images: bool = True,
     progress: bool = True,
 ) -> tuple[OpenData, Path, dict[str, str]]:
-    """Open a data set (which makes its manifest), then decode all of its images.
+    """Open a data set (which makes its manifest), then decode all of its images and masks.
 
     Args:
         recipe: The data set's recipe.
@@ -49,7 +49,8 @@ def build_dataset(
             found = _broken(split.paths, f"reading {split.name}", workers, progress)
             broken |= {split.ids[row]: text for row, text in found}
             if data.kind == "masks":
-                found = _broken(split.labels, f"reading masks of {split.name}", workers, progress)
+                title = f"reading masks of {split.name}"
+                found = _broken(split.labels, title, workers, progress, check=_check_masks)
                 broken |= {split.ids[row]: text for row, text in found}
     count = sum(map(len, data.splits.values())) + len(data.missing)
     report = cache / "reports" / f"{recipe.spec.name}.json"
@@ -74,8 +75,42 @@ def build_dataset(
     return data, report, broken
 
 
-def _broken(paths: Any, title: str, workers: int, progress: bool) -> list[tuple[int, str]]:
-    """Row and message of every file that cannot be decoded."""
+def _decode_all(paths: list[str]) -> list[str | None]:
+    """For every file why it cannot be read, or None."""
+    from comit_bench.data.images import load_image
+
+    messages: list[str | None] = []
+    for path in paths:
+        try:
+            load_image(Path(path), "resize(1,nearest)")
+            messages.append(None)
+        except CorruptFileError as error:
+            messages.append(str(error))
+    return messages
+
+
+def _check_masks(paths: list[str]) -> list[str | None]:
+    """For every mask why it is of no use, or None."""
+    from comit_bench.data.images import read_mask
+
+    messages: list[str | None] = []
+    for path in paths:
+        try:
+            problem = read_mask(Path(path)).problem
+            messages.append(None if problem is None else f"{path}: {problem}")
+        except CorruptFileError as error:
+            messages.append(str(error))
+    return messages
+
+
+def _broken(
+    paths: Any,
+    title: str,
+    workers: int,
+    progress: bool,
+    check: Callable[[list[str]], list[str | None]] = _decode_all,
+) -> list[tuple[int, str]]:
+    """Row and message of every file in which ``check`` finds something."""
     from tqdm import tqdm
 
     if hasattr(paths, "read"):  # in an archive: not worth sending to other processes
@@ -86,7 +121,7 @@ def _broken(paths: Any, title: str, workers: int, progress: bool) -> list[tuple[
     with tqdm(
         total=len(paths), desc=title, unit=" images", delay=1.0, leave=False, disable=not progress
     ) as bar:
-        for start, messages in zip(starts, _map(chunks, workers), strict=True):
+        for start, messages in zip(starts, _map(check, chunks, workers), strict=True):
             found += [(start + i, text) for i, text in enumerate(messages) if text is not None]
             bar.update(len(messages))
     return found
@@ -104,25 +139,13 @@ def _broken_encoded(paths: Any) -> list[tuple[int, str]]:
     return found
 
 
-def _map(chunks: Iterator[list[str]], workers: int) -> Iterator[list[str | None]]:
+def _map(
+    check: Callable[[list[str]], list[str | None]], chunks: Iterator[list[str]], workers: int
+) -> Iterator[list[str | None]]:
     if workers == 0:
-        yield from map(_decode_all, chunks)
+        yield from map(check, chunks)
         return
     from multiprocessing import get_context
 
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_decode_all, chunks)
-
-
-def _decode_all(paths: list[str]) -> list[str | None]:
-    """For every file why it cannot be read, or None."""
-    from comit_bench.data.images import load_image
-
-    messages: list[str | None] = []
-    for path in paths:
-        try:
-            load_image(Path(path), "resize(1,nearest)")
-            messages.append(None)
-        except CorruptFileError as error:
-            messages.append(str(error))
-    return messages
+        yield from pool.map(check, chunks)

@@ -5,20 +5,29 @@
 as Parquet, and is verified again at every load: its digest, and that its splits are what the recipe promises.
 Then the images are looked for. Those that are annotated but not there are left out, counted and listed; above
 the share ``max_broken`` of the recipe that is an error.
+
+The fingerprint of a split is over ids, what the files of images and masks hold, and labels; that of a data
+set over its splits and vocabularies. So it is equal wherever the same files lie, in folders, shards or hub
+copies, and changes with any byte of them (``comit_bench.data.digests`` says how that is known without
+reading everything at every start). Embedded scenes are known by their pixels and labels instead, since
+encoders differ in bytes. No image is in two splits, see ``comit_bench.data.disjoint``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from comit_bench.data.digests import file_digests
+from comit_bench.data.disjoint import without_shared
 from comit_bench.data.manifests import FORMAT, Manifest, Rows, read_manifest, write_manifest
 from comit_bench.data.opened import ClassificationData, OpenData, PathList, Split, Triplets
 from comit_bench.data.readers import coco, saliency, visual_genome
@@ -27,11 +36,9 @@ from comit_bench.data.readers.common import (
     DATA_VARIABLE,
     EXTENSIONS,
     few,
+    files_in,
     find_folder,
-    fingerprint,
     how_to_get,
-    sizes_in,
-    suffix,
 )
 from comit_bench.data.splitting import check_pair_disjoint, holdout
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
@@ -89,16 +96,53 @@ def open_dataset(
     else:
         folder = find_folder(spec, data_root)
     if spec.reader == "class-folders":
-        classes, splits, prints = read_class_folders(
-            recipe, folder, made=made, class_list=class_list, cache=cache, progress=progress
+        classes, splits, missing = read_class_folders(
+            recipe, folder, class_list=class_list, cache=cache, progress=progress
         )
+        report = cache / "reports" / f"{spec.name}-missing.json"
+        _report_missing(spec, folder, missing, sum(map(len, splits.values())) + len(missing), report)
+        splits, shared = _apart(spec, splits, folder, cache, made)
+        prints = {name: fingerprint_of(split, made) for name, split in splits.items()}
         whole = made or digest_json({"classes": list(classes), "splits": prints})
-        notes = _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)
-        data = OpenData(spec.name, spec.version, classes, splits, whole, prints, folder, notes=notes)
+        notes = _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder) | shared
+        if missing:
+            notes["missing_images"] = len(missing)
+        data = OpenData(
+            spec.name, spec.version, classes, splits, whole, prints, folder, missing=missing, notes=notes
+        )
     else:
         data = _open_manifest(recipe, folder, cache, made, progress)
     _compare_checksum(spec, made or data.fingerprint, folder)
-    return data
+    splits = {name: replace(split, exif=spec.upright) for name, split in data.splits.items()}
+    return replace(data, splits=splits, max_broken=spec.max_broken)
+
+
+def _apart(
+    spec: DatasetSpec, splits: dict[str, Split], folder: Path, cache: Path, made: str | None
+) -> tuple[dict[str, Split], dict[str, Any]]:
+    """The splits without images that are in two of them, and what to note; scenes are painted apart."""
+    if made is not None:
+        return splits, {}
+    report = cache / "reports" / f"{spec.name}-shared.json"
+    left, shared = without_shared(splits, where=folder, report=report)
+    return left, {"images_in_two_splits": shared} if shared else {}
+
+
+def fingerprint_of(split: Split, made: str | None) -> str:
+    """``sha256:<hex>`` over ids, contents and labels; ``made``, a generator's digest, stands for contents."""
+    state = hashlib.sha256((made or "").encode() + b"\n")
+    contents = split.contents if made is None else (b"",) * len(split)
+    for name, content in zip(split.ids, contents, strict=True):
+        state.update(f"{name}\t{content.hex()}\n".encode("utf-8", "surrogateescape"))
+    if isinstance(split.labels, Triplets):
+        for table in (split.labels.table, split.labels.known):
+            state.update(f"{len(table)}\n".encode() + np.ascontiguousarray(table, dtype="<i8").tobytes())
+    elif isinstance(split.labels, np.ndarray):
+        state.update(f"{split.labels.shape}\n".encode())
+        state.update(np.ascontiguousarray(split.labels, dtype="<i8").tobytes())
+    elif made is None:
+        state.update(b"".join(split.mask_contents))
+    return "sha256:" + state.hexdigest()
 
 
 def _compare_counts(spec: DatasetSpec, counts: dict[str, int], folder: Path) -> dict[str, Any]:
@@ -185,22 +229,24 @@ def _open_manifest(
     places = reader.places(spec, folder)
     finder = _Finder(folder, places)
     splits: dict[str, Split] = {}
-    prints: dict[str, str] = {}
     missing: dict[str, str] = {}
     for name, rows in manifest.splits.items():
-        sizes = [finder.size(file) for file in rows.files]
-        there = np.array([size is not None for size in sizes], dtype=np.bool_)
+        there = np.array([finder.has(file) for file in rows.files], dtype=np.bool_)
         missing |= {rows.ids[i]: f"no file {rows.files[i]}" for i in np.flatnonzero(~there).tolist()}
-        splits[name] = _split(name, rows, there, manifest, finder)
-        lines = _lines(rows, sizes, there)
-        prints[name] = fingerprint(lines, made)
+        splits[name] = _with_contents(_split(name, rows, there, manifest, finder), folder, cache, progress)
     for names in manifest.notes.get("images_without_mask", {}).values():
         missing |= {name: "no mask" for name in names}
+    for found in manifest.notes.get("not_files", {}).values():
+        missing |= {name: f"this is {what}, not a file" for name, what in found.items()}
     notes = {**manifest.notes, "manifest": digest, "missing_images": len(missing)}
     notes |= _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)
-    _report_missing(spec, folder, missing, sum(map(len, splits.values())) + len(missing), path)
-    if spec.reader == "coco" and spec.pairs.policy == "pair-disjoint" and missing:
+    count = sum(map(len, splits.values())) + len(missing)
+    _report_missing(spec, folder, missing, count, path.parent / "missing.json")
+    splits, shared = _apart(spec, splits, folder, cache, made)
+    notes |= shared
+    if spec.reader == "coco" and spec.pairs.policy == "pair-disjoint" and (missing or shared):
         _recheck(splits, manifest.classes, folder)
+    prints = {name: fingerprint_of(split, made) for name, split in splits.items()}
     whole = digest_json({"made": made, "manifest": digest, "splits": prints})
     return OpenData(
         spec.name,
@@ -222,26 +268,35 @@ class _Finder:
 
     def __init__(self, folder: Path, places: dict[str, Path]) -> None:
         self.folder, self.places = folder, places
-        self._listed: dict[str, dict[str, int]] = {}
+        self._listed: dict[str, frozenset[str]] = {}
 
     def relative(self, file: str) -> str:
         """``<place>/<name>`` -> path below the data set's folder."""
         place, _, name = file.partition("/")
         return f"{self.places[place].relative_to(self.folder).as_posix()}/{name}"
 
-    def size(self, file: str) -> int | None:
-        """Size of a file, None when it is not there."""
+    def has(self, file: str) -> bool:
+        """Whether a file is there."""
         place, _, name = file.partition("/")
         if place not in self.places:
-            return None
+            return False
         if "/" in name:
-            try:
-                return (self.places[place] / name).stat().st_size
-            except OSError:
-                return None
+            return (self.places[place] / name).is_file()
         if place not in self._listed:
-            self._listed[place] = sizes_in(self.places[place])
-        return self._listed[place].get(name)
+            self._listed[place] = files_in(self.places[place])
+        return name in self._listed[place]
+
+
+def _with_contents(split: Split, folder: Path, cache: Path, progress: bool) -> Split:
+    """The split with what its files hold."""
+
+    def contents(paths: PathList, what: str) -> tuple[bytes, ...]:
+        title = f"contents of {what}{split.name} (once)"
+        return tuple(file_digests(folder, paths.names, cache=cache, title=title, progress=progress))
+
+    assert isinstance(split.paths, PathList)
+    masks = contents(split.labels, "masks of ") if isinstance(split.labels, PathList) else ()
+    return replace(split, contents=contents(split.paths, ""), mask_contents=masks)
 
 
 def _split(name: str, rows: Rows, there: NDArray[np.bool_], manifest: Manifest, finder: _Finder) -> Split:
@@ -266,24 +321,16 @@ def _split(name: str, rows: Rows, there: NDArray[np.bool_], manifest: Manifest, 
     return Split(name, tuple(rows.ids[i] for i in chosen), PathList(finder.folder, files), labels)
 
 
-def _lines(rows: Rows, sizes: list[int | None], there: NDArray[np.bool_]) -> Iterable[str]:
-    """One line per sample that is there: id, suffix, size, labels."""
-    for i in np.flatnonzero(there).tolist():
-        labels = rows.values[rows.offsets[i] : rows.offsets[i + 1]].tolist()
-        yield f"{rows.ids[i]}{suffix(rows.files[i])}\t{sizes[i]}\t{labels}"
-
-
 def _report_missing(
-    spec: DatasetSpec, folder: Path, missing: dict[str, str], count: int, manifest: Path
+    spec: DatasetSpec, folder: Path, missing: dict[str, str], count: int, report: Path
 ) -> None:
-    """List missing images in a file beside the manifest and say so; too many are an error."""
+    """List missing images in a file and say so; too many are an error."""
     if not missing:
         return
-    report = manifest.parent / "missing.json"
     write_atomic(report, json.dumps({"folder": str(folder), "missing": missing}, indent=1) + "\n")
     text = (
         f"dataset {spec.name}: {len(missing)} of {count} images (or their masks) are not in {folder}: "
-        f"{few(missing)} (all of them: {report})."
+        f"{few(f'{name} ({why})' for name, why in missing.items())} (all of them: {report})."
     )
     if len(missing) > spec.max_broken * count:
         raise MissingError(f"{text} The recipe allows {spec.max_broken:.1%} (max_broken).{how_to_get(spec)}")

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from comit_bench.data.digests import file_digests, part_digests, state_of_files
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
 
 EXTRA = 'pip install "comit-bench[hf]"'
@@ -281,6 +283,29 @@ class HfImages:
         if content is None:
             raise CorruptFileError(f"{self.where(index)}: the row holds no image")
         return bytes(content)
+
+    def digests(self, rows: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
+        """sha256 of the images of some rows, read once as long as the files of the set stay as they are."""
+        order = [int(self._order[row]) for row in rows]
+        more: dict[str, Any] = {"cache": cache, "title": title, "progress": progress}
+        names = self._named_files()
+        if names is not None:
+            return file_digests(self.root, [os.path.relpath(names[i], self.root) for i in order], **more)
+        files = [Path(entry["filename"]) for entry in self._rows.cache_files]
+        state = state_of_files(files) if files else None  # a set that lives in memory is read every time
+        parts = [f"{self.column}/{i}" for i in order]
+        return part_digests(self.name, state, parts, lambda i: self.read(rows[i]), threads=1, **more)
+
+    def _named_files(self) -> list[str] | None:
+        """The files of all rows when the set only names them; None when it holds images itself."""
+        try:
+            chunks = self._rows.with_format("arrow").data.column(self.column).chunks
+            if any(chunk.field("bytes").null_count < len(chunk) for chunk in chunks):
+                return None
+            paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
+        except (AttributeError, KeyError, TypeError):  # plain bytes
+            return None
+        return None if not all(paths) else [str(self._file(path)) for path in paths]
 
     def _file(self, path: str) -> Path:
         if "://" in path or "::" in path:

@@ -341,6 +341,21 @@ def mask_of(photo: Path, path: Path, recipe: str) -> tuple[NDArray[np.bool_], Ma
     return _cropped(path, mask, own, steps, header_size(photo), orientation), mask
 
 
+def whole_image(paths: Sequence[Path], index: int, *, exif: bool) -> NDArray[np.uint8]:
+    """``paths[index]`` without any crop, uint8 [H, W, 3]; errors as in :func:`load_image`."""
+    read = getattr(paths, "read", None)
+    content = _content(paths[index]) if read is None else read(index)
+    with _decoder(BytesIO(content), str(paths[index])) as image:
+        return np.asarray(_turn(_to_rgb(image), _orientation(image) if exif else 1))
+
+
+def whole_mask(photo: Path, path: Path, *, exif: bool) -> NDArray[np.bool_]:
+    """A mask in the pixels of its photograph as :func:`whole_image` shows it, bool [H, W]."""
+    steps = (Step("exif"),) if exif else ()
+    mask, own = _read_mask(path)
+    return _cropped(path, mask, own, steps, header_size(photo), orientation_of(photo) if exif else 1)
+
+
 def _cropped(
     path: Path, mask: Mask, own: int, steps: Sequence[Step], size: tuple[int, int], orientation: int
 ) -> NDArray[np.bool_]:
@@ -348,7 +363,7 @@ def _cropped(
     from PIL import Image
 
     pixels = Image.fromarray(mask.pixels.astype(np.uint8) * np.uint8(255))
-    if steps[0].name == "exif":
+    if any(step.name == "exif" for step in steps):
         upright_size = (size[1], size[0]) if orientation >= 5 else size
         if own > 1:
             pixels = _turn(pixels, own)

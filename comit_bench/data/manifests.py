@@ -24,7 +24,7 @@ from comit_bench.data.opened import Kind
 from comit_bench.errors import CorruptFileError, MissingError
 from comit_bench.files import atomic_path, digest_json
 
-FORMAT = 1  # raise it when the same annotations would give another manifest
+FORMAT = 2  # raise it when the same annotations would give another manifest
 COLUMNS: dict[str, tuple[str, ...]] = {
     "multilabel": ("category",),
     "relations": ("subject", "predicate", "object", "kept"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -22,6 +22,11 @@ class PathList(Sequence[Path]):
         self.root = root
         self._names = names
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The paths below the directory."""
+        return self._names
+
     def __len__(self) -> int:
         return len(self._names)
 
@@ -33,6 +38,10 @@ class PathList(Sequence[Path]):
         if isinstance(index, slice):
             return PathList(self.root, self._names[index])
         return self.root / self._names[index]
+
+    def take(self, rows: Sequence[int]) -> PathList:
+        """Some of the paths, in this order."""
+        return PathList(self.root, tuple(self._names[row] for row in rows))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +59,16 @@ class Triplets:
     table: NDArray[np.int64]
     known: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
 
+    def take(self, rows: Sequence[int]) -> Triplets:
+        """Those of some images, which are numbered anew; ``rows`` must ascend."""
+        return Triplets(_renumbered(self.table, rows), _renumbered(self.known, rows))
+
+
+def _renumbered(table: NDArray[np.int64], rows: Sequence[int]) -> NDArray[np.int64]:
+    kept = table[np.isin(table[:, 0], rows)]
+    kept[:, 0] = np.searchsorted(rows, kept[:, 0])
+    return kept
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
@@ -62,6 +81,8 @@ class Split:
         labels: By :attr:`OpenData.kind`, rows in the order of ``ids``. classes: int64 [n], positions in
             the class list. multilabel: bool [n, C]. relations: :class:`Triplets`. masks: paths [n].
         exif: Whether images are turned upright as their EXIF orientation says.
+        contents: sha256 of every image's file, 32 bytes each, same order; empty where nobody has looked.
+        mask_contents: The same of every mask's file.
     """
 
     name: str
@@ -69,6 +90,8 @@ class Split:
     paths: Sequence[Path]
     labels: Any
     exif: bool = False
+    contents: tuple[bytes, ...] = ()
+    mask_contents: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,6 +101,19 @@ class Split:
         from comit_bench.data.images import upright
 
         return upright(recipe) if self.exif else recipe
+
+    def take(self, rows: Sequence[int]) -> Split:
+        """Some of the samples; ``rows`` must ascend."""
+        paths: Any = self.paths
+        plain = isinstance(self.labels, np.ndarray)
+        return replace(
+            self,
+            ids=tuple(self.ids[row] for row in rows),
+            paths=paths.take(rows),
+            labels=self.labels[np.asarray(rows, dtype=np.int64)] if plain else self.labels.take(rows),
+            contents=tuple(self.contents[row] for row in rows) if self.contents else (),
+            mask_contents=tuple(self.mask_contents[row] for row in rows) if self.mask_contents else (),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +154,7 @@ class OpenData:
         return any(split.exif for split in self.splits.values())
 
     def split_fingerprint(self, name: str) -> str:
-        """``sha256:<hex>`` over the ids, suffixes, sizes and labels of one split."""
+        """``sha256:<hex>`` over the ids, contents and labels of one split."""
         return self.fingerprints[name]
 
 

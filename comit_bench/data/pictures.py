@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from comit_bench.data.opened import OpenData, Split
-from comit_bench.errors import BenchError
+from comit_bench.errors import BenchError, CorruptFileError
 from comit_bench.files import write_atomic
 from comit_bench.seeding import generator_for
 
@@ -42,14 +42,15 @@ def counts_of(data: OpenData, split: Split) -> dict[str, Counter[str]]:
 
 def _coverage(split: Split) -> list[str]:
     """For every mask, the tenth of the image that is salient, e.g. ``10-20 %``."""
-    from PIL import Image
+    from comit_bench.data.images import read_mask
 
     names = []
     for path in split.labels:
-        with Image.open(path) as mask:
-            share = float((np.asarray(mask.convert("L")) >= 128).mean())
-        tenth = min(int(share * 10), 9)
-        names.append(f"{tenth * 10:02d}-{tenth * 10 + 10} %")
+        try:
+            tenth = min(int(read_mask(path).share * 10), 9)
+            names.append(f"{tenth * 10:02d}-{tenth * 10 + 10} %")
+        except CorruptFileError:
+            names.append("cannot be read")
     return names
 
 
@@ -173,22 +174,19 @@ def _picture(data: OpenData, split: Split, row: int) -> Any:
     """uint8 [H, W, 3], or why there is none; a mask stands beside its image."""
     from PIL import Image
 
-    from comit_bench.data.images import FORMATS
+    from comit_bench.data.images import whole_image, whole_mask
 
     try:
-        read = getattr(split.paths, "read", None)
-        source = split.paths[row] if read is None else io.BytesIO(read(row))
-        with Image.open(source, formats=FORMATS) as image:
-            picture = image.convert("RGB")
+        picture = Image.fromarray(whole_image(split.paths, row, exif=split.exif))
         if max(picture.size) > SAMPLE_SIDE:
             picture.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
         if data.kind == "masks":
-            with Image.open(split.labels[row], formats=FORMATS) as file:
-                mask = file.convert("L").resize(picture.size, Image.Resampling.NEAREST).convert("RGB")
+            pixels = whole_mask(split.paths[row], split.labels[row], exif=split.exif)
+            mask = Image.fromarray(pixels).resize(picture.size, Image.Resampling.NEAREST).convert("RGB")
             gap = np.full((picture.height, max(1, picture.width // 16), 3), 255, dtype=np.uint8)
             return np.concatenate([np.asarray(picture), gap, np.asarray(mask)], axis=1)
         return np.asarray(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BenchError as error:
         return f"cannot be read: {error}"
 
 

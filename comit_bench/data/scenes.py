@@ -13,20 +13,23 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from comit_bench.data.digests import file_digests
 from comit_bench.data.scenes_formats import FORMAT, Pixels, contact_sheet, label_files, paint_files
 from comit_bench.data.scenes_painting import Split, check_spec
-from comit_bench.errors import CorruptFileError, MissingError, UsageError
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import (
     atomic_path,
     digest_json,
     explain_write_error,
     locked,
     remove_folder,
+    sha256_file,
     write_atomic,
 )
 from comit_bench.recipes import GeneratorSpec
@@ -36,6 +39,7 @@ __all__ = ["CHUNK", "MANIFEST", "contact_sheet", "generate", "verify"]
 CHUNK = 500  # images
 MANIFEST = "scenes.json"
 LISTS = ".scenes"
+_log = logging.getLogger(__name__)
 
 
 def _png(pixels: Pixels) -> bytes:
@@ -95,8 +99,8 @@ def _check_place(spec: GeneratorSpec, directory: Path) -> None:
         )
 
 
-def _manifest(directory: Path) -> tuple[GeneratorSpec, str, dict[str, int]]:
-    """Settings, content digest and label file sizes of a finished directory.
+def _manifest(directory: Path) -> tuple[GeneratorSpec, str, dict[str, str]]:
+    """Settings, content digest and sha256 of the label files of a finished directory.
 
     Raises:
         MissingError: There is no manifest.
@@ -109,7 +113,7 @@ def _manifest(directory: Path) -> tuple[GeneratorSpec, str, dict[str, int]]:
     try:
         settings = {k: v for k, v in content["settings"].items() if k != "format"}
         spec = GeneratorSpec.model_validate(settings)
-        return spec, str(content["digest"]), {str(k): int(v) for k, v in content["labels"].items()}
+        return spec, str(content["digest"]), {str(k): str(v) for k, v in content["labels"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptFileError(
             f"{path}: not a manifest of scenes. Delete the file and generate the scenes again."
@@ -122,13 +126,21 @@ def _plan(spec: GeneratorSpec) -> list[tuple[Split, int, int]]:
 
 
 def _finished(directory: Path, listing: Path) -> dict[str, Any] | None:
-    """The list of a finished chunk, None when it has to be painted (again)."""
+    """The list of a finished chunk, None when it has to be painted (again).
+
+    Files are compared by content, which is read once (``comit_bench.data.digests``).
+    """
     try:
         content = json.loads(listing.read_text(encoding="utf-8"))
-        for path, (_, size) in content["files"].items():
-            if (directory / path).stat().st_size != size:
+        names = list(content["files"])
+        found = file_digests(directory, names, cache=directory / LISTS)
+        for name, digest in zip(names, found, strict=True):
+            _, wanted = content["files"][name]
+            if digest.hex() != wanted:
+                if isinstance(wanted, str):  # earlier versions noted sizes
+                    _log.warning("%s: is not what was painted; it is painted again", directory / name)
                 return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, BenchError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return cast(dict[str, Any], content)
 
@@ -157,7 +169,7 @@ def _write_chunk(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     folders.add(path.parent)
                 _write_image(path, data)
-                content["files"][name] = [_pixel_digest(pixels), len(data)]
+                content["files"][name] = [_pixel_digest(pixels), hashlib.sha256(data).hexdigest()]
             if record:
                 content["records"].append(record)
             bar.update()
@@ -188,22 +200,22 @@ def _collect(
 
 
 def _finished_digest(spec: GeneratorSpec, directory: Path) -> str | None:
-    """The digest when every listed file is there with its size, else None: something is to be done."""
+    """The digest when every listed file holds what was written, else None: something is to be done."""
     _check_place(spec, directory)
     try:
         _, digest, labels = _manifest(directory)
     except (MissingError, CorruptFileError):
         return None
     chunks = [_finished(directory, directory / LISTS / f"{s}-{a:06d}.json") for s, a, _ in _plan(spec)]
-    sizes = {path: (directory / path).stat().st_size for path in labels if (directory / path).is_file()}
-    return digest if None not in chunks and sizes == labels else None
+    held = {path: sha256_file(directory / path) for path in labels if (directory / path).is_file()}
+    return digest if None not in chunks and held == labels else None
 
 
 def generate(spec: GeneratorSpec, directory: Path, *, progress: bool = True) -> str:
     """Write the set that ``spec`` describes into ``directory`` and return its content digest.
 
-    A finished directory is returned at once after a look at file names and sizes; what is missing or
-    cut short is painted again. An interrupted run continues. Several processes may call this at the
+    A finished directory is returned at once after a look at its files; what is missing, cut short or
+    changed is painted again. An interrupted run continues. Several processes may call this at the
     same time: one works, the others wait.
 
     Raises:
@@ -229,14 +241,14 @@ def _generate(spec: GeneratorSpec, directory: Path, progress: bool) -> str:
     write_atomic(directory / LISTS / "spec.json", json.dumps(_settings(spec)))
     pixels, records = _collect(spec, directory, progress)
     labels = label_files(spec, records)
-    sizes = {}
+    held = {}
     for path, content in labels.items():
         text = json.dumps(content, separators=(",", ":"))
         write_atomic(directory / path, text)
-        sizes[path] = len(text)  # ASCII
+        held[path] = sha256_file(directory / path)
     digest = _content_digest(pixels, labels)
     counts = {"train": spec.train, "val": spec.val, "files": len(pixels) + len(labels)}
-    summary = {"digest": digest, "settings": _settings(spec), "counts": counts, "labels": sizes}
+    summary = {"digest": digest, "settings": _settings(spec), "counts": counts, "labels": held}
     write_atomic(directory / MANIFEST, json.dumps(summary, indent=2) + "\n")
     return digest
 

@@ -40,6 +40,7 @@ from typing import NamedTuple
 import numpy as np
 
 from comit_bench.data.datasets import EXTENSIONS
+from comit_bench.data.digests import part_digests, state_of_files
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import write_atomic
 
@@ -387,6 +388,27 @@ class TarImages:
     def size(self, index: int) -> int:
         """Bytes of the encoded image."""
         return int(self._size[index])
+
+    def digests(self, rows: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
+        """sha256 of some images, read once as long as their shard stays as it is."""
+        found: dict[int, bytes] = {}
+        by_shard: dict[int, list[int]] = defaultdict(list)
+        for row in rows:
+            by_shard[int(self._shard[row])].append(row)
+        for number, inside in by_shard.items():
+            path = self.shards[number]
+            parts = [f"{self._offset[row]}+{self._size[row]}" for row in inside]
+            values = part_digests(
+                str(path.resolve()),
+                state_of_files([path]),
+                parts,
+                lambda i, inside=inside: self.read(inside[i]),  # type: ignore[misc]
+                cache=cache,
+                title=title,
+                progress=progress,
+            )
+            found |= dict(zip(inside, values, strict=True))
+        return [found[row] for row in rows]
 
     def read(self, index: int) -> bytes:
         """The encoded image.

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from comit_bench.data.digests import file_digests
 from comit_bench.data.shards import Array, Shard, SharedWork, read_shard, shard_bytes
 from comit_bench.data.store import check_key, remove_stale
 from comit_bench.data.workers import read_ahead
@@ -40,11 +41,11 @@ from comit_bench.files import cache_root, digest_json, write_atomic
 from comit_bench.models.teachers import Teacher, TeacherFeatures
 from comit_bench.train.config import TeacherConfig
 from comit_bench.train.data import FolderImages, Images, MemoryImages
+from comit_bench.train.sources import DecodedImages
 
 FORMAT_VERSION = 1
 BATCH = 64  # images per read; on a GPU also per call of the teacher
 SHARD_BYTES = 2**27
-SAMPLES = 64
 
 
 def _pixels(images: Tensor, device: torch.device) -> Tensor:
@@ -62,8 +63,8 @@ def compute_features(teacher: Teacher, images: Tensor) -> TeacherFeatures:
 def images_digest(source: Images) -> str:
     """``sha256:<hex>`` of a list of images.
 
-    Pixels of images in memory; names, sizes and preprocessing of files; of any other source the names and
-    the pixels of ``SAMPLES`` images spread over it.
+    Names, contents and preprocessing of files, which are read once (``comit_bench.data.digests``); names and
+    pixels of any other source.
 
     Raises:
         MissingError: A file vanished.
@@ -73,21 +74,25 @@ def images_digest(source: Images) -> str:
         digest.update("\n".join(source.ids).encode())
         digest.update(source.images.contiguous().numpy().data)
     elif isinstance(source, FolderImages):
-        digest.update(source.recipe.encode())
-        for name in source.ids:
-            try:
-                size = (source.root / name).stat().st_size
-            except OSError as error:
-                raise MissingError(f"{source.root / name}: cannot be read ({error.strerror})") from error
-            digest.update(f"\n{name}\t{size}".encode("utf-8", "surrogateescape"))
+        _add(digest, source.recipe, source.ids, file_digests(source.root, source.ids, cache=cache_root()))
+    elif isinstance(source, DecodedImages):
+        rows = source.rows.tolist()
+        contents = source.source.digests(rows, cache=cache_root(), title="contents", progress=False)
+        _add(digest, source.recipe, source.ids, contents)
     else:
         digest.update("\n".join(source.ids).encode("utf-8", "surrogateescape"))
-        for row in range(0, len(source.ids), max(1, len(source.ids) // SAMPLES)):
+        for row in range(len(source.ids)):
             try:
                 digest.update(source.read(row).contiguous().numpy().data)
             except CorruptFileError:
                 digest.update(b"broken")
     return "sha256:" + digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, recipe: str, ids: Sequence[str], contents: Sequence[bytes]) -> None:
+    digest.update(recipe.encode())
+    for name, content in zip(ids, contents, strict=True):
+        digest.update(f"\n{name}\t{content.hex()}".encode("utf-8", "surrogateescape"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,7 +240,9 @@ class FeatureStore:
             KeyboardInterrupt: See ``stopped``.
         """
         remove_stale(self.directory)
-        todo = self.verify(range(rank, self.num_shards, ranks))
+        mine = range(rank, self.num_shards, ranks)
+        wanting = self.verify(mine)
+        todo = [shard for shard in mine if shard in wanting or self._forget_if_mended(shard, source)]
         total = sum(len(self.shard_range(shard)) for shard in todo)
         work = SharedWork(todo, self.shard_path, "the teacher's features")
         made = 0
@@ -309,6 +316,14 @@ class FeatureStore:
                 )
         content = shard_bytes(tensors, broken, store=self.digest, shard=shard)
         write_atomic(self.shard_path(shard), content)
+
+    def _forget_if_mended(self, shard: int, source: Images) -> bool:
+        """Remove a shard when an image that was broken when it was made can be read now."""
+        if all(_Reader(source)[row][0] is None for row in self._shard(shard).broken):
+            return False
+        del self._shards[shard]
+        self.shard_path(shard).unlink(missing_ok=True)
+        return True
 
     def take(self, numbers: Sequence[int]) -> TeacherFeatures:
         """Features of some images, float32 on the CPU, in this order.

@@ -41,6 +41,9 @@ class Encoded(Protocol):
     def where(self, index: int) -> str:
         """What messages call it."""
 
+    def digests(self, rows: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
+        """sha256 of some of the files."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedImages:

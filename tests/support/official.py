@@ -22,9 +22,11 @@ def opened(name: str, root: Path, **changes: Any) -> OpenData:
 
 
 def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (8, 8), kind: str = "JPEG") -> None:
-    """An image file of one colour."""
+    """An image file; two of other names hold other pixels, or they would be one photograph in two splits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, 90 if mode in ("L", "1") else None).save(path, kind)
+    rng = np.random.default_rng(list(f"{path.parent.name}/{path.name}".encode()))
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, kind)
 
 
 def pairs_of(data: OpenData, split: str) -> list[tuple[str, ...]]:

@@ -11,6 +11,8 @@ labels; ``labels`` of the recipe lists where they may lie, relative to the datas
 
 A sample's id is ``<class>/<file name without suffix>`` in every layout. Ids, their order, all that is
 derived from ids, and fingerprints therefore agree between a flat and a foldered copy.
+
+What is called like an image and is no file (a named pipe, a folder) counts as a missing image.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from comit_bench.data.digests import file_digests
 from comit_bench.data.labels import (
     read_class_list,
     read_devkit_synsets,
@@ -37,27 +40,25 @@ from comit_bench.data.readers.common import (
     EXTENSIONS,
     few,
     find_directory,
-    fingerprint,
     folders,
     how_to_get,
-    images,
+    look_for_images,
     stem,
-    suffix,
 )
-from comit_bench.data.readers.encoded import find_encoded, read_encoded
+from comit_bench.data.readers.encoded import contents_of, find_encoded, read_encoded
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation
 from comit_bench.recipes import DatasetSpec, Recipe
 
 _log = logging.getLogger(__name__)
 
 Reading = tuple[tuple[str, ...], dict[str, Split], dict[str, str]]
+Listing = tuple[list["_Sample"], dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Sample:
     id: str
     file: str  # relative to the split's directory
-    size: int
     label: int
 
 
@@ -65,19 +66,17 @@ def read_class_folders(
     recipe: Recipe[DatasetSpec],
     folder: Path,
     *,
-    made: str | None,
     class_list: Path | None,
     cache: Path,
     progress: bool,
 ) -> Reading:
-    """Classes, splits and the splits' fingerprints.
+    """Classes, splits, and id -> what stands where an image should be.
 
     Args:
         recipe: The dataset's recipe.
         folder: Where the dataset was found.
-        made: Digest of the generator that made it, if one did.
         class_list: Replaces the recipe's own list of classes.
-        cache: Cache directory, for listings of shards.
+        cache: Cache directory, for listings of shards and digests of files.
         progress: Show progress bars.
 
     Raises:
@@ -100,43 +99,52 @@ def read_class_folders(
             "sets with a list of classes only. Unpack the images into folders."
         )
     if not spec.labelled:
-        return _read_unlabelled(places, made, progress)
+        listed = _list_unlabelled(places, progress)
+        return ("image",), *_as_splits(places, listed, cache, progress)
     classes = wanted if wanted is not None else _classes_from(spec, places)
     reader = _ClassFolders(spec, folder, classes, exact=wanted is not None, progress=progress)
-    samples = {name: reader.read(name, place) for name, place in places.items() if name not in encoded}
-    splits, prints = _as_splits({name: places[name] for name in samples}, samples, made)
+    listed = {name: reader.read(name, place) for name, place in places.items() if name not in encoded}
+    splits, missing = _as_splits(places, listed, cache, progress)
     for name, source in encoded.items():
-        splits[name], prints[name] = read_encoded(
-            name, source, classes, partial(reader.labels_of_flat, name, places[name])
-        )
-    return classes, {n: splits[n] for n in spec.splits}, {n: prints[n] for n in spec.splits}
+        split = read_encoded(name, source, classes, partial(reader.labels_of_flat, name, places[name]))
+        splits[name] = replace(split, contents=contents_of(split, cache, progress))
+    return classes, {n: splits[n] for n in spec.splits}, missing
 
 
 def _as_splits(
-    places: dict[str, Path], samples: dict[str, list[_Sample]], made: str | None
+    places: dict[str, Path], listed: dict[str, Listing], cache: Path, progress: bool
 ) -> tuple[dict[str, Split], dict[str, str]]:
-    splits = {name: _as_split(name, place, samples[name]) for name, place in places.items()}
-    prints = {
-        name: fingerprint((f"{s.id}{suffix(s.file)}\t{s.size}\t{s.label}" for s in found), made)
-        for name, found in samples.items()
-    }
-    return splits, prints
+    splits: dict[str, Split] = {}
+    missing: dict[str, str] = {}
+    for name, (samples, odd) in listed.items():
+        split = _as_split(name, places[name], samples)
+        files = [sample.file for sample in samples]
+        title = f"contents of {name} (once)"
+        contents = file_digests(places[name], files, cache=cache, title=title, progress=progress)
+        splits[name] = replace(split, contents=tuple(contents))
+        missing |= {f"{name}/{file}": f"this is {what}, not a file" for file, what in odd.items()}
+    return splits, missing
 
 
-def _read_unlabelled(places: dict[str, Path], made: str | None, progress: bool) -> Reading:
+def _list_unlabelled(places: dict[str, Path], progress: bool) -> dict[str, Listing]:
     """All images of a split, flat or in class folders; ids are file names, so that both layouts agree."""
     from tqdm import tqdm
 
-    samples: dict[str, list[_Sample]] = {}
+    listed: dict[str, Listing] = {}
     for name, place in places.items():
-        found = [("", file, size) for file, size in images(place)]
-        bar = tqdm(folders(place), f"listing {name}", delay=1.0, leave=False, disable=not progress)
+        inner = folders(place)
+        files, odd = look_for_images(place)
+        odd = {file: what for file, what in odd.items() if file not in inner}
+        found = [("", file) for file in files]
+        bar = tqdm(inner, f"listing {name}", delay=1.0, leave=False, disable=not progress)
         for directory in bar:
-            found += [(f"{directory}/", file, size) for file, size in images(place / directory)]
+            files, wrong = look_for_images(place / directory)
+            found += [(f"{directory}/", file) for file in files]
+            odd |= {f"{directory}/{file}": what for file, what in wrong.items()}
         if not found:
             raise MissingError(f"{place}: holds no images")
-        samples[name] = sorted(_Sample(stem(file), start + file, size, 0) for start, file, size in found)
-    return ("image",), *_as_splits(places, samples, made)
+        listed[name] = sorted(_Sample(stem(file), start + file, 0) for start, file in found), odd
+    return listed
 
 
 def _classes_from(spec: DatasetSpec, places: dict[str, Path]) -> tuple[str, ...]:
@@ -177,21 +185,23 @@ class _ClassFolders:
     exact: bool  # a class list says which classes must be there
     progress: bool
 
-    def read(self, name: str, place: Path) -> list[_Sample]:
-        """All samples of a split, sorted by id."""
+    def read(self, name: str, place: Path) -> Listing:
+        """All samples of a split, sorted by id; and what is called like an image and is no file."""
         present = set(folders(place))
         wanted = [c for c in self.classes if c in present]
-        loose = images(place)
+        loose, odd = look_for_images(place)
         if loose and wanted:
             raise CorruptFileError(
                 f"{place}: has class folders and also {len(loose)} images outside of them "
-                f"({few(sorted(n for n, _ in loose), 2)}). Sort these into their class folders, "
+                f"({few(sorted(loose), 2)}). Sort these into their class folders, "
                 "or remove them."
             )
-        samples = self._flat(name, place, loose) if loose else self._foldered(place, wanted)
-        return sorted(samples)
+        if loose:
+            odd = {file: what for file, what in odd.items() if file not in present}
+            return sorted(self._flat(name, place, loose)), odd
+        return self._foldered(place, wanted)
 
-    def _foldered(self, place: Path, wanted: list[str]) -> list[_Sample]:
+    def _foldered(self, place: Path, wanted: list[str]) -> Listing:
         if self.exact and len(wanted) < len(self.classes):
             present = set(wanted)
             absent = [c for c in self.classes if c not in present]
@@ -203,8 +213,9 @@ class _ClassFolders:
 
         labels = {c: label for label, c in enumerate(self.classes)}
         samples: list[_Sample] = []
+        odd: dict[str, str] = {}
         with ThreadPoolExecutor(8) as pool:  # listing waits for the disk, above all for a remote one
-            listed = pool.map(lambda c: images(place / c), wanted)
+            listed = pool.map(lambda c: look_for_images(place / c), wanted)
             bar = tqdm(
                 listed,
                 f"listing {place.name}",
@@ -213,30 +224,31 @@ class _ClassFolders:
                 leave=False,
                 disable=not self.progress,
             )
-            for class_name, files in zip(wanted, bar, strict=True):
+            for class_name, (files, wrong) in zip(wanted, bar, strict=True):
+                odd |= {f"{class_name}/{file}": what for file, what in wrong.items()}
                 if not files:
                     raise CorruptFileError(
                         f"{place / class_name}: a class folder without images "
                         f"({', '.join(sorted(EXTENSIONS))}). Fill or remove it."
                     )
                 label = labels[class_name]
-                for file, size in files:
+                for file in files:
                     relative = f"{class_name}/{file}"
-                    samples.append(_Sample(stem(relative), relative, size, label))
-        return samples
+                    samples.append(_Sample(stem(relative), relative, label))
+        return sorted(samples), odd
 
-    def _flat(self, name: str, place: Path, files: list[tuple[str, int]]) -> list[_Sample]:
+    def _flat(self, name: str, place: Path, files: list[str]) -> list[_Sample]:
         class_of = self.labels_of_flat(name, place)
         labels = {c: label for label, c in enumerate(self.classes)}
         samples, unlabelled, counts = [], [], np.zeros(len(self.classes), dtype=np.int64)
-        for file, size in files:
+        for file in files:
             class_name = class_of(stem(file))
             if class_name is None:
                 unlabelled.append(file)
             elif class_name in labels:
                 label = labels[class_name]
                 counts[label] += 1
-                samples.append(_Sample(f"{class_name}/{stem(file)}", file, size, label))
+                samples.append(_Sample(f"{class_name}/{stem(file)}", file, label))
         if unlabelled:
             raise CorruptFileError(
                 f"{place}: {len(unlabelled)} of {len(files)} images have no label in "

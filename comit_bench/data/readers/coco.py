@@ -3,6 +3,7 @@
 Paper, Appendix B.3: keep images with exactly two categories, split them so that train and validation share no
 pair but cover the same categories, predict a 2-hot target over the 90 category ids. The split itself is in
 ``comit_bench.data.splitting``. A sample's id is ``<annotation file's split>/<file name without suffix>``.
+A photograph that an annotation file lists under several ids is one sample with the categories of all of them.
 Annotation files are read by pycocotools.
 """
 
@@ -13,7 +14,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,10 @@ def _read_file(
     coco = _open_coco(path)
     try:
         categories = {int(c["id"]): str(c["name"]) for c in coco.dataset["categories"]}
-        samples: list[Sample] = []
-        sizes: Counter[int] = Counter()
+        shown: dict[str, set[int]] = {}  # file -> its categories under all of its ids
+        twice = [number for number, n in Counter(i["id"] for i in coco.dataset["images"]).items() if n > 1]
+        if twice:
+            raise ValueError(f"image {twice[0]} is listed twice")
         for image in coco.dataset["images"]:
             present = {
                 int(a["category_id"])
@@ -143,9 +146,12 @@ def _read_file(
             }
             if unknown := sorted(present - categories.keys()):
                 raise ValueError(f"image {image['id']} has category {unknown[0]}, which is not declared")
+            shown.setdefault(PurePosixPath(str(image["file_name"])).as_posix(), set()).update(present)
+        samples: list[Sample] = []
+        sizes: Counter[int] = Counter()
+        for file, present in shown.items():
             sizes[min(len(present), 3)] += 1
             if len(present) == 2:
-                file = str(image["file_name"])
                 labels = np.array(sorted(present), dtype=np.int32) - 1
                 samples.append((f"{split}/{stem(file)}", f"{split}/{file}", labels))
         known = {image["id"] for image in coco.dataset["images"]}
@@ -157,6 +163,11 @@ def _read_file(
         _log.warning("%s: %d annotations belong to images that are not listed; passed over", path, strays)
     counts = {"images": sum(sizes.values()), "without_annotations": sizes[0], "one_category": sizes[1],
               "two_categories": sizes[2], "more": sizes[3], "crowd_regions": crowds}  # fmt: skip
+    if more := len(coco.dataset["images"]) - len(shown):
+        _log.warning(
+            "%s: %d photographs stand there under several ids; their categories are joined", path, more
+        )
+        counts["further_ids"] = more
     return categories, samples, counts
 
 

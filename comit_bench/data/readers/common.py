@@ -1,13 +1,13 @@
-"""What all readers need: finding folders and files below a data root, listing images, fingerprints."""
+"""What all readers need: finding folders and files below a data root, and listing images."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from comit_bench.errors import MissingError
+from comit_bench.files import why_no_file
 from comit_bench.recipes import DatasetSpec
 
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
@@ -93,40 +93,59 @@ def hidden(name: str) -> bool:
 def folders(directory: Path) -> list[str]:
     """Names of the folders directly in ``directory``, sorted."""
     with os.scandir(directory) as entries:
-        return sorted(e.name for e in entries if not hidden(e.name) and e.is_dir())
+        return sorted(e.name for e in entries if not hidden(e.name) and _is_folder(e))
 
 
-def images(directory: Path) -> list[tuple[str, int]]:
-    """Name and size of every image file directly in ``directory``.
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def images(directory: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
+    """Names of the image files directly in ``directory``, see :func:`look_for_images`."""
+    return look_for_images(directory, suffixes)[0]
+
+
+def look_for_images(
+    directory: Path, suffixes: Collection[str] = EXTENSIONS
+) -> tuple[list[str], dict[str, str]]:
+    """Names of the image files directly in ``directory``; and of what is called like one but is no file.
+
+    Returns:
+        The names; and name -> what it is, e.g. a named pipe. Nothing is opened.
 
     Raises:
-        MissingError: A link that leads nowhere.
+        MissingError: A link that leads nowhere or to itself.
     """
-    found = []
+    names: list[str] = []
+    odd: dict[str, str] = {}
     with os.scandir(directory) as entries:
         for entry in entries:
-            if hidden(entry.name) or os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:  # noqa: PTH122
+            if hidden(entry.name) or suffix(entry.name).lower() not in suffixes:
                 continue
-            try:
-                if entry.is_dir():
-                    continue
-                found.append((entry.name, entry.stat().st_size))
-            except FileNotFoundError as error:
-                raise MissingError(f"{entry.path}: a link that leads nowhere; restore its target") from error
-    return found
+            what = None if entry.is_file(follow_symlinks=False) else why_no_file(entry.path)
+            if what is None:
+                names.append(entry.name)
+            elif what.startswith("a link"):
+                raise MissingError(f"{entry.path}: {what}; restore its target")
+            else:
+                odd[entry.name] = what
+    return names, odd
 
 
-def sizes_in(directory: Path) -> dict[str, int]:
-    """Name -> size of every file directly in ``directory``; links that lead nowhere are left out."""
-    found: dict[str, int] = {}
+def files_in(directory: Path) -> frozenset[str]:
+    """Names of the files directly in ``directory``; what is no file, or a link to none, is left out."""
+    found = set()
     with os.scandir(directory) as entries:
         for entry in entries:
             try:
                 if entry.is_file():
-                    found[entry.name] = entry.stat().st_size
+                    found.add(entry.name)
             except OSError:
                 continue
-    return found
+    return frozenset(found)
 
 
 def stem(file: str) -> str:
@@ -137,11 +156,3 @@ def stem(file: str) -> str:
 def suffix(file: str) -> str:
     """The suffix of a file name, with its dot."""
     return os.path.splitext(file)[1]  # noqa: PTH122 (called for every file)
-
-
-def fingerprint(lines: Iterable[str], made: str | None) -> str:
-    """``sha256:<hex>`` over lines that describe samples; ``made`` is a generator's digest."""
-    digest = hashlib.sha256((made or "").encode() + b"\n")
-    for line in lines:
-        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
-    return "sha256:" + digest.hexdigest()

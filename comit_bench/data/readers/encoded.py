@@ -17,7 +17,7 @@ from typing import Any, overload
 import numpy as np
 
 from comit_bench.data.opened import Split
-from comit_bench.data.readers.common import few, fingerprint, folders, images, stem, suffix
+from comit_bench.data.readers.common import few, folders, images, stem
 from comit_bench.errors import CorruptFileError, UnsupportedOperation
 from comit_bench.recipes import DatasetSpec
 
@@ -54,6 +54,21 @@ class EncodedPaths(Sequence[Path]):
         """The encoded image. Raises CorruptFileError when there is none, MissingError when it vanished."""
         content: bytes = self._source.read(self._rows[index])
         return content
+
+    def take(self, rows: Sequence[int]) -> EncodedPaths:
+        """Some of the images, in this order."""
+        return EncodedPaths(self._source, tuple(self._rows[row] for row in rows))
+
+    def digests(self, cache: Path, *, title: str, progress: bool) -> list[bytes]:
+        """sha256 of every image; read once, see ``comit_bench.data.digests``."""
+        found: list[bytes] = self._source.digests(self._rows, cache=cache, title=title, progress=progress)
+        return found
+
+
+def contents_of(split: Split, cache: Path, progress: bool) -> tuple[bytes, ...]:
+    """sha256 of every image of a split that lies in an archive."""
+    title = f"contents of {split.name} (once)"
+    return tuple(split.paths.digests(cache, title=title, progress=progress))  # type: ignore[attr-defined]
 
 
 def _in_folders(spec: DatasetSpec, folder: Path, name: str) -> bool:
@@ -132,6 +147,9 @@ class _HubImages:
     def read(self, index: int) -> bytes:
         return self._images.read(index)
 
+    def digests(self, rows: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
+        return self._images.digests(rows, cache=cache, title=title, progress=progress)
+
 
 def _class_by_label(source: Any) -> Callable[[int], str | None]:
     """Row -> wnid by the label column of a hub copy."""
@@ -155,8 +173,8 @@ def read_encoded(
     source: Any,
     classes: tuple[str, ...],
     official: Callable[[], Callable[[str], str | None]],
-) -> tuple[Split, str]:
-    """One split from an archive, and its fingerprint.
+) -> Split:
+    """One split from an archive; its contents are not read yet.
 
     Args:
         name: The split.
@@ -171,7 +189,7 @@ def read_encoded(
     labels = {c: i for i, c in enumerate(classes)}
     by_label = _class_by_label(source)
     by_name: Callable[[str], str | None] | None = None
-    found: list[tuple[str, int, int, str]] = []
+    found: list[tuple[str, int, int]] = []
     for row, full in enumerate(source.ids):
         plain = _TAIL.sub("", stem(full.rsplit("/", 1)[-1]))
         match = _WNID.search(full)
@@ -188,7 +206,7 @@ def read_encoded(
                 "with a label column. Unpack the images into class folders."
             )
         if class_name in labels:
-            found.append((f"{class_name}/{plain}", row, labels[class_name], suffix(full)))
+            found.append((f"{class_name}/{plain}", row, labels[class_name]))
     found.sort()
     ids = tuple(entry[0] for entry in found)
     if len(set(ids)) < len(ids):
@@ -200,8 +218,5 @@ def read_encoded(
             f"split {name!r} in {source.where(0)} and others: no image of {len(absent)} of {len(classes)} "
             f"classes: {few(absent)}"
         )
-    size = getattr(source, "size", lambda row: -1)
-    lines = (f"{i}{end}\t{size(row)}\t{label}" for i, row, label, end in found)
     numbers = np.array([entry[2] for entry in found], dtype=np.int64)
-    split = Split(name, ids, EncodedPaths(source, tuple(entry[1] for entry in found)), numbers)
-    return split, fingerprint(lines, None)
+    return Split(name, ids, EncodedPaths(source, tuple(entry[1] for entry in found)), numbers)

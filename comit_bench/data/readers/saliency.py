@@ -8,11 +8,21 @@ part is the salient object; the masks of the original archives may be anti-alias
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from comit_bench.data.folders import SUFFIXES
 from comit_bench.data.manifests import Manifest, rows_from
-from comit_bench.data.readers.common import few, find_directory, images, stem, suffix
+from comit_bench.data.readers.common import (
+    EXTENSIONS,
+    few,
+    find_directory,
+    images,
+    look_for_images,
+    stem,
+    suffix,
+)
 from comit_bench.errors import CorruptFileError, MissingError
 from comit_bench.recipes import DatasetSpec
 
@@ -56,13 +66,16 @@ def build(spec: DatasetSpec, folder: Path) -> Manifest:
         CorruptFileError: Masks without an image, or two files with one name.
     """
     where = places(spec, folder)
-    splits, unmasked = {}, {}
+    splits, unmasked, no_files = {}, {}, {}
     for name in spec.splits:
-        photos = _by_stem(
-            [file for file, _ in images(where[name])], where[name], where[f"{name} masks"], True
-        )
         directory = where[f"{name} masks"]
-        masks = _by_stem([file for file, _ in images(directory)], directory, where[name], False)
+        listed, odd = look_for_images(where[name])
+        photos = _by_stem(listed, where[name], directory, True)
+        listed, odd_masks = look_for_images(directory, EXTENSIONS if directory == where[name] else SUFFIXES)
+        masks = _by_stem(listed, directory, where[name], False)
+        no_files[name] = {stem(file): what for file, what in sorted((odd | odd_masks).items())}
+        photos = {i: file for i, file in photos.items() if i not in no_files[name]}
+        masks = {i: file for i, file in masks.items() if i not in no_files[name]}
         if not photos:
             raise MissingError(f"{where[name]}: holds no images")
         if alone := sorted(masks.keys() - photos.keys()):
@@ -76,12 +89,15 @@ def build(spec: DatasetSpec, folder: Path) -> Manifest:
         splits[name] = rows_from(
             [(i, f"{name}/{photos[i]}", nothing) for i in both], 0, [f"{name} masks/{masks[i]}" for i in both]
         )
-    return Manifest("masks", ("salient",), (), splits, {"images_without_mask": unmasked})
+    notes: dict[str, Any] = {"images_without_mask": unmasked}
+    if any(no_files.values()):
+        notes["not_files"] = no_files
+    return Manifest("masks", ("salient",), (), splits, notes)
 
 
 def _if_together(directory: Path) -> list[str]:
     """Stems that occur both as a photograph and as a PNG in one folder."""
-    names = [file for file, _ in images(directory)]
+    names = images(directory)
     photos = {stem(n) for n in names if suffix(n).lower() in PHOTOS}
     return sorted(photos & {stem(n) for n in names if suffix(n).lower() == ".png"})
 

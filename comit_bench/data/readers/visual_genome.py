@@ -280,16 +280,18 @@ def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manif
 
 
 def verify(manifest: Manifest, where: str) -> None:
-    """Check from the samples alone that no image is in two splits and that every sample has a relation.
+    """Check from the samples alone that no id is in two splits and that every sample has a relation.
+
+    One photograph under two ids is found later, by what its files hold.
 
     Raises:
         CorruptFileError: One of these does not hold.
     """
     seen: dict[str, str] = {}
     for name, rows in manifest.splits.items():
-        for file in (*rows.ids, *rows.files):
-            if seen.setdefault(file, name) != name:
-                raise CorruptFileError(f"{where}: image {file} is in {seen[file]} and in {name}")
+        for image in rows.ids:
+            if seen.setdefault(image, name) != name:
+                raise CorruptFileError(f"{where}: image {image} is in {seen[image]} and in {name}")
         kept = np.add.reduceat(rows.values[:, 3], rows.offsets[:-1]) if len(rows.ids) else np.empty(0)
         if (np.diff(rows.offsets) == 0).any() or (kept == 0).any():
             raise CorruptFileError(f"{where}: split {name!r} has an image without relations")
