@@ -1,4 +1,4 @@
-"""The command line: ``comit-bench run | sweep | figure | train | ls | doctor | data | weights | ...``.
+"""The command line: ``comit-bench run | sweep | paper | figure | train | ls | doctor | data | ...``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -14,6 +14,7 @@ import typer
 
 from comit_bench import __version__, data_command, figure_command, token_command
 from comit_bench.errors import BenchError, UsageError, did_you_mean
+from comit_bench.paper_command import paper
 from comit_bench.sweep_command import sweep
 from comit_bench.token_command import key_values
 from comit_bench.train.command import train
@@ -183,6 +184,7 @@ def _auto_workers() -> int:
 app.command(name="run")(run)
 app.command(name="sweep")(sweep)
 app.command(name="train")(train)
+app.command(name="paper")(paper)
 app.command(name="tokenize")(token_command.tokenize)
 app.command(name="detokenize")(token_command.detokenize)
 app.add_typer(data_command.app, name="data")

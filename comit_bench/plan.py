@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import MissingError
 from comit_bench.jobs import Job, Settings, left_out
-from comit_bench.recipes import KINDS, DatasetSpec, Recipe
+from comit_bench.recipes import KINDS, DatasetSpec, ProbeSpec, Recipe
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
@@ -124,6 +124,12 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
     return plan
 
 
+def pass_flops(probe: ProbeSpec, tokens: int, code_dim: int) -> float:
+    """FLOPs of one training pass of a probe, forwards and backwards, over so many tokens."""
+    block = (4 + 2 * probe.mlp_ratio) * probe.width**2
+    return 6.0 * tokens * (block * probe.depth + code_dim * probe.width)
+
+
 def _cost(
     job: Job, settings: Settings, counts: dict[str, int], tokenizer: Tokenizer | None, rate: float
 ) -> JobPlan:
@@ -152,9 +158,7 @@ def _cost(
         return JobPlan(job, images, images * length * per_token, seconds)
     train = min(used[split.train], settings.limit or used[split.train])
     passes, appended = find_probe_executor(job.task.spec).passes(job.task.spec, train)
-    block = (4 + 2 * probe.mlp_ratio) * probe.width**2
-    tokens = length + 1 + appended
-    per_pass = 6.0 * tokens * (block * probe.depth + code_dim * probe.width)
+    per_pass = pass_flops(probe, length + 1 + appended, code_dim)
     cores = os.cpu_count() or 1
     rounds = math.ceil((settings.seeds or job.task.spec.seeds) / cores)  # seeds are fitted side by side
     seconds += passes * probe.max_epochs * rounds * per_pass / (rate / cores * PROBE_EFFICIENCY)
@@ -171,10 +175,12 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """40 s, 12 min, 3.5 h."""
+    """40 s, 12 min, 3.5 h, 1,750 days."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
 def describe(plan: Plan, settings: Settings, *, suite: str, why: str) -> list[str]:
