@@ -193,7 +193,7 @@ def make_cast(suite: str, names: Sequence[str] = (), runs: Path = RUNS) -> Cast:
         "shown": chosen,
     }
     if not names and suite == "scenes":
-        roles["rows"] = ("kmeans-patch", "vq-grid-nano", "titok-nano", *chosen)
+        roles["rows"] = ("vq-grid-nano", "titok-nano", *chosen)
         roles["bottleneck"] = ("titok-nano", *chosen)
     elif not names:
         roles |= {"rows": COMPARED, "sizes": ("comit-b", "comit-l", "comit-xl"), "shown": ("comit-xl",)}
@@ -262,9 +262,14 @@ def _sweep(cast: Cast, part: str, axis: str, values: str) -> list[Step]:
     return [measured, _of_records("sweeps", part, "OUTPUT/sweeps")]
 
 
-def _of_records(figure: str, part: str, results: str) -> Step:
+def _of_records(figure: str, part: str, results: str, names: Sequence[str] = ()) -> Step:
+    """A figure of the records that the step before it left, of all tokenizers or some."""
+    some = [word for name in names for word in ("--tokenizer", Path(name).name)]
     return Step(
-        command=("figure", figure), more=("--results", results), output=f"figures/{part}", follows=True
+        command=("figure", figure),
+        more=("--results", results, *some),
+        output=f"figures/{part}",
+        follows=True,
     )
 
 
@@ -321,7 +326,7 @@ def make_parts(cast: Cast) -> list[Part]:
             "size of the bottleneck: probe accuracy and PSNR",
             [
                 _measure(cast, cast.bottleneck, (recognition, reconstruction)),
-                _of_records("bottleneck", "figure-5c", "OUTPUT"),
+                _of_records("bottleneck", "figure-5c", "OUTPUT", cast.bottleneck),
             ],
         ),
         (

@@ -128,7 +128,7 @@ def _shared_options(settings: Settings, batch_size: int | None, *, quiet: bool) 
 def _takes(words: Sequence[str]) -> tuple[str, ...]:
     """Which of the shared options a command has."""
     if words[0] == "figure":
-        return ("--device",) if "--tokenizer" in words else ()
+        return ("--device", "--quiet") if "--images" in words else ()
     common = ("--device", "--dtype", "--limit", "--batch-size", "--offline", "--quiet")
     return (*common, "--seeds") if words[0] == "run" else common
 
