@@ -41,10 +41,12 @@ DECODE, ATTENTION, COMIT, TOKENS = "decode", "attention", "COMiT only", "any tok
 VOCABULARY, RECORDS = "a vocabulary", "records"
 FIGURES: tuple[FigureEntry, ...] = (
     FigureEntry("attention", "maps of the tokens that cover the object best, overlap by layer", ATTENTION),
+    FigureEntry("bottleneck", "probe accuracy and PSNR by size of the message", RECORDS),
     FigureEntry("codebook", "entropy per position, use of ids, what positions share", VOCABULARY),
     FigureEntry("counterfactual", "scenes with one thing changed, and the tokens that change", TOKENS),
     FigureEntry("edit", "tokens swapped between two images, decoded", DECODE),
     FigureEntry("evolution", "what a message knows after each crop, and its error by region", COMIT),
+    FigureEntry("maps", "where single tokens look, without masks", ATTENTION),
     FigureEntry("neighbours", "images and those with the nearest messages", TOKENS),
     FigureEntry("policies", "reconstructions by cropping policy, and PSNR by number of crops", COMIT),
     FigureEntry("reconstruction", "originals beside the reconstructions of several tokenizers", DECODE),
@@ -63,7 +65,13 @@ Several = Annotated[
     list[str] | None,
     typer.Option("--tokenizer", "-t", help="May be repeated, a row each. [default: comit-nano]"),
 ]
-Images = Annotated[str, typer.Option(help="'scenes' (embedded) or a folder of images, searched recursively.")]
+Images = Annotated[
+    str,
+    typer.Option(
+        help="'scenes' (embedded), a folder of images, searched recursively, or a data set below "
+        "COMIT_BENCH_DATA, e.g. cssd."
+    ),
+]
 Output = Annotated[Path, typer.Option(help="The PDF and the PNG go here.")]
 Policy = Annotated[str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")]
 Count = Annotated[int, typer.Option(min=1, help="How many images.")]
@@ -157,6 +165,24 @@ def attention(
         if sweep_count:
             sweep = compute_sweep(loaded, read(images, loaded, sweep_count, seed), policy=policy, seed=seed)
             put(draw_sweep(sweep), output, "attention", "sweep", name, *sweep.about.file_parts)
+
+
+@app.command(name="bottleneck")
+def bottleneck(
+    results: Annotated[Path, typer.Option(help="Where `comit-bench run` left its records.")] = Path(
+        "results"
+    ),
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option("--tokenizer", "-t", help="Names as in tables; may be repeated. [default: all]"),
+    ] = None,
+    output: Output = FIGURES_FOLDER,
+) -> None:
+    """Probe accuracy and PSNR by the size of the message; reads records only."""
+    from comit_bench.figures.bottleneck import compute, draw
+
+    data = compute([r for r in _records(results) if not tokenizer or r.tokenizer.name in tokenizer])
+    put(draw(data), output, "bottleneck", *data.about.file_parts)
 
 
 @app.command(name="codebook")
@@ -260,6 +286,32 @@ def ls() -> None:
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     for name, needs, shows in rows:
         typer.echo(f"{name:<{first}}  {needs:<{second}}  {shows}")
+
+
+@app.command(name="maps")
+def maps(
+    tokenizer: One = None,
+    images: Images = "scenes",
+    output: Output = FIGURES_FOLDER,
+    policy: Policy = None,
+    count: Count = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each image.")] = 6,
+    seed: Seed = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    layer: Annotated[float, typer.Option(help="Relative depth below 1, or a block (0, -1, ...).")] = 0.857,
+    time: Annotated[float, typer.Option(help="Flow time in [0, 1) at which maps are read.")] = 0.5,
+) -> None:
+    """Where single tokens look, on any images: the tokens with the most compact maps."""
+    from comit_bench.figures.maps import compute, draw
+
+    with at_work(quiet):
+        loaded = load(tokenizer, images, weights, device)
+        chosen = int(layer) if layer == int(layer) else layer
+        inputs = read(images, loaded, count, seed)
+        data = compute(loaded, inputs, tokens=tokens, layer=chosen, time=time, policy=policy, seed=seed)
+        put(draw(data), output, "maps", title(loaded, tokenizer, weights), *data.about.file_parts)
 
 
 @app.command(name="neighbours")
@@ -366,9 +418,14 @@ def sweeps(
 ) -> None:
     """Reconstruction by solver steps, guidance, policy and message size; reads records only."""
     from comit_bench.figures.sweeps import compute, draw
-    from comit_bench.results.records import load_records
 
-    folder = results / "records" if (results / "records").is_dir() else results
-    records = [record for record in load_records(folder) if task is None or record.task.name == task]
+    records = [record for record in _records(results) if task is None or record.task.name == task]
     for data in compute(records):
         put(draw(data), output, "sweeps", data.task, data.column, *data.about.file_parts)
+
+
+def _records(results: Path) -> Any:
+    """All records of a run, whose folder or folder of records is given."""
+    from comit_bench.results.records import load_records
+
+    return load_records(results / "records" if (results / "records").is_dir() else results)

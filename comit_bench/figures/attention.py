@@ -185,7 +185,7 @@ def read_masks(inputs: Inputs, preprocessing: str) -> tuple[Inputs, NDArray[np.b
     return kept, np.stack(masks)
 
 
-def _each_map(
+def each_map(
     tokenizer: Tokenizer, inputs: Inputs, spec: ObjectnessSpec, policy: str | None, seed: int
 ) -> tuple[AttentionRequest, tuple[float, ...], dict[tuple[int, int], list[Tensor]]]:
     """What was read, when, and per (layer, time) the maps [K, h, w] of every image, means over heads.
@@ -269,8 +269,8 @@ def compute(
         UsageError: An image without an object, or settings out of range.
     """
     asked, (inputs, masks) = len(inputs), read_masks(inputs, tokenizer.info.preprocessing)
-    spec = _spec(layers=(layer,), times=(time,), shares=tuple(shares))
-    request, read_at, found = _each_map(tokenizer, inputs, spec, policy, seed)
+    spec = make_spec(layers=(layer,), times=(time,), shares=tuple(shares))
+    request, read_at, found = each_map(tokenizer, inputs, spec, policy, seed)
     tokens, maps, kept, iou = [], [], [], []
     for mask, own in zip(masks, found[0, 0], strict=True):
         scores = overlaps(own, torch.from_numpy(mask), shares, resize=spec.resize)  # [P, K]
@@ -326,8 +326,8 @@ def compute_sweep(
     """
     depth = getattr(tokenizer, "attention_layers", 1)
     asked, (inputs, masks) = len(inputs), read_masks(inputs, tokenizer.info.preprocessing)
-    spec = _spec(layers=tuple(range(depth)), times=_readable(tokenizer, times), shares=(share,))
-    request, read_at, found = _each_map(tokenizer, inputs, spec, policy, seed)
+    spec = make_spec(layers=tuple(range(depth)), times=_readable(tokenizer, times), shares=(share,))
+    request, read_at, found = each_map(tokenizer, inputs, spec, policy, seed)
     miou = np.zeros((len(request.layers), max(len(read_at), 1)))
     null = np.zeros_like(miou)
     advance = progress.get()("comparing with masks", len(found), "cells")
@@ -358,14 +358,19 @@ def _readable(tokenizer: Tokenizer, times: Sequence[float]) -> tuple[float, ...]
     return tuple(kept.values()) or tuple(times[:1])
 
 
-def _spec(**settings: Any) -> ObjectnessSpec:
+def make_spec(**settings: Any) -> ObjectnessSpec:
+    """A recipe's section from settings of the command line.
+
+    Raises:
+        UsageError: They are out of range.
+    """
     try:
         return ObjectnessSpec(**settings)
     except ValueError as error:
         raise UsageError(f"figure attention: {error}") from error
 
 
-def _tinted(image: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def tint(image: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """The image [3, S, S], dimmed where a token does not look and orange where it does."""
     from matplotlib.colors import to_rgb
 
@@ -391,7 +396,7 @@ def draw(data: Attention, *, width: float = FULL) -> Figure:
     captions: list[list[str]] = []
     for n, image in enumerate(data.images):
         mask = np.repeat(data.masks[n][None].astype(np.uint8) * 255, 3, axis=0)
-        tinted = [_tinted(image, kept) for kept in data.binary[n]]
+        tinted = [tint(image, kept) for kept in data.binary[n]]
         rows.append([image, mask, data.maps[n, middle], *tinted])
         tokens = [f"token {token}" for token in data.tokens[n]]
         values = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ from torch import Tensor
 from comit_bench.data.datasets import PathList, open_dataset
 from comit_bench.data.folders import list_images
 from comit_bench.data.images import load_image, upright
+from comit_bench.data.readers.common import DATA_VARIABLE
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.files import cache_root
 from comit_bench.recipes import find_datasets
@@ -97,7 +99,8 @@ def load_inputs(
     """
     if count is not None and count < 1:
         raise UsageError(f"--count {count}: at least one image is needed")
-    names, paths, masks = _listed(source, cache or cache_root(), dataset)
+    named = dataset if source == SCENES else _data_set(source)
+    names, paths, masks = _listed(source, cache or cache_root(), named)
     recipe = info.preprocessing if source == SCENES else upright(info.preprocessing)
     order = sorted(range(len(names)), key=lambda row: seed_for(seed, f"figure/{names[row]}"))
     kept: dict[int, Tensor] = {}
@@ -120,23 +123,32 @@ def load_inputs(
         torch.stack([kept[row] for row in rows]),
         tuple(paths[row] for row in rows),
         None if masks is None else tuple(masks[row] for row in rows),
-        source=f"{dataset} {SCENES_SPLIT}" if source == SCENES else f"folder {Path(source).resolve().name}",
+        source=f"{named} {SCENES_SPLIT}" if named else f"folder {Path(source).resolve().name}",
         available=len(names),
         unreadable=unreadable,
         seed=seed,
-        of_reader=source != SCENES,
+        of_reader=named is None or find_datasets()[named].spec.generator is None,
     )
 
 
+def _data_set(source: str) -> str | None:
+    """The data set that is meant; None when a folder is."""
+    return source if source in find_datasets() and not Path(source).is_dir() else None
+
+
 def _listed(
-    source: str, cache: Path, dataset: str
+    source: str, cache: Path, dataset: str | None
 ) -> tuple[Sequence[str], Sequence[Path], Sequence[Path] | None]:
-    if source != SCENES:
+    if dataset is None:
         folder = Path(source).expanduser()
         names = list_images(folder)
         return names, PathList(folder, names), None
+    root = os.environ.get(DATA_VARIABLE)
     data = open_dataset(
-        find_datasets()[dataset], data_root=None, cache=cache, progress=progress.get() is not _silent
+        find_datasets()[dataset],
+        data_root=Path(root).expanduser() if root else None,
+        cache=cache,
+        progress=progress.get() is not _silent,
     )
     split = data.splits[SCENES_SPLIT]
     masks = cast(Sequence[Path], split.labels) if data.kind == "masks" else None

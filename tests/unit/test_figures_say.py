@@ -21,6 +21,7 @@ from comit_bench.figures import (
     counterfactual,
     edit,
     evolution,
+    maps,
     neighbours,
     policies,
     reconstruction,
@@ -41,12 +42,13 @@ FIGURES: dict[str, Callable[[Any, Inputs], Any]] = {
     "codebook": lambda t, x: codebook.draw(codebook.compute(t, x, positions=3)),
     "edit": lambda t, x: edit.draw(edit.compute(t, x, span=8)),
     "evolution": lambda t, x: evolution.draw(evolution.compute(t, x, policy="raster:1")),
+    "maps": lambda t, x: maps.draw(maps.compute(t, x, tokens=2)),
     "neighbours": lambda t, x: neighbours.draw(neighbours.compute(t, x, queries=1, k=1)),
     "policies": lambda t, x: policies.draw(policies.compute(t, x, policies=("global",))),
     "policies curves": lambda t, x: policies.draw_curves(policies.compute_curves(t, x, crops=1)),
     "reconstruction": lambda t, x: reconstruction.draw(reconstruction.compute([t], [x])),
 }
-DECODING = {"attention", "attention sweep", "edit", "policies", "policies curves", "reconstruction"}
+DECODING = {"attention", "attention sweep", "edit", "maps", "policies", "policies curves", "reconstruction"}
 OWN_POLICIES = {"evolution", "policies", "policies curves"}
 
 
@@ -162,7 +164,7 @@ def test_the_null_of_attention_by_hand(nano: Any, scenes: Inputs) -> None:
     """The best of the other image's maps, rolled: the same draws, the same number."""
     spec = ObjectnessSpec(shares=(10, 20))
     data = attention.compute(nano, scenes, shares=(10, 20))
-    maps = attention._each_map(nano, scenes, replace_spec(spec), None, 0)[2][0, 0]
+    maps = attention.each_map(nano, scenes, replace_spec(spec), None, 0)[2][0, 0]
     for image in (0, 1):
         generator = generator_for(0, f"objectness-null/{scenes.names[image]}")
         best = []

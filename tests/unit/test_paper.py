@@ -84,6 +84,15 @@ def embedded(typed: str, output: Path) -> list[str]:
     ]
 
 
+def test_every_command_of_the_docs_has_a_plan_on_the_embedded_suite(command: Command, tmp_path: Path) -> None:
+    for _, typed in ((name, words) for name, several in COMMANDS for words in several):
+        words = embedded(typed, tmp_path / "out")
+        code, out, err = command(*words, *(["--dry-run"] if words[0] == "paper" else []))
+        assert code == 0, err
+        assert words[0] != "paper" or "nothing is missing" in out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "typed"), [(n, w) for n, words in COMMANDS for w in words], ids=lambda v: v[:34]
