@@ -105,11 +105,12 @@ def load(name: str | None, images: str, weights: str | None, device: str) -> Tok
     """The tokenizer a figure is about; says so when the small default meets images of the reader."""
     from comit_bench.console import DEFAULT_TOKENIZER, say_default
     from comit_bench.figures.inputs import SCENES
-    from comit_bench.tokenizers.loading import load_tokenizer
+    from comit_bench.tokenizers.loading import load_tokenizer, resolve_device
 
     if name is None and images != SCENES:
         say_default([DEFAULT_TOKENIZER])
-    return load_tokenizer(name or DEFAULT_TOKENIZER, weights=weights, device=device)
+    place = str(resolve_device(device))
+    return load_tokenizer(name or DEFAULT_TOKENIZER, weights=weights, device=place)
 
 
 def read(source: str, tokenizer: Tokenizer, count: int | None, seed: int, dataset: str | None = None) -> Any:

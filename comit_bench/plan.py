@@ -90,9 +90,14 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
     Args:
         jobs: From :func:`comit_bench.jobs.make_jobs`.
         bench: Will do the jobs; it keeps what is opened here.
+
+    Raises:
+        UsageError: A device that is not there, or a type that it does not compute in.
     """
     from comit_bench.tasks.executor import find_executor, find_looking_executor
+    from comit_bench.tokenizers.loading import resolve_dtype
 
+    resolve_dtype(bench.settings.dtype, bench.device)
     plan, rate, settings = Plan(), matmul_rate(), bench.settings
     counts: dict[str, dict[str, int]] = {}
     for job in jobs:

@@ -84,10 +84,14 @@ _SELFTOK = "comit_bench.tokenizers.selftok:load"
 _KMEANS = "comit_bench.tokenizers.kmeans:load"
 _PIXELS = "comit_bench.tokenizers.pixels:load"
 # What --option may set beside each; a test compares with what the loaders take.
-_COMIT_OPTIONS = ("posterior", "steps", "solver", "guidance", "momentum")
+_COMIT_OPTIONS = ("posterior", "steps", "solver", "guidance", "momentum", "allow_pickle")
 _TITOK_OPTIONS = ("compile", "allow_pickle")
-_FLEXTOK_OPTIONS = ("tokens", "posterior", "steps", "guidance", "guidance_mode", "scaling_factor", "compile")
-_VQMODEL_OPTIONS = ("resolution",)
+_FLEXTOK_OPTIONS = (
+    *("tokens", "posterior", "steps", "guidance", "guidance_mode", "scaling_factor", "allow_pickle"),
+    "compile",
+)
+_VQMODEL_OPTIONS = ("resolution", "allow_pickle")
+_GRID_OPTIONS = ("allow_pickle",)
 _ALIT_OPTIONS = ("base", "latent", "allow_pickle", "iterations", "halting", "posterior", "latents", "compile")
 _SELFTOK_OPTIONS = (
     *("decoder", "vae", "allow_pickle", "latents", "steps"),
@@ -222,6 +226,7 @@ BUILTIN = (
         name="vq-grid-nano",
         family="vq-grid",
         target=_GRID,
+        options=_GRID_OPTIONS,
         parameters=0.49,
         message_length=16,
         vocab_size=1000,

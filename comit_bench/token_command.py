@@ -83,9 +83,10 @@ def tokenize(
     def work() -> int:
         from comit_bench.files import cache_root
         from comit_bench.tasks.folders import tokenize_folder
-        from comit_bench.tokenizers.loading import load_tokenizer
+        from comit_bench.tokenizers.loading import load_tokenizer, resolve_device
 
-        settings: dict[str, Any] = {"device": device, "dtype": dtype, "offline": offline}
+        place = str(resolve_device(device))
+        settings: dict[str, Any] = {"device": place, "dtype": dtype, "offline": offline}
         settings |= key_values(option or [])
         if tokenizer is None:
             say_default([DEFAULT_TOKENIZER])
@@ -151,9 +152,11 @@ def detokenize(
     def work() -> int:
         from comit_bench.data.token_file import read_token_file
         from comit_bench.tasks.folders import detokenize_file
+        from comit_bench.tokenizers.loading import resolve_device
 
         content = read_token_file(tokens)
-        settings: dict[str, Any] = {"device": device, "dtype": dtype, "offline": offline}
+        place = str(resolve_device(device))
+        settings: dict[str, Any] = {"device": place, "dtype": dtype, "offline": offline}
         settings |= key_values(option or [])
         loaded = _maker(tokens, content.origin, tokenizer, weights, settings)
         with _bars(quiet) as bars:

@@ -11,7 +11,6 @@ Shape legend: ``B`` images, ``S`` image side, ``g`` grid side, ``X`` = g*g, ``D1
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.models.plain_files import read_json, shown
+from comit_bench.models.state_dicts import INDEX, Misfit, fill, read, select
+
 DINOV2 = {
     "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
     "dinov2-l": "vit_large_patch14_dinov2.lvd142m",
 }
 TEACHERS = ("none", *DINOV2, "scenes-teacher")
 WEIGHTS = "model.safetensors"
+LARGEST = 1 << 14  # of every size of a scenes-teacher
 SMALLEST_GRID, LARGEST_GRID = 8, 37  # patches per side that DINOv2 is run on: 112 to 518 px
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -146,8 +149,11 @@ class ScenesTeacherSpec:
     dim: int = 128
 
     def __post_init__(self) -> None:
-        if min(self.image_size, self.patch, self.width, self.dim) < 1 or self.depth < 0:
-            raise ValueError("the sizes of a scenes-teacher must be positive")
+        for name, value in asdict(self).items():
+            if type(value) is not int or not int(name != "depth") <= value <= LARGEST:
+                raise ValueError(
+                    f"{name} must be a positive whole number up to {LARGEST}, found {shown(value)}"
+                )
         if self.patch & (self.patch - 1) or self.image_size % (2 * self.patch):
             raise ValueError(
                 f"patch {self.patch} must be a power of two and twice it must divide {self.image_size}"
@@ -284,15 +290,17 @@ def _read_scenes_teacher(path: Path | None) -> ScenesTeacherNet:
         raise FileNotFoundError("scenes-teacher: needs the directory of its weights")
     config_file, weights = path / "config.json", path / WEIGHTS
     for file in (config_file, weights):
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(f"{file}: not found. A scenes-teacher is config.json and {WEIGHTS}.")
+    config = read_json(config_file)
     try:
-        spec = ScenesTeacherSpec(**json.loads(config_file.read_text(encoding="utf-8")))
+        spec = ScenesTeacherSpec(**config)
     except (TypeError, ValueError) as error:
         known = ", ".join(asdict(ScenesTeacherSpec()))
         raise ValueError(f"{config_file}: no scenes-teacher ({error}); its keys are {known}") from error
-    network = ScenesTeacherNet(spec)
-    _load(network, _read_tensors(weights), weights)
+    with torch.device("meta"):
+        network = ScenesTeacherNet(spec)
+    _load(network, _read_tensors(weights, ("stem", "trunk", "to_cls")), weights)
     return network
 
 
@@ -301,20 +309,25 @@ def _read_dino(name: str, path: Path | None) -> nn.Module:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     weights = _download(DINOV2[name]) if path is None else _weight_file(path)
+    tensors = _read_tensors(weights, ("patch_embed.proj", "blocks", "cls_token"))
     network: nn.Module = timm.create_model(
         DINOV2[name], pretrained=False, dynamic_img_size=True, num_classes=0
     )
     try:
-        tensors = checkpoint_filter_fn(_read_tensors(weights), network)  # type: ignore[arg-type]
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{weights}: not the weights of {DINOV2[name]} ({error})") from error
-    _load(network, tensors, weights)
+        fitting = checkpoint_filter_fn(tensors, network)  # type: ignore[arg-type]
+    except Exception as error:  # it assumes the keys of a vision transformer
+        raise ValueError(f"{weights}: not the weights of {DINOV2[name]} ({error!r})") from error
+    _load(network, fitting, weights)
     return network
 
 
 def _weight_file(path: Path) -> Path:
     if path.is_file():
         return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no file and no directory")
+    if shards := sorted(path.glob(f"*{INDEX}")):
+        return shards[0]
     found = sorted([*path.glob("*.safetensors"), *path.glob("*.pth"), *path.glob("*.bin")])
     preferred = [p for p in found if p.name == WEIGHTS] or found
     if not preferred:
@@ -340,26 +353,13 @@ def _download(model: str) -> Path:
         ) from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader raises whatever the bytes make of it
-        raise ValueError(f"{path}: not a readable weight file ({type(error).__name__})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path}: expected a flat state dict")
-    return tensors
+def _read_tensors(path: Path, landmarks: tuple[str, ...]) -> dict[str, Tensor]:
+    tensors, nested = read(path)
+    return select(tensors, landmarks, path, nested=nested)
 
 
 def _load(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit {type(network).__name__}: {error}") from error
+        fill(network, tensors, path)
+    except Misfit as error:
+        raise ValueError(f"the weights do not fit {type(network).__name__}: {error}") from error

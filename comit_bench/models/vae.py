@@ -173,6 +173,12 @@ class KLVaeSpec:
     shift: float = 0.0
     quant_convs: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.widths or min(*self.widths, self.channels, self.layers, self.groups) < 1:
+            raise ValueError(f"sizes of a VAE must be positive: {self}")
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"widths of a VAE {list(self.widths)} must be multiples of {self.groups} groups")
+
     @property
     def factor(self) -> int:
         return int(2 ** (len(self.widths) - 1))

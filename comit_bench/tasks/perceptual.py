@@ -8,7 +8,7 @@ plain tensors only.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -68,9 +68,12 @@ class InceptionFeatures:
     def __init__(self, path: Path, device: torch.device) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        from comit_bench.tokenizers.checkpoints import check_values
+
         self.device = device
         again = BytesIO()  # the extractor reads a pickle: it is handed one that we wrote
-        torch.save(read_plain_tensors(path), again)
+        tensors = read_plain_tensors(path, ("Conv2d_1a_3x3", "Mixed_5b", "fc"))
+        torch.save(tensors, again)
         again.seek(0)
         try:
             self._network: Any = FeatureExtractorInceptionV3(
@@ -81,6 +84,7 @@ class InceptionFeatures:
                 f"{path}: not the weights of torch-fidelity's Inception ({str(error).splitlines()[0]}). "
                 f"{_how_to_get_inception()}"
             ) from error
+        check_values(self._network.state_dict(), tensors, path)
 
     def __call__(self, images_u8: Tensor) -> Tensor:
         return _tiled(lambda tile: self._network(tile)[0], images_u8.to(self.device), name="inception")
@@ -107,23 +111,20 @@ def _tiled(function: Callable[[Tensor], Tensor], images: Tensor, *, name: str) -
     return found
 
 
-def read_plain_tensors(path: Path) -> dict[str, Tensor]:
+def read_plain_tensors(path: Path, landmarks: Sequence[str] = ()) -> dict[str, Tensor]:
     """A state dict from safetensors or a pickled file, never running any code of it.
 
+    Args:
+        path: The file.
+        landmarks: Beginnings of its keys, to find it under an entry or a prefix.
+
     Raises:
+        MissingError: No such file.
         CorruptFileError: Not such a file.
     """
-    from comit_bench.tokenizers.checkpoints import read_tensors
+    from comit_bench.tokenizers.checkpoints import read_weights
 
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader raises whatever the bytes make of it
-        raise CorruptFileError(f"{path}: not a readable weight file ({type(error).__name__})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CorruptFileError(f"{path}: expected tensors by name")
-    return tensors
+    return read_weights(path, landmarks, allow_pickle=True)
 
 
 def find_inception() -> Path:
@@ -226,13 +227,25 @@ def load_lpips(name: LpipsName, device: torch.device) -> Callable[[Tensor, Tenso
 
     Raises:
         MissingError: Something is not here; see :func:`why_no_lpips`.
+        CorruptFileError: The weights of its backbone are damaged.
     """
     reason = why_no_lpips(name)
     if reason is not None:
         raise MissingError(f"LPIPS: {reason}")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    network: Any = LearnedPerceptualImagePatchSimilarity(net_type=name).net.to(device)
+    from comit_bench.tokenizers.checkpoints import check_values
+
+    path = _hub_folder() / LPIPS_BACKBONES[name]
+    tensors = read_plain_tensors(path, ("features",))
+    check_values(dict.fromkeys(tensors, torch.empty(0)), tensors, path)
+    try:
+        network: Any = LearnedPerceptualImagePatchSimilarity(net_type=name).net.to(device)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CorruptFileError(
+            f"{path}: not the weights that LPIPS ({name}) needs ({str(error).splitlines()[0]}). Fetch it "
+            "again."
+        ) from error
 
     def scores(one: Tensor, two: Tensor) -> Tensor:
         pairs = torch.stack([one, two], dim=1).to(device)

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import atomic_path, digest_json, sha256_file
+from comit_bench.models.plain_files import some
 from comit_bench.models.text import RANDOM_T5, mean_states, random_t5, word_ids, words_of
 from comit_bench.sections import TextSpec
 from comit_bench.tasks.fit import one_thread
+from comit_bench.tokenizers.checkpoints import check_float_file, check_values, read_config
+from comit_bench.tokenizers.config_node import DEPTH, HEADS, WIDTH, Node
 
 RANDOM = "random-t5"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -91,20 +94,55 @@ class TextEncoder:
     def _released(self, texts: Sequence[str], folder: Path) -> Tensor:
         from transformers import AutoTokenizer, T5EncoderModel
 
+        check_t5(folder)
         try:
             pieces: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             loader: Any = T5EncoderModel
-            model = loader.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model, told = loader.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except Exception as error:  # what it raises depends on the damage and on its version
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BenchError(
                 f"{folder}: no T5 encoder that transformers can load ({reason}). It needs {', '.join(FILES)}."
             ) from error
+        lacking = sorted(map(str, told.get("missing_keys", ())))
+        if lacking:  # transformers would draw them at random
+            raise CorruptFileError(f"{folder / FILES[1]}: lacks weights of the T5 encoder: {some(lacking)}")
+        model = model.float()
+        state = model.state_dict()
+        check_values(state, state, folder / FILES[1])
         found = []
         for text in texts:
             made = pieces([text], return_tensors="pt")
             found.append(mean_states(model.eval(), made["input_ids"], made["attention_mask"].bool()))
-        return torch.cat(found)
+        vectors = torch.cat(found)
+        if not bool(vectors.isfinite().all()):
+            raise BenchError(f"{folder}: what this text encoder computes is not finite (NaN or infinity)")
+        return vectors
+
+
+def check_t5(folder: Path) -> None:
+    """Look at a T5's config and the types of its weights before transformers builds from them.
+
+    Raises:
+        MissingError: A file is not there.
+        CorruptFileError: No JSON object, or weights that are no floating-point numbers.
+        UsageError: A size of another type or out of range.
+    """
+    node = Node(read_config(folder), folder / FILES[0])
+    for key, default, high in (
+        ("d_model", 512, WIDTH),
+        ("d_kv", 64, WIDTH),
+        ("d_ff", 2048, WIDTH),
+        ("num_layers", 6, DEPTH),
+        ("num_heads", 8, HEADS),
+        ("vocab_size", 32128, 1 << 24),
+        ("relative_attention_num_buckets", 32, WIDTH),
+        ("relative_attention_max_distance", 128, 1 << 20),
+    ):
+        node.whole(key, default, high=high)
+    check_float_file(folder / FILES[1])
 
 
 def find_text_encoder(spec: TextSpec, *, offline: bool) -> TextEncoder:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError, did_you_mean
-from comit_bench.files import sha256_file, write_atomic
+from comit_bench.files import write_atomic
 from comit_bench.models.alit import GRID, Alit, Step, select_length
 from comit_bench.models.alit_base import Vqgan
 from comit_bench.models.attention import AttentionRequest, MapReceiver
@@ -52,7 +52,17 @@ from comit_bench.tokenizers.base import (
     switch_or_auto,
     warn_policy,
 )
-from comit_bench.tokenizers.checkpoints import WEIGHT_FILES, weight_file, write_tensors
+from comit_bench.tokenizers.checkpoints import (
+    WEIGHT_FILES,
+    as_stored,
+    checkpoint_path,
+    described,
+    single_file_spec,
+    weight_file,
+    weights_digest,
+    write_tensors,
+)
+from comit_bench.tokenizers.config_node import read_facts
 from comit_bench.tokenizers.weights import required, weight_source
 
 LATENTS = ("codes", "prequant", "raw")
@@ -323,17 +333,20 @@ def save(model: Alit, directory: Path, *, config: dict[str, Any] | None = None) 
         directory: Made if absent.
         config: Written verbatim when given.
     """
-    write_tensors(directory / WEIGHT_FILES[0], model.state_dict())
+    write_tensors(directory / WEIGHT_FILES[0], as_stored(model.state_dict(), torch.float32))
     text = json.dumps(config or config_from_spec(model.spec), indent=1)
     write_atomic(directory / "config.json", text + "\n")
 
 
-def _info(model: Alit, name: str, weights: str, *, data: str, licence: str) -> TokenizerInfo:
+def _info(
+    model: Alit, name: str, weights: str, *, data: str, licence: str, revision: str | None = None
+) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         name=name,
         family="alit",
         kind="learned",
+        revision=revision,
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()),
         message_length=spec.message_length,
@@ -369,8 +382,8 @@ def _local(
 ) -> Path:
     """The directory or file that holds the weights."""
     if weights:
-        return weight_source(name, Path(weights).expanduser(), allow_pickle=allow_pickle)
-    directory = Path(name).expanduser()
+        return weight_source(name, checkpoint_path(weights), allow_pickle=allow_pickle)
+    directory = checkpoint_path(name)
     if directory.is_dir():
         return directory
     if choice is None:
@@ -423,20 +436,23 @@ def load(
     if weights == "random":
         return AlitTokenizer(*_load_random(label, choice, seed, device), device=device, **options)
     local = _local(label if choice else name, weights, choice, base, latent, allow_pickle=allow)
-    if local.is_file():
-        if choice is None:
-            raise UsageError(
-                f"--weights {weights}: a single file says nothing about sizes. Name what it is (--tokenizer "
-                f"{' or '.join(VARIANTS)}), or give a directory with config.json."
-            )
-        path, model = local, load_file(local, choice.spec)
-    elif choice is not None and not (local / "config.json").is_file():
-        path, model = weight_file(local), load_file(weight_file(local), choice.spec)
+    path = local if local.is_file() else weight_file(local)
+    config: dict[str, Any] = {}
+    if local.is_file() and choice is None:
+        single_file_spec(name, local, VARIANTS)  # the name is none of them: says so
+    if choice is not None and not (local / "config.json").is_file():
+        model = load_file(path, choice.spec, allow_pickle=allow)
     else:
-        path, model = weight_file(local), load_directory(local)[0]
-    if choice is None:
-        label = Path(name).resolve().name
+        model, config = load_directory(local, allow_pickle=allow)
+    own, revision = described(name, local, ())
+    facts = read_facts(config, local / "config.json")
     released = choice is not None and weights is None
-    data = choice.data if choice is not None and released else "unknown"
-    info = _info(model, label, sha256_file(path), data=data, licence="none stated" if released else "unknown")
+    info = _info(
+        model,
+        own if choice is None else label,
+        weights_digest(path),
+        data=facts.training_data or (choice.data if choice is not None and released else "unknown"),
+        licence=facts.weights_licence or ("none stated" if released else "unknown"),
+        revision=revision,
+    )
     return AlitTokenizer(model, info, device=device, **options)

@@ -14,13 +14,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comit_bench.errors import CorruptFileError, UsageError
+from comit_bench.errors import UsageError
 from comit_bench.models.alit import Alit, AlitSpec, variant
 from comit_bench.models.alit_base import VaeSpec
 from comit_bench.models.maskgit_vqgan import VqganSpec
-from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors, weight_file
+from comit_bench.models.plain_files import shown
+from comit_bench.tokenizers.checkpoints import (
+    load_checked,
+    read_config,
+    read_weights,
+    select_weights,
+    weight_file,
+)
+from comit_bench.tokenizers.config_node import DEPTH, HEADS, SIDE, TOKENS, WIDTH, Node
 
 IGNORED = ("gan_losses.",)  # training losses in the released files, with networks of their own
+LANDMARKS = (
+    "encoder_positional_embedding",
+    "decoder_positional_embedding",
+    "latent_tokens",
+    "base_tokenizer",
+)
+IS_IT = "Is this an ALIT checkpoint?"
+SIZES = {  # of adaptive_tokenizer, and the largest that make sense
+    "encoder_width": WIDTH,
+    "encoder_num_layers": DEPTH,
+    "encoder_num_heads": HEADS,
+    "decoder_width": WIDTH,
+    "decoder_num_layers": DEPTH,
+    "decoder_num_heads": HEADS,
+}
+OPTIONAL = (
+    *("factorize_latent", "train_stage", "quantize_latent", "vq_codebook_size", "vq_token_dim"),
+    *("vq_use_l2_norm", "num_init_latent_tokens", "max_rollout_iters", "img_size", "patch_size"),
+    *("dynamic_halting", "dynamic_halting_threshold"),
+)
+_A = "adaptive_tokenizer."
+# what in config.json decides about a tensor
+SETTINGS = (
+    (r"encoder\.transformer", f"{_A}encoder_num_layers and encoder_width"),
+    (r"decoder\.transformer", f"{_A}decoder_num_layers and decoder_width"),
+    (r"latent_tokens", f"{_A}num_init_latent_tokens and encoder_width"),
+    (r"timestep_embedding", f"{_A}max_rollout_iters and encoder_width"),
+    (r"quantize", f"{_A}vq_codebook_size, vq_token_dim and quantize_latent"),
+    (r"base_tokenizer", "base_tokenizer"),
+    (r"decoder\.ffn", f"{_A}decoder_width and base_tokenizer.n_embed"),
+    (r"patch_embed", f"{_A}patch_size, encoder_width and base_tokenizer.embed_dim"),
+    (r"decoder", f"{_A}decoder_width and vq_token_dim"),
+    (r".", f"{_A}encoder_width"),
+)
 IN1K, IN100 = "ImageNet-1k train", "ImageNet-100 train"
 
 
@@ -77,78 +119,95 @@ def choose_variant(name: str, base: str | None, latent: str | None) -> tuple[str
     return "-".join([*parts, *([] if wanted.quantized else ["continuous"])]), wanted
 
 
-def _base_spec(node: Mapping[str, Any]) -> VqganSpec | VaeSpec:
-    kind = node.get("id")
-    if kind == "vqgan":
-        inner = node.get("ddconfig", {})
-        default = VqganSpec()
-        return VqganSpec(
-            hidden=inner.get("ch", default.hidden),
-            multipliers=tuple(inner.get("ch_mult", default.multipliers)),
-            blocks=inner.get("num_res_blocks", default.blocks),
-            latent_channels=inner.get("z_channels", node.get("embed_dim", default.latent_channels)),
-            codebook_size=node.get("n_embed", default.codebook_size),
+def _vqgan(node: Node) -> VqganSpec:
+    node.check_keys(("id", "embed_dim", "n_embed", "ddconfig"))
+    inner, default = node.maybe("ddconfig"), VqganSpec()
+    inner.check_keys(
+        ("ch", "ch_mult", "num_res_blocks", "z_channels"),
+        unread=("double_z", "resolution", "in_channels", "out_ch", "attn_resolutions", "dropout"),
+    )
+    channels = node.whole("embed_dim", default.latent_channels, high=4096)
+    return VqganSpec(
+        hidden=inner.whole("ch", default.hidden, high=8192),
+        multipliers=inner.wholes("ch_mult", default.multipliers, high=64),
+        blocks=inner.whole("num_res_blocks", default.blocks, high=64),
+        latent_channels=inner.whole("z_channels", channels, high=4096),
+        codebook_size=node.whole("n_embed", default.codebook_size, high=1 << 24),
+    )
+
+
+def _vae(node: Node) -> VaeSpec:
+    plain = VaeSpec()
+    node.check_keys(
+        (
+            *("id", "embed_dim", "ch", "ch_mult", "num_res_blocks", "encoder_attn_resolutions", "resolution"),
+            "latent_scale",
+        ),
+        unread=("decoder_attn_resolutions",),
+    )
+    if node.values.get("decoder_attn_resolutions"):
+        raise node.wrong(
+            "decoder_attn_resolutions",
+            "be empty: no such model is known",
+            node.values["decoder_attn_resolutions"],
         )
-    if kind == "vae":
-        if node.get("decoder_attn_resolutions"):
-            raise ValueError("base_tokenizer.decoder_attn_resolutions must be empty: no such model is known")
-        plain = VaeSpec()
-        return VaeSpec(
-            hidden=node.get("ch", plain.hidden),
-            multipliers=tuple(node.get("ch_mult", plain.multipliers)),
-            blocks=node.get("num_res_blocks", plain.blocks),
-            latent_channels=node.get("embed_dim", plain.latent_channels),
-            attention_at=tuple(node.get("encoder_attn_resolutions", plain.attention_at)),
-            resolution=node.get("resolution", plain.resolution),
-            scale=node.get("latent_scale", plain.scale),
-        )
-    raise ValueError(f"base_tokenizer.id must be 'vqgan' or 'vae', got {kind!r}")
+    return VaeSpec(
+        hidden=node.whole("ch", plain.hidden, high=8192),
+        multipliers=node.wholes("ch_mult", plain.multipliers, high=64),
+        blocks=node.whole("num_res_blocks", plain.blocks, high=64),
+        latent_channels=node.whole("embed_dim", plain.latent_channels, high=4096),
+        attention_at=node.wholes("encoder_attn_resolutions", plain.attention_at, high=SIDE, shortest=0),
+        resolution=node.whole("resolution", plain.resolution, high=SIDE),
+        scale=node.number("latent_scale", plain.scale, above=0, high=1e4),
+    )
 
 
 def spec_from_config(config: Mapping[str, Any], source: Path) -> AlitSpec:
     """Read a ``config.json``; what it leaves out has the released value.
 
     Raises:
-        UsageError: Nodes are missing or contradict each other, or ask for an unreleased kind of model.
+        UsageError: Nodes are missing or contradict each other, values have another type or are out of
+            range, or they ask for an unreleased kind of model.
     """
-    nodes = {key: config.get(key) for key in ("base_tokenizer", "adaptive_tokenizer")}
-    for key, node in nodes.items():
-        if not isinstance(node, dict):
-            raise UsageError(
-                f"{source}: node {key!r} should be a mapping, found {node!r}. Is this an ALIT checkpoint?"
-            )
-    node = dict(nodes["adaptive_tokenizer"] or {})
-    try:
-        if not node.get("factorize_latent", True):
-            raise ValueError("factorize_latent = false is not supported: no such model was released")
-        if node.get("train_stage", "full_finetuning") != "full_finetuning":
-            raise ValueError(
-                f"train_stage {node['train_stage']!r}: only fully finetuned (stage 2) models are supported"
-            )
-        base = _base_spec(nodes["base_tokenizer"] or {})
-        return AlitSpec(
-            width=node["encoder_width"],
-            layers=node["encoder_num_layers"],
-            heads=node["encoder_num_heads"],
-            decoder_width=node["decoder_width"],
-            decoder_layers=node["decoder_num_layers"],
-            decoder_heads=node["decoder_num_heads"],
-            base=base,
-            quantized=node.get("quantize_latent", True),
-            codebook_size=node.get("vq_codebook_size", 4096),
-            code_dim=node.get("vq_token_dim", 12),
-            l2_norm=node.get("vq_use_l2_norm", True),
-            first_tokens=node.get("num_init_latent_tokens", 32),
-            iterations=node.get("max_rollout_iters", 8),
-            image_size=node.get("img_size", 256),
-            patch_size=node.get("patch_size", 16),
-            halting=node.get("dynamic_halting", True),
-            threshold=node.get("dynamic_halting_threshold", 0.55 if isinstance(base, VqganSpec) else 0.025),
+    top = Node(config, source)
+    inner, node = (top.node(key, IS_IT) for key in ("base_tokenizer", "adaptive_tokenizer"))
+    node.check_keys((*SIZES, *OPTIONAL), unread=("vq_commitment_cost",))
+    if not node.flag("factorize_latent", True):
+        raise UsageError(f"{source}: factorize_latent = false is not supported: no such model was released")
+    stage = node.text("train_stage", "full_finetuning")
+    if stage != "full_finetuning":
+        raise UsageError(
+            f"{source}: train_stage {stage!r}: only fully finetuned (stage 2) models are supported"
         )
-    except KeyError as error:
-        raise UsageError(f"{source}: adaptive_tokenizer has no {error}") from error
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{source}: {error}") from error
+    kind = inner.values.get("id")
+    if kind not in ("vqgan", "vae"):
+        raise UsageError(f"{source}: base_tokenizer.id must be 'vqgan' or 'vae', got {shown(kind)}")
+    sizes = {key: node.whole(key, high=high) for key, high in SIZES.items()}
+    try:
+        base = _vqgan(inner) if kind == "vqgan" else _vae(inner)
+        return AlitSpec(
+            width=sizes["encoder_width"],
+            layers=sizes["encoder_num_layers"],
+            heads=sizes["encoder_num_heads"],
+            decoder_width=sizes["decoder_width"],
+            decoder_layers=sizes["decoder_num_layers"],
+            decoder_heads=sizes["decoder_num_heads"],
+            base=base,
+            quantized=node.flag("quantize_latent", True),
+            codebook_size=node.whole("vq_codebook_size", 4096, high=1 << 24),
+            code_dim=node.whole("vq_token_dim", 12, high=4096),
+            l2_norm=node.flag("vq_use_l2_norm", True),
+            first_tokens=node.whole("num_init_latent_tokens", 32, high=TOKENS),
+            iterations=node.whole("max_rollout_iters", 8, high=TOKENS),
+            image_size=node.whole("img_size", 256, high=SIDE),
+            patch_size=node.whole("patch_size", 16, high=1024),
+            halting=node.flag("dynamic_halting", True),
+            threshold=node.number(
+                "dynamic_halting_threshold", 0.55 if kind == "vqgan" else 0.025, low=0, high=1
+            ),
+        )
+    except ValueError as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"{source}: {error}") from error
 
 
 def config_from_spec(spec: AlitSpec) -> dict[str, Any]:
@@ -216,12 +275,7 @@ def unpack(content: object, source: Path) -> dict[str, Tensor]:
     Raises:
         CorruptFileError: Neither.
     """
-    inner = content.get("ema", content) if isinstance(content, Mapping) else content
-    if not isinstance(inner, Mapping) or not all(isinstance(v, Tensor) for v in inner.values()):
-        raise CorruptFileError(
-            f"{source}: expected a state dict, or a mapping with the entry 'ema' that is one"
-        )
-    return without_losses(inner)
+    return without_losses(select_weights(content, LANDMARKS, source))
 
 
 def released_config(name: str) -> dict[str, Any]:
@@ -244,19 +298,20 @@ def check_fits(name: str, tensors: Mapping[str, Tensor], source: Path) -> None:
     load_checked(build(VARIANTS[name].spec, empty=True), tensors, source)
 
 
-def load_file(path: Path, spec: AlitSpec) -> Alit:
+def load_file(path: Path, spec: AlitSpec, *, allow_pickle: bool = False) -> Alit:
     """Load a file of tensors into an evaluating float32 network on the CPU.
 
     Raises:
-        CorruptFileError: The file cannot be read.
-        UsageError: The tensors do not fit the spec.
+        CorruptFileError: The file cannot be read, or holds tensors of another type, NaN or infinity.
+        UsageError: The tensors do not fit the spec, or are a pickle that was not allowed.
     """
+    tensors = without_losses(read_weights(path, LANDMARKS, allow_pickle=allow_pickle))
     model = build(spec, empty=True)
-    load_checked(model, without_losses(read_tensors(path)), path)
+    load_checked(model, tensors, path, settings=SETTINGS)
     return model.eval()
 
 
-def load_directory(directory: Path) -> tuple[Alit, dict[str, Any]]:
+def load_directory(directory: Path, *, allow_pickle: bool = False) -> tuple[Alit, dict[str, Any]]:
     """Load a checkpoint directory.
 
     Returns:
@@ -268,4 +323,5 @@ def load_directory(directory: Path) -> tuple[Alit, dict[str, Any]]:
         UsageError: The weights do not fit the config.
     """
     config = read_config(directory)
-    return load_file(weight_file(directory), spec_from_config(config, directory / "config.json")), config
+    spec = spec_from_config(config, directory / "config.json")
+    return load_file(weight_file(directory), spec, allow_pickle=allow_pickle), config

@@ -1,28 +1,62 @@
-"""Reading released checkpoints: find the files, check every key and shape, then load.
+"""Checkpoints: find the files, check every name, shape, type and value, then load.
 
 safetensors, unless somebody names one pickle, which is then read as plain tensors and nothing else. One
 rule for all families: ``comit-bench weights fetch | convert NAME`` may read the released pickle of that
 name, for the command itself names it; a pickle that is to be loaded as a tokenizer must be allowed with
 ``--option allow_pickle=true`` (:func:`require_allowed`).
+What a file is and what of it is taken, ``comit_bench.models.state_dicts`` decides for all networks.
 A checkpoint that does not fit is refused with a list of what is missing, unexpected or of another shape,
 before anything is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.files import atomic_path
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.files import atomic_path, digest_json, sha256_file
+from comit_bench.models import state_dicts
+from comit_bench.models.plain_files import BadFile, read_json, shown, some
 
 WEIGHT_FILES = ("model.safetensors", "weights.safetensors")
+PICKLED = "pytorch_model.bin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 ATTENTION_NAMES = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
-SHOWN = 8
+Settings = Sequence[tuple[str, str]]
+Spec = TypeVar("Spec")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with a file, as errors of the command line."""
+    try:
+        yield
+    except state_dicts.Misfit as error:
+        raise UsageError(str(error)) from error
+    except BadFile as error:
+        raise CorruptFileError(str(error)) from error
+    except FileNotFoundError as error:
+        if isinstance(error, MissingError):
+            raise
+        raise MissingError(str(error)) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, read strictly.
+
+    Raises:
+        MissingError: No such file.
+        CorruptFileError: Not a JSON object in UTF-8; a key twice, numbers that are not finite.
+    """
+    with _told():
+        return read_json(path)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -30,52 +64,155 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         MissingError: No such file.
-        CorruptFileError: Not a JSON object.
+        CorruptFileError: Not a JSON object; see :func:`read_object`.
     """
-    import json
-
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise MissingError(
             f"{path}: not found. A checkpoint directory holds config.json and {WEIGHT_FILES[0]}."
         )
+    return read_object(path)
+
+
+def checkpoint_path(text: str) -> Path:
+    """A path as somebody typed it; the hub cache's folder of a repository stands for its main snapshot.
+
+    Raises:
+        MissingError: Such a folder holds no snapshot.
+        UsageError: It holds several and does not say which is the main one; or no path at all.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path}: not valid JSON ({error}). Download it again.") from error
-    if not isinstance(config, dict):
-        raise CorruptFileError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
+        path = Path(text).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long, not allowed, or the home of nobody
+        raise UsageError(f"{shown(text)}: cannot be used as a path ({error})") from error
+    if not (path / "snapshots").is_dir() or not path.resolve().name.startswith("models--"):
+        return path
+    there = sorted(folder for folder in (path / "snapshots").iterdir() if folder.is_dir())
+    main = path / "refs" / "main"
+    if main.is_file() and (found := path / "snapshots" / main.read_text(errors="replace").strip()) in there:
+        return found
+    if not there:
+        raise MissingError(f"{path}: the hub cache of a repository without a snapshot. Download it again.")
+    if len(there) > 1:
+        names = ", ".join(f"snapshots/{folder.name}" for folder in there)
+        raise UsageError(f"{path}: holds several revisions: give one of {names}")
+    return there[0]
 
 
-def weight_file(directory: Path) -> Path:
-    """The weights of a checkpoint directory.
+def checkpoint_name(directory: Path) -> tuple[str, str | None]:
+    """Name and revision of a checkpoint directory: ``("O/N", REV)`` for ``models--O--N/snapshots/REV``.
+
+    Any other directory is called as it is called, and has no revision.
+    """
+    path = directory.resolve()
+    if len(path.parts) > 3 and path.parent.name == "snapshots":
+        repository = re.fullmatch(r"models--(.+)", path.parent.parent.name)
+        if repository:
+            return repository[1].replace("--", "/"), path.name
+    return path.name, None
+
+
+def described(name: str, local: Path, presets: Container[str]) -> tuple[str, str | None]:
+    """What a loaded checkpoint is called in tables, and its revision.
+
+    Args:
+        name: As the user named the tokenizer: a preset, a hub id or a directory.
+        local: Directory or file that was loaded.
+        presets: Known names, in lower case.
+    """
+    own, revision = checkpoint_name(local) if local.is_dir() else (local.name, None)
+    label = own if checkpoint_path(name).is_dir() else name
+    return name.lower() if name.lower() in presets else label, revision
+
+
+def single_file_spec(name: str, path: Path, presets: Mapping[str, Spec]) -> Spec:
+    """Sizes of a single file of weights: those of the preset that was named with it.
+
+    Raises:
+        UsageError: No preset was named.
+    """
+    if name.lower() not in presets:
+        raise UsageError(
+            f"--weights {path}: a single file says nothing about sizes. Name the preset it belongs to "
+            f"(--tokenizer {' or '.join(presets)}), or give a directory with config.json."
+        )
+    return presets[name.lower()]
+
+
+def weight_file(directory: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
+    """The weights of a checkpoint directory: one file, the index of a sharded one, else a pickle.
+
+    Args:
+        directory: Of the checkpoint.
+        names: Accepted names, the preferred ones first.
 
     Raises:
         MissingError: None of the accepted names exists.
+        CorruptFileError: One of them is a directory.
     """
-    for name in WEIGHT_FILES:
-        if (directory / name).is_file():
-            return directory / name
-    raise MissingError(f"{directory}: found neither {' nor '.join(WEIGHT_FILES)}")
+    if not directory.is_dir():
+        raise MissingError(f"{directory}: no such directory")
+    stems = [name.removesuffix(".safetensors") for name in names]
+    for name in (*names, *(stem + state_dicts.INDEX for stem in stems), PICKLED):
+        path = directory / name
+        if path.is_file() or path.is_symlink():
+            return path
+        if path.is_dir():
+            raise CorruptFileError(f"{path}: this is a directory, where a file of weights is expected")
+    others = [p.name for p in sorted(directory.iterdir()) if p.suffix in (".safetensors", *PICKLES)]
+    there = f"; there is {', '.join(others[:4])}: rename it, or pass --weights FILE" if others else ""
+    neither = "neither " if len(names) > 1 else ""
+    raise MissingError(
+        f"{directory}: found {neither}{' nor '.join(names) if neither else f'no {names[0]}'}{there}"
+    )
+
+
+def shard_names(index: Path) -> list[str]:
+    """Names of the shards of an index, whether they are there or not.
+
+    Raises:
+        MissingError: No such file.
+        CorruptFileError: The index is damaged or points outside of its folder.
+    """
+    with _told():
+        return state_dicts.shards(index, present=False)
+
+
+def weights_digest(path: Path) -> str:
+    """``sha256:<hex>`` of a file of weights; of an index, of all its shards.
+
+    Raises:
+        MissingError: A shard is not there.
+        CorruptFileError: The index is damaged.
+    """
+    if not path.name.endswith(".index.json"):
+        return sha256_file(path)
+    with _told():
+        names = state_dicts.shards(path)
+    return digest_json({"shards": {name: sha256_file(path.parent / name) for name in names}})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """All tensors of a safetensors file, as they are.
 
     Raises:
+        MissingError: No such file.
         CorruptFileError: Truncated, empty or not a safetensors file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with _told():
+        return state_dicts.read_safetensors(path)
 
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, EOFError) as error:
-        raise CorruptFileError(
-            f"{path}: not a readable safetensors file ({error}). It is truncated or of another format: "
-            "download or export it again."
-        ) from error
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free texts in the header of a safetensors file.
+
+    Raises:
+        MissingError: No such file.
+        CorruptFileError: Truncated, empty or not a safetensors file.
+    """
+    with _told():
+        return state_dicts.read_metadata(path)
 
 
 def require_allowed(path: Path, allow: bool) -> None:
@@ -92,33 +229,55 @@ def require_allowed(path: Path, allow: bool) -> None:
         )
 
 
-def read_pickled(path: Path, *, allow: bool) -> dict[str, Tensor]:
-    """A flat state dict out of a torch file, without running any code that the file may hold.
+def read_weights(
+    path: Path, landmarks: Sequence[str], *, allow_pickle: bool = False, average: bool = True
+) -> dict[str, Tensor]:
+    """The tensors of one network out of a file as people store it.
 
     Args:
-        path: A ``.bin``, ``.pt`` or ``.pth`` file.
-        allow: Whether the user has allowed this (``--option allow_pickle=true``).
+        path: safetensors, an index of shards, or a torch file.
+        landmarks: Beginnings of keys that tell the network; see ``state_dicts.select``.
+        allow_pickle: Whether the user has allowed a torch file.
+        average: Which of a network and its average is taken when a file holds both; it is logged.
 
     Raises:
-        UsageError: Not allowed.
-        CorruptFileError: Damaged, or it holds more than tensors.
+        MissingError: The file or one of its shards is not there.
+        UsageError: A pickle that was not allowed.
+        CorruptFileError: Damaged, of another kind, or without this network.
     """
-    import torch
+    with _told():
+        if state_dicts.is_pickle(path):
+            require_allowed(path, allow_pickle)
+        tensors, nested = state_dicts.read(path)
+        return state_dicts.select(tensors, landmarks, path, nested=nested, average=average)
 
-    require_allowed(path, allow)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged files make torch.load raise almost anything
-        raise CorruptFileError(
-            f"{path}: not a readable checkpoint of plain tensors ({str(error).splitlines()[0]}). It is "
-            "truncated, of another format, or holds objects that may not be loaded: download it again or "
-            "convert it to safetensors."
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise CorruptFileError(f"{path}: expected a flat dictionary of tensors, found {type(found).__name__}")
-    return {str(key): value for key, value in found.items()}
+
+def select_weights(
+    content: object, landmarks: Sequence[str], path: Path, *, average: bool = True
+) -> dict[str, Tensor]:
+    """The same out of what a torch file held.
+
+    Raises:
+        CorruptFileError: It does not hold this network.
+    """
+    with _told():
+        tensors, nested = state_dicts.flatten(content, path)
+        return state_dicts.select(tensors, landmarks, path, nested=nested, average=average)
+
+
+def read_torch(path: Path, *, allow: Sequence[type] = ()) -> Any:
+    """What a torch file holds, read without running anything it names.
+
+    Args:
+        path: Written by ``torch.save``.
+        allow: Further classes that may appear.
+
+    Raises:
+        MissingError: No such file.
+        CorruptFileError: Truncated, of another format, or it names a class that is not allowed.
+    """
+    with _told():
+        return state_dicts.read_torch(path, allow=allow)
 
 
 def modern_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,9 +305,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _some(items: list[str]) -> str:
-    more = f" … and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
+def as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in the type that they are exported in; whole numbers stay what they are.
+
+    Raises:
+        BenchError: A weight is not finite, or too large for ``dtype``.
+    """
+    stored = {k: v.detach().to(dtype if v.is_floating_point() else v.dtype) for k, v in tensors.items()}
+    large = [key for key, value in stored.items() if not bool(value.isfinite().all())]
+    if large:
+        kind = state_dicts.name_of(dtype)
+        raise BenchError(
+            f"{', '.join(large[:4])}: not finite as {kind}. Export as float32, or look at the run."
+        )
+    return stored
 
 
 def check_tensors(
@@ -159,7 +329,7 @@ def check_tensors(
     what: str,
     optional: tuple[str, ...] = (),
 ) -> None:
-    """Compare keys and shapes.
+    """Compare names, shapes, types and values.
 
     Args:
         expected: State dict of the network, on any device.
@@ -170,42 +340,59 @@ def check_tensors(
 
     Raises:
         UsageError: Lists missing keys, unexpected keys and shapes that differ.
+        CorruptFileError: Other types, NaN or infinity.
     """
-    missing = [k for k in expected if k not in tensors and not k.startswith(optional or ("\0",))]
-    unexpected = [k for k in tensors if k not in expected]
-    shapes = [
-        f"{k} {list(tensors[k].shape)} instead of {list(v.shape)}"
-        for k, v in expected.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    if missing or unexpected or shapes:
-        lines = [f"{source}: this checkpoint does not fit {what}"]
-        for title, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes)):
-            if items:
-                lines.append(f"  {title} ({len(items)}): {_some(items)}")
-        lines.append("Check that config.json and the weights belong together.")
-        raise UsageError("\n".join(lines))
+    with _told():
+        state_dicts.compare(expected, tensors, source, what=what, optional=optional)
+        state_dicts.check_values(expected, tensors, source)
+
+
+def check_values(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse tensors of another type than ``expected`` has under their names, NaN and infinity.
+
+    Raises:
+        CorruptFileError: Names file and tensors.
+    """
+    with _told():
+        state_dicts.check_values(expected, tensors, source)
+
+
+def check_float_file(path: Path) -> None:
+    """Refuse a safetensors file that holds anything but floating-point numbers, by its header alone.
+
+    Raises:
+        MissingError: No such file.
+        CorruptFileError: Damaged, or tensors of another type.
+    """
+    with _told():
+        types = state_dicts.stored_types(path)
+    wrong = [f"{key} is {kind}" for key, kind in types.items() if kind not in ("F64", "F32", "F16", "BF16")]
+    if wrong:
+        raise CorruptFileError(
+            f"{path}: {some(wrong)}; expected floating-point numbers. Download or export it again."
+        )
 
 
 def load_checked(
-    module: nn.Module, tensors: Mapping[str, Tensor], source: Path, *, optional: tuple[str, ...] = ()
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    *,
+    optional: tuple[str, ...] = (),
+    settings: Settings = (),
 ) -> None:
-    """Load ``tensors`` into ``module`` (which may be on the meta device) as float32.
+    """Load ``tensors`` into ``module`` (which may be on the meta device), floats as float32.
 
     Args:
         module: Network whose state dict names the expected keys.
         tensors: The checkpoint.
         source: File named in the error.
         optional: Prefixes of keys that may be absent (they must be initialised already).
+        settings: Pattern of keys -> what in ``config.json`` decides about them, for the message.
 
     Raises:
         UsageError: Lists missing keys, unexpected keys and shapes that differ.
+        CorruptFileError: Tensors of another type, NaN or infinity; names them.
     """
-    check_tensors(
-        module.state_dict(),
-        tensors,
-        source,
-        what=f"{type(module).__name__} as config.json describes it",
-        optional=optional,
-    )
-    module.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False, assign=True)
+    with _told():
+        state_dicts.fill(module, tensors, source, optional=optional, settings=settings)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import sha256_file, shipped_weights
+from comit_bench.files import shipped_weights
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.comit import PRESETS, Comit
 from comit_bench.models.comit_codec import (
@@ -38,9 +38,17 @@ from comit_bench.tokenizers.base import (
     only_finite,
     own_streams,
     refuse_unknown,
+    switch,
 )
-from comit_bench.tokenizers.checkpoints import weight_file
-from comit_bench.tokenizers.comit_files import build, load_directory, save
+from comit_bench.tokenizers.checkpoints import (
+    checkpoint_path,
+    described,
+    single_file_spec,
+    weight_file,
+    weights_digest,
+)
+from comit_bench.tokenizers.comit_files import build, load_directory, load_file, save
+from comit_bench.tokenizers.config_node import read_facts
 
 HUB = {name: f"cvg-unibe/{name}" for name in ("comit-b", "comit-l", "comit-xl")}
 UNTRAINED = "comit-nano-untrained"
@@ -49,7 +57,7 @@ DECODE_DEFAULTS: dict[str, Any] = {"steps": 10, "solver": "euler", "guidance": 7
 SHIPPED = dict.fromkeys(
     ("comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops", UNTRAINED), "comit-nano"
 )
-OPTIONS = ("posterior", "steps", "solver", "guidance", "momentum", "dtype")
+OPTIONS = ("posterior", "steps", "solver", "guidance", "momentum", "allow_pickle", "dtype")
 
 
 class ComitTokenizer:
@@ -294,13 +302,21 @@ class ComitTokenizer:
 
 
 def _info(
-    model: Comit, name: str, weights: str, *, trained: bool, training_data: str, licence: str
+    model: Comit,
+    name: str,
+    weights: str,
+    *,
+    trained: bool,
+    training_data: str,
+    licence: str,
+    revision: str | None = None,
 ) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         name=name,
         family="comit",
         kind="learned",
+        revision=revision,
         weights=weights,
         parameters=sum(p.numel() for p in model.predictor.parameters()),
         message_length=spec.message_length,
@@ -338,48 +354,56 @@ def load(
 
     Args:
         name: ``comit-b`` … ``comit-nano``, an ablation of it, a hub id, or a checkpoint directory.
-        weights: Checkpoint directory, ``random`` (untrained), or None: the directory, what ships, or the hub.
+        weights: Checkpoint directory, a file of weights (with a preset name), ``random`` (untrained), or
+            None: the directory, what ships, or the hub.
         device: Where it runs.
         offline: Never ask the hub.
         seed: Of random weights.
-        **options: Passed to :class:`ComitTokenizer`.
+        **options: ``allow_pickle``; the others are passed to :class:`ComitTokenizer`.
 
     Raises:
         MissingError: No weights on this machine and the hub is out of reach.
         UsageError: Unknown name or option, or a checkpoint that does not fit.
+        CorruptFileError: A file that cannot be read.
     """
-    from comit_bench.tokenizers.hub import fetch
+    from comit_bench.tokenizers.hub import fetch_checkpoint
 
     refuse_unknown(options, OPTIONS, "COMiT")
+    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
     preset = name.lower()
     if preset == UNTRAINED and weights not in (None, "random"):
         raise UsageError(f"{UNTRAINED} always has random weights: --weights {weights} is for comit-nano")
     if weights == "random" or preset == UNTRAINED:
         return _load_random(preset, device, seed, options)
-    local = Path(weights) if weights else Path(name)
+    local = checkpoint_path(weights or name)
     if weights is None and preset in SHIPPED and not local.is_dir():
         local = shipped_weights(preset)
-    if not local.is_dir():
-        if weights:
-            raise MissingError(
-                f"--weights {weights}: no such directory. Give one with config.json and "
-                "model.safetensors, or 'random'."
-            )
-        repository = HUB.get(preset, name)
-        local = fetch(
-            repository, ("config.json", "model.safetensors"), offline=offline, hint="or pass --weights DIR"
+    if weights and not local.exists():
+        raise MissingError(
+            f"--weights {weights}: no such directory or file. Give a directory with config.json and "
+            "model.safetensors, one file of weights, or 'random'."
         )
-    model, config = load_directory(local, offline=offline)
-    label = Path(name).resolve().name if Path(name).is_dir() else name
-    if preset in PRESETS or preset in SHIPPED:
-        label = preset
-    extra = dict(config.get("comit_bench", {}))
+    if not weights and not local.is_dir():
+        local = fetch_checkpoint(
+            HUB.get(preset, name), offline=offline, hint="or pass --weights DIR", allow_pickle=allow
+        )
+    if local.is_dir():
+        path = weight_file(local)
+        model, config = load_directory(local, offline=offline, allow_pickle=allow)
+    else:
+        path, config = local, {}
+        spec = single_file_spec(name, local, {**PRESETS, **{k: PRESETS[v] for k, v in SHIPPED.items()}})
+        model = load_file(path, spec, beside=local.parent, offline=offline, allow_pickle=allow)
+    facts = read_facts(config, local / "config.json")
+    known = preset in HUB and not weights
+    label, revision = described(name, local, (*PRESETS, *SHIPPED))
     info = _info(
         model,
         label,
-        sha256_file(weight_file(local)),
-        trained=bool(extra.get("trained", True)),
-        training_data=str(extra.get("training_data", "ImageNet-1k" if preset in HUB else "unknown")),
-        licence=str(extra.get("weights_licence", "see the hub page" if preset in HUB else "unknown")),
+        weights_digest(path),
+        revision=revision,
+        trained=facts.trained,
+        training_data=facts.training_data or ("ImageNet-1k" if known else "unknown"),
+        licence=facts.weights_licence or ("see the hub page" if known else "unknown"),
     )
     return ComitTokenizer(model, info, device=device, **options)

@@ -17,24 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comit_bench.errors import BenchError, UsageError
+from comit_bench.errors import UsageError
 from comit_bench.files import write_atomic
 from comit_bench.models.comit import Comit, ComitSpec
 from comit_bench.models.crops import CropGeometry
 from comit_bench.models.vae import build_vae
 from comit_bench.tokenizers.checkpoints import (
+    as_stored,
     load_checked,
     modern_attention,
     read_config,
-    read_tensors,
+    read_weights,
     weight_file,
     write_tensors,
 )
+from comit_bench.tokenizers.config_node import DEPTH, HEADS, SIDE, TOKENS, WIDTH, Node
 
 LINEAR_VAES = {"stand_in_vae": "stand-in", "dct_vae": "dct"}  # class in config.json -> our name
 VAE_HUB = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 UNUSED = ("predictor.y_pos_offset", "predictor.c_final_layer.")  # in released files, never read
+LANDMARKS = ("predictor",)
+VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")
+MASKS = ("additive", "hard")
+IS_IT = "Is this a COMiT checkpoint? Its config.json has the nodes predictor, quantizer and vae."
+# what in config.json decides about a tensor
+SETTINGS = (
+    (r"predictor\.blocks\.\d+\.mlp", "predictor.depth, hidden_size and mlp_ratio"),
+    (r"predictor\.blocks", "predictor.depth and hidden_size"),
+    (r"predictor\.pos_embed", "predictor.max_input_size, patch_size and hidden_size"),
+    (r"predictor\.(r_pos_embed|r_to_pos_embed)", "predictor.num_msg_tokens and hidden_size"),
+    (r"predictor\.(x_embedder|final_layer)", "predictor.patch_size, in_channels and hidden_size"),
+    (r"predictor\.(r_embedder|r_final_layer)", "quantizer.levels and predictor.hidden_size"),
+    (r"predictor", "predictor.hidden_size"),
+    (r"vae", "vae"),
+)
 PREFIX = "comit.components"  # class paths as in the reference cases; only the last part is matched
 
 PREDICTOR_DEFAULTS: dict[str, Any] = {
@@ -52,69 +69,102 @@ PREDICTOR_DEFAULTS: dict[str, Any] = {
 }
 
 
-def _class_name(node: dict[str, Any]) -> str:
-    return str(node.get("_target_", "")).rsplit(".", 1)[-1]
+def _class_name(node: Node) -> str:
+    return node.text("_target_", "").rsplit(".", 1)[-1]
 
 
-def _node(config: dict[str, Any], key: str, expected: str, source: Path) -> dict[str, Any]:
-    node = config.get(key)
-    if not isinstance(node, dict) or _class_name(node) != expected:
-        raise UsageError(
-            f"{source}: node {key!r} should be a {expected}, found {node!r}. Is this a COMiT checkpoint? "
-            f"Its config.json has the nodes predictor, quantizer and vae."
-        )
+def _node(top: Node, key: str, expected: str) -> Node:
+    node = top.node(key, IS_IT)
+    if _class_name(node) != expected:
+        raise node.wrong("_target_", f"end in {expected}", node.values.get("_target_"))
     return node
+
+
+def _vae(top: Node, channels: int) -> tuple[str, int]:
+    """Kind and factor of the autoencoder; its latents must be those of the predictor."""
+    if top.values.get("vae") is None:
+        kind, factor, own = "none", 1, 3
+    else:
+        node = top.node("vae")
+        name = _class_name(node)
+        node.check_keys(("factor", "model_type"), unread=("_target_",))
+        if name == "SDAutoencoderKL":
+            kind, factor, own = f"sd-{node.text('model_type', allowed=('mse', 'ema'))}", 8, 4
+        elif name in LINEAR_VAES:
+            kind, own = LINEAR_VAES[name], 12 if name == "dct_vae" else 4
+            factor = node.whole("factor", low=3 if name == "dct_vae" else 1, high=256)
+        else:
+            raise UsageError(f"{top.source}: unknown vae class {name!r}: expected SDAutoencoderKL or null")
+    if channels != own:
+        raise UsageError(
+            f"{top.source}: predictor.in_channels is {channels}, but latents of the vae ({kind}) have {own}"
+        )
+    return kind, factor
+
+
+def _geometry(extra: Node, image_size: int, cell: int) -> CropGeometry:
+    node, released = extra.maybe("geometry"), CropGeometry()
+    node.check_keys(("crop", "half"), strict=True)
+    crop = node.whole("crop", released.crop, high=SIDE)
+    if crop < image_size and crop % cell:
+        raise node.wrong("crop", f"be a multiple of {cell} (VAE factor times patch)", crop)
+    return CropGeometry(crop=crop, half=node.whole("half", released.half, high=SIDE))
 
 
 def spec_from_config(config: dict[str, Any], source: Path) -> ComitSpec:
     """Read a released (or our own) ``config.json``.
 
     Raises:
-        UsageError: A node is missing, of another class, or its values contradict each other.
+        UsageError: A node is missing, of another class, or its values have another type, are out of range
+            or contradict each other.
     """
-    predictor = {**PREDICTOR_DEFAULTS, **_node(config, "predictor", "RuledDiT", source)}
-    levels = tuple(_node(config, "quantizer", "FSQ", source).get("levels") or ())
-    if predictor["msg_tokens_dim"] != len(levels):
+    top = Node(config, source)
+    top.check_keys(("predictor", "quantizer", "vae", "comit_bench"))
+    predictor, quantizer = _node(top, "predictor", "RuledDiT"), _node(top, "quantizer", "FSQ")
+    predictor.check_keys(PREDICTOR_DEFAULTS, unread=("_target_",))
+    quantizer.check_keys(("levels",), unread=("_target_",))
+    extra = top.maybe("comit_bench")
+    extra.check_keys(
+        ("geometry", "mask_mode", "trained", "training_data", "weights_licence"), unread=("steps",)
+    )
+
+    def whole(key: str, high: int, low: int = 1) -> int:
+        return predictor.whole(key, PREDICTOR_DEFAULTS[key], low=low, high=high)
+
+    levels = quantizer.levels("levels")
+    if (stated := whole("msg_tokens_dim", WIDTH)) != len(levels):
         raise UsageError(
-            f"{source}: predictor.msg_tokens_dim is {predictor['msg_tokens_dim']}, but quantizer.levels "
-            f"{list(levels)} has {len(levels)} entries"
+            f"{source}: predictor.msg_tokens_dim is {stated}, but quantizer.levels {list(levels)} has "
+            f"{len(levels)} entries"
         )
-    vae = config.get("vae")
-    kind, factor = "none", 1
-    if vae is not None:
-        name = _class_name(vae)
-        if name == "SDAutoencoderKL":
-            kind, factor = f"sd-{vae.get('model_type')}", 8
-            if kind not in VAE_HUB:
-                raise UsageError(
-                    f"{source}: vae.model_type must be 'mse' or 'ema', got {vae.get('model_type')!r}"
-                )
-        elif name in LINEAR_VAES:
-            kind, factor = LINEAR_VAES[name], int(vae["factor"])
-        else:
-            raise UsageError(f"{source}: unknown vae class {name!r}: expected SDAutoencoderKL or null")
-    extra = dict(config.get("comit_bench", {}))
-    geometry = extra.pop("geometry", None)
+    channels, patch, side = (
+        whole("in_channels", 4096),
+        whole("patch_size", 1024),
+        whole("max_input_size", SIDE),
+    )
+    if (out := whole("out_channels", 4096)) != channels:
+        raise predictor.wrong("out_channels", f"be equal to in_channels ({channels})", out)
+    kind, factor = _vae(top, channels)
     try:
         return ComitSpec(
-            depth=predictor["depth"],
-            width=predictor["hidden_size"],
-            heads=predictor["num_heads"],
-            message_length=predictor["num_msg_tokens"],
+            depth=whole("depth", DEPTH),
+            width=whole("hidden_size", WIDTH),
+            heads=whole("num_heads", HEADS),
+            message_length=whole("num_msg_tokens", TOKENS),
             fsq_levels=levels,
-            mlp_ratio=predictor["mlp_ratio"],
-            max_input_size=predictor["max_input_size"],
-            patch_size=predictor["patch_size"],
-            in_channels=predictor["in_channels"],
-            out_channels=predictor["out_channels"],
-            representation_layer=predictor["representation_layer"],
-            mask_mode=extra.get("mask_mode", "additive"),
+            mlp_ratio=predictor.number("mlp_ratio", PREDICTOR_DEFAULTS["mlp_ratio"], above=0, high=64),
+            max_input_size=side,
+            patch_size=patch,
+            in_channels=channels,
+            out_channels=out,
+            representation_layer=whole("representation_layer", DEPTH, 0),
+            mask_mode="hard" if extra.text("mask_mode", "additive", allowed=MASKS) == "hard" else "additive",
             vae=kind,
             vae_factor=factor,
-            geometry=CropGeometry(**geometry) if geometry else CropGeometry(),
+            geometry=_geometry(extra, side * factor, factor * patch),
         )
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{source}: {error}") from error
+    except ValueError as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"{source}: {error}") from error
 
 
 def config_from_spec(spec: ComitSpec) -> dict[str, Any]:
@@ -171,13 +221,7 @@ def save(
     Raises:
         BenchError: A weight is too large for ``dtype``.
     """
-    tensors = {key: value.to(dtype) for key, value in model.state_dict().items()}
-    large = [key for key, value in tensors.items() if not bool(value.isfinite().all())]
-    if large:
-        kind = str(dtype).removeprefix("torch.")
-        raise BenchError(
-            f"{', '.join(large[:4])}: not finite as {kind}. Export as float32, or look at the run."
-        )
+    tensors = as_stored(model.state_dict(), dtype)
     write_tensors(directory / "model.safetensors", tensors)
     write_atomic(
         directory / "config.json", json.dumps(config or config_from_spec(model.spec), indent=1) + "\n"
@@ -197,16 +241,46 @@ def _fill_unused(model: Comit, tensors: dict[str, Tensor]) -> None:
             tensors[key] = torch.zeros(value.shape)
 
 
-def load_directory(
-    directory: Path, *, vae: Path | None = None, offline: bool = False
-) -> tuple[Comit, dict[str, Any]]:
-    """Load a checkpoint directory into an evaluating float32 network on the CPU.
+def load_file(
+    path: Path,
+    spec: ComitSpec,
+    *,
+    beside: Path,
+    vae: Path | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+) -> Comit:
+    """Load a file of weights into an evaluating float32 network on the CPU.
 
     Args:
-        directory: Holds config.json and model.safetensors (or weights.safetensors).
-        vae: Directory of the SD-VAE; by default ``directory/vae``, then the hub. Only used when the
+        path: safetensors, an index of shards, or (when allowed) a torch file.
+        spec: Sizes of the network.
+        beside: Directory of the checkpoint; its ``vae/`` may hold the SD-VAE.
+        vae: Directory of the SD-VAE; by default ``beside/vae``, then the hub. Only used when the
             checkpoint has no ``vae.`` weights of its own.
         offline: Never ask the hub.
+        allow_pickle: Whether a torch file may be read.
+
+    Raises:
+        MissingError: Files or VAE weights are not here.
+        CorruptFileError: A file cannot be read, or holds tensors of another type, NaN or infinity.
+        UsageError: The weights do not fit the spec, or are a pickle that was not allowed.
+    """
+    tensors = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
+    model = build(spec, empty=True)
+    if spec.vae in VAE_HUB and not any(key.startswith("vae.") for key in tensors):
+        tensors.update(sd_vae_tensors(spec.vae, vae or beside / "vae", offline=offline))
+    if spec.vae in ("none", "dct"):
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
+    _fill_unused(model, tensors)
+    load_checked(model, tensors, path, settings=SETTINGS)
+    return model.eval()
+
+
+def load_directory(
+    directory: Path, *, vae: Path | None = None, offline: bool = False, allow_pickle: bool = False
+) -> tuple[Comit, dict[str, Any]]:
+    """Load a checkpoint directory; see :func:`load_file`.
 
     Returns:
         The network and its raw config.
@@ -214,20 +288,12 @@ def load_directory(
     Raises:
         MissingError: Files or VAE weights are not here.
         CorruptFileError: A file cannot be read.
-        UsageError: The weights do not fit the config.
+        UsageError: The config is wrong or the weights do not fit it.
     """
     config = read_config(directory)
-    spec = spec_from_config(config, directory / "config.json")
-    path = weight_file(directory)
-    tensors = read_tensors(path)
-    model = build(spec, empty=True)
-    if spec.vae in VAE_HUB and not any(key.startswith("vae.") for key in tensors):
-        tensors.update(sd_vae_tensors(spec.vae, vae or directory / "vae", offline=offline))
-    if spec.vae in ("none", "dct"):
-        tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
-    _fill_unused(model, tensors)
-    load_checked(model, tensors, path)
-    return model.eval(), config
+    spec, path = spec_from_config(config, directory / "config.json"), weight_file(directory)
+    model = load_file(path, spec, beside=directory, vae=vae, offline=offline, allow_pickle=allow_pickle)
+    return model, config
 
 
 def sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor]:
@@ -244,8 +310,8 @@ def sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor
     from comit_bench.tokenizers.hub import fetch
 
     repository = VAE_HUB[kind]
-    directory = local
-    if not (local / VAE_FILES[1]).is_file():
-        directory = fetch(repository, VAE_FILES, offline=offline, hint=f"or put them into {local}")
-    tensors = read_tensors(directory / VAE_FILES[1])
+    path = local / VAE_FILES[1]
+    if not path.is_file():
+        path = fetch(repository, VAE_FILES, offline=offline, hint=f"or put them into {local}") / VAE_FILES[1]
+    tensors = read_weights(path, VAE_LANDMARKS)
     return {f"vae.vae.{key}": value for key, value in modern_attention(tensors).items()}

@@ -28,10 +28,13 @@ from comit_bench.tokenizers.base import (
     in_tiles,
     refuse_unknown,
     seeded_noise,
+    switch,
     switch_or_auto,
     warn_policy,
 )
-from comit_bench.tokenizers.checkpoints import weight_file
+from comit_bench.tokenizers.checkpoints import checkpoint_path, described, weights_digest
+from comit_bench.tokenizers.config_node import read_facts
+from comit_bench.tokenizers.flextok_config import config_from_spec
 from comit_bench.tokenizers.flextok_files import load_directory, save
 
 HUB = {
@@ -40,14 +43,16 @@ HUB = {
     "flextok-d18-d28": "EPFL-VILAB/flextok_d18_d28_in1k",
     "flextok-d18-d28-dfn": "EPFL-VILAB/flextok_d18_d28_dfn",
 }
-FILES = ("config.json", "model.safetensors")
 TRAINING_DATA = {name: "DFN (web images)" if name.endswith("dfn") else "ImageNet-1k" for name in HUB}
 LICENCE = "Apple Machine Learning Research Model licence (research only)"
 GUIDANCE, GUIDANCE_SMALL = 7.5, 15.0  # the authors' choice; the second for flextok-d12-d12
 MODES = ("apg", "cfg")
 # Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_flextok_flops.py)
 VAE_ENCODE_FLOPS = 4.165e6
-OPTIONS = ("tokens", "posterior", "steps", "guidance", "guidance_mode", "scaling_factor", "compile", "dtype")
+OPTIONS = (
+    *("tokens", "posterior", "steps", "guidance", "guidance_mode", "scaling_factor", "allow_pickle"),
+    *("compile", "dtype"),
+)
 
 
 def _number(value: object, option: str, kind: type[int] | type[float], low: float) -> float:
@@ -244,19 +249,20 @@ def build_random(spec: FlexTokSpec, seed: int, device: torch.device | None = Non
     return model
 
 
-def _locate(name: str, weights: str | None, *, offline: bool) -> Path:
+def _locate(name: str, weights: str | None, *, offline: bool, allow: bool) -> Path:
     """The checkpoint directory: the one given, the one named, or the hub's."""
-    from comit_bench.tokenizers.hub import fetch
+    from comit_bench.tokenizers.hub import fetch_checkpoint
 
-    local = Path(weights or name).expanduser()
-    if local.is_dir():
+    local = checkpoint_path(weights or name)
+    if local.is_dir() or (weights and local.is_file()):
         return local
     if weights:
         raise MissingError(
-            f"--weights {weights}: no such directory. Give one with config.json and model.safetensors, or "
-            "'random'."
+            f"--weights {weights}: no such directory or file. Give a directory with config.json and "
+            "model.safetensors, one file of weights, or 'random'."
         )
-    return fetch(HUB.get(name.lower(), name), FILES, offline=offline, hint="or pass --weights DIR")
+    hint = "or pass --weights DIR"
+    return fetch_checkpoint(HUB.get(name.lower(), name), offline=offline, hint=hint, allow_pickle=allow)
 
 
 def _untrained(
@@ -271,27 +277,30 @@ def _untrained(
 
 
 def _released(
-    name: str, preset: str, weights: str | None, scale: float | None, *, offline: bool
+    name: str, preset: str, weights: str | None, scale: float | None, *, offline: bool, allow: bool
 ) -> tuple[FlexTok, TokenizerInfo]:
-    local = _locate(name, weights, offline=offline)
-    loaded = load_directory(local, scaling_factor=scale, offline=offline)
+    local = _locate(name, weights, offline=offline, allow=allow)
+    sizes: dict[str, Any] | None = None
+    if local.is_file() and preset in PRESETS:
+        sizes = config_from_spec(PRESETS[preset])
+        del sizes["vae"]["scaling_factor"]
+    loaded = load_directory(local, scaling_factor=scale, offline=offline, allow_pickle=allow, sizes=sizes)
     extra: dict[str, str] = {}
     if loaded.assumed:
         extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
     if loaded.vae_file is not None:
         extra["vae"] = sha256_file(loaded.vae_file)
-    own = dict(loaded.config.get("comit_bench") or {})
-    is_directory = Path(name).expanduser().is_dir()
-    released = preset in PRESETS and not weights and not is_directory
-    label = Path(name).expanduser().resolve().name if is_directory else name
-    label = preset if preset in PRESETS else label
+    facts = read_facts(loaded.config, local / "config.json")
+    label, revision = described(name, local, PRESETS)
+    released = preset in PRESETS and not weights and not checkpoint_path(name).is_dir()
     info = _info(
         loaded.model,
-        label,
-        sha256_file(weight_file(local)),
-        trained=bool(own.get("trained", True)),
-        training_data=str(own.get("training_data", TRAINING_DATA[preset] if released else "unknown")),
-        weights_licence=str(own.get("weights_licence", LICENCE if released else "unknown")),
+        preset if preset in PRESETS else label,
+        weights_digest(loaded.path),
+        revision=revision,
+        trained=facts.trained,
+        training_data=facts.training_data or (TRAINING_DATA[preset] if released else "unknown"),
+        weights_licence=facts.weights_licence or (LICENCE if released else "unknown"),
         options=extra,
     )
     return loaded.model, info
@@ -310,12 +319,13 @@ def load(
 
     Args:
         name: ``flextok-d12-d12`` … ``flextok-d18-d28-dfn``, a hub id, or a checkpoint directory.
-        weights: Checkpoint directory, ``random`` (untrained), or None: the directory or the hub.
+        weights: Checkpoint directory, a file of weights, ``random`` (untrained), or None: the directory or
+            the hub.
         device: Where it runs.
         offline: Never ask the hub.
         seed: Of random weights.
-        **options: ``scaling_factor`` of the latents, for checkpoints whose config has none; the others go
-            to :class:`FlexTokTokenizer`.
+        **options: ``scaling_factor`` of the latents, for checkpoints whose config has none;
+            ``allow_pickle``; the others go to :class:`FlexTokTokenizer`.
 
     Raises:
         MissingError: No weights on this machine and the hub is out of reach.
@@ -326,6 +336,7 @@ def load(
     if "scaling_factor" in options:
         options["scaling_factor"] = _number(options["scaling_factor"], "scaling_factor", float, 1e-6)
     scale = options.pop("scaling_factor", None)
+    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
     by_hub = {repository.lower(): preset for preset, repository in HUB.items()}
     preset = by_hub.get(name.lower(), name.lower())
     if preset == "flextok-d12-d12":
@@ -333,5 +344,5 @@ def load(
     if weights == "random":
         model, info = _untrained(preset, seed, scale, device)
     else:
-        model, info = _released(name, preset, weights, scale, offline=offline)
+        model, info = _released(name, preset, weights, scale, offline=offline, allow=allow)
     return FlexTokTokenizer(model, info, device=device, **options)

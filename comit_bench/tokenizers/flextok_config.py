@@ -7,18 +7,31 @@ back, so that a record can carry it. Variants that are not computed here are ref
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from comit_bench.errors import UsageError
 from comit_bench.models.flextok import FlexTokSpec, TrunkSpec
 from comit_bench.models.flextok_blocks import TableSpec
+from comit_bench.models.plain_files import shown
+from comit_bench.models.state_dicts import numbered
 from comit_bench.models.vae import KLVaeSpec
+from comit_bench.tokenizers.config_node import DEPTH, Node, kl_vae_spec
 
 ENCODER, DECODER = "encoder.module_dict.", "decoder.module_dict."
+TRUNK = ("depth", "dim", "head_dim", "mlp_ratio", "adaLN_expansion")
+# what in config.json decides about a tensor
+SETTINGS = (
+    (r"encoder\.module_dict\.enc_transformer", "encoder.module_dict.enc_transformer (depth, dim)"),
+    (r"decoder\.module_dict\.dec_transformer", "decoder.module_dict.dec_transformer (depth, dim)"),
+    (r"encoder\.module_dict\.enc_register_module", "encoder.module_dict.enc_register_module (n_max)"),
+    (r"(encoder|decoder)\.module_dict\.(enc_to_latents|dec_from_latents)", "regularizer.levels"),
+    (r"encoder", "the blocks of the encoder (patch_sizes, dim) and vae.latent_channels"),
+    (r"decoder", "the blocks of the decoder (patch_sizes, dim) and vae.latent_channels"),
+    (r"vae", "vae, or comit_bench.vae_arch for another size than the released one"),
+)
 Shapes = Mapping[str, tuple[int, ...]]  # of one module: suffix -> shape
 
 
@@ -32,26 +45,34 @@ class ConfigReader:
     names: dict[str, str]  # expected module name -> name in this checkpoint
     assumed: dict[str, Any] = field(default_factory=dict)
 
-    def block(self, part: str) -> dict[str, Any]:
+    @property
+    def top(self) -> Node:
+        """The whole config."""
+        return Node(self.config, self.source)
+
+    def block(self, part: str) -> Node:
         """A top-level block, or an empty one."""
-        value = self.config.get(part)
-        return value if isinstance(value, dict) else {}
+        return self.top.maybe(part)
 
-    def modules(self, part: str) -> dict[str, dict[str, Any]]:
+    def modules(self, part: str) -> dict[str, Node]:
         """The blocks of an encoder or decoder by name, as this config names them."""
-        value = self.block(part).get("module_dict")
-        return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
+        held = self.block(part).maybe("module_dict")
+        return {k: Node(v, self.source, held.label(k)) for k, v in held.values.items() if isinstance(v, dict)}
 
-    def module(self, part: str, name: str) -> dict[str, Any]:
-        """One block, under the expected name or the checkpoint's."""
+    def module(self, part: str, name: str, *known: str) -> Node:
+        """One block, under the expected name or the checkpoint's; ``known`` are the keys that are read."""
         modules = self.modules(part)
-        return modules.get(self.names.get(name, name), modules.get(name, {}))
+        empty = Node({}, self.source, f"{part}.module_dict.{name}")
+        node = modules.get(self.names.get(name, name), modules.get(name, empty))
+        node.check_keys(known, told=False)
+        return node
 
     def anywhere(self, part: str, key: str, fallback: Any) -> Any:
         """The value of ``key`` in whichever block of a part has it."""
-        values = [block[key] for block in self.modules(part).values() if block.get(key) is not None]
+        blocks = self.modules(part).values()
+        values = [node.values[key] for node in blocks if node.values.get(key) is not None]
         if len({repr(value) for value in values}) > 1:
-            raise UsageError(f"{self.source}: {part} has several values of {key!r}: {values}")
+            raise UsageError(f"{self.source}: {part} has several values of {key!r}: {shown(values)}")
         return values[0] if values else self.assume(f"{part}.{key}", fallback)
 
     def assume(self, path: str, value: Any) -> Any:
@@ -63,16 +84,16 @@ class ConfigReader:
         """Shape of a stored tensor, or None."""
         return self.shapes[part].get(name, {}).get(suffix)
 
-    def size(self, value: Any, part: str, name: str, suffix: str, axis: int) -> int:
+    def size(self, node: Node, key: str, part: str, name: str, suffix: str, axis: int) -> int:
         """A size from the config, else from the shapes.
 
         Raises:
-            UsageError: Neither has it.
+            UsageError: Neither has it, or the config has no size there.
         """
         shape = self.shape(part, name, suffix)
-        if isinstance(value, int):
-            return value
-        if shape is None:
+        if node.values.get(key) is not None:
+            return node.whole(key)
+        if shape is None or len(shape) <= axis:
             raise UsageError(
                 f"{self.source}: neither the config nor the weights say how large {name} is ({part}{name}."
                 f"{suffix} is missing). Is this a FlexTok checkpoint?"
@@ -94,26 +115,25 @@ def _refuse_variants(reader: ConfigReader) -> None:
     """Refuse what this implementation does not compute."""
     wanted = {"use_mup_readout": False, "gated_mlp": True, "qk_norm": True, "use_gated_mlp": True}
     for part in ("encoder", "decoder"):
-        for key, value in _walk(reader.modules(part)):
-            if key in wanted and bool(value) is not wanted[key]:
+        for key, value in _walk({name: node.values for name, node in reader.modules(part).items()}):
+            if key in wanted and value is not wanted[key] and not (value is None and not wanted[key]):
                 raise UsageError(
-                    f"{reader.source}: {part} sets {key} = {value}, which is no released FlexTok and cannot "
-                    "be computed here"
+                    f"{reader.source}: {part} sets {key} = {shown(value)}, which is no released FlexTok and "
+                    "cannot be computed here"
                 )
     for part, mode in (("encoder", "causal_last"), ("decoder", "full")):
         found = reader.anywhere(part, "mask_mode", mode)
         if found != mode:
-            raise UsageError(f"{reader.source}: {part} mask_mode is {found!r}, expected {mode!r}")
+            raise UsageError(f"{reader.source}: {part} mask_mode is {shown(found)}, expected {mode!r}")
 
 
 def _table(reader: ConfigReader, part: str, prefix: str, name: str) -> TableSpec:
     """The kind of a position table by its shape; only the config tells a sum from a product."""
     block, shape = reader.module(part, name), reader.shape(prefix, name, "posembs")
-    scaling = block.get("posemb_scaling") or reader.assume(f"{name}.posemb_scaling", "absolute")
-    if scaling not in ("absolute", "interpolate"):
-        raise UsageError(
-            f"{reader.source}: {name}.posemb_scaling {scaling!r}: expected absolute or interpolate"
-        )
+    if block.values.get("posemb_scaling") is None:
+        scaling = str(reader.assume(f"{name}.posemb_scaling", "absolute"))
+    else:
+        scaling = block.text("posemb_scaling", allowed=("absolute", "interpolate"))
     if shape is None:
         raise UsageError(f"{reader.source}: {prefix}{name}.posembs is missing. Is this a FlexTok checkpoint?")
     stretch = scaling == "interpolate"
@@ -123,11 +143,11 @@ def _table(reader: ConfigReader, part: str, prefix: str, name: str) -> TableSpec
         return TableSpec(kind="grid", size=(shape[2], shape[3]), interpolate=stretch)
     if len(shape) == 4 and shape[:2] == (2, 1):
         kinds: dict[Any, Literal["sum", "prod"]] = {"learnable_sum": "sum", "learnable_prod": "prod"}
-        type_ = block.get("posemb_type") or reader.assume(f"{name}.posemb_type", "learnable_sum")
-        if type_ in kinds:
+        type_ = block.values.get("posemb_type") or reader.assume(f"{name}.posemb_type", "learnable_sum")
+        if isinstance(type_, str) and type_ in kinds:
             return TableSpec(kind=kinds[type_], size=(shape[3],), interpolate=stretch)
         raise UsageError(
-            f"{reader.source}: {name}.posemb_type is {type_!r}, but its table {list(shape)} is of the "
+            f"{reader.source}: {name}.posemb_type is {shown(type_)}, but its table {list(shape)} is of the "
             "learned kind: expected learnable_sum or learnable_prod"
         )
     raise UsageError(
@@ -137,63 +157,65 @@ def _table(reader: ConfigReader, part: str, prefix: str, name: str) -> TableSpec
 
 
 def _patch(reader: ConfigReader, part: str, *names: str) -> tuple[int, int]:
-    found = {
-        name: tuple(
-            reader.module(part, name).get("patch_sizes") or reader.assume(f"{name}.patch_sizes", [2, 2])
-        )
-        for name in names
-    }
+    found = {}
+    for name in names:
+        node = reader.module(part, name)
+        stated = node.values.get("patch_sizes") is not None
+        pair = node.wholes("patch_sizes", high=1024, length=2) if stated else (2, 2)
+        found[name] = pair if stated else tuple(reader.assume(f"{name}.patch_sizes", list(pair)))
     patch = found[names[0]]
-    if len(patch) != 2 or any(other != patch for other in found.values()):
+    if any(other != patch for other in found.values()):
         raise UsageError(f"{reader.source}: patch sizes {found}: expected one pair of numbers")
-    return (int(patch[0]), int(patch[1]))
+    return (patch[0], patch[1])
 
 
 def _trunk(reader: ConfigReader, part: str, prefix: str, name: str, patch: tuple[int, int]) -> TrunkSpec:
-    block = reader.module(part, name)
-    found = (re.match(r"blocks\.(\d+)\.", key) for key in reader.shapes[prefix].get(name, {}))
-    blocks = {int(match[1]) for match in found if match}
-    stated = block.get("depth")
-    depth = stated if isinstance(stated, int) else 1 + max(blocks, default=-1)
+    block = reader.module(part, name, *TRUNK)
+    depth = len(set(numbered(reader.shapes[prefix].get(name, {}), r"blocks\.(\d+)\.")))
+    if block.values.get("depth") is not None:
+        depth = block.whole("depth", high=DEPTH)
     table = "enc_posemb_module" if prefix == ENCODER else "dec_patches_posemb_module"
     positions = _table(reader, part, prefix, table)
     if positions.kind == "line":
         raise UsageError(f"{reader.source}: {prefix}{table} is one line of positions, patches need a grid")
+    stated = block.values.get("head_dim") is not None
     return TrunkSpec(
         depth=depth,
-        width=reader.size(block.get("dim"), prefix, name, "blocks.0.attn.wq.weight", 1),
-        head_dim=int(block.get("head_dim") or reader.assume(f"{name}.head_dim", 64)),
-        mlp_ratio=float(block.get("mlp_ratio") or 4.0),
+        width=reader.size(block, "dim", prefix, name, "blocks.0.attn.wq.weight", 1),
+        head_dim=block.whole("head_dim") if stated else reader.assume(f"{name}.head_dim", 64),
+        mlp_ratio=block.number("mlp_ratio", 4.0, above=0, high=64),
         patch=patch,
         positions=positions,
     )
 
 
 def _streams(reader: ConfigReader) -> int:
-    expansion = reader.module("decoder", "dec_transformer").get("adaLN_expansion")
-    expansion = reader.assume("dec_transformer.adaLN_expansion", 2) if expansion is None else int(expansion)
+    node = reader.module("decoder", "dec_transformer", *TRUNK)
+    stated = node.values.get("adaLN_expansion") is not None
+    expansion = node.whole("adaLN_expansion") if stated else 2
+    if not stated:
+        reader.assume("dec_transformer.adaLN_expansion", 2)
     apart = reader.anywhere("decoder", "per_subseq_embs", True)
-    if (expansion, bool(apart)) not in ((2, True), (1, False)):
+    if (expansion, apart) not in ((2, True), (1, False)) or not isinstance(apart, bool):
         raise UsageError(
-            f"{reader.source}: adaLN_expansion {expansion} with per_subseq_embs {apart}: expected 2 with "
-            "true, or 1 with false"
+            f"{reader.source}: adaLN_expansion {expansion} with per_subseq_embs {shown(apart)}: expected 2 "
+            "with true, or 1 with false"
         )
     return expansion
 
 
-def vae_spec(config: dict[str, Any], channels: int, scale: float = 1.0) -> KLVaeSpec:
-    """Sizes of the VAE: those of the release unless ``fixture`` or ``comit_bench`` say otherwise."""
+def vae_spec(config: dict[str, Any], channels: int, scale: float = 1.0, *, source: Path) -> KLVaeSpec:
+    """Sizes of the VAE: those of the release unless ``fixture`` or ``comit_bench`` say otherwise.
+
+    Raises:
+        UsageError: A value of another type or out of range.
+    """
     arch: dict[str, Any] = {}
-    for node in ("fixture", "comit_bench"):
-        if isinstance(config.get(node), dict):
-            arch.update(config[node].get("vae_arch") or {})
-    spec = KLVaeSpec(channels=channels, scale=scale)
-    return replace(
-        spec,
-        widths=tuple(arch.get("block_out_channels", spec.widths)),
-        layers=int(arch.get("layers_per_block", spec.layers)),
-        groups=int(arch.get("norm_num_groups", spec.groups)),
-    )
+    for name in ("fixture", "comit_bench"):
+        node = Node(config, source).maybe(name)
+        arch.update(node.maybe("vae_arch").values)
+    node = Node(arch, source, "vae_arch")
+    return kl_vae_spec(node, KLVaeSpec(channels=channels, scale=scale), channels=channels)
 
 
 def spec_from_reader(reader: ConfigReader) -> FlexTokSpec:
@@ -203,18 +225,28 @@ def spec_from_reader(reader: ConfigReader) -> FlexTokSpec:
         UsageError: A value is missing, contradicts the weights, or is of a variant that is not computed.
     """
     _refuse_variants(reader)
-    time = reader.module("decoder", "dec_time_embedder")
-    stated = time.get("max_timestep")
-    channels = reader.block("vae").get("latent_channels")
-    if not isinstance(channels, int):
+    time = reader.module("decoder", "dec_time_embedder", "frequency_embedding_size", "max_timestep")
+    vae = reader.block("vae")
+    if vae.values.get("latent_channels") is not None:
+        channels = vae.whole("latent_channels", high=4096)
+    else:
         patch = reader.shape(ENCODER, "enc_patch_emb", "patch_proj.weight")
         p, q = _patch(reader, "encoder", "enc_patch_emb")
-        channels = patch[1] // (p * q) if patch else reader.assume("vae.latent_channels", 16)
+        whole = patch is not None and len(patch) == 2 and patch[1] >= p * q
+        channels = patch[1] // (p * q) if patch and whole else reader.assume("vae.latent_channels", 16)
     line = _table(reader, "decoder", DECODER, "dec_registers_posemb_module")
     if line.kind != "line":
         raise UsageError(f"{reader.source}: the decoder's registers need one line of positions, not a grid")
-    register = reader.module("encoder", "enc_register_module")
-    levels = reader.block("regularizer").get("levels")
+    register = reader.module("encoder", "enc_register_module", "n_max")
+    quantizer = reader.block("regularizer")
+    if quantizer.values.get("levels") is not None:
+        levels = quantizer.levels("levels")
+    else:
+        levels = reader.assume("regularizer.levels", (8, 8, 8, 5, 5, 5))
+    if time.values.get("max_timestep") is not None:
+        longest = time.number("max_timestep", above=0, high=1e6)
+    else:
+        longest = reader.assume("dec_time_embedder.max_timestep", 1000.0)
     try:
         return FlexTokSpec(
             encoder=_trunk(
@@ -227,18 +259,16 @@ def spec_from_reader(reader: ConfigReader) -> FlexTokSpec:
                 "dec_transformer",
                 _patch(reader, "decoder", "dec_noise_patch_emb", "dec_to_patches"),
             ),
-            registers=reader.size(register.get("n_max"), ENCODER, "enc_register_module", "registers", 0),
+            registers=reader.size(register, "n_max", ENCODER, "enc_register_module", "registers", 0),
             register_positions=line.size[0],
-            fsq_levels=tuple(levels or reader.assume("regularizer.levels", (8, 8, 8, 5, 5, 5))),
+            fsq_levels=levels,
             streams=_streams(reader),
-            time_features=int(time.get("frequency_embedding_size") or 256),
-            max_timestep=float(
-                stated if stated is not None else reader.assume("dec_time_embedder.max_timestep", 1000.0)
-            ),
-            vae=vae_spec(reader.config, channels),
+            time_features=time.whole("frequency_embedding_size", 256, low=2),
+            max_timestep=longest,
+            vae=vae_spec(reader.config, channels, source=reader.source),
         )
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{reader.source}: {error}") from error
+    except ValueError as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"{reader.source}: {error}") from error
 
 
 def config_from_spec(spec: FlexTokSpec) -> dict[str, Any]:

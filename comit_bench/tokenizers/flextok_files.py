@@ -23,17 +23,22 @@ from torch import Tensor
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.files import write_atomic
 from comit_bench.models.flextok import FlexTok, FlexTokSpec
+from comit_bench.models.plain_files import too_deep
 from comit_bench.tokenizers.checkpoints import (
+    as_stored,
     load_checked,
     modern_attention,
     read_config,
-    read_tensors,
+    read_metadata,
+    read_weights,
     weight_file,
     write_tensors,
 )
+from comit_bench.tokenizers.config_node import Node
 from comit_bench.tokenizers.flextok_config import (
     DECODER,
     ENCODER,
+    SETTINGS,
     ConfigReader,
     Shapes,
     config_from_spec,
@@ -44,7 +49,8 @@ from comit_bench.tokenizers.flextok_config import (
 BLOCKS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 VAE_HUB = "EPFL-VILAB/flextok_vae_c{channels}"
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+LANDMARKS = ("encoder.module_dict", "decoder.module_dict")
+VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")
 VAE = "vae.vae."
 _log = logging.getLogger(__name__)
 
@@ -86,16 +92,7 @@ def header_config(path: Path, blocks: Sequence[str] = BLOCKS) -> dict[str, Any]:
     Raises:
         CorruptFileError: Not a safetensors file, or a block that is no literal.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, ValueError, EOFError) as error:
-        raise CorruptFileError(
-            f"{path}: not a readable safetensors file ({error}). It is truncated or of another format: "
-            "download or export it again."
-        ) from error
+    metadata = read_metadata(path)
     found: dict[str, Any] = {}
     for key in blocks:
         if key not in metadata:
@@ -107,6 +104,8 @@ def header_config(path: Path, blocks: Sequence[str] = BLOCKS) -> dict[str, Any]:
                 f"{path}: block {key!r} of the header is no Python literal ({error}). Download it again, or "
                 "put the release's config.json beside it."
             ) from error
+    if too_deep(found):
+        raise CorruptFileError(f"{path}: a block of the header is nested deeper than any config")
     return found
 
 
@@ -116,22 +115,31 @@ def unwrap(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) and "encoder" not in config else config
 
 
-def released_config(directory: Path) -> dict[str, Any]:
+def released_config(
+    directory: Path | None, weights: Path, sizes: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """``config.json`` of a directory, completed from the header of the weights.
+
+    Args:
+        directory: Of the checkpoint; None for a single file.
+        weights: Its weights; only one safetensors file has such a header.
+        sizes: A config for a file that comes without one.
 
     Raises:
         MissingError: There is neither.
         CorruptFileError: One of them cannot be read.
     """
-    weights = weight_file(directory)
     config: dict[str, Any] = {}
-    if (directory / "config.json").is_file():
+    if directory is not None and (directory / "config.json").exists():
         config = unwrap(read_config(directory))
     absent = [block for block in BLOCKS if block not in config]
-    header = header_config(weights, absent) if absent else {}
+    has_header = weights.suffix == ".safetensors"
+    header = header_config(weights, absent) if absent and has_header else {}
+    if not config and not header and sizes is not None:
+        return sizes
     if not config and not header:
         raise MissingError(
-            f"{directory}: no config.json, and the header of {weights.name} holds no config. A FlexTok "
+            f"{weights.parent}: no config.json, and the header of {weights.name} holds no config. A FlexTok "
             "checkpoint has at least one of them: download both files again."
         )
     return {**config, **header}
@@ -168,22 +176,16 @@ def match_modules(tensors: Mapping[str, Tensor], code_dim: int) -> dict[str, str
 def normalise(tensors: Mapping[str, Tensor], code_dim: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Checkpoint keys -> our keys.
 
-    Wrapper prefixes go, renamed modules get their expected names, what nothing reads is left out with a
-    warning.
+    Renamed modules get their expected names, what nothing reads is left out with a warning.
 
     Returns:
         The tensors that are loaded, and the renamed modules.
     """
-    plain = {}
-    for key, value in tensors.items():
-        for wrapper in WRAPPERS:
-            key = key.replace(wrapper, "")
-        plain[key] = value
-    renamed = match_modules(plain, code_dim)
+    renamed = match_modules(tensors, code_dim)
     back = {name: expected for expected, name in renamed.items()}
     kept: dict[str, Tensor] = {}
     ignored: set[str] = set()
-    for key, value in plain.items():
+    for key, value in tensors.items():
         prefix = next((p for p in SIGNATURES if key.startswith(p)), None)
         if prefix is not None:
             name, _, suffix = key.removeprefix(prefix).partition(".")
@@ -211,6 +213,7 @@ class Checkpoint:
         config: As released.
         assumed: Values that neither config nor weights had.
         source: File that errors about the config name.
+        path: File of weights, or their index.
     """
 
     spec: FlexTokSpec
@@ -218,12 +221,12 @@ class Checkpoint:
     config: dict[str, Any]
     assumed: dict[str, Any]
     source: Path
+    path: Path
 
     @property
-    def vae(self) -> dict[str, Any]:
+    def vae(self) -> Node:
         """The VAE's block of the config."""
-        block = self.config.get("vae")
-        return block if isinstance(block, dict) else {}
+        return Node(self.config, self.source).maybe("vae")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,41 +237,47 @@ class Loaded:
         model: On the CPU, float32, evaluating.
         config: As released.
         assumed: Values that neither config nor weights had.
+        path: File of weights, or their index.
         vae_file: Weights of the VAE when the checkpoint has none of its own.
     """
 
     model: FlexTok
     config: dict[str, Any]
     assumed: dict[str, Any]
+    path: Path
     vae_file: Path | None = None
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read config and weights of a directory, and nothing else.
+def read_checkpoint(
+    place: Path, *, allow_pickle: bool = False, sizes: dict[str, Any] | None = None
+) -> Checkpoint:
+    """Read config and weights of a directory or of a file with both, and nothing else.
 
     Raises:
         MissingError: Files are not here.
         CorruptFileError: A file cannot be read.
-        UsageError: The config is of a variant that is not computed, or says too little.
+        UsageError: The config is of a variant that is not computed, or says too little; or a pickle that
+            was not allowed.
     """
-    path = weight_file(directory)
-    config = released_config(directory)
-    source = directory / "config.json" if (directory / "config.json").is_file() else path
-    regularizer = config.get("regularizer")
-    levels = regularizer.get("levels") if isinstance(regularizer, dict) else None
-    tensors, renamed = normalise(read_tensors(path), len(levels or (8, 8, 8, 5, 5, 5)))
+    directory = None if place.is_file() else place
+    path = place if directory is None else weight_file(directory)
+    config = released_config(directory, path, sizes)
+    source = place / "config.json" if directory and (place / "config.json").is_file() else path
+    stated = Node(config, source).maybe("regularizer").values.get("levels")
+    code_dim = len(stated) if isinstance(stated, list | tuple) and stated else 6
+    weights = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
+    tensors, renamed = normalise(weights, code_dim)
     shapes: dict[str, Any] = {prefix: _by_module(tensors, prefix) for prefix in SIGNATURES}
     reader = ConfigReader(config, source, shapes, renamed)
-    return Checkpoint(spec_from_reader(reader), tensors, config, reader.assumed, source)
+    return Checkpoint(spec_from_reader(reader), tensors, config, reader.assumed, source, path)
 
 
-def _vae_repository(vae: dict[str, Any], channels: int) -> str:
-    return str(vae.get("hf_hub_path") or VAE_HUB.format(channels=channels))
+def _vae_repository(vae: Node, channels: int) -> str:
+    stated = vae.values.get("hf_hub_path")
+    return VAE_HUB.format(channels=channels) if stated is None else vae.text("hf_hub_path")
 
 
-def _vae_directory(
-    vae: dict[str, Any], channels: int, local: Path, names: tuple[str, ...], offline: bool
-) -> Path:
+def _vae_directory(vae: Node, channels: int, local: Path, names: tuple[str, ...], offline: bool) -> Path:
     """The directory with the stand-alone VAE's files: beside the checkpoint, else of the hub."""
     if all((local / name).is_file() for name in names):
         return local
@@ -281,62 +290,68 @@ def _vae_directory(
 
 
 def _scale(
-    vae: dict[str, Any], channels: int, local: Path, given: float | None, *, offline: bool, source: Path
+    vae: Node, channels: int, local: Path, given: float | None, *, offline: bool, source: Path
 ) -> float:
     """The latent scale: of the config, of the VAE's own config, or the caller's."""
-    stated = vae.get("scaling_factor")
-    if stated is None and given is None:
+    if vae.values.get("scaling_factor") is None and given is None:
         directory = _vae_directory(vae, channels, local, VAE_FILES[:1], offline)
-        stated = read_config(directory).get("scaling_factor")
-        source = directory / "config.json"
-    if stated is not None and given is not None and float(stated) != float(given):
-        raise UsageError(f"{source}: scaling_factor is {stated}, but the option says {given}")
-    value = stated if stated is not None else given
-    try:
-        scale = float(cast(Any, value))
-    except (TypeError, ValueError):
-        scale = 0.0
-    if not scale > 0:
-        raise UsageError(
-            f"{source}: scaling_factor is {value!r}, expected a positive number. Pass it: --option "
-            "scaling_factor=VALUE."
-        )
-    return scale
+        vae = Node(read_config(directory), directory / "config.json")
+        if vae.values.get("scaling_factor") is None:
+            raise UsageError(
+                f"{vae.source}: scaling_factor is missing, expected a positive number. Pass it: --option "
+                "scaling_factor=VALUE."
+            )
+    if vae.values.get("scaling_factor") is None:
+        return float(cast(float, given))
+    stated = vae.number("scaling_factor", above=0, high=1e6)
+    if given is not None and stated != float(given):
+        raise UsageError(f"{source}: scaling_factor is {stated:g}, but the option says {given}")
+    return stated
 
 
-def load_directory(directory: Path, *, scaling_factor: float | None = None, offline: bool = False) -> Loaded:
-    """Load a checkpoint directory into an evaluating float32 network on the CPU.
+def load_directory(
+    directory: Path,
+    *,
+    scaling_factor: float | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    sizes: dict[str, Any] | None = None,
+) -> Loaded:
+    """Load a checkpoint into an evaluating float32 network on the CPU.
 
     Args:
-        directory: Holds the weights and config.json; a stand-alone VAE may lie in ``directory/vae``.
+        directory: Holds the weights and config.json, a stand-alone VAE may lie in ``directory/vae``; or one
+            safetensors file whose header holds the config.
         scaling_factor: Latent scale, for checkpoints whose config has none.
         offline: Never ask the hub.
+        allow_pickle: Whether a torch file may be read.
+        sizes: A config for a single file that comes without one.
 
     Raises:
         MissingError: Files, or the weights or the scale of the VAE, are not here.
         CorruptFileError: A file cannot be read.
         UsageError: The weights do not fit the config, or it is of a variant that is not computed.
     """
-    found = read_checkpoint(directory)
-    vae, local, channels = found.vae, directory / "vae", found.spec.vae.channels
+    found = read_checkpoint(directory, allow_pickle=allow_pickle, sizes=sizes)
+    vae, local, channels = found.vae, found.path.parent / "vae", found.spec.vae.channels
     scale = _scale(vae, channels, local, scaling_factor, offline=offline, source=found.source)
     assumed = dict(found.assumed)
-    if vae.get("scaling_factor") is None and scaling_factor is not None:
+    if vae.values.get("scaling_factor") is None and scaling_factor is not None:
         assumed["vae.scaling_factor"] = scale
     spec = replace(found.spec, vae=replace(found.spec.vae, scale=scale))
     tensors, vae_file = found.tensors, None
     if not any(key.startswith(VAE) for key in tensors):
         alone = _vae_directory(vae, channels, local, VAE_FILES, offline)
         arch = {"fixture": {"vae_arch": read_config(alone)}}
-        spec = replace(spec, vae=vae_spec(arch, channels, scale))
+        spec = replace(spec, vae=vae_spec(arch, channels, scale, source=alone / VAE_FILES[0]))
         vae_file = alone / VAE_FILES[1]
-        own = {VAE + k: v for k, v in modern_attention(read_tensors(vae_file)).items()}
+        own = {VAE + k: v for k, v in modern_attention(read_weights(vae_file, VAE_LANDMARKS)).items()}
         own, _ = normalise(own, spec.code_dim)
         tensors = {**tensors, **own}
     with torch.device("meta"):
         model = FlexTok(spec)
-    load_checked(model, tensors, weight_file(directory))
-    return Loaded(model.eval(), found.config, assumed, vae_file)
+    load_checked(model, tensors, found.path, settings=SETTINGS)
+    return Loaded(model.eval(), found.config, assumed, found.path, vae_file)
 
 
 def save(model: FlexTok, directory: Path, *, config: dict[str, Any] | None = None) -> None:
@@ -347,6 +362,6 @@ def save(model: FlexTok, directory: Path, *, config: dict[str, Any] | None = Non
         directory: Made if absent.
         config: Written verbatim when given (to keep a released config as it was).
     """
-    write_tensors(directory / "model.safetensors", model.state_dict())
+    write_tensors(directory / "model.safetensors", as_stored(model.state_dict(), torch.float32))
     text = json.dumps(config or config_from_spec(model.spec), indent=1) + "\n"
     write_atomic(directory / "config.json", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from comit_bench.errors import MissingError, UsageError
+from comit_bench.tokenizers.checkpoints import PICKLED, WEIGHT_FILES, shard_names
+
+_log = logging.getLogger(__name__)
 
 
 def fetch(repository: str, names: Sequence[str], *, offline: bool, hint: str) -> Path:
@@ -45,6 +49,44 @@ def fetch(repository: str, names: Sequence[str], *, offline: bool, hint: str) ->
     first = cached[names[0]]
     assert first is not None
     return first.parent
+
+
+def fetch_checkpoint(
+    repository: str,
+    *,
+    offline: bool,
+    hint: str,
+    weights: str = WEIGHT_FILES[0],
+    allow_pickle: bool = False,
+) -> Path:
+    """Return a directory with ``config.json`` and the weights of a hub repository, in one file or in shards.
+
+    Args:
+        repository: Hub id.
+        offline: Look into the cache only.
+        hint: See :func:`fetch`.
+        weights: Name of the file of weights.
+        allow_pickle: Ask for the pickled file where there is nothing else.
+
+    Raises:
+        UsageError: Not a hub id.
+        MissingError: See :func:`fetch`.
+        CorruptFileError: An index of shards that cannot be one.
+    """
+    try:
+        return fetch(repository, ("config.json", weights), offline=offline, hint=hint)
+    except MissingError as error:
+        first = error
+    index = f"{weights}.index.json"
+    try:
+        folder = fetch(repository, ("config.json", index), offline=offline, hint=hint)
+    except MissingError:
+        if not allow_pickle:
+            raise first from None
+        _log.info("%s: no %s to be had, trying %s", repository, weights, PICKLED)
+        return fetch(repository, ("config.json", PICKLED), offline=offline, hint=hint)
+    fetch(repository, shard_names(folder / index), offline=offline, hint=hint)
+    return folder
 
 
 def _cached(repository: str, name: str) -> Path | None:

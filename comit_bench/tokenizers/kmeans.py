@@ -283,7 +283,7 @@ class KMeansPatchTokenizer:
         """
         config = read_config(directory)
         path = directory / "model.safetensors"
-        if not path.is_file():
+        if not path.exists():
             raise MissingError(f"{path}: not found. Fit the tokenizer again, or copy the whole directory.")
         _check_config(config, directory / "config.json")
         centroids = read_tensors(path).get("centroids")
@@ -365,6 +365,8 @@ def fit_folder(cache: Path, settings: Mapping[str, object], key: Mapping[str, ob
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
     wanted = {"patch": int, "resolution": int, "vocab": int, "training_data": str, "weights": str}
     wrong = [k for k, kind in wanted.items() if type(config.get(k)) is not kind]
+    if "vocab" not in wrong and config["vocab"] < 1:
+        wrong.append("vocab")
     if config.get("family") != FAMILY or config.get("format") != FORMAT_VERSION or wrong:
         detail = f" ({', '.join(wrong)} missing or of another type)" if wrong else ""
         raise CorruptFileError(

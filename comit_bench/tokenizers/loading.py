@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,30 +11,56 @@ from typing import Any
 import torch
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.models.plain_files import shown
 from comit_bench.registry import TokenizerEntry, find_tokenizer, tokenizers
 from comit_bench.tokenizers.base import Tokenizer
-from comit_bench.tokenizers.checkpoints import read_config
+from comit_bench.tokenizers.checkpoints import checkpoint_path, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """``auto`` is CUDA when there is one, else the CPU.
+    """``auto`` is CUDA when there is one, else the CPU. A CUDA device is tried before it is handed out.
 
     Raises:
-        UsageError: Unknown device, or CUDA asked for where there is none.
+        UsageError: Not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; or a CUDA device that is not there or does
+            not work.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    match = re.fullmatch(r"auto|cpu|cuda(?::(0|[1-9]\d{0,3}))?", str(name))
+    if match is None:
         raise UsageError(
-            f"--device {name}: this machine has no usable CUDA device. Use --device cpu or auto."
+            f"--device {shown(name)}: supported are auto, cpu, cuda and cuda:N (N = 0, 1, …), in lower case"
+        )
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda" if name == "auto" else name)
+    problem = cuda_problem(device)
+    if problem is not None:
+        raise UsageError(
+            f"--device {name}: {problem}. Use --device cpu{'' if name == 'auto' else ' or auto'}."
         )
     return device
+
+
+def cuda_problem(device: torch.device) -> str | None:
+    """Why a CUDA device cannot be used; None when it can."""
+    if all(getattr(torch.version, built, None) is None for built in ("cuda", "hip")):
+        return "this machine has no usable CUDA device: its torch was built without CUDA"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {shown(visible)})"
+        return f"this machine has no usable CUDA device{hidden}"
+    if int(device.index or 0) >= count:
+        return (
+            f"there {'is only' if count == 1 else 'are only'} cuda:0{f' to cuda:{count - 1}' * (count > 1)}"
+        )
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError) as error:  # a driver that does not fit, a device in use by others
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"this CUDA device does not work ({reason})"
+    return None
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -105,8 +133,13 @@ def entry_for(name: str, family: str | None = None) -> TokenizerEntry:
         MissingError: A path that does not exist.
         UsageError: Unknown name, or a directory that is no checkpoint.
     """
-    directory = Path(name).expanduser()
+    directory = checkpoint_path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if directory.is_file() and (looks_like_path or directory.suffix):
+        raise UsageError(
+            f"{name}: this is a file. A checkpoint is a directory with config.json and model.safetensors; "
+            "one file of weights goes with the name of its network: --tokenizer NAME --weights FILE."
+        )
     if looks_like_path and not directory.is_dir():
         raise MissingError(
             f"{name}: no such directory. A checkpoint is a directory with config.json and model.safetensors."
@@ -153,12 +186,13 @@ def load_tokenizer(
         CorruptFileError: A file that cannot be read.
     """
     entry = entry_for(name_or_path, family)
-    if entry.fitted and weights is None and not Path(name_or_path).is_dir():
+    if entry.fitted and weights is None and not checkpoint_path(name_or_path).is_dir():
         raise UsageError(
             f"{entry.name} is fitted on the images of a data set: `comit_bench.run` does that by itself; "
             "in Python use comit_bench.tokenizers.kmeans, or pass the directory of a fitted one."
         )
-    place = resolve_device(device)
+    counted = device == "meta" and weights == "random"
+    place = torch.device("meta") if counted else resolve_device(device)
     loader = entry.loader()
     loaded: Tokenizer = loader(
         name_or_path,

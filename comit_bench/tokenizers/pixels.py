@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from comit_bench.errors import UnsupportedOperation, UsageError
+from comit_bench.models.plain_files import shown
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,
@@ -26,6 +27,8 @@ from comit_bench.tokenizers.base import (
     refuse_unknown,
     warn_policy,
 )
+
+LARGEST = 1 << 14  # pixels of a side
 
 
 def check_grid(resolution: int, patch: int) -> int:
@@ -37,7 +40,9 @@ def check_grid(resolution: int, patch: int) -> int:
     """
     for what, value in (("resolution", resolution), ("patch", patch)):
         if type(value) is not int:  # they may come from a command line
-            raise UsageError(f"{what} must be a whole number of pixels, got {value!r}")
+            raise UsageError(f"{what} must be a whole number of pixels, got {shown(value)}")
+        if value > LARGEST:
+            raise UsageError(f"{what} must be at most {LARGEST} pixels, got {shown(value)}")
     if patch < 1 or resolution < patch or resolution % patch:
         if patch < 1:
             raise UsageError(f"patch {patch}: expected a side of at least 1 pixel")

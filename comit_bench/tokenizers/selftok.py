@@ -41,6 +41,7 @@ from comit_bench.tokenizers.base import (
     switch_or_auto,
     warn_policy,
 )
+from comit_bench.tokenizers.checkpoints import checkpoint_path, described, weights_digest
 from comit_bench.tokenizers.selftok_config import (
     ASSUMED_1024,
     read_schedule,
@@ -312,7 +313,7 @@ def _open(
 ) -> Loaded:
     """Load the checkpoint directory or file that name and weights stand for."""
     preset, release = name.lower(), release_name(name.lower(), decoder)
-    directory = Path(weights or name).expanduser()
+    directory = checkpoint_path(weights or name)
     if weights is None and not directory.is_dir():
         if preset not in PRESETS:
             raise MissingError(
@@ -329,8 +330,9 @@ def _open(
         directory = weight_source(release, directory, allow_pickle=allow_pickle)
     if directory.is_file():
         config = released_config(release)
-        return load_files(directory, config, directory, find_vae(config, None, vae, offline=offline))
-    return load_directory(directory, vae=vae, offline=offline)
+        vae_found = find_vae(config, None, vae, offline=offline)
+        return load_files(directory, config, directory, vae_found, allow_pickle=allow_pickle)
+    return load_directory(directory, vae=vae, offline=offline, allow_pickle=allow_pickle)
 
 
 def _released(
@@ -347,13 +349,14 @@ def _released(
         )
     if preset in PRESETS and spec.tokens != PRESETS[preset].tokens:
         raise UsageError(f"{found.weights}: a checkpoint of {spec.tokens} tokens is not {preset}")
-    is_directory = Path(name).expanduser().is_dir()
-    label = Path(name).expanduser().resolve().name if is_directory else preset
+    is_directory = checkpoint_path(name).is_dir()
+    label, revision = described(name, found.weights.parent, ())
     released = weights is None and not is_directory
     info = _info(
         found.model,
-        label,
-        sha256_file(found.weights),
+        label if is_directory else preset,
+        weights_digest(found.weights),
+        revision=revision,
         training_data=TRAINING_DATA if released else "unknown",
         weights_licence=LICENCE if released else "unknown",
         options={} if found.vae is None else {"vae": sha256_file(found.vae)},

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from comit_bench.errors import CorruptFileError, UsageError
+from comit_bench.errors import UsageError
+from comit_bench.models.plain_files import shown
 from comit_bench.models.selftok import (
     SD3_VAE,
     DecoderSpec,
@@ -25,7 +26,10 @@ from comit_bench.models.selftok import (
     SelftokSpec,
     variant,
 )
+from comit_bench.models.state_dicts import numbered
 from comit_bench.models.vae import KLVaeSpec
+from comit_bench.tokenizers.checkpoints import select_weights
+from comit_bench.tokenizers.config_node import HEADS, SIDE, Node, kl_vae_spec
 
 Shapes = Mapping[str, tuple[int, ...]]
 KINDS = {"tokenizer": "diffusion", "renderer": "renderer"}  # config.json -> option decoder
@@ -50,10 +54,34 @@ _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
+KNOWN = {
+    "": (
+        *("system", "kind", "image_size", "k", "in_channels", "encoder", "quantizer", "decoder"),
+        *("context_see_xt", "num_steps", "stages", "k_per_stage", "vae"),
+    ),
+    "encoder": (
+        *("patch_size", "hidden_size", "num_heads", "query_dim", "query_heads", "depth", "mlp_ratio"),
+        *("pos_embed_max_size", *_FIXED["encoder"]),
+    ),
+    "decoder": (
+        *("patch_size", "hidden_size", "num_heads", "depth", "mlp_ratio", "pos_embed_max_size"),
+        *_FIXED["decoder"],
+    ),
+    "quantizer": ("codebook_size", "code_dim"),
+}
+UNREAD = ("repeat", "encoder_hidden_size", "batch", "family", "comit_bench")
+LANDMARKS = ("encoder.query_tokens", "encoder.blocks", "model.joint_blocks")
+# what in config.json decides about a tensor
+SETTINGS = (
+    (r"encoder", "the node encoder (depth, hidden_size, query_dim)"),
+    (r"model", "the node decoder (depth, hidden_size)"),
+    (r"vae", "the node vae"),
+)
+
+
 def depth_of(keys: Mapping[str, Any], prefix: str) -> int:
-    """Blocks below a prefix."""
-    found = (re.match(re.escape(prefix) + r"(\d+)\.", key) for key in keys)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """Blocks below a prefix; numbers with gaps count as what is there, and what is missing is told later."""
+    return len(set(numbered(keys, re.escape(prefix) + r"(\d+)\.")))
 
 
 def is_renderer(keys: Mapping[str, Any]) -> bool:
@@ -76,13 +104,7 @@ def unpack(content: object, source: Path) -> dict[str, Tensor]:
     Raises:
         CorruptFileError: Neither.
     """
-    inner = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    flat = {k: v for k, v in inner.items() if k != "ema_state_dict"} if isinstance(inner, Mapping) else {}
-    if not flat or not all(isinstance(v, Tensor) for v in flat.values()):
-        raise CorruptFileError(
-            f"{source}: expected a state dict, or a mapping with the entry 'state_dict' that is one"
-        )
-    return used(flat)
+    return used(select_weights(content, LANDMARKS, source, average=False))
 
 
 def _dimension(shapes: Shapes, key: str, axis: int, rank: int, source: Path) -> int:
@@ -90,6 +112,8 @@ def _dimension(shapes: Shapes, key: str, axis: int, rank: int, source: Path) -> 
     if shape is None or len(shape) != rank:
         what = "is missing" if shape is None else f"has the shape {list(shape)}, expected {rank} axes"
         raise UsageError(f"{source}: {key} {what}. This is no whole SelfTok checkpoint.")
+    if shape[axis] < 1:
+        raise UsageError(f"{source}: {key} has the empty shape {list(shape)}")
     return shape[axis]
 
 
@@ -100,37 +124,25 @@ def _side(count: int, key: str, source: Path) -> int:
     return side
 
 
-class _Node:
+class _Node(Node):
     """One mapping of the config; what it states must agree with the tensors."""
 
     def __init__(self, config: Mapping[str, Any], name: str, source: Path) -> None:
-        node = config.get(name, {}) if name else config
-        if not isinstance(node, Mapping):
-            raise UsageError(f"{source}: {name} should be a mapping, found {node!r}")
-        self.node, self.name, self.source = node, name, source
+        super().__init__(config.get(name, {}) if name else config, source, name)
+        self.check_keys(KNOWN[name], unread=UNREAD)
         for key, allowed in _FIXED.get(name, {}).items():
-            if node.get(key, allowed[0]) not in allowed:
+            value = self.values.get(key, allowed[0])
+            if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
                 raise UsageError(
-                    f"{source}: {name}.{key} is {node[key]!r}: only {allowed[0]!r} was released and is "
+                    f"{source}: {self.label(key)} is {shown(value)}: only {allowed[0]!r} was released and is "
                     "computed"
                 )
 
-    def _label(self, key: str) -> str:
-        return f"{self.name}.{key}" if self.name else key
-
-    def whole(self, key: str, default: int) -> int:
-        value = self.node.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UsageError(
-                f"{self.source}: {self._label(key)} must be a positive whole number, found {value!r}"
-            )
-        return value
-
     def agree(self, key: str, found: float) -> None:
-        stated = self.node.get(key, found)
-        if stated != found:
+        stated = self.values.get(key, found)
+        if isinstance(stated, bool) or not isinstance(stated, int | float) or stated != found:
             raise UsageError(
-                f"{self.source}: {self._label(key)} is {stated!r}, but the tensors have {found:g}. "
+                f"{self.source}: {self.label(key)} is {shown(stated)}, but the tensors have {found:g}. "
                 "Config and weights do not belong together."
             )
 
@@ -145,7 +157,7 @@ def _numbers(value: object, what: str) -> tuple[int, ...]:
     try:
         return tuple(int(str(part).strip()) for part in parts)
     except ValueError as error:
-        raise UsageError(f"{what}: expected whole numbers separated by commas, got {value!r}") from error
+        raise UsageError(f"{what}: expected whole numbers separated by commas, got {shown(value)}") from error
 
 
 def read_schedule(stages: object, counts: object, what: str) -> Schedule:
@@ -165,7 +177,13 @@ def read_schedule(stages: object, counts: object, what: str) -> Schedule:
 def _schedule(config: Mapping[str, Any], tokens: int, source: Path) -> Schedule | None:
     """What the config states, or what was released for as many tokens."""
     if config.get("k_per_stage") is not None:
-        return read_schedule(config.get("stages", Schedule().ends), config["k_per_stage"], str(source))
+        found = read_schedule(config.get("stages", Schedule().ends), config["k_per_stage"], str(source))
+        if sum(found.counts) != tokens or found.ends[-1] != 1000:
+            raise UsageError(
+                f"{source}: k_per_stage must add up to {tokens} tokens, and the last of the stages end at "
+                f"1000; found {shown(list(found.counts))} and {shown(list(found.ends))}"
+            )
+        return found
     released = Schedule()
     return released if tokens == sum(released.counts) else None
 
@@ -176,37 +194,32 @@ def vae_spec(config: Mapping[str, Any], source: Path) -> KLVaeSpec:
     Raises:
         UsageError: Another latent scale than the one that SelfTok's latents have.
     """
+    node = Node(config, source)
     for key, wanted in (("scaling_factor", SD3_VAE.scale), ("shift_factor", SD3_VAE.shift)):
         stated = config.get(key)
-        if stated is not None and float(stated) != wanted:
+        if stated is not None and node.number(key, low=-1e6, high=1e6) != wanted:
             raise UsageError(
                 f"{source}: the VAE's {key} is {stated}, but SelfTok's latents have {wanted}: another VAE?"
             )
-    convolutions = [config.get(f"use_{part}_conv", True) for part in ("quant", "post_quant")]
+    convolutions = [node.flag(f"use_{part}_conv", True) for part in ("quant", "post_quant")]
     if convolutions[0] != convolutions[1]:
         raise UsageError(f"{source}: a VAE with only one of its two quant convolutions is not supported")
-    return KLVaeSpec(
-        channels=int(config.get("latent_channels", 4)),
-        widths=tuple(config.get("block_out_channels", (64,))),
-        layers=int(config.get("layers_per_block", 1)),
-        groups=int(config.get("norm_num_groups", 32)),
-        scale=SD3_VAE.scale,
-        shift=SD3_VAE.shift,
-        quant_convs=bool(convolutions[0]),
-    )
+    plain = KLVaeSpec(widths=(64,), layers=1, scale=SD3_VAE.scale, shift=SD3_VAE.shift)  # diffusers' defaults
+    return kl_vae_spec(node, plain, quant_convs=convolutions[0])
 
 
 def _encoder(config: Mapping[str, Any], shapes: Shapes, source: Path) -> EncoderSpec:
     node = _Node(config, "encoder", source)
+    node.agree("patch_size", _dimension(shapes, "encoder.x_embedder.proj.weight", 2, 4, source))
     width = _dimension(shapes, "encoder.x_embedder.proj.weight", 0, 4, source)
     query_width = _dimension(shapes, "encoder.query_tokens", 2, 3, source)
     hidden = _dimension(shapes, "encoder.blocks.0.mlp.fc1.weight", 0, 2, source)
     positions = _dimension(shapes, "encoder.pos_embed", 1, 3, source)
     spec = EncoderSpec(
         width=width,
-        heads=node.whole("num_heads", EncoderSpec().heads),
+        heads=node.whole("num_heads", EncoderSpec().heads, high=HEADS),
         query_width=query_width,
-        query_heads=node.whole("query_heads", EncoderSpec().query_heads),
+        query_heads=node.whole("query_heads", EncoderSpec().query_heads, high=HEADS),
         depth=depth_of(shapes, "encoder.blocks."),
         mlp_ratio=hidden / width,
         grid=_side(positions, "encoder.pos_embed", source),
@@ -224,16 +237,17 @@ def _encoder(config: Mapping[str, Any], shapes: Shapes, source: Path) -> Encoder
 
 def _decoder(config: Mapping[str, Any], shapes: Shapes, source: Path) -> DecoderSpec:
     node = _Node(config, "decoder", source)
+    node.agree("patch_size", _dimension(shapes, "encoder.x_embedder.proj.weight", 2, 4, source))
     width = _dimension(shapes, "model.context_embedder.weight", 0, 2, source)
     hidden = _dimension(shapes, "model.joint_blocks.0.x_block.mlp.fc1.weight", 0, 2, source)
-    grid = node.whole("pos_embed_max_size", DecoderSpec().grid)
+    grid = node.whole("pos_embed_max_size", DecoderSpec().grid, high=SIDE)
     if not is_renderer(shapes):
         positions = _dimension(shapes, "model.pos_embed", 1, 3, source)
         grid = _side(positions, "model.pos_embed", source)
         node.agree("pos_embed_max_size", grid)
     spec = DecoderSpec(
         width=width,
-        heads=node.whole("num_heads", max(width // 64, 1)),
+        heads=node.whole("num_heads", max(width // 64, 1), high=HEADS),
         depth=depth_of(shapes, "model.joint_blocks."),
         mlp_ratio=hidden / width,
         grid=grid,
@@ -259,7 +273,7 @@ def spec_from_config(
     """
     top, codes = _Node(config, "", source), _Node(config, "quantizer", source)
     kind = "renderer" if is_renderer(shapes) else "diffusion"
-    if KINDS.get(config.get("kind", ""), kind) != kind:
+    if "kind" in config and KINDS[top.text("kind", allowed=tuple(KINDS))] != kind:
         raise UsageError(
             f"{source}: kind is {config['kind']!r}, but the tensors are those of a {kind} decoder"
         )
@@ -280,10 +294,10 @@ def spec_from_config(
     if not isinstance(sees, bool):
         raise UsageError(f"{source}: context_see_xt must be true or false, found {sees!r}")
     try:
-        return SelftokSpec(
+        spec = SelftokSpec(
             tokens=tokens,
             kind="renderer" if kind == "renderer" else "diffusion",
-            image_size=top.whole("image_size", SelftokSpec().image_size),
+            image_size=top.whole("image_size", SelftokSpec().image_size, high=SIDE),
             channels=channels,
             patch=patch,
             encoder=_encoder(config, shapes, source),
@@ -292,7 +306,7 @@ def spec_from_config(
             quantizer_dim=dim,
             output_dim=shapes["encoder.quantizer.project_out.weight"][0] if projects else None,
             schedule=_schedule(config, tokens, source) if kind == "diffusion" else None,
-            steps=top.whole("num_steps", SelftokSpec().steps),
+            steps=top.whole("num_steps", SelftokSpec().steps, high=10_000),
             sees_image=None if sees == (kind == "diffusion") else sees,
             positional_mask=len(mask) == 3 and mask[1] > 1,
             vae=vae,
@@ -301,6 +315,13 @@ def spec_from_config(
         raise
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from error
+    side, grids = spec.latent_side // patch, (spec.encoder.grid, spec.decoder.grid)
+    if not 1 <= side <= min(grids):
+        raise UsageError(
+            f"{source}: images of {spec.image_size} px are {side} patches wide; the position tables have "
+            f"{grids[0]} (encoder) and {grids[1]} (decoder)"
+        )
+    return spec
 
 
 def config_from_spec(spec: SelftokSpec) -> dict[str, Any]:

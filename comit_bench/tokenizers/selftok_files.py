@@ -23,19 +23,28 @@ from comit_bench.models.selftok import Selftok, SelftokSpec
 from comit_bench.models.vae import KLVaeSpec
 from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
+    as_stored,
     load_checked,
     modern_attention,
     read_config,
-    read_tensors,
+    read_weights,
     weight_file,
     write_tensors,
 )
-from comit_bench.tokenizers.selftok_config import config_from_spec, spec_from_config, used, vae_spec
+from comit_bench.tokenizers.selftok_config import (
+    LANDMARKS,
+    SETTINGS,
+    config_from_spec,
+    spec_from_config,
+    used,
+    vae_spec,
+)
 
 VAE_HUB = "stabilityai/stable-diffusion-3-medium-diffusers"
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 OWN_VAE = "vae_weights.safetensors"
 VAE = "vae.vae."
+VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,8 @@ def load_files(
     config: Mapping[str, Any],
     source: Path,
     vae: tuple[KLVaeSpec, Path] | None,
+    *,
+    allow_pickle: bool = False,
 ) -> Loaded:
     """Load one file of weights, and a VAE, into an evaluating float32 network on the CPU.
 
@@ -106,25 +117,31 @@ def load_files(
         config: See ``selftok_config.py``.
         source: Named in errors about the config.
         vae: From :func:`find_vae`, or None for a network of latents only.
+        allow_pickle: Whether a torch file may be read.
 
     Raises:
-        CorruptFileError: A file cannot be read.
-        UsageError: The weights do not fit the config.
+        CorruptFileError: A file cannot be read, or holds tensors of another type, NaN or infinity.
+        UsageError: The weights do not fit the config, or are a pickle that was not allowed.
     """
-    tensors = used(read_tensors(weights))
+    tensors = used(read_weights(weights, LANDMARKS, allow_pickle=allow_pickle, average=False))
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     spec = spec_from_config(config, shapes, source, None if vae is None else vae[0])
     if vae is not None and vae[0].channels != spec.channels:
         raise UsageError(f"{vae[1]}: a VAE of {vae[0].channels} channels, the latents have {spec.channels}")
     model = build(spec)
-    load_checked(model, tensors, weights, optional=("vae.",))
+    load_checked(model, tensors, weights, optional=("vae.",), settings=SETTINGS)
     if vae is not None and model.vae is not None:
-        load_checked(model.vae.vae, modern_attention(read_tensors(vae[1])), vae[1])
+        load_checked(model.vae.vae, modern_attention(read_weights(vae[1], VAE_LANDMARKS)), vae[1])
     return Loaded(model.eval(), weights, None if vae is None else vae[1])
 
 
 def load_directory(
-    directory: Path, *, vae: Path | None = None, offline: bool = False, latents_only: bool = False
+    directory: Path,
+    *,
+    vae: Path | None = None,
+    offline: bool = False,
+    latents_only: bool = False,
+    allow_pickle: bool = False,
 ) -> Loaded:
     """Load a checkpoint directory.
 
@@ -133,6 +150,7 @@ def load_directory(
         vae: Directory of the VAE, when it lies elsewhere.
         offline: Never ask the hub.
         latents_only: Leave the VAE out.
+        allow_pickle: Whether a torch file may be read.
 
     Raises:
         MissingError: Files, or the VAE, are not here.
@@ -141,7 +159,7 @@ def load_directory(
     """
     config, weights = read_config(directory), weight_file(directory)
     found = None if latents_only else find_vae(config, directory, vae, offline=offline)
-    return load_files(weights, config, directory / "config.json", found)
+    return load_files(weights, config, directory / "config.json", found, allow_pickle=allow_pickle)
 
 
 def save(model: Selftok, directory: Path, spec: SelftokSpec | None = None) -> None:
@@ -152,7 +170,7 @@ def save(model: Selftok, directory: Path, spec: SelftokSpec | None = None) -> No
         directory: Made if absent.
         spec: What the config says, when the schedule differs from the network's.
     """
-    write_tensors(directory / WEIGHT_FILES[0], model.own_state())
+    write_tensors(directory / WEIGHT_FILES[0], as_stored(model.own_state(), torch.float32))
     if model.vae is not None:
         write_tensors(directory / OWN_VAE, _plain(model.vae.vae.state_dict()))
     write_atomic(directory / "config.json", json.dumps(config_from_spec(spec or model.spec), indent=1) + "\n")

@@ -9,7 +9,6 @@ of the released program; nodes that describe generators are not read.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import sha256_file, shipped_weights, write_atomic
+from comit_bench.files import shipped_weights, write_atomic
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganSpec
+from comit_bench.models.plain_files import shown
 from comit_bench.models.titok import PRESETS, SIZES, Titok, TitokSpec, VitSize
 from comit_bench.tokenizers.base import (
     TileReceiver,
@@ -40,15 +40,19 @@ from comit_bench.tokenizers.base import (
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import (
-    PICKLES,
     WEIGHT_FILES,
+    as_stored,
+    checkpoint_path,
+    described,
     load_checked,
     read_config,
-    read_pickled,
-    read_tensors,
+    read_weights,
+    single_file_spec,
     weight_file,
+    weights_digest,
     write_tensors,
 )
+from comit_bench.tokenizers.config_node import DEPTH, HEADS, SIDE, TOKENS, Facts, Node, read_facts
 
 HUB = {
     "titok-l-32": "yucornetto/tokenizer_titok_l32_imagenet",
@@ -59,68 +63,65 @@ HUB = {
     "titok-sl-256": "yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
 }
 SHIPPED = ("titok-nano",)  # weights come with the package
-PICKLED = "pytorch_model.bin"
+LANDMARKS = ("latent_tokens", "encoder.transformer", "decoder.transformer", "quantize.embedding")
 IGNORED = ("quantize.embed_prob", "pixel_encoder.")  # never needed to encode or decode
 OPTIONS = ("dtype", "compile", "allow_pickle")
-_log = logging.getLogger(__name__)
+HINT = "or pass --weights DIR or --weights FILE (a pickled .bin also needs --option allow_pickle=true)"
+VQ_KEYS = (
+    *("codebook_size", "token_size", "use_l2_norm", "vit_enc_model_size", "vit_dec_model_size"),
+    *("vit_enc_patch_size", "vit_dec_patch_size", "num_latent_tokens", "finetune_decoder", "is_legacy"),
+    "quantize_mode",
+)
+PIXEL_KEYS = ("channel_mult", "num_resolutions", "hidden_channels", "num_res_blocks", "z_channels")
+IS_IT = "A TiTok config.json has model.vq_model and dataset.preprocessing."
+_VQ = "model.vq_model."
+# what in config.json decides about a tensor
+SETTINGS = (
+    (r"latent_tokens|.+\.latent_token_positional_embedding", f"{_VQ}num_latent_tokens and the model size"),
+    (
+        r"encoder\.(positional|patch_embed)",
+        f"{_VQ}vit_enc_patch_size, dataset.preprocessing.crop_size, model size",
+    ),
+    (r"decoder\.positional", f"{_VQ}vit_dec_patch_size, dataset.preprocessing.crop_size and the model size"),
+    (r"encoder\.conv_out|decoder\.decoder_embed", f"{_VQ}token_size and the model size"),
+    (r"encoder", f"{_VQ}vit_enc_model_size (or reduced.encoder)"),
+    (r"decoder", f"{_VQ}vit_dec_model_size (or reduced.decoder), is_legacy and vit_dec_patch_size"),
+    (r"quantize", f"{_VQ}codebook_size and token_size"),
+    (r"pixel", f"{_VQ}is_legacy (and reduced.pixel_decoder)"),
+)
 
 
-def _node(config: Mapping[str, Any], path: str, source: Path) -> dict[str, Any]:
-    node: Any = config
-    for key in path.split("."):
-        node = node.get(key) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        raise UsageError(
-            f"{source}: node {path!r} is missing. A TiTok config.json has model.vq_model and "
-            "dataset.preprocessing."
-        )
-    return node
-
-
-def _whole(node: Mapping[str, Any], key: str, source: Path) -> int:
-    value = node.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{source}: {key} must be a positive whole number, found {value!r}")
-    return value
-
-
-def _flag(node: Mapping[str, Any], key: str, default: bool, source: Path) -> bool:
-    value = node.get(key, default)
-    if not isinstance(value, bool):
-        raise UsageError(f"{source}: {key} must be true or false, found {value!r}")
-    return value
-
-
-def _size(name: object, reduced: Mapping[str, Any], side: str, source: Path) -> VitSize:
+def _size(node: Node, key: str, reduced: Node, side: str) -> VitSize:
     """A named size, or the block ``reduced`` that small cases carry instead."""
-    if side in reduced:
-        node = _node(reduced, side, source)
+    if side in reduced.values:
+        own = reduced.node(side)
+        own.check_keys(("width", "num_layers", "num_heads"))
         return VitSize(
-            width=_whole(node, "width", source),
-            layers=_whole(node, "num_layers", source),
-            heads=_whole(node, "num_heads", source),
+            width=own.whole("width"),
+            layers=own.whole("num_layers", high=DEPTH),
+            heads=own.whole("num_heads", high=HEADS),
         )
-    if name not in SIZES:
+    name = node.values.get(key)
+    if not isinstance(name, str) or name not in SIZES:
         raise UsageError(
-            f"{source}: {side} size {name!r} is not one of {', '.join(SIZES)}, and there is no reduced.{side}"
+            f"{node.source}: {side} size {shown(name)} is not one of {', '.join(SIZES)}, and there is no "
+            f"reduced.{side}"
         )
-    return SIZES[str(name)]
+    return SIZES[name]
 
 
-def _pixels(reduced: Mapping[str, Any], source: Path) -> VqganSpec:
-    if "pixel_decoder" not in reduced:
+def _pixels(reduced: Node) -> VqganSpec:
+    """Sizes of the pixel decoder: the released ones, or those of small cases."""
+    if "pixel_decoder" not in reduced.values:
         return VqganSpec()
-    node = _node(reduced, "pixel_decoder", source)
-    multipliers, levels = node.get("channel_mult"), _whole(node, "num_resolutions", source)
-    if not isinstance(multipliers, list) or len(multipliers) != levels:
-        raise UsageError(
-            f"{source}: channel_mult {multipliers!r} must list num_resolutions = {levels} numbers"
-        )
+    node = reduced.node("pixel_decoder")
+    node.check_keys(PIXEL_KEYS, unread=("resolution", "num_channels", "dropout"))
+    count = node.whole("num_resolutions", high=8)
     return VqganSpec(
-        hidden=_whole(node, "hidden_channels", source),
-        multipliers=tuple(int(m) for m in multipliers),
-        blocks=_whole(node, "num_res_blocks", source),
-        latent_channels=_whole(node, "z_channels", source),
+        hidden=node.whole("hidden_channels", high=8192),
+        multipliers=node.wholes("channel_mult", high=64, length=count),
+        blocks=node.whole("num_res_blocks", high=64),
+        latent_channels=node.whole("z_channels", high=4096),
     )
 
 
@@ -128,33 +129,37 @@ def spec_from_config(config: Mapping[str, Any], source: Path) -> TitokSpec:
     """Read a released (or our own) ``config.json``.
 
     Raises:
-        UsageError: A node or value is missing, wrong, or describes a model that is not discrete.
+        UsageError: A node or value is missing, of another type or out of range, or describes a model that
+            is not discrete.
     """
-    node = _node(config, "model.vq_model", source)
-    mode = node.get("quantize_mode", "vq")
+    top = Node(config, source)
+    node, images = top.node("model.vq_model", IS_IT), top.node("dataset.preprocessing", IS_IT)
+    node.check_keys(VQ_KEYS, unread=("commitment_cost",))
+    mode = node.values.get("quantize_mode", "vq")
     if mode != "vq":
         raise UsageError(
-            f"{source}: quantize_mode {mode!r}: only 'vq' is discrete; the VAE variants are continuous"
+            f"{source}: quantize_mode {shown(mode)}: only 'vq' is discrete; the VAE variants are continuous"
         )
-    legacy, pixels = (_flag(node, key, True, source) for key in ("is_legacy", "finetune_decoder"))
+    legacy, pixels = node.flag("is_legacy", True), node.flag("finetune_decoder", True)
     if legacy != pixels:
         raise UsageError(
             f"{source}: is_legacy {legacy} with finetune_decoder {pixels}: released tokenizers have both "
             "true (pixels from a VQGAN) or both false (RGB directly); a stage-1 file has no pixel decoder."
         )
-    reduced = _node(config, "reduced", source) if "reduced" in config else {}
+    reduced = top.maybe("reduced")
+    reduced.check_keys(("encoder", "decoder", "pixel_decoder"))
     try:
         return TitokSpec(
-            encoder=_size(node.get("vit_enc_model_size"), reduced, "encoder", source),
-            decoder=_size(node.get("vit_dec_model_size"), reduced, "decoder", source),
-            message_length=_whole(node, "num_latent_tokens", source),
-            vocab_size=_whole(node, "codebook_size", source),
-            code_dim=_whole(node, "token_size", source),
-            l2_norm=_flag(node, "use_l2_norm", True, source),
-            image_size=_whole(_node(config, "dataset.preprocessing", source), "crop_size", source),
-            encoder_patch=_whole(node, "vit_enc_patch_size", source),
-            decoder_patch=_whole(node, "vit_dec_patch_size", source),
-            pixels=_pixels(reduced, source) if legacy else None,
+            encoder=_size(node, "vit_enc_model_size", reduced, "encoder"),
+            decoder=_size(node, "vit_dec_model_size", reduced, "decoder"),
+            message_length=node.whole("num_latent_tokens", high=TOKENS),
+            vocab_size=node.whole("codebook_size", high=1 << 24),
+            code_dim=node.whole("token_size", high=4096),
+            l2_norm=node.flag("use_l2_norm", True),
+            image_size=images.whole("crop_size", high=SIDE),
+            encoder_patch=node.whole("vit_enc_patch_size", high=1024),
+            decoder_patch=node.whole("vit_dec_patch_size", high=1024),
+            pixels=_pixels(reduced) if legacy else None,
         )
     except ValueError as error:
         raise error if isinstance(error, UsageError) else UsageError(f"{source}: {error}") from error
@@ -211,8 +216,11 @@ def save(
         directory: Made if absent.
         config: Written verbatim when given (to keep a released config as it was).
         dtype: Of the stored weights; loading always gives float32.
+
+    Raises:
+        BenchError: A weight is not finite, or too large for ``dtype``.
     """
-    write_tensors(directory / WEIGHT_FILES[0], {k: v.to(dtype) for k, v in model.state_dict().items()})
+    write_tensors(directory / WEIGHT_FILES[0], as_stored(model.state_dict(), dtype))
     text = json.dumps(config or config_from_spec(model.spec), indent=1)
     write_atomic(directory / "config.json", text + "\n")
 
@@ -223,29 +231,17 @@ def build(spec: TitokSpec, *, empty: bool = False) -> Titok:
         return Titok(spec)
 
 
-def find_weights(directory: Path) -> Path:
-    """The weights of a checkpoint directory: safetensors before a pickle.
-
-    Raises:
-        MissingError: There are none.
-    """
-    pickled = directory / PICKLED
-    if pickled.is_file() and not any((directory / name).is_file() for name in WEIGHT_FILES):
-        return pickled
-    return weight_file(directory)
-
-
 def load_file(spec: TitokSpec, path: Path, *, allow_pickle: bool = False) -> Titok:
     """Build the network of a spec and load one file of weights into it, strictly.
 
     Raises:
         UsageError: The weights do not fit, or are a pickle that was not allowed.
-        CorruptFileError: The file cannot be read.
+        CorruptFileError: The file cannot be read, or holds tensors of another type, NaN or infinity.
     """
-    pickled = path.suffix in PICKLES
-    tensors = read_pickled(path, allow=allow_pickle) if pickled else read_tensors(path)
+    tensors = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
     model = build(spec, empty=True)
-    load_checked(model, {k: v for k, v in tensors.items() if not k.startswith(IGNORED)}, path)
+    kept = {k: v for k, v in tensors.items() if not k.startswith(IGNORED)}
+    load_checked(model, kept, path, settings=SETTINGS)
     return model.eval()
 
 
@@ -258,7 +254,7 @@ def load_directory(directory: Path, *, allow_pickle: bool = False) -> Titok:
         UsageError: The config is wrong or the weights do not fit it.
     """
     spec = spec_from_config(read_config(directory), directory / "config.json")
-    return load_file(spec, find_weights(directory), allow_pickle=allow_pickle)
+    return load_file(spec, weight_file(directory), allow_pickle=allow_pickle)
 
 
 class TitokTokenizer:
@@ -362,18 +358,16 @@ def _info(
     *,
     released: bool,
     trained: bool = True,
-    facts: Mapping[str, Any] | None = None,
+    facts: Facts | None = None,
+    revision: str | None = None,
 ) -> TokenizerInfo:
-    spec = model.spec
-    known = {
-        "training_data": ("ImageNet-1k" if released else "unknown") if trained else "none",
-        "weights_licence": ("Apache-2.0 (earlier: MIT)" if released else "unknown") if trained else "none",
-        **(facts or {}),  # what our own files say about themselves
-    }
+    spec, own = model.spec, facts or Facts(trained=trained)
+    unknown = "unknown" if trained else "none"
     return TokenizerInfo(
         name=name,
         family="titok",
         kind="learned",
+        revision=revision,
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()),
         message_length=spec.message_length,
@@ -381,24 +375,10 @@ def _info(
         code_dim=spec.code_dim,
         resolution=spec.image_size,
         preprocessing=f"resize_short({spec.image_size},bicubic)|center_crop({spec.image_size})",
-        trained=trained,
-        training_data=str(known["training_data"]),
-        weights_licence=str(known["weights_licence"]),
+        trained=own.trained,
+        training_data=own.training_data or ("ImageNet-1k" if released else unknown),
+        weights_licence=own.weights_licence or ("Apache-2.0 (earlier: MIT)" if released else unknown),
     )
-
-
-def _fetch(repository: str, *, offline: bool, allow_pickle: bool) -> Path:
-    """Directory of a hub repository; a pickle is asked for only when allowed and nothing else is there."""
-    from comit_bench.tokenizers.hub import fetch
-
-    hint = "or pass --weights DIR or --weights FILE (a pickled .bin also needs --option allow_pickle=true)"
-    try:
-        return fetch(repository, ("config.json", WEIGHT_FILES[0]), offline=offline, hint=hint)
-    except MissingError:
-        if not allow_pickle:
-            raise
-        _log.info("%s: no %s to be had, trying %s", repository, WEIGHT_FILES[0], PICKLED)
-        return fetch(repository, ("config.json", PICKLED), offline=offline, hint=hint)
 
 
 def _load_random(preset: str, seed: int, device: torch.device) -> tuple[Titok, TokenizerInfo]:
@@ -435,13 +415,15 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
+    from comit_bench.tokenizers.hub import fetch_checkpoint
+
     refuse_unknown(options, OPTIONS, "TiTok")
     allow = switch(options.pop("allow_pickle", False), "allow_pickle")
     preset = name.lower()
     if weights == "random":
         model, info = _load_random(preset, seed, device)
         return TitokTokenizer(model, info, device=device, **options)
-    local = Path(weights or name).expanduser()
+    local = checkpoint_path(weights or name)
     if weights and not local.exists():
         raise MissingError(
             f"--weights {weights}: no such file or directory. Give a directory with config.json and "
@@ -451,18 +433,14 @@ def load(
     if weights is None and preset in SHIPPED and not local.is_dir():
         local = shipped_weights(preset)
     if released:
-        local = _fetch(HUB.get(preset, name), offline=offline, allow_pickle=allow)
-    facts: Mapping[str, Any] | None = None
+        local = fetch_checkpoint(HUB.get(preset, name), offline=offline, hint=HINT, allow_pickle=allow)
+    config: dict[str, Any] = {}
     if local.is_file():
-        if preset not in PRESETS:
-            raise UsageError(
-                f"--weights {weights}: a single file says nothing about sizes. Name the preset it belongs to"
-                f" (--tokenizer {' or '.join(PRESETS)}), or give a directory with config.json."
-            )
-        path, model = local, load_file(PRESETS[preset], local, allow_pickle=allow)
+        path, model = local, load_file(single_file_spec(name, local, PRESETS), local, allow_pickle=allow)
     else:
-        path, model = find_weights(local), load_directory(local, allow_pickle=allow)
-        facts = read_config(local).get("comit_bench")
-    label = preset if preset in PRESETS else (name if not Path(name).is_dir() else Path(name).resolve().name)
-    info = _info(model, label, sha256_file(path), released=released, facts=facts)
+        path, model = weight_file(local), load_directory(local, allow_pickle=allow)
+        config = read_config(local)
+    label, revision = described(name, local, PRESETS)
+    facts = read_facts(config, local / "config.json")
+    info = _info(model, label, weights_digest(path), released=released, facts=facts, revision=revision)
     return TitokTokenizer(model, info, device=device, **options)

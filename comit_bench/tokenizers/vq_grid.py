@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import sha256_file, shipped_weights, write_atomic
+from comit_bench.files import shipped_weights, write_atomic
 from comit_bench.models.vq_grid import PRESETS, VqGrid, VqGridSpec
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
@@ -26,47 +26,65 @@ from comit_bench.tokenizers.base import (
     decode_pixels,
     encode_pixels,
     refuse_unknown,
+    switch,
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
+    as_stored,
+    checkpoint_path,
+    described,
     load_checked,
     read_config,
-    read_tensors,
+    read_weights,
+    single_file_spec,
     weight_file,
+    weights_digest,
     write_tensors,
 )
+from comit_bench.tokenizers.config_node import DEPTH, SIDE, WIDTH, Facts, Node, read_facts
 
 FAMILY = "vq-grid"
+OPTIONS = ("dtype", "allow_pickle")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+LANDMARKS = ("encoder.patch_embed", "decoder.embed")
+# what in config.json decides about a tensor
+SETTINGS = (
+    (r"\w+\.inner_blocks", "model.inner_depth and model.inner_width"),
+    (r"\w+\.inner_positions", "model.image_size, model.patch and model.inner_width"),
+    (r"\w+\.positions", "model.image_size, model.patch and model.width"),
+    (r"\w+\.blocks", "model.depth and model.width"),
+    (r"encoder\.head|decoder\.embed", "model.fsq_levels and model.inner_width"),
+    (r"encoder\.patch_embed|decoder\.pixels", "model.patch and model.width"),
+    (r".", "model.width and model.inner_width"),
+)
 
 
 def spec_from_config(config: Mapping[str, Any], source: Path) -> VqGridSpec:
     """Read ``config.json``.
 
     Raises:
-        UsageError: Another family, or a size that is missing, unknown or does not fit.
+        UsageError: Another family, or a size that is missing, unknown, of another type or does not fit.
     """
-    node = config.get("model")
-    if config.get("family") != FAMILY or not isinstance(node, dict):
+    if config.get("family") != FAMILY or not isinstance(config.get("model"), dict):
         raise UsageError(f"{source}: expected family {FAMILY!r} and a node 'model' with the sizes")
-    names = {field.name for field in fields(VqGridSpec)}
-    for key in node.keys() ^ names:
-        what = "missing" if key in names else f"unknown.{did_you_mean(str(key), names)}"
-        raise UsageError(f"{source}: model.{key} is {what}")
-    levels = node["fsq_levels"]
-    if not isinstance(levels, list) or not all(map(_is_whole, levels)):
-        raise UsageError(f"{source}: model.fsq_levels must list whole numbers, found {levels!r}")
-    for key, value in node.items():
-        if key != "fsq_levels" and not _is_whole(value):
-            raise UsageError(f"{source}: model.{key} must be a whole number, found {value!r}")
+    node = Node(config, source).node("model")
+    limits = {
+        "image_size": SIDE,
+        "patch": 1024,
+        "width": WIDTH,
+        "depth": DEPTH,
+        "inner_width": WIDTH,
+        "inner_depth": DEPTH,
+        "head_dim": WIDTH,
+    }
+    node.check_keys((*limits, "fsq_levels"), strict=True)
+    sizes = {key: node.whole(key, high=high) for key, high in limits.items()}
     try:
-        return VqGridSpec(**{**node, "fsq_levels": tuple(levels)})
+        return VqGridSpec(**sizes, fsq_levels=node.levels("fsq_levels"))
     except ValueError as error:
-        raise UsageError(f"{source}: {error}") from error
+        raise error if isinstance(error, UsageError) else UsageError(f"{source}: {error}") from error
 
 
 def config_from_spec(spec: VqGridSpec) -> dict[str, Any]:
@@ -90,7 +108,7 @@ def save(
         dtype: Of the stored weights; loading always gives float32.
     """
     config = config_from_spec(model.spec) | ({"comit_bench": dict(extra)} if extra else {})
-    write_tensors(directory / WEIGHT_FILES[0], {k: v.to(dtype) for k, v in model.state_dict().items()})
+    write_tensors(directory / WEIGHT_FILES[0], as_stored(model.state_dict(), dtype))
     write_atomic(directory / "config.json", json.dumps(config, indent=1) + "\n")
 
 
@@ -100,8 +118,21 @@ def build(spec: VqGridSpec, *, empty: bool = False) -> VqGrid:
         return VqGrid(spec)
 
 
-def load_directory(directory: Path) -> tuple[VqGrid, dict[str, Any]]:
-    """Load a checkpoint directory into an evaluating float32 network on the CPU, with its raw config.
+def load_file(path: Path, spec: VqGridSpec, *, allow_pickle: bool = False) -> VqGrid:
+    """Load a file of weights into an evaluating float32 network on the CPU.
+
+    Raises:
+        CorruptFileError: The file cannot be read, or holds tensors of another type, NaN or infinity.
+        UsageError: The weights do not fit the spec, or are a pickle that was not allowed.
+    """
+    tensors = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
+    model = build(spec, empty=True)
+    load_checked(model, tensors, path, settings=SETTINGS)
+    return model.eval()
+
+
+def load_directory(directory: Path, *, allow_pickle: bool = False) -> tuple[VqGrid, dict[str, Any]]:
+    """Load a checkpoint directory; see :func:`load_file`. Also returns its raw config.
 
     Raises:
         MissingError: Files are not here.
@@ -109,10 +140,8 @@ def load_directory(directory: Path) -> tuple[VqGrid, dict[str, Any]]:
         UsageError: The config is wrong or the weights do not fit it.
     """
     config = read_config(directory)
-    model = build(spec_from_config(config, directory / "config.json"), empty=True)
-    path = weight_file(directory)
-    load_checked(model, read_tensors(path), path)
-    return model.eval(), config
+    spec = spec_from_config(config, directory / "config.json")
+    return load_file(weight_file(directory), spec, allow_pickle=allow_pickle), config
 
 
 class VqGridTokenizer:
@@ -187,12 +216,13 @@ class VqGridTokenizer:
         save(self.model, directory, extra={**extra, "weights_licence": info.weights_licence})
 
 
-def _info(model: VqGrid, name: str, weights: str, extra: Mapping[str, Any]) -> TokenizerInfo:
+def _info(model: VqGrid, name: str, weights: str, facts: Facts, revision: str | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         name=name,
         family=FAMILY,
         kind="learned",
+        revision=revision,
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()),
         message_length=spec.message_length,
@@ -200,9 +230,9 @@ def _info(model: VqGrid, name: str, weights: str, extra: Mapping[str, Any]) -> T
         code_dim=len(spec.fsq_levels),
         resolution=spec.image_size,
         preprocessing=f"center_crop|resize({spec.image_size},bilinear)",
-        trained=bool(extra.get("trained", True)),
-        training_data=str(extra.get("training_data", "unknown")),
-        weights_licence=str(extra.get("weights_licence", "unknown")),
+        trained=facts.trained,
+        training_data=facts.training_data or "unknown",
+        weights_licence=facts.weights_licence or "unknown",
     )
 
 
@@ -219,18 +249,20 @@ def load(
 
     Args:
         name: ``vq-grid-nano`` or a checkpoint directory.
-        weights: Checkpoint directory, ``random`` (untrained), or None: the directory, or what ships.
+        weights: Checkpoint directory, a file of weights (with a preset name), ``random`` (untrained), or
+            None: the directory, or what ships.
         device: Where it runs.
         offline: Nothing is ever fetched, so it makes no difference.
         seed: Of random weights.
-        **options: ``dtype``.
+        **options: ``dtype`` and ``allow_pickle``.
 
     Raises:
         MissingError: No such directory.
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, ("dtype",), FAMILY)
+    refuse_unknown(options, OPTIONS, FAMILY)
+    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
     preset = name.lower()
     if weights == "random":
         if preset not in PRESETS:
@@ -240,15 +272,22 @@ def load(
         model = build(PRESETS[preset], empty=device.type == "meta")
         if device.type != "meta":
             model.init_weights(torch.Generator().manual_seed(seed))
-        nothing = {"trained": False, "training_data": "none", "weights_licence": "none"}
+        nothing = Facts(trained=False, training_data="none", weights_licence="none")
         info = _info(model, preset, f"random:{seed}", nothing)
         return VqGridTokenizer(model, info, device=device, **options)
-    local = Path(weights or name).expanduser()
+    local = checkpoint_path(weights or name)
     if weights is None and preset in PRESETS and not local.is_dir():
         local = shipped_weights(preset)
-    if not local.is_dir():
+    if not local.is_dir() and not (weights and local.is_file()):
         raise MissingError(f"{local}: no such directory. Give one with config.json and {WEIGHT_FILES[0]}.")
-    model, config = load_directory(local)
-    label = preset if preset in PRESETS else (name if not Path(name).is_dir() else Path(name).resolve().name)
-    info = _info(model, label, sha256_file(weight_file(local)), config.get("comit_bench", {}))
+    config: dict[str, Any] = {}
+    if local.is_dir():
+        path = weight_file(local)
+        model, config = load_directory(local, allow_pickle=allow)
+    else:
+        path = local
+        model = load_file(path, single_file_spec(name, local, PRESETS), allow_pickle=allow)
+    label, revision = described(name, local, PRESETS)
+    facts = read_facts(config, local / "config.json")
+    info = _info(model, label, weights_digest(path), facts, revision)
     return VqGridTokenizer(model, info, device=device, **options)

@@ -21,8 +21,8 @@ from einops import rearrange
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError
-from comit_bench.files import sha256_file
 from comit_bench.models.finite import observe
+from comit_bench.models.plain_files import shown
 from comit_bench.models.vq import nearest
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
@@ -33,14 +33,78 @@ from comit_bench.tokenizers.base import (
     check_images,
     in_tiles,
     refuse_unknown,
+    switch,
     warn_policy,
 )
-from comit_bench.tokenizers.checkpoints import load_checked, modern_attention, read_config, read_tensors
+from comit_bench.tokenizers.checkpoints import (
+    WEIGHT_FILES,
+    checkpoint_path,
+    described,
+    load_checked,
+    modern_attention,
+    read_config,
+    read_weights,
+    weight_file,
+    weights_digest,
+)
+from comit_bench.tokenizers.config_node import SIDE, Node
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-OPTIONS = ("dtype", "resolution")
+OPTIONS = ("dtype", "resolution", "allow_pickle")
+LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "quantize.embedding")
+DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+KEYS = (
+    *("act_fn", "block_out_channels", "down_block_types", "up_block_types", "in_channels", "out_channels"),
+    *("latent_channels", "layers_per_block", "norm_num_groups", "norm_type", "num_vq_embeddings"),
+    *("vq_embed_dim", "sample_size", "mid_block_add_attention", "lookup_from_codebook", "force_upcast"),
+)
+# what in config.json decides about a tensor
+SETTINGS = (
+    (r"quantize", "num_vq_embeddings and vq_embed_dim"),
+    (r"(quant|post_quant)_conv", "latent_channels and vq_embed_dim"),
+    (r".", "block_out_channels, layers_per_block and the block types"),
+)
 DEFAULT_SAMPLE_SIZE = 32  # of the diffusers class, whatever the network was trained on
 _log = logging.getLogger(__name__)
+
+
+def check_config(config: dict[str, Any], source: Path) -> int:
+    """Look at every size before diffusers builds from it; the pixels per token, on one side.
+
+    Raises:
+        UsageError: Another class, or a value of another type or out of range.
+    """
+    if config.get("_class_name") != "VQModel":
+        raise UsageError(f"{source}: _class_name is {shown(config.get('_class_name'))}, expected 'VQModel'")
+    node = Node(config, source)
+    node.check_keys(KEYS, unread=("_class_name", "_diffusers_version", "_name_or_path", "scaling_factor"))
+    widths = node.wholes("block_out_channels", (64,), high=8192)
+    groups = node.whole("norm_num_groups", 32, high=8192)
+    if any(width % groups for width in widths):
+        raise node.wrong("block_out_channels", f"be multiples of norm_num_groups ({groups})", list(widths))
+    for key, allowed in (("down_block_types", DOWN), ("up_block_types", UP)):
+        blocks = node.values.get(key, [allowed[0]])
+        if (
+            not isinstance(blocks, list)
+            or len(blocks) != len(widths)
+            or any(b not in allowed for b in blocks)
+        ):
+            raise node.wrong(
+                key, f"list one of {', '.join(allowed)} for each of {len(widths)} levels", blocks
+            )
+    node.whole("layers_per_block", 1, high=16)
+    for key, default, high in (("latent_channels", 3, 4096), ("num_vq_embeddings", 256, 1 << 24)):
+        node.whole(key, default, high=high)
+    if node.values.get("vq_embed_dim") is not None:
+        node.whole("vq_embed_dim", high=4096)
+    node.text("act_fn", "silu", allowed=("silu", "swish", "mish", "gelu", "relu"))
+    node.text("norm_type", "group", allowed=("group", "spatial"))
+    for key in ("mid_block_add_attention", "lookup_from_codebook", "force_upcast"):
+        node.flag(key, True)
+    if node.whole("in_channels", 3) != 3 or node.whole("out_channels", 3) != 3:
+        raise UsageError(f"{source}: in_channels and out_channels must be 3 (RGB)")
+    return 1 << (len(widths) - 1)
 
 
 def read_spec(config: dict[str, Any], source: Path, resolution: object) -> tuple[int, int]:
@@ -52,14 +116,12 @@ def read_spec(config: dict[str, Any], source: Path, resolution: object) -> tuple
         resolution: What the user asked for, or None.
 
     Raises:
-        UsageError: Another class, or images that the network cannot cut into whole tokens.
+        UsageError: See :func:`check_config`; or images that the network cannot cut into whole tokens.
     """
-    if config.get("_class_name") != "VQModel":
-        raise UsageError(f"{source}: _class_name is {config.get('_class_name')!r}, expected 'VQModel'")
-    blocks = config.get("down_block_types") or ["DownEncoderBlock2D"]
-    factor = 1 << (len(blocks) - 1)
+    factor = check_config(config, source)
     if resolution is None:
-        resolution = int(config.get("sample_size") or DEFAULT_SAMPLE_SIZE)
+        stated = config.get("sample_size")
+        resolution = Node(config, source).whole("sample_size", high=SIDE) if stated else DEFAULT_SAMPLE_SIZE
         if resolution == DEFAULT_SAMPLE_SIZE:
             _log.warning(
                 "%s: sample_size is %d, the class's default, which may not be what the network was trained "
@@ -67,14 +129,13 @@ def read_spec(config: dict[str, Any], source: Path, resolution: object) -> tuple
                 source,
                 resolution,
             )
-    if not isinstance(resolution, int) or resolution < factor or resolution % factor:
+    whole = isinstance(resolution, int) and not isinstance(resolution, bool)
+    if not whole or not factor <= cast(int, resolution) <= SIDE or cast(int, resolution) % factor:
         raise UsageError(
-            f"--option resolution={resolution}: this VQModel makes one token of {factor} x {factor} pixels, "
-            f"so the side must be a multiple of {factor}"
+            f"--option resolution={shown(resolution)}: this VQModel makes one token of {factor} x {factor} "
+            f"pixels, so the side must be a multiple of {factor}, up to {SIDE}"
         )
-    if config.get("in_channels", 3) != 3 or config.get("out_channels", 3) != 3:
-        raise UsageError(f"{source}: in_channels and out_channels must be 3 (RGB)")
-    return resolution, resolution // factor
+    return cast(int, resolution), cast(int, resolution) // factor
 
 
 class VqModelTokenizer:
@@ -190,13 +251,16 @@ def _directory(source: str, *, offline: bool) -> Path:
     Raises:
         MissingError: It is not here and cannot be had.
     """
-    from comit_bench.tokenizers.hub import fetch
+    from comit_bench.tokenizers.hub import fetch_checkpoint
 
-    local = Path(source).expanduser()
+    local = checkpoint_path(source)
+    if local.is_file():
+        raise UsageError(f"{source}: this is a file. Give the directory that holds {' and '.join(FILES)}.")
     if not local.is_dir():
         if "/" not in source or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise MissingError(f"{source}: no such directory. Give one that holds {' and '.join(FILES)}.")
-        local = fetch(source, FILES, offline=offline, hint="or pass --weights DIR")
+        hint = "or pass --weights DIR"
+        local = fetch_checkpoint(source, weights=FILES[1], offline=offline, hint=hint)
     return local
 
 
@@ -217,7 +281,8 @@ def load(
         device: Where it runs.
         offline: Never ask the hub.
         seed: Makes no difference.
-        **options: ``resolution`` in pixels (default: the config's ``sample_size``) and ``dtype``.
+        **options: ``resolution`` in pixels (default: the config's ``sample_size``), ``allow_pickle``
+            and ``dtype``.
 
     Raises:
         MissingError: No weights on this machine and the hub is out of reach.
@@ -228,6 +293,7 @@ def load(
 
     refuse_unknown(options, OPTIONS, "vqmodel")
     resolution = options.pop("resolution", None)
+    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
     source = weights or name
     if source.lower() in ("vqmodel", "random"):
         raise UsageError(
@@ -237,19 +303,24 @@ def load(
     local = _directory(source, offline=offline)
     config = read_config(local)
     side, grid = read_spec(config, local / FILES[0], resolution)
-    path = local / FILES[1]
-    if not path.is_file():
-        raise MissingError(f"{path}: not found. A VQModel directory holds {' and '.join(FILES)}.")
-    with torch.device("meta"):
-        model: Any = cast(Any, VQModel).from_config(config)
-    flops = _encode_flops(model, side)
-    load_checked(model, modern_attention(read_tensors(path)), path)
+    path = weight_file(local, (FILES[1], *WEIGHT_FILES))
+    try:
+        with torch.device("meta"):
+            model: Any = cast(Any, VQModel).from_config(config)
+        flops = _encode_flops(model, side)
+    except Exception as error:  # diffusers checks little, and what it raises depends on its version
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{local / FILES[0]}: diffusers makes no VQModel of it ({reason})") from error
+    tensors = read_weights(path, LANDMARKS, allow_pickle=allow)
+    load_checked(model, modern_attention(tensors), path, settings=SETTINGS)
     size, dim = model.quantize.embedding.weight.shape
+    label, revision = described(source, local, ())
     info = TokenizerInfo(
-        name=source if not Path(source).is_dir() else local.resolve().name,
+        name=label,
         family="vqmodel",
         kind="learned",
-        weights=sha256_file(path),
+        revision=revision,
+        weights=weights_digest(path),
         parameters=sum(p.numel() for p in model.parameters()),
         message_length=grid * grid,
         vocab_size=size,

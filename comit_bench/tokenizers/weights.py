@@ -13,16 +13,21 @@ questions. A pickle that is loaded as a tokenizer (``--weights FILE.pth``) needs
 from __future__ import annotations
 
 import json
-import re
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import cache_root, locked, sha256_file, write_atomic
-from comit_bench.tokenizers.checkpoints import PICKLES, WEIGHT_FILES, require_allowed, write_tensors
+from comit_bench.tokenizers.checkpoints import (
+    PICKLES,
+    WEIGHT_FILES,
+    read_tensors,
+    read_torch,
+    require_allowed,
+    write_tensors,
+)
 from comit_bench.tokenizers.download import Advance, download
 from comit_bench.tokenizers.releases import Release, find_release, resolve
 
@@ -176,7 +181,8 @@ def convert_file(release: Release, file: Path, folder: Path, *, digest: str) -> 
         CorruptFileError: The file cannot be read.
         UsageError: Its tensors do not fit the name.
     """
-    content = read_pickle(file, allow=release.allow)
+    classes: list[Any] = [resolve(target) for target in release.allow]
+    content: Any = read_tensors(file) if file.suffix == ".safetensors" else read_torch(file, allow=classes)
     tensors: dict[str, Tensor] = resolve(release.unpack)(content, file)
     if release.check is not None:
         resolve(release.check)(release.name, tensors, file)
@@ -187,35 +193,6 @@ def convert_file(release: Release, file: Path, folder: Path, *, digest: str) -> 
         write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
     note = {"name": release.name, "source": release.source, "file": file.name, "checksum": digest}
     write_atomic(folder / SOURCE, json.dumps(note, indent=1) + "\n")
-
-
-def read_pickle(file: Path, *, allow: tuple[str, ...] = ()) -> Any:
-    """What a ``.pth`` file holds, read without running anything it names.
-
-    Args:
-        file: Written by ``torch.save``.
-        allow: Further classes that may appear, ``module:class``.
-
-    Raises:
-        CorruptFileError: Truncated, of another format, or it names a class that is not allowed.
-    """
-    import torch
-
-    classes: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [resolve(target) for target in allow]
-    try:
-        with torch.serialization.safe_globals(classes):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # the reader raises whatever the bytes make of it
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own text advises to run it: not repeated
-        if named:
-            raise CorruptFileError(
-                f"{file}: it names {named[1]}, which is no tensor and will not be loaded. It is not the "
-                "released file."
-            ) from error
-        raise CorruptFileError(
-            f"{file}: cannot be read as a weight file ({type(error).__name__}). It is truncated or of "
-            "another format: fetch it again."
-        ) from error
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,9 +228,9 @@ def weight_source(name: str, weights: Path, *, allow_pickle: bool) -> Path:
             f"--weights {weights}: no such file or directory. Give a directory with config.json and "
             f"{WEIGHT_FILES[0]}, a .safetensors or .pth file of {name}, or 'random'."
         )
-    if weights.suffix == ".safetensors":
-        return weights
     if weights.suffix in PICKLES:
         require_allowed(weights, allow_pickle)
         return converted(name, weights)
+    if weights.suffix == ".safetensors" or weights.name.endswith(".index.json"):
+        return weights
     raise UsageError(f"--weights {weights}: expected .safetensors or one of {', '.join(PICKLES)}")

@@ -11,9 +11,12 @@ from accelerate import Accelerator
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.files import shipped_weights
 from comit_bench.models.comit import Comit, ComitSpec
+from comit_bench.models.plain_files import shown
 from comit_bench.models.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for
+from comit_bench.tokenizers.checkpoints import load_checked
 from comit_bench.tokenizers.comit_files import VAE_HUB, build, sd_vae_tensors
+from comit_bench.tokenizers.loading import resolve_device
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.objective import TrainingModule
 
@@ -106,11 +109,10 @@ def check_device(config: TrainConfig, device: str) -> None:
     """
     if device not in DEVICES:
         raise UsageError(
-            f"--device {device}: expected {', '.join(DEVICES)}. To choose a GPU set CUDA_VISIBLE_DEVICES."
+            f"--device {shown(device)}: supported are {', '.join(DEVICES)}. To choose a GPU set "
+            "CUDA_VISIBLE_DEVICES."
         )
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise UsageError("--device cuda: this machine has no usable CUDA device. Use --device cpu or auto.")
+    has_cuda = resolve_device(device).type == "cuda"
     if config.precision == "bfloat16" and (device == "cpu" or not has_cuda):
         raise UsageError("precision bfloat16 needs a CUDA device; on the CPU use precision=float32")
 
@@ -129,6 +131,7 @@ def make_model(config: TrainConfig) -> Comit:
 
     Raises:
         MissingError: The autoencoder's weights are not here and cannot be had.
+        CorruptFileError: They are damaged.
         UsageError: Sizes that do not fit.
     """
     spec = config.model.spec()
@@ -138,7 +141,8 @@ def make_model(config: TrainConfig) -> Comit:
     if config.model.init == "message":
         model.predictor.favour_message()
     if spec.vae in VAE_HUB:
-        tensors = sd_vae_tensors(spec.vae, config.model.vae_path or Path("vae"), offline=False)
-        model.vae.load_state_dict({k.removeprefix("vae."): v.float() for k, v in tensors.items()})
+        path = config.model.vae_path or Path("vae")
+        tensors = sd_vae_tensors(spec.vae, path, offline=False)
+        load_checked(model.vae, {k.removeprefix("vae."): v for k, v in tensors.items()}, path)
     model.vae.requires_grad_(False).eval()
     return model

@@ -1,0 +1,203 @@
+"""What a file is, told by its content, and JSON read strictly. Nothing in a file is ever run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+LARGEST_JSON, DEEPEST_JSON, DIGITS = 64 << 20, 64, 40
+SHOWN = 8
+
+
+class BadFile(ValueError):
+    """A file that cannot be what it claims to be."""
+
+
+def some(items: Sequence[str]) -> str:
+    """The first few of them."""
+    more = f" … and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
+
+
+def shown(value: object) -> str:
+    """``repr``, cut where it gets long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"
+
+
+# ---------------------------------------------------------------- what lies there
+
+
+def head_of(path: Path, size: int = 512) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+        FileNotFoundError: Nothing there, or a link to nothing.
+        BadFile: A directory, or not readable.
+    """
+    if path.is_dir():
+        raise BadFile(f"{path}: this is a directory, where a file is expected")
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path}: a link to a file that is not there. Download it again.")
+    try:
+        with path.open("rb") as stream:
+            return stream.read(size)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+# first bytes -> what it is
+_SIGNS: tuple[tuple[bytes, str], ...] = (
+    (
+        b"version https://git-lfs",
+        "a git-LFS pointer, not the file itself: run `git lfs pull` in its repository",
+    ),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),
+    (b"GGUF", "a GGUF file (llama.cpp)"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"\xfd7zXZ", "an xz archive: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it first"),
+    (b"BZh", "a bzip2 archive: unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
+)
+
+
+def _zip_kind(path: Path) -> str | None:
+    """What a zip archive holds, or None when ``torch.save`` wrote it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "a zip archive that is truncated or of another format: download it again"
+    ends = {PurePosixPath(name).name for name in names}
+    if "constants.pkl" in ends:
+        return "a TorchScript archive: save its state_dict() instead"
+    if "data.pkl" in ends:
+        return None
+    if "model.weights.h5" in ends:
+        return "a Keras archive"
+    if names and all(name.endswith(".npy") for name in names):
+        return "a NumPy archive (.npz)"
+    return "a zip archive without a torch file in it: unpack it first"
+
+
+def foreign(path: Path) -> str | None:
+    """What a file is when it is neither safetensors nor written by ``torch.save``; None for these two.
+
+    Raises:
+        FileNotFoundError: Nothing there.
+        BadFile: A directory, or not readable.
+    """
+    head = head_of(path)
+    if not head:
+        return "an empty file: it is truncated, download it again"
+    if is_safetensors(path):  # first: its length, which comes first, may look like any other sign
+        return None
+    for sign, what in _SIGNS:
+        if head.startswith(sign):
+            return what
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "a web page, not the file behind the link: download it again"
+    if head.startswith(b"PK"):
+        return _zip_kind(path)
+    if head.startswith((b"{", b"[")):
+        return "a JSON text"
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    if head[4:8] == b"TFL3" or path.suffix in (".tflite", ".pb"):
+        return "a TensorFlow file"
+    if path.suffix == ".onnx" or (head[:1] == b"\x08" and re.search(rb"onnx|pytorch", head[:64])):
+        return "an ONNX file"
+    return None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the header looks like that of a safetensors file: its length, then a JSON object."""
+    head = head_of(path, 9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, read strictly: UTF-8 without a mark, every key once, finite numbers of usual size.
+
+    Raises:
+        FileNotFoundError: Nothing there.
+        BadFile: Says what is wrong with it.
+    """
+    head = head_of(path)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:4]:
+        raise BadFile(f"{path}: not valid JSON: it is UTF-16, or no text. Save it as UTF-8.")
+    if head.startswith(b"\xef\xbb\xbf"):
+        raise BadFile(
+            f"{path}: not valid JSON: it begins with a byte-order mark. Save it as UTF-8 without one."
+        )
+    if not head.lstrip().startswith((b"{", b"[")) and (what := foreign(path)) is not None:
+        raise BadFile(f"{path}: not valid JSON: it is {what}")
+    if path.stat().st_size > LARGEST_JSON:
+        raise BadFile(f"{path}: {path.stat().st_size:,} bytes are too many for a JSON file of this kind")
+    try:
+        content = json.loads(
+            path.read_bytes().decode("utf-8"),
+            object_pairs_hook=_once,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except RecursionError as error:
+        raise BadFile(f"{path}: not valid JSON: nested too deeply") from error
+    except (ValueError, OSError, MemoryError) as error:
+        raise BadFile(f"{path}: not valid JSON ({error}). Download it again, or correct it.") from error
+    if not isinstance(content, dict):
+        raise BadFile(f"{path}: expected a JSON object, found {type(content).__name__}")
+    if too_deep(content):
+        raise BadFile(f"{path}: nested more than {DEEPEST_JSON} levels deep, which no such file is")
+    return content
+
+
+def too_deep(value: object) -> bool:
+    """Whether mappings and lists are nested more than any config is."""
+    level: list[object] = [value]
+    for _ in range(DEEPEST_JSON):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list | tuple)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"the key {shown(twice[0])} stands there twice")
+    return dict(pairs)
+
+
+def _whole(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text} is not finite")
+    return value
