@@ -6,7 +6,8 @@ Three steps:
   what ``torch.save`` wrote (as plain tensors only). Anything else is named for what it is.
 - :func:`select` finds the network among what people store: under ``state_dict`` or ``model``, beside an
   optimizer, behind prefixes such as ``module.`` that all keys share, next to its average (EMA).
-- :func:`fill` compares names and shapes, then types and values, and only then assigns float32 tensors.
+- :func:`compare` looks at names and shapes, :func:`check_types` at types and values; only then does
+  :func:`fill` assign float32 tensors.
 """
 
 from __future__ import annotations
@@ -402,8 +403,8 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _value_problem(value: Tensor, wanted: Tensor) -> str | None:
-    """What is wrong with the type or the values of a tensor that is to become ``wanted``."""
+def _problem(value: Tensor, wanted: Tensor, *, values: bool) -> str | None:
+    """What is wrong with the type, or also the values, of a tensor that is to become ``wanted``."""
     kind = name_of(value.dtype)
     if value.device.type == "meta":
         return "has no values: it was saved from the meta device"
@@ -413,7 +414,7 @@ def _value_problem(value: Tensor, wanted: Tensor) -> str | None:
         return None if value.dtype in WHOLES else f"is {kind}, expected whole numbers"
     if value.dtype not in FLOATS:
         return f"is {kind}, expected floating-point numbers (float32, float16, bfloat16 or float64)"
-    if bool(value.float().isfinite().all()):
+    if not values or bool(value.float().isfinite().all()):
         return None
     bad = int((~value.isfinite()).sum())
     if not bad:
@@ -421,8 +422,16 @@ def _value_problem(value: Tensor, wanted: Tensor) -> str | None:
     return f"holds {bad} of {value.numel()} values that are NaN or infinite"
 
 
-def check_values(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_types(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, *, values: bool = True
+) -> None:
     """Refuse tensors of another type, and values that are not finite, before they become weights.
+
+    Args:
+        expected: State dict of the network; other names are not looked at.
+        tensors: The checkpoint.
+        path: Named in the error.
+        values: False looks at types only.
 
     Raises:
         BadFile: Names file and tensors.
@@ -430,40 +439,18 @@ def check_values(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
     problems = [
         f"{key} {problem}"
         for key, value in tensors.items()
-        if key in expected and (problem := _value_problem(value, expected[key])) is not None
+        if key in expected and (problem := _problem(value, expected[key], values=values)) is not None
     ]
     if problems:
         raise BadFile(f"{path}: {some(problems)}. Download or export it again.")
 
 
-def fill(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    path: Path,
-    *,
-    what: str | None = None,
-    optional: tuple[str, ...] = (),
-    settings: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Load ``tensors`` into ``module`` (which may be on the meta device), floats as float32.
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Assign compared and checked ``tensors`` to ``module`` (which may be on the meta device), as float32.
 
-    Args:
-        module: Network whose state dict names the expected keys.
-        tensors: The checkpoint.
-        path: Named in errors.
-        what: What it should fit; None is the class of the network.
-        optional: Prefixes of keys that may be absent (they must be initialised already).
-        settings: See :func:`compare`.
-
-    Raises:
-        Misfit: Other names or shapes.
-        BadFile: Other types, NaN or infinity.
+    Buffers of whole numbers keep their type.
     """
-    expected = module.state_dict()
-    label = what or f"{type(module).__name__} as config.json describes it"
-    compare(expected, tensors, path, what=label, optional=optional, settings=settings)
-    check_values(expected, tensors, path)
-    kinds = {k: torch.float32 if v.is_floating_point() else v.dtype for k, v in expected.items()}
+    kinds = {k: torch.float32 if v.is_floating_point() else v.dtype for k, v in module.state_dict().items()}
     module.load_state_dict({k: v.to(kinds[k]) for k, v in tensors.items()}, strict=False, assign=True)
 
 

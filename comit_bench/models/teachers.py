@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench.models.plain_files import read_json, shown
-from comit_bench.models.state_dicts import INDEX, Misfit, fill, read, select
+from comit_bench.models.state_dicts import INDEX, Misfit, check_types, compare, fill, read, select
 
 DINOV2 = {
     "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
@@ -359,7 +359,10 @@ def _read_tensors(path: Path, landmarks: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _load(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    name, expected = type(network).__name__, network.state_dict()
     try:
-        fill(network, tensors, path)
+        compare(expected, tensors, path, what=name)
     except Misfit as error:
-        raise ValueError(f"the weights do not fit {type(network).__name__}: {error}") from error
+        raise ValueError(f"the weights do not fit {name}: {error}") from error
+    check_types(expected, tensors, path)
+    fill(network, tensors)

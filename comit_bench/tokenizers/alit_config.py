@@ -20,7 +20,7 @@ from comit_bench.models.alit_base import VaeSpec
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.models.plain_files import shown
 from comit_bench.tokenizers.checkpoints import (
-    load_checked,
+    load_network,
     read_config,
     read_weights,
     select_weights,
@@ -295,7 +295,7 @@ def check_fits(name: str, tensors: Mapping[str, Tensor], source: Path) -> None:
     Raises:
         UsageError: Lists what is missing, unexpected or of another shape.
     """
-    load_checked(build(VARIANTS[name].spec, empty=True), tensors, source)
+    load_network(build(VARIANTS[name].spec, empty=True), tensors, source)
 
 
 def load_file(path: Path, spec: AlitSpec, *, allow_pickle: bool = False) -> Alit:
@@ -307,7 +307,7 @@ def load_file(path: Path, spec: AlitSpec, *, allow_pickle: bool = False) -> Alit
     """
     tensors = without_losses(read_weights(path, LANDMARKS, allow_pickle=allow_pickle))
     model = build(spec, empty=True)
-    load_checked(model, tensors, path, settings=SETTINGS)
+    load_network(model, tensors, path, settings=SETTINGS)
     return model.eval()
 
 

@@ -344,7 +344,7 @@ def check_tensors(
     """
     with _told():
         state_dicts.compare(expected, tensors, source, what=what, optional=optional)
-        state_dicts.check_values(expected, tensors, source)
+        state_dicts.check_types(expected, tensors, source)
 
 
 def check_values(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
@@ -354,7 +354,7 @@ def check_values(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
         CorruptFileError: Names file and tensors.
     """
     with _told():
-        state_dicts.check_values(expected, tensors, source)
+        state_dicts.check_types(expected, tensors, source)
 
 
 def check_float_file(path: Path) -> None:
@@ -380,6 +380,7 @@ def load_checked(
     *,
     optional: tuple[str, ...] = (),
     settings: Settings = (),
+    values: bool = False,
 ) -> None:
     """Load ``tensors`` into ``module`` (which may be on the meta device), floats as float32.
 
@@ -389,10 +390,32 @@ def load_checked(
         source: File named in the error.
         optional: Prefixes of keys that may be absent (they must be initialised already).
         settings: Pattern of keys -> what in ``config.json`` decides about them, for the message.
+        values: Also refuse NaN and infinity; see :func:`load_network`.
+
+    Raises:
+        UsageError: Lists missing keys, unexpected keys and shapes that differ.
+        CorruptFileError: Tensors of another type; names them.
+    """
+    expected = module.state_dict()
+    what = f"{type(module).__name__} as config.json describes it"
+    with _told():
+        state_dicts.compare(expected, tensors, source, what=what, optional=optional, settings=settings)
+        state_dicts.check_types(expected, tensors, source, values=values)
+    state_dicts.fill(module, tensors)
+
+
+def load_network(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    *,
+    optional: tuple[str, ...] = (),
+    settings: Settings = (),
+) -> None:
+    """What every family loads its weights by: :func:`load_checked`, and every value must be finite.
 
     Raises:
         UsageError: Lists missing keys, unexpected keys and shapes that differ.
         CorruptFileError: Tensors of another type, NaN or infinity; names them.
     """
-    with _told():
-        state_dicts.fill(module, tensors, source, optional=optional, settings=settings)
+    load_checked(module, tensors, source, optional=optional, settings=settings, values=True)

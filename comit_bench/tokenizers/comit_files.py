@@ -24,7 +24,7 @@ from comit_bench.models.crops import CropGeometry
 from comit_bench.models.vae import build_vae
 from comit_bench.tokenizers.checkpoints import (
     as_stored,
-    load_checked,
+    load_network,
     modern_attention,
     read_config,
     read_weights,
@@ -273,7 +273,7 @@ def load_file(
     if spec.vae in ("none", "dct"):
         tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
     _fill_unused(model, tensors)
-    load_checked(model, tensors, path, settings=SETTINGS)
+    load_network(model, tensors, path, settings=SETTINGS)
     return model.eval()
 
 

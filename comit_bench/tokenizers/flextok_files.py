@@ -26,7 +26,7 @@ from comit_bench.models.flextok import FlexTok, FlexTokSpec
 from comit_bench.models.plain_files import too_deep
 from comit_bench.tokenizers.checkpoints import (
     as_stored,
-    load_checked,
+    load_network,
     modern_attention,
     read_config,
     read_metadata,
@@ -224,9 +224,9 @@ class Checkpoint:
     path: Path
 
     @property
-    def vae(self) -> Node:
+    def vae(self) -> dict[str, Any]:
         """The VAE's block of the config."""
-        return Node(self.config, self.source).maybe("vae")
+        return dict(Node(self.config, self.source).maybe("vae").values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +333,11 @@ def load_directory(
         UsageError: The weights do not fit the config, or it is of a variant that is not computed.
     """
     found = read_checkpoint(directory, allow_pickle=allow_pickle, sizes=sizes)
-    vae, local, channels = found.vae, found.path.parent / "vae", found.spec.vae.channels
+    vae, local, channels = (
+        Node(found.vae, found.source, "vae"),
+        found.path.parent / "vae",
+        found.spec.vae.channels,
+    )
     scale = _scale(vae, channels, local, scaling_factor, offline=offline, source=found.source)
     assumed = dict(found.assumed)
     if vae.values.get("scaling_factor") is None and scaling_factor is not None:
@@ -350,7 +354,7 @@ def load_directory(
         tensors = {**tensors, **own}
     with torch.device("meta"):
         model = FlexTok(spec)
-    load_checked(model, tensors, found.path, settings=SETTINGS)
+    load_network(model, tensors, found.path, settings=SETTINGS)
     return Loaded(model.eval(), found.config, assumed, found.path, vae_file)
 
 

@@ -26,7 +26,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         UsageError: Not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; or a CUDA device that is not there or does
             not work.
     """
-    match = re.fullmatch(r"auto|cpu|cuda(?::(0|[1-9]\d{0,3}))?", str(name))
+    match = re.fullmatch(r"auto|cpu|cuda(?::(0|[1-9][0-9]{0,3}))?", str(name))
     if match is None:
         raise UsageError(
             f"--device {shown(name)}: supported are auto, cpu, cuda and cuda:N (N = 0, 1, …), in lower case"

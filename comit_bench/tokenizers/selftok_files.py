@@ -24,7 +24,7 @@ from comit_bench.models.vae import KLVaeSpec
 from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
     as_stored,
-    load_checked,
+    load_network,
     modern_attention,
     read_config,
     read_weights,
@@ -129,9 +129,9 @@ def load_files(
     if vae is not None and vae[0].channels != spec.channels:
         raise UsageError(f"{vae[1]}: a VAE of {vae[0].channels} channels, the latents have {spec.channels}")
     model = build(spec)
-    load_checked(model, tensors, weights, optional=("vae.",), settings=SETTINGS)
+    load_network(model, tensors, weights, optional=("vae.",), settings=SETTINGS)
     if vae is not None and model.vae is not None:
-        load_checked(model.vae.vae, modern_attention(read_weights(vae[1], VAE_LANDMARKS)), vae[1])
+        load_network(model.vae.vae, modern_attention(read_weights(vae[1], VAE_LANDMARKS)), vae[1])
     return Loaded(model.eval(), weights, None if vae is None else vae[1])
 
 

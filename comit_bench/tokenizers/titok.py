@@ -44,7 +44,7 @@ from comit_bench.tokenizers.checkpoints import (
     as_stored,
     checkpoint_path,
     described,
-    load_checked,
+    load_network,
     read_config,
     read_weights,
     single_file_spec,
@@ -241,7 +241,7 @@ def load_file(spec: TitokSpec, path: Path, *, allow_pickle: bool = False) -> Tit
     tensors = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
     model = build(spec, empty=True)
     kept = {k: v for k, v in tensors.items() if not k.startswith(IGNORED)}
-    load_checked(model, kept, path, settings=SETTINGS)
+    load_network(model, kept, path, settings=SETTINGS)
     return model.eval()
 
 

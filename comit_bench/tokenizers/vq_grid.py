@@ -34,7 +34,7 @@ from comit_bench.tokenizers.checkpoints import (
     as_stored,
     checkpoint_path,
     described,
-    load_checked,
+    load_network,
     read_config,
     read_weights,
     single_file_spec,
@@ -127,7 +127,7 @@ def load_file(path: Path, spec: VqGridSpec, *, allow_pickle: bool = False) -> Vq
     """
     tensors = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
     model = build(spec, empty=True)
-    load_checked(model, tensors, path, settings=SETTINGS)
+    load_network(model, tensors, path, settings=SETTINGS)
     return model.eval()
 
 

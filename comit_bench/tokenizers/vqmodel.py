@@ -40,7 +40,7 @@ from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
     checkpoint_path,
     described,
-    load_checked,
+    load_network,
     modern_attention,
     read_config,
     read_weights,
@@ -312,7 +312,7 @@ def load(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{local / FILES[0]}: diffusers makes no VQModel of it ({reason})") from error
     tensors = read_weights(path, LANDMARKS, allow_pickle=allow)
-    load_checked(model, modern_attention(tensors), path, settings=SETTINGS)
+    load_network(model, modern_attention(tensors), path, settings=SETTINGS)
     size, dim = model.quantize.embedding.weight.shape
     label, revision = described(source, local, ())
     info = TokenizerInfo(

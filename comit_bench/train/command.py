@@ -51,6 +51,10 @@ def train(
     told = [text for text in overrides or () if not text.startswith("output=")]
     command = "python -m comit_bench.train --config " + shlex.join([config, *told])
     if not isinstance(settings, TrainConfig):
+        if device not in ("auto", "cpu"):
+            raise UsageError(
+                f"--device {device!r:.40}: supported are auto and cpu; {config} is small, the CPU trains it"
+            )
         raise typer.Exit(_train_small(settings, dry_run, command, progress=not quiet))
     if dry_run:
         typer.echo(_plan(settings, device))

@@ -14,7 +14,7 @@ from comit_bench.models.comit import Comit, ComitSpec
 from comit_bench.models.plain_files import shown
 from comit_bench.models.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for
-from comit_bench.tokenizers.checkpoints import load_checked
+from comit_bench.tokenizers.checkpoints import load_network
 from comit_bench.tokenizers.comit_files import VAE_HUB, build, sd_vae_tensors
 from comit_bench.tokenizers.loading import resolve_device
 from comit_bench.train.config import TrainConfig
@@ -143,6 +143,6 @@ def make_model(config: TrainConfig) -> Comit:
     if spec.vae in VAE_HUB:
         path = config.model.vae_path or Path("vae")
         tensors = sd_vae_tensors(spec.vae, path, offline=False)
-        load_checked(model.vae, {k.removeprefix("vae."): v for k, v in tensors.items()}, path)
+        load_network(model.vae, {k.removeprefix("vae."): v for k, v in tensors.items()}, path)
     model.vae.requires_grad_(False).eval()
     return model

@@ -22,10 +22,10 @@ from small_checkpoints import WRITERS, load, weights_of
 from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.models.state_dicts import INDEX, fill
+from comit_bench.models.state_dicts import INDEX
 from comit_bench.tokenizers.checkpoints import (
     as_stored,
-    load_checked,
+    load_network,
     read_torch,
     read_weights,
     weight_file,
@@ -450,17 +450,17 @@ def test_tensors_that_are_no_plain_numbers(
     module, path = nn.Linear(2, 2), tmp_path / "x.pth"
     torch.save({k: make(v + 1) for k, v in module.state_dict().items()}, path)
     with pytest.raises(CorruptFileError, match=says):
-        load_checked(module, read_weights(path, ("weight",), allow_pickle=True), path)
+        load_network(module, read_weights(path, ("weight",), allow_pickle=True), path)
 
 
 def test_whole_numbers_stay_where_they_belong(tmp_path: Path) -> None:
     norm = nn.BatchNorm1d(3)
     state = {k: v.clone() for k, v in norm.state_dict().items()}
     state["num_batches_tracked"] += 7
-    fill(norm, state, tmp_path)
+    load_network(norm, state, tmp_path)
     assert norm.num_batches_tracked is not None and norm.num_batches_tracked.dtype == torch.int64
-    with pytest.raises(ValueError, match="num_batches_tracked is float32, expected whole numbers"):
-        fill(norm, state | {"num_batches_tracked": torch.tensor(7.0)}, tmp_path)
+    with pytest.raises(CorruptFileError, match="num_batches_tracked is float32, expected whole numbers"):
+        load_network(norm, state | {"num_batches_tracked": torch.tensor(7.0)}, tmp_path)
 
 
 def test_export_does_not_overflow() -> None:
