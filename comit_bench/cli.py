@@ -43,8 +43,8 @@ Tasks = Annotated[
 Policy = Annotated[
     list[str] | None,
     typer.Option(
-        help="Cropping policy: global, raster:9, global+adaptive:3, ...; may be repeated, a row each. "
-        "[default: global]"
+        help="Cropping policy: global, raster:9, global+adaptive:3 (the number counts the global crop), ...; "
+        "may be repeated, a row each. [default: global]"
     ),
 ]
 Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]

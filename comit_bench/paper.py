@@ -142,12 +142,14 @@ class Part:
     Attributes:
         name: ``table-4``, ``figure-5a``, ...
         title: What it shows.
-        steps: What makes it.
+        steps: What makes it; may be empty.
+        lacking: Why there are no steps.
     """
 
     name: str
     title: str
     steps: tuple[Step, ...]
+    lacking: str = ""
 
 
 def trained_here(name: str, runs: Path = RUNS) -> str:
@@ -310,8 +312,8 @@ def make_parts(cast: Cast) -> list[Part]:
             "figure-3",
             "what a message knows after each crop, without and with the global one",
             [
-                *_figures("evolution", shown, cast.photos, "figure-3/local", more=local, count=2),
-                *_figures("evolution", shown, cast.photos, "figure-3/global", more=whole, count=2),
+                *_figures("evolution", shown, cast.photos, "figure-3", more=local, count=2),
+                *_figures("evolution", shown, cast.photos, "figure-3", more=whole, count=2),
             ],
         ),
         (
@@ -327,7 +329,9 @@ def make_parts(cast: Cast) -> list[Part]:
             [
                 _measure(cast, cast.bottleneck, (recognition, reconstruction)),
                 _of_records("bottleneck", "figure-5c", "OUTPUT", cast.bottleneck),
-            ],
+            ]
+            if len(cast.bottleneck) > 1
+            else [],
         ),
         (
             "figure-6",
@@ -366,8 +370,14 @@ def make_parts(cast: Cast) -> list[Part]:
             _figures("policies", shown, cast.photos, "figure-10", more=few, count=6, curve_count=32),
         ),
     ]
+    lacking = {"figure-5c": "messages of one size only: train others with comit-b-bottleneck-s, -m"}
     return [
-        Part(name=name, title=title, steps=tuple(step for step in steps if step.tokenizers or step.follows))
+        Part(
+            name=name,
+            title=title,
+            steps=tuple(step for step in steps if step.tokenizers or step.follows),
+            lacking=lacking.get(name, "none of the tokenizers looks at crops"),
+        )
         for name, title, steps in parts
     ]
 

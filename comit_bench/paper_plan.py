@@ -308,7 +308,7 @@ def describe(
     for part, part_plans in plans:
         lines.append(f"{part.name}: {part.title}")
         if not part_plans:
-            lines.append("  left out: none of the tokenizers looks at crops")
+            lines.append(f"  left out: {part.lacking}")
         for plan in part_plans:
             lines.append(f"  {plan.step.text(output=str(settings.output), data=data)}")
             cost, unknown = total_cost([plan.step], settings)

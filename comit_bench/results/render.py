@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
 
 def _csv_names(table: Table) -> dict[Group, str]:
-    """``task-v1``, with the control and, where two protocols meet, the group's digest."""
+    """``task-v1``, with the control, a foreign recipe and, where two protocols meet, the group's digest."""
     names: dict[Group, str] = {}
     for group in table.groups:
         name = f"{group.task}-v{group.version}"
         if group.control:
             name += f"~{group.control}"
+        if group.recipe:
+            name += f"~recipe of {group.recipe}"
         names[group] = name + (f"@{group.digest[7:15]}" if group.variant else "")
     return names
 

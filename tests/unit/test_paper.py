@@ -212,6 +212,8 @@ def test_own_tokenizers_take_all_roles() -> None:
     assert parts["table-3"].steps[0].tokenizers == ("comit-nano",)  # the other one does not look at crops
     assert [step.tokenizers for step in parts["figure-7"].steps] == [("titok-nano",), ("comit-nano",)]
     assert make_parts(make_cast("scenes", ["titok-nano"]))[2].steps == ()
+    (one_size,) = choose_parts(make_parts(make_cast("scenes", ["comit-nano"])), ["figure-5c"])
+    assert one_size.steps == () and "one size" in one_size.lacking
     (step,) = make_parts(make_cast("paper", ["comit-b"]))[3].steps
     assert "--option" not in step.argv()  # no SelfTok takes part
 

@@ -333,7 +333,7 @@ def test_a_recipe_that_replaces_a_built_in_one_is_marked_in_every_table(
     for found in (build_table(records), table("table-4", records)):
         assert [group.subtitle for group in found.groups] == [f"v2, {says}"]
     write_tables(build_table(records), tmp_path, records)
-    for name in ("table.md", "table.tex", "table-paper.tex"):
+    for name in ("table.csv", "table.md", "table.tex", "table-paper.tex"):
         assert says in (tmp_path / name).read_text(encoding="utf-8")
     own = measured("a", "my-own-task", **where)
     own = own.model_copy(

@@ -223,6 +223,11 @@ def test_controls_without_positions_have_records_of_their_own(bench: Bench, cont
     assert record.metrics["hue"].value > 80  # colours need no places
 
 
+def test_records_say_where_both_recipes_came_from(bench: Bench) -> None:
+    task = bench.evaluate("majority", references=False)["majority"].task
+    assert task.origin == task.dataset.origin == str(bench.root / "recipes")
+
+
 def test_a_recipe_may_be_a_control(bench: Bench, command: Command) -> None:
     path = bench.root / "recipes" / "probes" / "tiny-colours" / "task.yaml"
     path.write_text(path.read_text() + "control: permute-labels\n")
