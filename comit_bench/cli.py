@@ -5,15 +5,14 @@ Only argument parsing happens here, and only typer is imported at the top: ``--h
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from comit_bench import __version__, data_command, figure_command, token_command
-from comit_bench.errors import BenchError, UsageError, did_you_mean
+from comit_bench.console import guarded
+from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.paper_command import paper
 from comit_bench.sweep_command import sweep
 from comit_bench.token_command import key_values
@@ -309,25 +308,16 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
-def _guarded(command: Callable[[], Any]) -> None:
-    """Run a command; an error of ours is one message and its exit code."""
-    try:
-        command()
-    except BenchError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-
-
 def main() -> None:
     """Entry point of the console script."""
-    _guarded(lambda: app(standalone_mode=True))
+    guarded(lambda: app(standalone_mode=True))
 
 
 def main_run() -> None:
     """Entry point of ``python -m comit_bench.run``."""
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command()(run)
-    _guarded(lambda: single(prog_name="python -m comit_bench.run"))
+    guarded(lambda: single(prog_name="python -m comit_bench.run"))
 
 
 if __name__ == "__main__":

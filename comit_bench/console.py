@@ -2,22 +2,142 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn, TextIO
+
+from comit_bench.errors import BenchError
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 DEFAULT_TOKENIZER = "comit-nano"  # of commands that need one
 
 
 def say(text: str) -> None:
-    """Write a message to stderr."""
-    sys.stderr.write(text.rstrip("\n") + "\n")
-    sys.stderr.flush()
+    """Write a message to stderr, if there is one."""
+    if sys.stderr is not None:
+        sys.stderr.write(text.rstrip("\n") + "\n")
+        sys.stderr.flush()
+
+
+class _Stream(io.TextIOBase):
+    """A standard stream that never ends the work: letters it does not have are replaced, readers may leave.
+
+    There is no ``buffer``, so that nobody writes past it.
+
+    Args:
+        stream: What was ``sys.stdout`` or ``sys.stderr``.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.lost: OSError | None = None
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding or "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes text, not {type(text).__name__}")
+        if self.lost is None:
+            try:
+                self.stream.write(text if text.isascii() else self._readable(text))
+            except OSError as error:
+                self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.lost is None:
+            try:
+                self.stream.flush()
+            except OSError as error:
+                self._lose(error)
+
+    def _readable(self, text: str) -> str:
+        try:
+            text.encode(self.encoding)
+        except UnicodeEncodeError:
+            from comit_bench.results.terminal import in_encoding
+
+            return in_encoding(text, self.encoding)
+        return text
+
+    def _lose(self, error: OSError) -> None:
+        """From now on everything goes nowhere, also what Python writes when it ends."""
+        self.lost = error
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+        except OSError:
+            pass  # no file behind it
+
+
+def _open_closed() -> None:
+    """Give the numbers of closed standard streams to the null device.
+
+    Else the next file that is opened gets one, and receives what libraries write to stderr.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
+def guarded(command: Callable[[], object]) -> NoReturn:
+    """Run a command of the command line, whatever is behind stdout and stderr, and exit.
+
+    An error of ours is one message and its exit code. Letters that an encoding does not have are replaced.
+    A stream that is closed (``2>&-``), or whose reader has gone (``| head -1``), swallows what is written,
+    and the work goes on; only output that a full disk swallowed is an error at the end.
+
+    Raises:
+        SystemExit: Always.
+    """
+    _open_closed()
+    before = sys.stdout, sys.stderr
+    with Path(os.devnull).open("w") as nowhere:
+        out, err = (_Stream(stream or nowhere) for stream in before)
+        sys.stdout, sys.stderr = out, err
+        try:
+            code = _exit_code(command)
+            out.flush()
+            if code == 0 and out.lost is not None and out.lost.errno != errno.EPIPE:
+                say(f"error: the output could not be written: {out.lost.strerror}")
+                code = BenchError.exit_code
+            err.flush()
+        finally:
+            sys.stdout, sys.stderr = before
+    raise SystemExit(code)
+
+
+def _exit_code(command: Callable[[], object]) -> int | str:
+    try:
+        command()
+    except BenchError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
 
 
 def say_default(names: Sequence[str]) -> None:
@@ -115,7 +235,7 @@ class Bars:
             desc=what,
             unit=f" {unit}",
             file=sys.stderr,
-            disable=not self.enabled,
+            disable=not self.enabled or sys.stderr is None,
             leave=False,
             dynamic_ncols=True,
             smoothing=0.1,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from comit_bench.results.schema import Record
 
 PIPE_WIDTH = 160
+LEAST_COLUMN = 16  # of the last column of a listing
 ALL = "all"
 THINGS = ("tokenizers", "tasks", "datasets")
 
@@ -26,20 +27,27 @@ def _out(text: str) -> None:
 
 
 def _print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose last column gives way; where there is no room for it, a paragraph per row."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from comit_bench.results.terminal import stdout_console
+
+    console = stdout_console(PIPE_WIDTH)
+    widest = [max([len(title), *(len(row[n]) for row in rows)]) for n, title in enumerate(head)]
+    if sum(widest[:-1]) + 3 * len(head) + min(widest[-1], LEAST_COLUMN) > console.width:
+        for row in rows:
+            _out(row[0])
+            _out("\n".join(f"  {name}: {text}" for name, text in zip(head[1:], row[1:], strict=True)))
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, title in enumerate(head):  # the last column gives way, the others are never cut
-        widest = max(len(title), *(len(row[number]) for row in rows))
-        table.add_column(title, no_wrap=title != head[-1], min_width=None if title == head[-1] else widest)
+    for number, name in enumerate(head):
+        last = number == len(head) - 1
+        least = None if last else widest[number]
+        table.add_column(name, no_wrap=not last, min_width=least, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:  # a pipe or a file has no width of its own
-        console = Console(width=max(console.width, PIPE_WIDTH))
-    console.print(table)
+    console.print(table, markup=False)
 
 
 def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...] = ()) -> None:

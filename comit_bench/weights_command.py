@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from comit_bench.errors import BenchError, UsageError
+from comit_bench.console import guarded
+from comit_bench.errors import UsageError
 
 app = typer.Typer(
     help="Fetch and convert released weights; they are kept in the cache.",
@@ -123,11 +124,7 @@ def ls() -> None:
 
 def main() -> None:
     """Entry point of ``python -m comit_bench.weights``."""
-    try:
-        app(standalone_mode=True, prog_name="python -m comit_bench.weights")
-    except BenchError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
+    guarded(lambda: app(standalone_mode=True, prog_name="python -m comit_bench.weights"))
 
 
 if __name__ == "__main__":

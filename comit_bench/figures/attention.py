@@ -35,6 +35,7 @@ from comit_bench.figures.style import (
     SEQUENTIAL,
     SMALL,
     gallery,
+    literal,
     new_figure,
     show,
     styled,
@@ -461,7 +462,7 @@ def draw_sweep(data: Sweep, *, width: float = COLUMN) -> Figure:
                 linespacing=0.95,
             )
     axes.set_title(
-        f"{data.about.label(data.tokenizer)}: IoU of the best of {data.candidates} tokens\n"
+        f"{literal(data.about.label(data.tokenizer))}: IoU of the best of {data.candidates} tokens\n"
         f"(null in brackets), top {data.share} %, {data.images} images",
         fontsize=SMALL,
     )

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from comit_bench.errors import UnsupportedOperation
 from comit_bench.figures.about import NOTHING, About, describe
 from comit_bench.figures.inputs import Inputs, encode
-from comit_bench.figures.style import BLACK, BLUE, FULL, SEQUENTIAL, SMALL, VERMILION, new_figure, styled
+from comit_bench.figures.style import (
+    BLACK,
+    BLUE,
+    FULL,
+    SEQUENTIAL,
+    SMALL,
+    VERMILION,
+    literal,
+    new_figure,
+    styled,
+)
 from comit_bench.sections import CodebookSpec
 from comit_bench.tasks.codebook import CodebookUse, count_use, even_entropy, even_unused, excess_information
 from comit_bench.tokenizers.base import Tokenizer
@@ -102,8 +112,9 @@ def draw(data: CodebookFigure, *, width: float = FULL) -> Figure:
     _matrix(figure, right, data)
     use = data.use
     even = 2.0 ** even_entropy(use.draws, use.vocab)
+    name = literal(data.about.label(data.tokenizer))
     figure.suptitle(
-        f"{data.about.label(data.tokenizer)}: {use.images} messages of {len(use.entropy)} ids out of "
+        f"{name}: {use.images} messages of {len(use.entropy)} ids out of "
         f"{use.vocab}, perplexity {use.perplexity:.0f} (even use {even:.0f}), unused "
         f"{100 * use.unused:.1f} % (even use {100 * even_unused(use.draws, use.vocab):.1f} %)",
         fontsize=SMALL,

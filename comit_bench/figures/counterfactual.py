@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
 from comit_bench.figures.inputs import Inputs, encode
-from comit_bench.figures.style import BLUE, COLOURS, FULL, SMALL, bare, new_figure, show, styled
+from comit_bench.figures.style import BLUE, COLOURS, FULL, SMALL, bare, literal, new_figure, show, styled
 from comit_bench.sections import CounterfactualSpec
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.changes import changed_ids, moved_codes, pair_up
@@ -152,7 +152,7 @@ def draw(data: CounterfactualFigure, *, width: float = FULL) -> Figure:
 def _title(data: CounterfactualFigure, column: int) -> str:
     if column == 0:
         return "original"
-    return data.found.pairs.edits[int(data.edits[column - 1])].replace("_", "\n")
+    return literal(data.found.pairs.edits[int(data.edits[column - 1])]).replace("_", "\n")
 
 
 def _row(length: int) -> int:
@@ -201,8 +201,8 @@ def _profiles(figure: Figure, data: CounterfactualFigure, area: dict[str, float]
             colour = COLOURS[objects.index(thing)] if thing else COLOURS[-1]
             style = "--" if thing and objects.index(thing) else "-"
             axes.step(positions, 100 * found.profiles[member], where="mid", color=colour, linestyle=style,
-                      linewidth=1.0, label=thing or name)  # fmt: skip
-        axes.set_title(name, pad=3)
+                      linewidth=1.0, label=literal(thing or name))  # fmt: skip
+        axes.set_title(literal(name), pad=3)
         axes.set(xlabel="position", xlim=(0.5, positions[-1] + 0.5))
         axes.tick_params(length=2)
     places[0].set_ylim(bottom=0)
@@ -219,4 +219,7 @@ def _scores(data: CounterfactualFigure) -> str:
         f"{name} {100 * score.value:.1f} % (null {100 * score.chance:.1f} ± {100 * score.null.std():.2f})"
         for name, score in data.found.scores.items()
     ]
-    return f"{data.about.label(data.tokenizer)}, {len(data.found.pairs.scenes)} scenes: " + ", ".join(parts)
+    return (
+        f"{literal(data.about.label(data.tokenizer))}, {len(data.found.pairs.scenes)} scenes: "
+        + ", ".join(parts)
+    )

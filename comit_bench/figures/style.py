@@ -152,7 +152,12 @@ def _bytes(figure: Figure, kind: str, dpi: int) -> bytes:
 
 
 def _wrapped(text: str, width: float) -> list[str]:
-    return textwrap.wrap(text, max(20, int(width)), break_on_hyphens=False)
+    return textwrap.wrap(literal(text), max(20, int(width)), break_on_hyphens=False)
+
+
+def literal(text: str) -> str:
+    """A name as matplotlib draws it as it is: two dollar signs would be the ends of a formula."""
+    return text.replace("$", r"\$")
 
 
 class Shown:
@@ -236,7 +241,7 @@ def gallery(
         The figure and its axes, row by row.
     """
     columns = max(len(row) for row in rows)
-    labels = [textwrap.fill(text, 18) for text in row_labels]
+    labels = [textwrap.fill(literal(text), 18) for text in row_labels]
     longest = max((len(line) for text in labels for line in text.split("\n")), default=0)
     left = longest * 0.62 * SMALL / 72 + GAP
     cell = min(max((width - left) / columns - GAP, LEAST_CELL), most_cell)

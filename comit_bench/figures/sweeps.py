@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from comit_bench.errors import MissingError
 from comit_bench.figures.about import NOTHING, About
-from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, new_figure, styled
+from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, literal, new_figure, styled
 from comit_bench.files import digest_json
 from comit_bench.results.records import Record
 
@@ -305,7 +305,10 @@ def draw(data: Sweeps) -> Figure:
         drawn.setdefault(str(line.get_label()), line)  # the first: a curve rather than a lone point
     lines = [drawn[name] for name in looks]
     figure.legend(
-        lines, list(looks), loc="outside upper center", ncols=min(4 if columns > 1 else 2, len(looks))
+        lines,
+        [literal(name) for name in looks],
+        loc="outside upper center",
+        ncols=min(4 if columns > 1 else 2, len(looks)),
     )
     return figure
 
@@ -328,7 +331,8 @@ def _panel(axes: Axes, panel: Panel, name: str, looks: dict[str, tuple[str, str]
     if panel.axis == "steps":
         _log_axis(axes, sorted({float(x) for curve in panel.curves for x in curve.x}))
     if panel.ticks:
-        axes.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=40, ha="right", rotation_mode="anchor")
+        words = [literal(tick) for tick in panel.ticks]
+        axes.set_xticks(range(len(words)), words, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ CHANCE = "chance"
 LABEL = "tokenizer"
 RANKS = "Best bold, second-best underlined, among complete measured rows that are no reference."
 LABEL_WIDTH = 38
+LEAST_LABEL = 12  # of a terminal however narrow
+PAPER = "paper"  # origin of published rows
 GAP = 2
 
 
@@ -78,10 +81,36 @@ def is_reference(row: Row) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Columns printed side by side, with the tokenizers' details or only their labels."""
+    """Columns printed side by side, and the rows that have something to say there.
+
+    Attributes:
+        columns: Positions in ``table.columns``.
+        rows: Positions in ``table.rows``.
+        details: Whether the tokenizers' details stand beside their labels.
+    """
 
     columns: tuple[int, ...]
+    rows: tuple[int, ...]
     details: bool
+
+
+def shown_rows(table: Table, columns: Sequence[int]) -> tuple[int, ...]:
+    """The rows of a block.
+
+    Published numbers are rows of their own and columns of their own, so most of their cells are empty: such a
+    row is shown only where it has a value. Measured rows are shown all, so that what is missing is seen,
+    unless none of them has a value here.
+    """
+
+    def has_value(row: Row) -> bool:
+        return any(row.cells[index] is not None for index in columns)
+
+    measured = not columns or any(row.origin != PAPER and has_value(row) for row in table.rows)
+    return tuple(
+        number
+        for number, row in enumerate(table.rows)
+        if has_value(row) or (measured and row.origin != PAPER)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,37 +126,56 @@ class Layout:
     def blocks(self, width: int) -> list[Block]:
         """Split the columns so that every block fits; groups stay whole when they can.
 
-        Only the first block has the details. A single column wider than ``width`` stands alone.
+        A block has the details when one of its rows is shown there for the first time, if there is room for
+        them. A single column wider than ``width`` stands alone.
         """
         blocks: list[Block] = []
         current: list[int] = []
+        known: set[int] = set()
 
-        def room() -> int:
-            return width - self.label - (0 if blocks else sum(size + GAP for size in self.details))
+        def block(columns: list[int]) -> Block:
+            rows = shown_rows(self.table, columns)
+            details = not known.issuperset(rows) or not (blocks or columns)
+            room = width - self.label - self.span(columns[:1])
+            return Block(tuple(columns), rows, details and self.beside <= room)
+
+        def fits(columns: list[int]) -> bool:
+            return self.label + self.beside * block(columns).details + self.span(columns) <= width
 
         def flush() -> None:
-            blocks.append(Block(tuple(current), not blocks))
+            blocks.append(block(current))
+            known.update(blocks[-1].rows if blocks[-1].details else ())
             current.clear()
 
         for group in self.table.groups:
             indices = [i for i, column in enumerate(self.table.columns) if column.group == group]
-            if current and self.span([*current, *indices]) > room():
+            if current and not fits([*current, *indices]):
                 flush()
             for index in indices:
-                if current and self.span([*current, index]) > room():
+                if current and not fits([*current, index]):
                     flush()
                 current.append(index)
         if current or not blocks:
             flush()
         return blocks
 
-    def span(self, indices: list[int]) -> int:
+    @property
+    def beside(self) -> int:
+        """Width of the details, each with the gap before it."""
+        return sum(size + GAP for size in self.details)
+
+    def span(self, indices: Sequence[int]) -> int:
         """Width of these columns, each with the gap before it."""
         return sum(self.widths[index] + GAP for index in indices)
 
 
-def measure(table: Table) -> Layout:
-    """Find the widths that every column needs, its group's title included."""
+def measure(table: Table, width: int | None = None) -> Layout:
+    """Find the widths that every column needs, its group's title included.
+
+    Args:
+        table: What is printed.
+        width: Of the terminal: where it is narrow, labels and titles are cut rather than numbers.
+    """
     from rich.cells import cell_len
 
     labels = [LABEL, CHANCE, *(row.label + row.marks for row in table.rows)]
@@ -144,11 +192,15 @@ def measure(table: Table) -> Layout:
         parts.append((value, spread, marks))
         number = value + (spread + 3 if spread else 0) + marks
         widths.append(max(number, cell_len(heading(column)) + marks))
+    label = min(LABEL_WIDTH, max(map(cell_len, labels)))
+    room = None
+    if width is not None:
+        label = min(label, max(LEAST_LABEL, width - GAP - max(widths, default=0)))
+        room = width - label - GAP
     for group in table.groups:
         own = [index for index, column in enumerate(table.columns) if column.group == group]
         title = max(cell_len(group.task), cell_len(group.subtitle))
-        missing = title - sum(widths[index] for index in own) - GAP * (len(own) - 1)
+        missing = min(title, room or title) - sum(widths[index] for index in own) - GAP * (len(own) - 1)
         for turn in range(max(0, missing)):
             widths[own[turn % len(own)]] += 1
-    label = min(LABEL_WIDTH, max(map(cell_len, labels)))
     return Layout(table, label, tuple(details), tuple(parts), tuple(widths))

@@ -22,7 +22,7 @@ from comit_bench.results.layout import (
     measure,
     number_text,
 )
-from comit_bench.results.tables import INCOMPLETE, PUBLISHED, UNTRAINED
+from comit_bench.results.tables import INCOMPLETE, PUBLISHED, UNTRAINED, one_line
 
 if TYPE_CHECKING:
     from comit_bench.results.tables import Column, Group, Table
@@ -71,18 +71,27 @@ def to_csv(table: Table) -> str:
                 line[f"{name}:{column.metric}_chance"] = metric.chance
         lines.append(line)
     out = io.StringIO()
-    writer = csv.DictWriter(out, header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_csv_text, header))
+    for line in lines:
+        cells = [line.get(name) for name in header]
+        writer.writerow([_csv_text(cell) if isinstance(cell, str) else cell for cell in cells])
     return out.getvalue()
+
+
+def _csv_text(text: str) -> str:
+    """Text on one line, with an apostrophe before signs that make a spreadsheet take it for a formula."""
+    text = one_line(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 # ---------------------------------------------------------------------------------------- Markdown
 
 
 def _md(text: str) -> str:
-    escaped = re.sub(r"([\\`*_\[\]<>|~#])", r"\\\1", text.replace("&", "&amp;"))
-    return re.sub(r"\s+", " ", escaped)
+    """Text as Markdown in which nothing is markup, HTML, mathematics or the end of a cell."""
+    escaped = re.sub(r"([\\`*_\[\]<>|~#$!])", r"\\\1", one_line(text).replace("&", "&amp;"))
+    return re.sub(r"^([-+]|\d+[.)])(?=\s|$)", r"\\\1", escaped)  # no list either
 
 
 def to_markdown(table: Table) -> str:
@@ -144,7 +153,7 @@ _TEX_WIDTH = 82
 def tex_escape(text: str) -> str:
     """Text as LaTeX that compiles with nothing but booktabs; exotic letters lose their accents."""
     out = []
-    for character in text:
+    for character in one_line(text):
         if character in _TEX:
             out.append(_TEX[character])
         elif 32 <= ord(character) < 127:
@@ -152,7 +161,7 @@ def tex_escape(text: str) -> str:
         else:
             plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
             out.append("".join(_TEX.get(c, c) for c in plain) or "?")
-    return "".join(out).replace("--", "-{}-")
+    return re.sub("-(?=-)", "-{}", "".join(out))
 
 
 def to_latex(
@@ -208,7 +217,8 @@ def _latex_block(table: Table, block: Block) -> str:
     if chances is not None:
         body.append([CHANCE, *[""] * detail_count, *(chances[index] for index in block.columns)])
         styles.append([""] * len(heads))
-    for row in table.rows:
+    rows = [table.rows[number] for number in block.rows]
+    for row in rows:
         cells = [row.cells[index] for index in block.columns]
         texts = [
             DASH if cell is None else number_text(cell, column) + cell.marks
@@ -226,7 +236,7 @@ def _latex_block(table: Table, block: Block) -> str:
     styler = styler.apply(lambda _: pandas.DataFrame(styles, columns=index), axis=None)
     column_format = "l" + "r" * (len(heads) - 1)
     text = styler.to_latex(hrules=True, column_format=column_format, multicol_align="c")
-    separator = sum(is_reference(row) for row in table.rows) + (chances is not None)
+    separator = sum(is_reference(row) for row in rows) + (chances is not None)
     return _with_rules(text, detail_count, columns, separator, len(body))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -171,7 +172,35 @@ def build_table(
         names = {name for record in chosen for name in record.metrics}
         raise UsageError(f"no record has a metric {unknown[0]!r}.{did_you_mean(unknown[0], names)}")
     rows = _ranked(_rows(chosen, columns, row_of), columns)
-    return Table(tuple(columns), tuple(rows), _footnotes(rows), _notes(rows, groups, members, older))
+    notes = _notes(rows, groups, members, older)
+    return _tidy(Table(tuple(columns), tuple(rows), _footnotes(rows), notes))
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks, control characters and invisible signs, which tear tables and terminals."""
+    kinds = {"Cc": " ", "Zl": " ", "Zp": " ", "Cf": "", "Cs": "?"}
+    return " ".join("".join(kinds.get(unicodedata.category(c), c) for c in text).split())
+
+
+def _tidy(table: Table) -> Table:
+    """The same table; whatever a record says stands on one line."""
+    groups = {
+        group: replace(
+            group,
+            task=one_line(group.task),
+            control=None if group.control is None else one_line(group.control),
+            column=one_line(group.column),
+            variant=one_line(group.variant),
+            recipe=one_line(group.recipe),
+        )
+        for group in table.groups
+    }
+    columns = [
+        replace(c, group=groups[c.group], metric=one_line(c.metric), unit=one_line(c.unit))
+        for c in table.columns
+    ]
+    rows = [replace(row, label=one_line(row.label)) for row in table.rows]
+    return replace(table, columns=tuple(columns), rows=tuple(rows), notes=tuple(map(one_line, table.notes)))
 
 
 def write_tables(table: Table, directory: Path, records: Iterable[Record] = ()) -> list[Path]:

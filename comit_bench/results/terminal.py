@@ -32,27 +32,56 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 120
 
 
-def print_terminal(table: Table, console: Console | None = None) -> None:
-    """Print on ``console`` (default: stdout), in plain ASCII where its encoding has nothing better."""
+def stdout_console(width: int) -> Console:
+    """Standard output; a pipe or a file has no width of its own: ``COLUMNS``, else ``width``."""
+    import os
+
     from rich.console import Console
 
-    if console is None:
-        console = Console()
-        if not console.is_terminal:  # a pipe or a file has no width of its own
-            console = Console(width=max(console.width, PIPE_WIDTH))
-    for line in terminal_lines(table, console.width, styled=console.is_terminal):
-        try:
-            line.plain.encode(console.encoding)
-        except UnicodeEncodeError:
-            line.plain = _to_encoding(line.plain, console.encoding)
+    console = Console(markup=False, emoji=False)
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
+        return console
+    return Console(width=max(console.width, width), markup=False, emoji=False)
+
+
+def print_terminal(table: Table, console: Console | None = None) -> None:
+    """Print on ``console`` (default: stdout), in plain ASCII where its encoding has nothing better."""
+    console = console or stdout_console(PIPE_WIDTH)
+    styled = console.is_terminal and not console.is_dumb_terminal
+    for line in terminal_lines(table, console.width, styled=styled):
+        readable = in_encoding(line.plain, console.encoding)
+        if readable != line.plain:
+            line.plain = readable
         console.print(line, no_wrap=True, overflow="ignore", crop=False, highlight=False)
 
 
-_ASCII = str.maketrans(DASH + "±↑↓─†‡§…", "-+^v-+#$~")
+_ASCII = str.maketrans(DASH + "±↑↓─†‡§…×é→—✓✗█▏▎▍▌▋▊▉", "-+^v-+#$~xe>-yn########")
 
 
-def _to_encoding(text: str, encoding: str) -> str:
-    return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+def in_encoding(text: str, encoding: str) -> str:
+    """Text that can be written in an encoding; what it does not have is replaced, one sign by one sign.
+
+    The signs of tables and bars become ASCII; of other letters the accents are lost, or they become ``?``.
+    """
+    import unicodedata
+
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        pass
+    else:
+        return text
+
+    def plain(letter: str) -> str:
+        for other in (letter, letter.translate(_ASCII), unicodedata.normalize("NFKD", letter)[0]):
+            try:
+                other.encode(encoding)
+            except UnicodeEncodeError:
+                continue
+            return other
+        return "?"
+
+    return "".join(map(plain, text))
 
 
 def terminal_lines(table: Table, width: int, *, styled: bool = True) -> list[Text]:
@@ -67,7 +96,7 @@ def terminal_lines(table: Table, width: int, *, styled: bool = True) -> list[Tex
 
     from rich.text import Text
 
-    layout = measure(table)
+    layout = measure(table, width)
     lines: list[Text] = [Text(part, "bold") for part in wrap(table.title, max(20, width))]
     for number, block in enumerate(layout.blocks(width)):
         if number:
@@ -95,14 +124,17 @@ def _terminal_block(table: Table, layout: Layout, block: Block) -> list[Text]:
         head.append(" " * GAP + title + " " * marks)
     head.stylize("bold")
     lines += [head, Text("─" * total)]
-    if (chances := chance_texts(table)) is not None:
+    bare = len(lines)
+    chances = chance_texts(table)
+    if chances is not None and any(chances[index] != DASH for index in block.columns):
         line = Text(_fit(CHANCE, layout.label) + " " * sum(d + GAP for d in details), style="dim")
         for index in block.columns:
             line.append(" " * GAP).append(_terminal_number(chances[index], "", "", layout, index))
         lines.append(line)
-    body = [row for row in table.rows if not is_reference(row)]
-    for row in table.rows:
-        if body and row is body[0] and (row is not table.rows[0] or chances is not None):
+    shown = [table.rows[number] for number in block.rows]
+    body = [row for row in shown if not is_reference(row)]
+    for row in shown:
+        if body and row is body[0] and len(lines) > bare:
             lines.append(Text("─" * total, style="dim"))
         lines.append(_terminal_row(table, layout, block, row))
     return [*lines, Text("─" * total)]
@@ -110,6 +142,7 @@ def _terminal_block(table: Table, layout: Layout, block: Block) -> list[Text]:
 
 def _titles(layout: Layout, block: Block, total: int) -> list[Text]:
     """Task over its columns, what tells it from others below, a rule under both."""
+    from rich.cells import cell_len
     from rich.text import Text
 
     table = layout.table
@@ -120,9 +153,12 @@ def _titles(layout: Layout, block: Block, total: int) -> list[Text]:
     left = " " * (total - sum(span + GAP for span in spans))
     names, subtitles, rules = Text(left, "bold"), Text(left), Text(left, "dim")
     for group, span in zip(groups, spans, strict=True):
-        names.append(" " * GAP + _center(group.task, span))
-        subtitles.append(" " * GAP + _center(group.subtitle, span))
         rules.append(" " * GAP + "─" * span)
+        for line, text in ((names, group.task), (subtitles, group.subtitle)):
+            if len(groups) == 1 and span < cell_len(text) <= total:  # there is room over the labels
+                line.plain = _right(text, total)
+            else:
+                line.append(" " * GAP + _center(text, span))
     lines = [Text("─" * total), names, subtitles, rules]
     return lines if groups else lines[:1]
 

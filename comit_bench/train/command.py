@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from comit_bench.console import guarded
 from comit_bench.errors import BenchError, UsageError
 
 if TYPE_CHECKING:
@@ -183,8 +184,4 @@ def main() -> None:
     """Entry point of ``python -m comit_bench.train``."""
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command()(train)
-    try:
-        single(prog_name="python -m comit_bench.train")
-    except BenchError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
+    guarded(lambda: single(prog_name="python -m comit_bench.train"))

@@ -137,6 +137,17 @@ def test_a_legend_stays_below_the_warnings(blank: Any, scenes: Inputs) -> None:
     assert legend.y1 <= above.y0 and legend.y0 >= max(panel.y1 for panel in panels)
 
 
+def test_dollar_signs_in_names_are_no_formulas(tmp_path: Path, nano: Any) -> None:
+    folder = photos(tmp_path / "cash $\\nothing$ here", 2)
+    data = reconstruction.compute([nano], [load_inputs(str(folder), nano.info, 2, 0)])
+    odd = replace(data, tokenizers=("a$\\b$",))
+    (written, _) = style.save(reconstruction.draw(odd), tmp_path / "x")
+    assert written.is_file()
+    inputs = load_inputs(str(folder), nano.info, 2, 0)
+    named = replace(neighbours.compute(nano, inputs, queries=1, k=1), classes=(("$\\x$", "$\\x$"),))
+    style.save(neighbours.draw(named), tmp_path / "y")
+
+
 def test_images_of_the_reader_and_files_that_were_left_out(tmp_path: Path, nano: Any) -> None:
     folder = photos(tmp_path / "holiday")
     (folder / "broken.png").write_bytes(b"nothing")
