@@ -104,10 +104,10 @@ def at_work(quiet: bool) -> Iterator[None]:
 def load(name: str | None, images: str, weights: str | None, device: str) -> Tokenizer:
     """The tokenizer a figure is about; says so when the small default meets images of the reader."""
     from comit_bench.console import DEFAULT_TOKENIZER, say_default
-    from comit_bench.figures.inputs import SCENES
+    from comit_bench.figures.inputs import embedded
     from comit_bench.tokenizers.loading import load_tokenizer, resolve_device
 
-    if name is None and images != SCENES:
+    if name is None and not embedded(images):
         say_default([DEFAULT_TOKENIZER])
     place = str(resolve_device(device))
     return load_tokenizer(name or DEFAULT_TOKENIZER, weights=weights, device=place)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import MissingError
 from comit_bench.figures.about import NOTHING, About
-from comit_bench.figures.style import COLOURS, FULL, MARKERS, SMALL, bare, new_figure, styled
+from comit_bench.figures.style import COLOURS, FULL, MARKERS, SMALL, bare, literal, new_figure, styled
 from comit_bench.files import digest_json
 from comit_bench.results.records import Metric, Record
 
@@ -82,7 +82,8 @@ def compute(records: Sequence[Record]) -> Bottleneck:
     points.sort(key=lambda point: (point.bits, point.name))
     columns = [next(iter(column.values()), None) for column in found.values()]
     names = [_column(record) if record else "" for record in columns]
-    return Bottleneck(tuple(points), (names[0], names[1]), _about(list(members.values())))
+    everything = [record for column in found.values() for record in column.values()]
+    return Bottleneck(tuple(points), (names[0], names[1]), _about(everything))
 
 
 def _of_one_protocol(kind: str, records: Sequence[Record]) -> Mapping[str, Record]:
@@ -114,15 +115,21 @@ def _column(record: Record) -> str:
 
 
 def _about(records: Sequence[Record]) -> About:
+    names = {record.tokenizer.name for record in records}
     untrained = tuple(sorted({r.tokenizer.name for r in records if not r.tokenizer.trained}))
     incomplete = any(not record.complete for record in records)
     warnings = [f"UNTRAINED, random weights: {', '.join(untrained)}"] if untrained else []
     warnings += ["INCOMPLETE: only part of the data was used"] if incomplete else []
     lines = [
         "bits of a message: tokens times log2 of the vocabulary; global crop, default decoder",
-        "bars: standard deviation over probe seeds (accuracy), standard error over images (PSNR)",
+        "bars: standard deviation over probe seeds (accuracy), standard error over images and seeds (PSNR)",
     ]
-    return About(tuple(warnings), tuple(lines), untrained, ("incomplete",) * incomplete)
+    for metric, what in (("top1", "accuracy of guessing: {} %"), ("psnr", "PSNR of one flat colour: {} dB")):
+        chances = {r.metrics[metric].chance for r in records if metric in r.metrics}
+        if levels := sorted({f"{chance:.4g}" for chance in chances if chance is not None}):
+            lines.append(what.format(", ".join(levels)))
+    parts = ("untrained",) * (len(untrained) == len(names)) + ("incomplete",) * incomplete
+    return About(tuple(warnings), tuple(lines), untrained, parts)
 
 
 @styled
@@ -145,7 +152,7 @@ def draw(data: Bottleneck, *, width: float = FULL) -> Figure:
 def _panel(axes: Axes, points: Sequence[Point], values: Sequence[Metric | None]) -> None:
     for number, (point, metric) in enumerate(zip(points, values, strict=True)):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        label = f"{point.name}\n{point.tokens} tokens of {point.vocabulary:,}"
+        label = f"{literal(point.name)}\n{point.tokens} tokens of {point.vocabulary:,}"
         y = math.nan if metric is None else metric.value
         error = None if metric is None else metric.std if metric.unit == "%" else metric.stderr
         axes.errorbar(

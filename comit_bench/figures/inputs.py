@@ -127,8 +127,14 @@ def load_inputs(
         available=len(names),
         unreadable=unreadable,
         seed=seed,
-        of_reader=named is None or find_datasets()[named].spec.generator is None,
+        of_reader=not embedded(source),
     )
+
+
+def embedded(source: str) -> bool:
+    """Whether images are made by this package."""
+    named = _data_set(source)
+    return source == SCENES or (named is not None and find_datasets()[named].spec.generator is not None)
 
 
 def _data_set(source: str) -> str | None:
