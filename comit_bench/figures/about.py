@@ -73,7 +73,7 @@ def describe(
     if decodes and settings:
         told.append(decoder(settings))
     untrained = () if info.trained else (info.name,)
-    warnings = [f"UNTRAINED: {info.name} has random weights, nothing here was learned"] if untrained else []
+    warnings = [f"untrained: {info.name} has random weights, nothing here was learned"] if untrained else []
     if foreign(info, inputs):
         warnings.append(
             f"{info.name} was trained on {info.resolution} px embedded scenes; these are other images"
@@ -126,7 +126,7 @@ def images(inputs: Inputs) -> str:
     if inputs.seed is not None:
         text += f", seed {inputs.seed}"
     if inputs.unreadable:
-        text += f"; INCOMPLETE: {inputs.unreadable} could not be read"
+        text += f"; incomplete: {inputs.unreadable} could not be read"
     return text
 
 

@@ -239,7 +239,7 @@ def _says(tokenizer: Tokenizer, inputs: Inputs, policy: str | None, candidates: 
         "mask best; null: the best of as many maps of another image, rolled at random"
     ]
     if left_out:
-        lines.append(f"INCOMPLETE: {left_out} image(s) without a mask of an object are left out")
+        lines.append(f"incomplete: {left_out} image(s) without a mask of an object are left out")
     return describe(tokenizer, inputs, policy=policy, decodes=True).plus(*lines)
 
 

@@ -118,8 +118,8 @@ def _about(records: Sequence[Record]) -> About:
     names = {record.tokenizer.name for record in records}
     untrained = tuple(sorted({r.tokenizer.name for r in records if not r.tokenizer.trained}))
     incomplete = any(not record.complete for record in records)
-    warnings = [f"UNTRAINED, random weights: {', '.join(untrained)}"] if untrained else []
-    warnings += ["INCOMPLETE: only part of the data was used"] if incomplete else []
+    warnings = [f"untrained, random weights: {', '.join(untrained)}"] if untrained else []
+    warnings += ["incomplete: only part of the data was used"] if incomplete else []
     lines = [
         "bits of a message: tokens times log2 of the vocabulary; global crop, default decoder",
         "bars: standard deviation over probe seeds (accuracy), standard error over images and seeds (PSNR)",

@@ -155,10 +155,10 @@ def _about(records: list[Record], metric: str) -> About:
     untrained = tuple(dict.fromkeys(r.tokenizer.name for r in records if not r.tokenizer.trained))
     limits = sorted({str(record.limit) for record in records if not record.complete and record.limit})
     incomplete = any(not record.complete for record in records)
-    warnings = [f"UNTRAINED, random weights: {', '.join(untrained)}"] if untrained else []
+    warnings = [f"untrained, random weights: {', '.join(untrained)}"] if untrained else []
     if incomplete:
         told = f" (--limit {', '.join(limits)})" if limits else ""
-        warnings.append(f"INCOMPLETE: only part of the data was used{told}")
+        warnings.append(f"incomplete: only part of the data was used{told}")
     task = records[-1].task
     lines = [", ".join(part for part in (f"{task.name} v{task.version}", _column(records[-1])) if part)]
     for name, what in ((metric, DISTANCES.get(metric, "")), ("psnr", "PSNR")):

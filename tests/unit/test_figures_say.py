@@ -92,9 +92,9 @@ def test_every_figure_says_who_made_it_and_whether_it_learned_anything(
     name: str, nano: Any, blank: Any, scenes: Inputs
 ) -> None:
     said, said_blank = (words(FIGURES[name](one, scenes)) for one in (nano, blank))
-    assert "UNTRAINED: comit-nano has random weights" in said_blank
+    assert "untrained: comit-nano has random weights" in said_blank
     assert "random weights (seed 0)" in said_blank
-    assert "UNTRAINED" not in said and "trained on scenes-recognition train" in said
+    assert "untrained" not in said and "trained on scenes-recognition train" in said
     for text in (said, said_blank):
         assert "2 of 200 images of scenes-objectness val, seed 0" in text
         assert ("steps 10, solver euler, guidance 7.5" in text) is (name in DECODING)
@@ -105,7 +105,7 @@ def test_a_counterfactual_figure_says_it_too(blank: Any) -> None:
     inputs = load_inputs("scenes", blank.info, None, 0, dataset=counterfactual.DATASET)
     figure = counterfactual.draw(counterfactual.compute(blank, inputs, count=1, policy="raster:1"))
     said = words(figure)
-    assert "UNTRAINED" in said and "policy raster:1" in said and "null" in said and "blue 1" in said
+    assert "untrained" in said and "policy raster:1" in said and "null" in said and "blue 1" in said
     legends = [axes.get_legend() for axes in figure.axes if axes.get_legend() is not None]
     box = legends[0].get_window_extent()
     assert len(legends) == 1 and figure.bbox.y0 <= box.y0 and box.x1 <= figure.bbox.x1 + 1
@@ -131,7 +131,7 @@ def test_signing_moves_everything_and_covers_nothing(nano: Any, scenes: Inputs) 
 def test_a_legend_stays_below_the_warnings(blank: Any, scenes: Inputs) -> None:
     figure = policies.draw_curves(policies.compute_curves(blank, scenes, crops=1))
     figure.draw_without_rendering()
-    (warning,) = (text for text in figure.texts if text.get_text().startswith("UNTRAINED"))
+    (warning,) = (text for text in figure.texts if text.get_text().startswith("untrained"))
     legend, above = figure.legends[0].get_window_extent(), warning.get_window_extent()
     panels = [axes.get_window_extent() for axes in figure.axes]
     assert legend.y1 <= above.y0 and legend.y0 >= max(panel.y1 for panel in panels)
@@ -152,7 +152,7 @@ def test_images_of_the_reader_and_files_that_were_left_out(tmp_path: Path, nano:
     folder = photos(tmp_path / "holiday")
     (folder / "broken.png").write_bytes(b"nothing")
     about = describe(nano, load_inputs(str(folder), nano.info, 4, 3))
-    assert about.lines[1] == "3 of 4 images of folder holiday, seed 3; INCOMPLETE: 1 could not be read"
+    assert about.lines[1] == "3 of 4 images of folder holiday, seed 3; incomplete: 1 could not be read"
     assert about.warnings == ("comit-nano was trained on 32 px embedded scenes; these are other images",)
     oracle = load_tokenizer("pixel-oracle", device="cpu")
     said = describe(oracle, load_inputs(str(folder), oracle.info, 1, 0))
@@ -226,7 +226,7 @@ def test_an_image_without_an_object_is_left_out_and_said(
     Image.fromarray(mask).save(tmp_path / "ground_truth_mask" / "1.png")
     data = attention.compute(nano, load_inputs(str(folder), nano.info, 2, 0))
     assert data.names == ("1.png",) and "0.png: no object is left" in caplog.text
-    assert "INCOMPLETE: 1 image(s) without a mask" in words(attention.draw(data))
+    assert "incomplete: 1 image(s) without a mask" in words(attention.draw(data))
     (tmp_path / "ground_truth_mask" / "1.png").write_bytes(
         (tmp_path / "ground_truth_mask" / "0.png").read_bytes()
     )

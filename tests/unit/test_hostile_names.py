@@ -135,6 +135,7 @@ def test_any_name_is_text_everywhere(name: str, setting: str) -> None:
     check_terminal(table)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_escaped_text_has_no_commands_of_its_own(text: str) -> None:
     escaped = tex_escape(text)

@@ -130,7 +130,7 @@ def test_two_protocols_are_never_in_one_panel_and_other_settings_are_no_points()
 
 def test_untrained_and_incomplete_points_are_said() -> None:
     data = bottleneck.compute(sizes(trained=False, complete=False))
-    assert "UNTRAINED" in data.about.warnings[0] and "INCOMPLETE" in data.about.warnings[1]
+    assert "untrained" in data.about.warnings[0] and "incomplete" in data.about.warnings[1]
     assert data.points[0].name == "b-s (untrained)"
 
 

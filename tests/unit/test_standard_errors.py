@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comit_bench.jobs import Settings
@@ -89,6 +89,7 @@ def test_the_error_of_noise_that_is_new_for_every_image_is_never_too_small() -> 
     assert ratio == pytest.approx(math.sqrt(1 + seeds), rel=0.05)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0, 100), min_size=1, max_size=6),
     st.integers(1, 10_000),

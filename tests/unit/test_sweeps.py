@@ -261,18 +261,18 @@ def test_the_figure_says_what_its_points_are_not(root: Path) -> None:
         return texts, found.about.file_parts
 
     text, parts = said(base, changed(base, 15.0, 9.0, steps=1))
-    assert "INCOMPLETE" not in text and "UNTRAINED" not in text and parts == ()
+    assert "incomplete" not in text and "untrained" not in text and parts == ()
     assert (
         "comit-nano, policy global, guidance 7.5" in text
         and "of one flat colour" in text
         and "tiny-back v1" in text
     )
     text, parts = said(short, changed(short, 15.0, 9.0, steps=1))
-    assert "INCOMPLETE: only part of the data was used (--limit 4)" in text and parts == ("incomplete",)
+    assert "incomplete: only part of the data was used (--limit 4)" in text and parts == ("incomplete",)
     (found,) = compute([blank, changed(blank, 15.0, 9.0, steps=1)])
     assert found.about.file_parts == ("untrained", "incomplete")
     assert found.panels[0].curves[0].label == "comit-nano (untrained)"
-    assert "UNTRAINED, random weights: comit-nano" in " ".join(t.get_text() for t in draw(found).texts)
+    assert "untrained, random weights: comit-nano" in " ".join(t.get_text() for t in draw(found).texts)
     (found,) = compute([blank, changed(short, 15.0, 9.0, name="longer")])  # one of two
     assert found.about.file_parts == ("incomplete",)
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rich.cells import cell_len
@@ -145,6 +145,7 @@ def test_letters_that_an_encoding_has_not() -> None:
     assert in_encoding("café ↓", "latin-1") == "café v"
 
 
+@settings(deadline=None)
 @given(st.text(), st.sampled_from(["ascii", "latin-1", "cp1252", "utf-8"]))
 def test_any_text_can_be_written_and_keeps_its_length(text: str, encoding: str) -> None:
     found = in_encoding(text, encoding)
@@ -289,6 +290,18 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_streams_that_are_closed(line: str, code: int, first: str) -> None:
     done = shell(line)
     assert (done.returncode, done.stdout.split("\n")[0], done.stderr) == (code, first, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bash closes the streams")
+def test_processes_that_are_started_have_streams_too(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "from comit_bench.console import guarded\n"
+        "child = [sys.executable, '-c', 'import os; os.fstat(2)']\n"
+        "guarded(lambda: sys.exit(subprocess.run(child).returncode))\n"
+    )
+    assert shell(f"'{sys.executable}' '{script}' 2>&-").returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="bash closes the streams")
