@@ -35,6 +35,7 @@ from comit_bench.models.alit_base import Vae, VaeSpec, Vqgan, build_base
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.models.precision import full_precision
+from comit_bench.models.sizes import CHANNELS, DEPTH, ENTRIES, HEADS, WIDTH, check_sizes
 from comit_bench.models.vit_blocks import EVERY_ROW, AttentionProbe, PlainBlock, run_blocks
 from comit_bench.models.vq import VectorQuantizer
 
@@ -70,6 +71,9 @@ class AlitSpec:
     threshold: float = 0.55
 
     def __post_init__(self) -> None:
+        check_sizes(self, width=WIDTH, layers=DEPTH, heads=HEADS)
+        check_sizes(self, decoder_width=WIDTH, decoder_layers=DEPTH, decoder_heads=HEADS)
+        check_sizes(self, codebook_size=ENTRIES, code_dim=CHANNELS)
         if self.image_size != GRID * self.patch_size:
             raise ValueError(
                 f"image size {self.image_size} over patch size {self.patch_size} must give a grid of "

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from comit_bench.models.maskgit_vqgan import EPS, GROUPS, VqganBlock, VqganSpec
 from comit_bench.models.precision import full_precision
+from comit_bench.models.sizes import CHANNELS, SIDE, check_sizes
 from comit_bench.models.vq import VectorQuantizer
 
 
@@ -44,6 +45,14 @@ class VaeSpec:
     attention_at: tuple[int, ...] = (16,)
     resolution: int = 256
     scale: float = 0.2325
+
+    def __post_init__(self) -> None:
+        check_sizes(self, hidden=8192, blocks=64, latent_channels=CHANNELS, resolution=SIDE)
+        if not 1 <= len(self.multipliers) <= 16 or any(self.hidden * m % GROUPS for m in self.multipliers):
+            raise ValueError(
+                f"hidden {self.hidden} times {list(self.multipliers)}: every width must be a multiple of "
+                f"{GROUPS}"
+            )
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -45,6 +45,18 @@ from comit_bench.models.comit_blocks import (
 from comit_bench.models.crops import CropGeometry
 from comit_bench.models.fsq import FSQ
 from comit_bench.models.precision import full_precision
+from comit_bench.models.sizes import (
+    CHANNELS,
+    DEPTH,
+    HEADS,
+    PATCH,
+    SIDE,
+    TOKENS,
+    WIDTH,
+    check_levels,
+    check_ratio,
+    check_sizes,
+)
 
 MaskMode = Literal["additive", "hard"]
 Read = Literal["velocity", "message", "both"]
@@ -75,6 +87,10 @@ class ComitSpec:
     geometry: CropGeometry = field(default_factory=CropGeometry)
 
     def __post_init__(self) -> None:
+        check_sizes(self, depth=DEPTH, width=WIDTH, heads=HEADS, message_length=TOKENS)
+        check_sizes(self, max_input_size=SIDE, patch_size=PATCH, in_channels=CHANNELS, vae_factor=SIDE)
+        check_levels(self.fsq_levels)
+        check_ratio(self.mlp_ratio)
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
         if self.max_input_size % self.patch_size:

@@ -41,6 +41,7 @@ from comit_bench.models.flextok_blocks import (
 )
 from comit_bench.models.fsq import FSQ
 from comit_bench.models.precision import full_precision
+from comit_bench.models.sizes import DEPTH, TOKENS, WIDTH, check_levels, check_ratio, check_sizes
 from comit_bench.models.vae import KLVae, KLVaeSpec
 
 
@@ -56,7 +57,9 @@ class TrunkSpec:
     positions: TableSpec = field(default_factory=lambda: TableSpec(kind="grid", size=(16, 16)))
 
     def __post_init__(self) -> None:
-        if self.depth < 1 or self.head_dim < 1 or self.width % self.head_dim:
+        check_sizes(self, depth=DEPTH, width=WIDTH, head_dim=WIDTH)
+        check_ratio(self.mlp_ratio)
+        if self.width % self.head_dim:
             raise ValueError(
                 f"a transformer of depth {self.depth} and width {self.width} with heads of {self.head_dim}: "
                 "expected at least one block and a whole number of heads"
@@ -78,6 +81,8 @@ class FlexTokSpec:
     vae: KLVaeSpec = field(default_factory=lambda: KLVaeSpec(channels=16))
 
     def __post_init__(self) -> None:
+        check_sizes(self, registers=TOKENS, register_positions=TOKENS, time_features=WIDTH)
+        check_levels(self.fsq_levels)
         if self.streams not in (1, 2):
             raise ValueError(f"the decoder has 1 or 2 modulation streams, got {self.streams}")
         if not 1 <= self.registers <= self.register_positions:

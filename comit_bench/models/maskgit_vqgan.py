@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.models.sizes import CHANNELS, ENTRIES, check_sizes
+
 GROUPS, EPS = 32, 1e-6
 
 
@@ -29,8 +31,12 @@ class VqganSpec:
     codebook_size: int = 1024
 
     def __post_init__(self) -> None:
-        if not self.multipliers or min((self.hidden, self.blocks, self.latent_channels)) < 1:
-            raise ValueError(f"sizes of a VQGAN must be positive: {self}")
+        check_sizes(self, hidden=8192, blocks=64, latent_channels=CHANNELS, codebook_size=ENTRIES)
+        if (
+            not 1 <= len(self.multipliers) <= 16
+            or not 1 <= min(self.multipliers) <= max(self.multipliers) <= 64
+        ):
+            raise ValueError(f"multipliers of a VQGAN must be 1 to 16 numbers up to 64: {self.multipliers}")
         if any(self.hidden * m % GROUPS for m in self.multipliers):
             raise ValueError(
                 f"hidden {self.hidden} times {list(self.multipliers)}: every width must be a multiple of "

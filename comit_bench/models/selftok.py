@@ -42,6 +42,7 @@ from comit_bench.models.selftok_blocks import (
     modulated,
     token_positions,
 )
+from comit_bench.models.sizes import CHANNELS, DEPTH, HEADS, PATCH, SIDE, TOKENS, WIDTH, check_sizes
 from comit_bench.models.vae import KLVae, KLVaeSpec
 from comit_bench.models.vq import most_similar, unit
 
@@ -102,7 +103,10 @@ class DecoderSpec:
 
 
 def _check_heads(what: str, depth: int, *sizes: tuple[int, int]) -> None:
-    if depth < 1 or any(heads < 1 or width % heads for width, heads in sizes):
+    bounded = 1 <= depth <= DEPTH and all(
+        1 <= heads <= HEADS and 1 <= width <= WIDTH for width, heads in sizes
+    )
+    if not bounded or any(width % heads for width, heads in sizes):
         raise ValueError(f"{what}: depth {depth} and (width, heads) {sizes} make no transformer")
 
 
@@ -138,6 +142,7 @@ class SelftokSpec:
     vae: KLVaeSpec | None = SD3_VAE
 
     def __post_init__(self) -> None:
+        check_sizes(self, tokens=TOKENS, image_size=SIDE, patch=PATCH, channels=CHANNELS, steps=10_000)
         if self.kind not in ("diffusion", "renderer"):
             raise ValueError(f"the decoder is 'diffusion' or 'renderer', got {self.kind!r}")
         if self.vae is not None and self.image_size % (self.vae.factor * self.patch):

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganDecoder, VqganSpec
 from comit_bench.models.precision import full_precision
+from comit_bench.models.sizes import CHANNELS, DEPTH, ENTRIES, HEADS, SIDE, TOKENS, WIDTH, check_sizes
 from comit_bench.models.vit_blocks import AttentionProbe, PlainBlock, run_blocks
 from comit_bench.models.vq import VectorQuantizer
 
@@ -43,6 +44,9 @@ class VitSize:
     width: int
     layers: int
     heads: int
+
+    def __post_init__(self) -> None:
+        check_sizes(self, width=WIDTH, layers=DEPTH, heads=HEADS)
 
 
 SPREAD = 2.0  # of untrained baselines; with 1.0 most tokens are still the same for all images
@@ -73,6 +77,7 @@ class TitokSpec:
     pixels: VqganSpec | None = field(default_factory=VqganSpec)
 
     def __post_init__(self) -> None:
+        check_sizes(self, message_length=TOKENS, vocab_size=ENTRIES, code_dim=CHANNELS, image_size=SIDE)
         for side, size in (("encoder", self.encoder), ("decoder", self.decoder)):
             if size.width % size.heads or size.layers < 1:
                 raise ValueError(f"{side}: {size} needs at least one layer and a width of whole heads")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench.models.precision import full_precision
+from comit_bench.models.sizes import CHANNELS, check_sizes
 
 SD_SCALE = 0.18215
 
@@ -174,8 +175,9 @@ class KLVaeSpec:
     quant_convs: bool = True
 
     def __post_init__(self) -> None:
-        if not self.widths or min(*self.widths, self.channels, self.layers, self.groups) < 1:
-            raise ValueError(f"sizes of a VAE must be positive: {self}")
+        check_sizes(self, channels=CHANNELS, layers=16, groups=8192)
+        if not 1 <= len(self.widths) <= 16 or not 1 <= min(self.widths) <= max(self.widths) <= 8192:
+            raise ValueError(f"widths of a VAE must be 1 to 16 numbers up to 8192: {list(self.widths)}")
         if any(width % self.groups for width in self.widths):
             raise ValueError(f"widths of a VAE {list(self.widths)} must be multiples of {self.groups} groups")
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from comit_bench.models.fsq import FSQ
 from comit_bench.models.precision import full_precision
+from comit_bench.models.sizes import DEPTH, PATCH, SIDE, WIDTH, check_levels, check_sizes
 from comit_bench.models.vit_blocks import PlainBlock, run_blocks
 
 
@@ -53,15 +54,14 @@ class VqGridSpec:
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
 
     def __post_init__(self) -> None:
-        if self.patch < 1 or self.image_size < 1 or self.image_size % (2 * self.patch):
+        check_sizes(self, image_size=SIDE, patch=PATCH, width=WIDTH, depth=DEPTH)
+        check_sizes(self, inner_width=WIDTH, inner_depth=DEPTH, head_dim=WIDTH)
+        check_levels(self.fsq_levels)
+        if self.image_size % (2 * self.patch):
             raise ValueError(f"cells of {2 * self.patch} px do not tile an image of {self.image_size} px")
         for name, width in (("width", self.width), ("inner_width", self.inner_width)):
-            if self.head_dim < 1 or width < 1 or width % self.head_dim:
+            if width % self.head_dim:
                 raise ValueError(f"{name} {width} is no multiple of head_dim {self.head_dim}")
-        if self.depth < 1 or self.inner_depth < 1:
-            raise ValueError("depth and inner_depth must be 1 or more")
-        if not self.fsq_levels or min(self.fsq_levels) < 2:
-            raise ValueError(f"fsq_levels {list(self.fsq_levels)}: each must be 2 or more")
 
     @property
     def grid(self) -> int:

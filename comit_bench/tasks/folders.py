@@ -22,7 +22,7 @@ from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperat
 from comit_bench.files import digest_json, write_atomic
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
-from comit_bench.tokenizers.base import Tokenizer, Tokens
+from comit_bench.tokenizers.base import Tokenizer, Tokens, check_decoded
 
 SHARD_SIZE = 256  # messages; a process that dies loses at most so many
 Start = Callable[[str, int, str], Callable[[int], None]]  # what, how many, unit -> advance
@@ -277,7 +277,8 @@ def detokenize_file(
             images = tokenizer.decode(tokens_of(tokenizer, content, chosen), seeds=seeds)
         except NotImplementedError as error:
             raise UnsupportedOperation(f"{tokenizer.info.name} cannot decode its messages") from error
-        for row, image in zip(chosen, images.cpu(), strict=True):
+        images = check_decoded(images, tokenizer.info, len(chosen)).cpu()
+        for row, image in zip(chosen, images, strict=True):
             write_atomic(targets[row], _png(image))
         advance(len(chosen))
     return Detokenized(output, len(rows), len(targets) - len(rows))

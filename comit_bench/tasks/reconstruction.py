@@ -290,7 +290,10 @@ class _Meter:
 
         Raises:
             UnsupportedOperation: The tokenizer has no decoder; names it.
+            BenchError: It returned no such images.
         """
+        from comit_bench.tokenizers.base import check_decoded
+
         tokenizer = the_tokenizer(self.inputs)
         try:
             decoded = tokenizer.decode(batch.tokens, seeds=noise_seeds(seed, batch.ids))
@@ -298,7 +301,7 @@ class _Meter:
             raise UnsupportedOperation(
                 f"{tokenizer.info.name} is left out of {self.inputs.spec.name}: it cannot decode ({error})"
             ) from error
-        return decoded
+        return check_decoded(decoded, tokenizer.info, len(batch.ids))
 
     def keep_reference(self, run: _Run) -> None:
         """Remember the originals, for the next seed and for the next tokenizer."""

@@ -18,11 +18,12 @@ from torch import Tensor
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import atomic_path, digest_json, sha256_file
 from comit_bench.models.plain_files import some
+from comit_bench.models.sizes import DEPTH, HEADS, WIDTH
 from comit_bench.models.text import RANDOM_T5, mean_states, random_t5, word_ids, words_of
 from comit_bench.sections import TextSpec
 from comit_bench.tasks.fit import one_thread
 from comit_bench.tokenizers.checkpoints import check_float_file, check_values, read_config
-from comit_bench.tokenizers.config_node import DEPTH, HEADS, WIDTH, Node
+from comit_bench.tokenizers.config_node import Node
 
 RANDOM = "random-t5"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")

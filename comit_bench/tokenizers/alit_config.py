@@ -19,6 +19,7 @@ from comit_bench.models.alit import Alit, AlitSpec, variant
 from comit_bench.models.alit_base import VaeSpec
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.models.plain_files import shown
+from comit_bench.models.sizes import DEPTH, HEADS, SIDE, TOKENS, WIDTH
 from comit_bench.tokenizers.checkpoints import (
     load_network,
     read_config,
@@ -26,7 +27,7 @@ from comit_bench.tokenizers.checkpoints import (
     select_weights,
     weight_file,
 )
-from comit_bench.tokenizers.config_node import DEPTH, HEADS, SIDE, TOKENS, WIDTH, Node
+from comit_bench.tokenizers.config_node import Node
 
 IGNORED = ("gan_losses.",)  # training losses in the released files, with networks of their own
 LANDMARKS = (

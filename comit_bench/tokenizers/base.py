@@ -323,6 +323,21 @@ def check_codes(codes: Tensor, info: TokenizerInfo) -> None:
         )
 
 
+def check_decoded(images: Tensor, info: TokenizerInfo, count: int) -> Tensor:
+    """What a tokenizer decoded: uint8 [B, 3, S, S], or it is refused; a plugin may hand out floats.
+
+    Raises:
+        BenchError: Another type or shape.
+    """
+    expected = (count, 3, info.resolution, info.resolution)
+    if images.dtype != torch.uint8 or tuple(images.shape) != expected:
+        raise BenchError(
+            f"{info.name}: decode() must return uint8 images {list(expected)}, got "
+            f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+        )
+    return images
+
+
 def warn_policy(name: str, policy: str | None) -> None:
     """Say that a cropping policy has no effect on a tokenizer that reads whole images."""
     if policy not in (None, "global"):

@@ -21,6 +21,7 @@ from comit_bench.errors import UsageError
 from comit_bench.files import write_atomic
 from comit_bench.models.comit import Comit, ComitSpec
 from comit_bench.models.crops import CropGeometry
+from comit_bench.models.sizes import DEPTH, HEADS, SIDE, TOKENS, WIDTH
 from comit_bench.models.vae import build_vae
 from comit_bench.tokenizers.checkpoints import (
     as_stored,
@@ -31,7 +32,7 @@ from comit_bench.tokenizers.checkpoints import (
     weight_file,
     write_tensors,
 )
-from comit_bench.tokenizers.config_node import DEPTH, HEADS, SIDE, TOKENS, WIDTH, Node
+from comit_bench.tokenizers.config_node import Node
 
 LINEAR_VAES = {"stand_in_vae": "stand-in", "dct_vae": "dct"}  # class in config.json -> our name
 VAE_HUB = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}

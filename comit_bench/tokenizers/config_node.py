@@ -17,11 +17,9 @@ from typing import Any, Final
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.models.plain_files import shown
+from comit_bench.models.sizes import LEVEL, LEVELS, VOCABULARY, WIDTH
 from comit_bench.models.vae import KLVaeSpec
 
-DEPTH, WIDTH, HEADS = 512, 1 << 16, 1 << 12  # the largest networks here have 28 blocks and a width of 1536
-SIDE, TOKENS, VOCABULARY = 1 << 14, 1 << 16, 1 << 31
-LEVELS = 64  # of a list: quantizer levels, channel multipliers
 SIMILAR = 0.84
 
 
@@ -222,7 +220,7 @@ class Node:
         Raises:
             UsageError: See :meth:`wholes`; or a vocabulary larger than ids can count.
         """
-        found = self.wholes(key, default, low=2, high=1 << 20)
+        found = self.wholes(key, default, low=2, high=LEVEL)
         if math.prod(found) > VOCABULARY:
             raise self.wrong(key, f"have a product of at most {VOCABULARY:,}", list(found))
         return found

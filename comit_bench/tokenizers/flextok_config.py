@@ -16,9 +16,10 @@ from comit_bench.errors import UsageError
 from comit_bench.models.flextok import FlexTokSpec, TrunkSpec
 from comit_bench.models.flextok_blocks import TableSpec
 from comit_bench.models.plain_files import shown
+from comit_bench.models.sizes import DEPTH
 from comit_bench.models.state_dicts import numbered
 from comit_bench.models.vae import KLVaeSpec
-from comit_bench.tokenizers.config_node import DEPTH, Node, kl_vae_spec
+from comit_bench.tokenizers.config_node import Node, kl_vae_spec
 
 ENCODER, DECODER = "encoder.module_dict.", "decoder.module_dict."
 TRUNK = ("depth", "dim", "head_dim", "mlp_ratio", "adaLN_expansion")

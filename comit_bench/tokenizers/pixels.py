@@ -18,12 +18,14 @@ from einops import rearrange
 from torch import Tensor
 
 from comit_bench.errors import UnsupportedOperation, UsageError
+from comit_bench.models.finite import observe
 from comit_bench.models.plain_files import shown
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,
     check_codes,
     check_images,
+    only_finite,
     refuse_unknown,
     warn_policy,
 )
@@ -78,7 +80,7 @@ def to_codes(values_u8: Tensor) -> Tensor:
 
 def from_codes(codes: Tensor) -> Tensor:
     """Inverse of :func:`to_codes`; values beyond [-1, 1] are clipped."""
-    return (codes.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return (observe("pixels", codes).float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class PixelOracleTokenizer:
@@ -142,9 +144,11 @@ class PixelOracleTokenizer:
 
         Raises:
             ValueError: Codes of another shape.
+            BenchError: Codes that are not finite.
         """
         check_codes(tokens.codes, self.info)
-        return from_patches(from_codes(tokens.codes.to(self.device)), self.patch)
+        with only_finite(self.info.name):
+            return from_patches(from_codes(tokens.codes.to(self.device)), self.patch)
 
 
 def load(

@@ -26,10 +26,11 @@ from comit_bench.models.selftok import (
     SelftokSpec,
     variant,
 )
+from comit_bench.models.sizes import HEADS, SIDE
 from comit_bench.models.state_dicts import numbered
 from comit_bench.models.vae import KLVaeSpec
 from comit_bench.tokenizers.checkpoints import select_weights
-from comit_bench.tokenizers.config_node import HEADS, SIDE, Node, kl_vae_spec
+from comit_bench.tokenizers.config_node import Node, kl_vae_spec
 
 Shapes = Mapping[str, tuple[int, ...]]
 KINDS = {"tokenizer": "diffusion", "renderer": "renderer"}  # config.json -> option decoder

@@ -23,6 +23,7 @@ from comit_bench.files import shipped_weights, write_atomic
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.maskgit_vqgan import VqganSpec
 from comit_bench.models.plain_files import shown
+from comit_bench.models.sizes import DEPTH, HEADS, SIDE, TOKENS
 from comit_bench.models.titok import PRESETS, SIZES, Titok, TitokSpec, VitSize
 from comit_bench.tokenizers.base import (
     TileReceiver,
@@ -52,7 +53,7 @@ from comit_bench.tokenizers.checkpoints import (
     weights_digest,
     write_tensors,
 )
-from comit_bench.tokenizers.config_node import DEPTH, HEADS, SIDE, TOKENS, Facts, Node, read_facts
+from comit_bench.tokenizers.config_node import Facts, Node, read_facts
 
 HUB = {
     "titok-l-32": "yucornetto/tokenizer_titok_l32_imagenet",

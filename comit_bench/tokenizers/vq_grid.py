@@ -18,6 +18,7 @@ from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import shipped_weights, write_atomic
+from comit_bench.models.sizes import DEPTH, SIDE, WIDTH
 from comit_bench.models.vq_grid import PRESETS, VqGrid, VqGridSpec
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
@@ -42,7 +43,7 @@ from comit_bench.tokenizers.checkpoints import (
     weights_digest,
     write_tensors,
 )
-from comit_bench.tokenizers.config_node import DEPTH, SIDE, WIDTH, Facts, Node, read_facts
+from comit_bench.tokenizers.config_node import Facts, Node, read_facts
 
 FAMILY = "vq-grid"
 OPTIONS = ("dtype", "allow_pickle")

@@ -23,6 +23,7 @@ from torch import Tensor
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.models.finite import observe
 from comit_bench.models.plain_files import shown
+from comit_bench.models.sizes import SIDE
 from comit_bench.models.vq import nearest
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
@@ -47,7 +48,7 @@ from comit_bench.tokenizers.checkpoints import (
     weight_file,
     weights_digest,
 )
-from comit_bench.tokenizers.config_node import SIDE, Node
+from comit_bench.tokenizers.config_node import Node
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 OPTIONS = ("dtype", "resolution", "allow_pickle")

@@ -552,3 +552,22 @@ def test_no_file_of_weights_is_more_than_read(tmp_path: Path) -> None:
         read_torch(tmp_path / "gone.pth")
     with pytest.raises(MissingError, match="no such directory"):
         weight_file(tmp_path / "gone")
+
+
+def test_hub_ids_may_be_sharded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    want = weights(load(folder))
+    index = shard(folder)
+    repository = tmp_path / "hub" / "models--some--vqmodel-like"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    shutil.move(folder, repository / "snapshots" / "abc")
+    from comit_bench.tokenizers.hub import fetch_checkpoint
+
+    place = fetch_checkpoint("some/vqmodel-like", offline=True, hint="or pass --weights DIR")
+    loaded = load(place)
+    assert same(weights(loaded), want) and loaded.info.revision == "abc"
+    (place / json.loads((place / index.name).read_text())["weight_map"]["encoder.head.bias"]).unlink()
+    with pytest.raises(MissingError, match=r"model-0000\d-of-00003\.safetensors of some/vqmodel-like"):
+        fetch_checkpoint("some/vqmodel-like", offline=True, hint="or pass --weights DIR")

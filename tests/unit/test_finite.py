@@ -23,7 +23,7 @@ from comit_bench.models.titok import VitSize
 from comit_bench.models.vae import KLVaeSpec
 from comit_bench.models.vq import VectorQuantizer
 from comit_bench.tokenizers import alit, flextok, selftok, titok
-from comit_bench.tokenizers.base import Tokens, in_tiles, only_finite, tile_rows
+from comit_bench.tokenizers.base import Tokens, check_decoded, in_tiles, only_finite, tile_rows
 from comit_bench.tokenizers.loading import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -279,9 +279,7 @@ def test_nothing_is_stored_of_codes_that_are_not_finite(tmp_path: Path) -> None:
     for path in paths:
         Image.new("RGB", (32, 32)).save(path)
     tokenizer: Any = Plugin()
-    split = Split.__new__(Split)
-    object.__setattr__(split, "paths", paths)
-    object.__setattr__(split, "ids", ["a", "b", "c"])
+    split = Split("val", ("a", "b", "c"), paths, None)
     key = store_key(tokenizer, policy=None, fingerprint="x", seed=0, selection="all")
     store = open_store(tokenizer, tmp_path, key, count=3)
     with pytest.raises(BenchError, match="plugin: its codes are not finite"):
@@ -298,3 +296,17 @@ def test_judges_that_compute_nan_do_not_judge(tmp_path: Path) -> None:
     spoil(judge._teacher.network, float("nan"))
     with pytest.raises(BenchError, match=r"scenes-teacher.*cannot judge"):
         judge(pictures)
+
+
+def test_raw_pixels_that_are_not_finite_are_refused() -> None:
+    oracle = load_tokenizer("pixel-oracle", device="cpu")
+    with pytest.raises(BenchError, match="pixel-oracle: its pixels are not finite"):
+        oracle.decode(Tokens(None, torch.full((1, 16, 192), NAN)), seeds=[0])
+
+
+def test_floats_are_no_images() -> None:
+    info = load_tokenizer("pixel-oracle", device="cpu").info
+    with pytest.raises(BenchError, match=r"must return uint8 images \[2, 3, 32, 32\], got float32"):
+        check_decoded(torch.zeros(2, 3, 32, 32), info, 2)
+    with pytest.raises(BenchError, match=r"got uint8 \[1, 3, 32, 32\]"):
+        check_decoded(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), info, 2)
