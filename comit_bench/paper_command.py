@@ -70,9 +70,11 @@ def paper(
     from comit_bench.paper import choose_parts, make_cast, make_parts
     from comit_bench.paper_plan import describe, plan_parts
     from comit_bench.run import choose_suite, data_root_from
+    from comit_bench.tokenizers.loading import resolve_device, resolve_dtype
 
     set_up_logging()
     choose_suite(suite, None)
+    resolve_dtype(dtype, resolve_device(device))
     settings = Settings(
         output=output,
         data_root=data_root_from(data_root),

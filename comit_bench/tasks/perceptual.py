@@ -234,11 +234,10 @@ def load_lpips(name: LpipsName, device: torch.device) -> Callable[[Tensor, Tenso
         raise MissingError(f"LPIPS: {reason}")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    from comit_bench.tokenizers.checkpoints import check_values
+    from comit_bench.tokenizers.checkpoints import read_floats
 
     path = _hub_folder() / LPIPS_BACKBONES[name]
-    tensors = read_plain_tensors(path, ("features",))
-    check_values(dict.fromkeys(tensors, torch.empty(0)), tensors, path)
+    read_floats(path, ("features",), allow_pickle=True)
     try:
         network: Any = LearnedPerceptualImagePatchSimilarity(net_type=name).net.to(device)
     except (RuntimeError, ValueError, KeyError) as error:

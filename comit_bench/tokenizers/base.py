@@ -6,6 +6,7 @@ Shape legend: ``B`` batch, ``K`` message length, ``d`` code dimension, ``H W`` i
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from comit_bench.errors import BenchError, UsageError, did_you_mean
 from comit_bench.models.attention import AttentionRequest
 from comit_bench.models.finite import observe, watching
+from comit_bench.models.plain_files import shown
 from comit_bench.models.precision import exact_products, full_precision
 
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
@@ -440,6 +442,22 @@ def refuse_unknown(options: Iterable[str], known: Iterable[str], family: str) ->
     """
     for option in sorted(set(options) - set(known)):
         raise UsageError(f"{family} has no option {option!r}.{did_you_mean(option, known)}")
+
+
+MOST_STEPS = 10_000  # of a sampler
+
+
+def number(value: object, option: str, *, whole: bool = False, low: float = -1e6, high: float = 1e6) -> float:
+    """A number of the command line or of Python.
+
+    Raises:
+        UsageError: No finite number from ``low`` to ``high``, or not a whole one where that is meant.
+    """
+    given = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if low <= given <= high and not (whole and given != int(given)):
+        return float(given)
+    what = "a whole number" if whole else "a number"
+    raise UsageError(f"{option} must be {what} from {low:g} to {high:g}, got {shown(value)}")
 
 
 ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")

@@ -11,6 +11,7 @@ before anything is copied.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 ATTENTION_NAMES = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 Settings = Sequence[tuple[str, str]]
 Spec = TypeVar("Spec")
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -154,9 +156,13 @@ def weight_file(directory: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
     if not directory.is_dir():
         raise MissingError(f"{directory}: no such directory")
     stems = [name.removesuffix(".safetensors") for name in names]
-    for name in (*names, *(stem + state_dicts.INDEX for stem in stems), PICKLED):
+    accepted = [*names, *(stem + state_dicts.INDEX for stem in stems), PICKLED]
+    for number, name in enumerate(accepted):
         path = directory / name
         if path.is_file() or path.is_symlink():
+            others = [other for other in accepted[number + 1 : -1] if (directory / other).exists()]
+            if others:
+                _log.warning("%s: %s is read, not %s", directory, name, ", ".join(others))
             return path
         if path.is_dir():
             raise CorruptFileError(f"{path}: this is a directory, where a file of weights is expected")
@@ -355,6 +361,18 @@ def check_values(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
     """
     with _told():
         state_dicts.check_types(expected, tensors, source)
+
+
+def read_floats(path: Path, landmarks: Sequence[str], *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """:func:`read_weights` of a network without whole numbers: every tensor is checked, under its own file.
+
+    Raises:
+        MissingError: See :func:`read_weights`.
+        CorruptFileError: Also tensors of another type, NaN or infinity; names them.
+    """
+    tensors = read_weights(path, landmarks, allow_pickle=allow_pickle)
+    check_values(dict.fromkeys(tensors, torch.empty(0)), tensors, path)
+    return tensors
 
 
 def check_float_file(path: Path) -> None:

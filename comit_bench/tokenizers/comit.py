@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import shipped_weights
+from comit_bench.files import sha256_file, shipped_weights
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.comit import PRESETS, Comit
 from comit_bench.models.comit_codec import (
@@ -27,6 +27,7 @@ from comit_bench.models.crops import CropPolicy, parse_policy
 from comit_bench.models.finite import observe
 from comit_bench.models.flow import SOLVERS, Guidance, evaluation_times, reached
 from comit_bench.tokenizers.base import (
+    MOST_STEPS,
     TileReceiver,
     TokenizerInfo,
     Tokens,
@@ -35,6 +36,7 @@ from comit_bench.tokenizers.base import (
     check_ids,
     check_images,
     in_tiles,
+    number,
     only_finite,
     own_streams,
     refuse_unknown,
@@ -43,11 +45,12 @@ from comit_bench.tokenizers.base import (
 from comit_bench.tokenizers.checkpoints import (
     checkpoint_path,
     described,
+    read_config,
     single_file_spec,
     weight_file,
     weights_digest,
 )
-from comit_bench.tokenizers.comit_files import build, load_directory, load_file, save
+from comit_bench.tokenizers.comit_files import build, load_file, save, spec_from_config
 from comit_bench.tokenizers.config_node import read_facts
 
 HUB = {name: f"cvg-unibe/{name}" for name in ("comit-b", "comit-l", "comit-xl")}
@@ -93,15 +96,15 @@ class ComitTokenizer:
     ) -> None:
         if posterior not in ("mode", "sample"):
             raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
-        if solver not in SOLVERS or steps < 1:
-            raise UsageError(
-                f"solver {solver!r} with {steps} steps: expected {' or '.join(SOLVERS)}, 1 or more"
-            )
+        if solver not in SOLVERS:
+            raise UsageError(f"solver must be {' or '.join(SOLVERS)}, got {solver!r}")
+        steps = int(number(steps, "steps", whole=True, low=1, high=MOST_STEPS))
+        weight, pull = number(guidance, "guidance"), number(momentum, "momentum")
         self.model = model.to(device).requires_grad_(False).eval()
         self.device = device
         self.posterior = posterior
         self.steps, self.solver = steps, solver
-        self.guidance = Guidance(weight=guidance, momentum=momentum)
+        self.guidance = Guidance(weight=weight, momentum=pull)
         self.dtype = dtype
         options = {"mask_mode": model.spec.mask_mode, "posterior": posterior, "vae": model.spec.vae}
         self.info = replace(info, options={**info.options, **options, "dtype": str(dtype).split(".")[-1]})
@@ -310,6 +313,7 @@ def _info(
     training_data: str,
     licence: str,
     revision: str | None = None,
+    vae: Path | None = None,
 ) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
@@ -327,6 +331,7 @@ def _info(
         trained=trained,
         training_data=training_data,
         weights_licence=licence,
+        options={} if vae is None else {"vae_weights": sha256_file(vae)},
     )
 
 
@@ -387,23 +392,25 @@ def load(
         local = fetch_checkpoint(
             HUB.get(preset, name), offline=offline, hint="or pass --weights DIR", allow_pickle=allow
         )
+    config: dict[str, Any] = {}
     if local.is_dir():
-        path = weight_file(local)
-        model, config = load_directory(local, offline=offline, allow_pickle=allow)
+        path, config = weight_file(local), read_config(local)
+        spec = spec_from_config(config, local / "config.json")
     else:
-        path, config = local, {}
+        path = local
         spec = single_file_spec(name, local, {**PRESETS, **{k: PRESETS[v] for k, v in SHIPPED.items()}})
-        model = load_file(path, spec, beside=local.parent, offline=offline, allow_pickle=allow)
+    loaded = load_file(path, spec, beside=path.parent, offline=offline, allow_pickle=allow)
     facts = read_facts(config, local / "config.json")
     known = preset in HUB and not weights
     label, revision = described(name, local, (*PRESETS, *SHIPPED))
     info = _info(
-        model,
+        loaded.model,
         label,
         weights_digest(path),
         revision=revision,
         trained=facts.trained,
         training_data=facts.training_data or ("ImageNet-1k" if known else "unknown"),
         licence=facts.weights_licence or ("see the hub page" if known else "unknown"),
+        vae=loaded.vae_file,
     )
-    return ComitTokenizer(model, info, device=device, **options)
+    return ComitTokenizer(loaded.model, info, device=device, **options)

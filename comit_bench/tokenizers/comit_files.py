@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from comit_bench.tokenizers.checkpoints import (
     load_network,
     modern_attention,
     read_config,
+    read_floats,
     read_weights,
     weight_file,
     write_tensors,
@@ -242,6 +244,14 @@ def _fill_unused(model: Comit, tensors: dict[str, Tensor]) -> None:
             tensors[key] = torch.zeros(value.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A network, and the file of its VAE when the checkpoint has none of its own."""
+
+    model: Comit
+    vae_file: Path | None
+
+
 def load_file(
     path: Path,
     spec: ComitSpec,
@@ -250,7 +260,7 @@ def load_file(
     vae: Path | None = None,
     offline: bool = False,
     allow_pickle: bool = False,
-) -> Comit:
+) -> Loaded:
     """Load a file of weights into an evaluating float32 network on the CPU.
 
     Args:
@@ -267,15 +277,16 @@ def load_file(
         CorruptFileError: A file cannot be read, or holds tensors of another type, NaN or infinity.
         UsageError: The weights do not fit the spec, or are a pickle that was not allowed.
     """
-    tensors = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
+    tensors, vae_file = read_weights(path, LANDMARKS, allow_pickle=allow_pickle), None
     model = build(spec, empty=True)
     if spec.vae in VAE_HUB and not any(key.startswith("vae.") for key in tensors):
-        tensors.update(sd_vae_tensors(spec.vae, vae or beside / "vae", offline=offline))
+        vae_file = find_sd_vae(spec.vae, vae or beside / "vae", offline=offline)
+        tensors.update(_read_sd_vae(vae_file))
     if spec.vae in ("none", "dct"):
         tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
     _fill_unused(model, tensors)
     load_network(model, tensors, path, settings=SETTINGS)
-    return model.eval()
+    return Loaded(model.eval(), vae_file)
 
 
 def load_directory(
@@ -293,8 +304,27 @@ def load_directory(
     """
     config = read_config(directory)
     spec, path = spec_from_config(config, directory / "config.json"), weight_file(directory)
-    model = load_file(path, spec, beside=directory, vae=vae, offline=offline, allow_pickle=allow_pickle)
-    return model, config
+    loaded = load_file(path, spec, beside=directory, vae=vae, offline=offline, allow_pickle=allow_pickle)
+    return loaded.model, config
+
+
+def find_sd_vae(kind: str, local: Path, *, offline: bool) -> Path:
+    """The file of the SD-VAE's weights: in ``local``, else the hub's.
+
+    Raises:
+        MissingError: Neither there nor to be had.
+    """
+    from comit_bench.tokenizers.hub import fetch
+
+    path = local / VAE_FILES[1]
+    if path.is_file():
+        return path
+    return fetch(VAE_HUB[kind], VAE_FILES, offline=offline, hint=f"or put them into {local}") / VAE_FILES[1]
+
+
+def _read_sd_vae(path: Path) -> dict[str, Tensor]:
+    tensors = read_floats(path, VAE_LANDMARKS)
+    return {f"vae.vae.{key}": value for key, value in modern_attention(tensors).items()}
 
 
 def sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor]:
@@ -308,11 +338,4 @@ def sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor
     Raises:
         MissingError: Neither there nor to be had.
     """
-    from comit_bench.tokenizers.hub import fetch
-
-    repository = VAE_HUB[kind]
-    path = local / VAE_FILES[1]
-    if not path.is_file():
-        path = fetch(repository, VAE_FILES, offline=offline, hint=f"or put them into {local}") / VAE_FILES[1]
-    tensors = read_weights(path, VAE_LANDMARKS)
-    return {f"vae.vae.{key}": value for key, value in modern_attention(tensors).items()}
+    return _read_sd_vae(find_sd_vae(kind, local, offline=offline))

@@ -6,7 +6,6 @@ Tokenization is deterministic by default: the mean of the VAE's posterior. The r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +19,14 @@ from comit_bench.files import sha256_file
 from comit_bench.models.flextok import PRESETS, FlexTok, FlexTokSpec
 from comit_bench.models.flextok_codec import Sampling, decode, encode, to_uint8
 from comit_bench.tokenizers.base import (
+    MOST_STEPS,
     TokenizerInfo,
     Tokens,
     autocast,
     check_ids,
     check_images,
     in_tiles,
+    number,
     refuse_unknown,
     seeded_noise,
     switch,
@@ -53,18 +54,6 @@ OPTIONS = (
     *("tokens", "posterior", "steps", "guidance", "guidance_mode", "scaling_factor", "allow_pickle"),
     *("compile", "dtype"),
 )
-
-
-def _number(value: object, option: str, kind: type[int] | type[float], low: float) -> float:
-    """A number from the command line or from Python.
-
-    Raises:
-        UsageError: Not a number of that kind, or below ``low``.
-    """
-    if not isinstance(value, int | float) or not math.isfinite(value) or value != kind(value) or value < low:
-        whole = "a whole number" if kind is int else "a number"
-        raise UsageError(f"FlexTok: {option} must be {whole} of at least {low:g}, got {value!r}")
-    return float(value)
 
 
 class FlexTokTokenizer:
@@ -99,7 +88,7 @@ class FlexTokTokenizer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         total = model.spec.registers
-        self.tokens = total if tokens is None else int(_number(tokens, "tokens", int, 1))
+        self.tokens = total if tokens is None else int(number(tokens, "FlexTok: tokens", whole=True, low=1))
         if self.tokens > total:
             raise UsageError(f"FlexTok: tokens must be 1..{total}, got {tokens}")
         if posterior not in ("mode", "sample"):
@@ -107,8 +96,8 @@ class FlexTokTokenizer:
         if guidance_mode not in MODES:
             raise UsageError(f"guidance_mode must be 'apg' or 'cfg', got {guidance_mode!r}")
         self.sampling = Sampling(
-            steps=int(_number(steps, "steps", int, 1)),
-            guidance=_number(guidance, "guidance", float, 0.0),
+            steps=int(number(steps, "FlexTok: steps", whole=True, low=1, high=MOST_STEPS)),
+            guidance=number(guidance, "FlexTok: guidance", low=0.0),
             projected=guidance_mode == "apg",
         )
         self.model = model.to(device).requires_grad_(False).eval()
@@ -334,7 +323,7 @@ def load(
     """
     refuse_unknown(options, OPTIONS, "FlexTok")
     if "scaling_factor" in options:
-        options["scaling_factor"] = _number(options["scaling_factor"], "scaling_factor", float, 1e-6)
+        options["scaling_factor"] = number(options["scaling_factor"], "FlexTok: scaling_factor", low=1e-6)
     scale = options.pop("scaling_factor", None)
     allow = switch(options.pop("allow_pickle", False), "allow_pickle")
     by_hub = {repository.lower(): preset for preset, repository in HUB.items()}

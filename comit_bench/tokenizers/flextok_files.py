@@ -29,6 +29,7 @@ from comit_bench.tokenizers.checkpoints import (
     load_network,
     modern_attention,
     read_config,
+    read_floats,
     read_metadata,
     read_weights,
     weight_file,
@@ -349,7 +350,7 @@ def load_directory(
         arch = {"fixture": {"vae_arch": read_config(alone)}}
         spec = replace(spec, vae=vae_spec(arch, channels, scale, source=alone / VAE_FILES[0]))
         vae_file = alone / VAE_FILES[1]
-        own = {VAE + k: v for k, v in modern_attention(read_weights(vae_file, VAE_LANDMARKS)).items()}
+        own = {VAE + k: v for k, v in modern_attention(read_floats(vae_file, VAE_LANDMARKS)).items()}
         own, _ = normalise(own, spec.code_dim)
         tensors = {**tensors, **own}
     with torch.device("meta"):

@@ -571,3 +571,50 @@ def test_hub_ids_may_be_sharded(folder: Path, tmp_path: Path, monkeypatch: pytes
     (place / json.loads((place / index.name).read_text())["weight_map"]["encoder.head.bias"]).unlink()
     with pytest.raises(MissingError, match=r"model-0000\d-of-00003\.safetensors of some/vqmodel-like"):
         fetch_checkpoint("some/vqmodel-like", offline=True, hint="or pass --weights DIR")
+
+
+def test_another_autoencoder_beside_the_same_weights_is_another_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are kept by what made them: the SD-VAE that a COMiT checkpoint does not hold is part of it."""
+    from dataclasses import replace
+
+    from comit_bench.models import vae
+    from comit_bench.models.comit import PRESETS
+    from comit_bench.tokenizers import comit_files
+
+    monkeypatch.setitem(vae.SD_CONFIG, "block_out_channels", [32] * 4)
+    monkeypatch.setitem(vae.SD_CONFIG, "layers_per_block", 1)
+    model = comit_files.build(replace(PRESETS["comit-b"], depth=1, width=32, heads=2))
+    comit_files.save(model, tmp_path)
+    tensors = tensors_of(tmp_path)
+    save_file({k: v for k, v in tensors.items() if not k.startswith("vae.")}, weights_of(tmp_path))
+    own = {k.removeprefix("vae.vae."): v for k, v in tensors.items() if k.startswith("vae.")}
+    (tmp_path / "vae").mkdir()
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    found = []
+    for change in (own, others(own)):
+        save_file(change, path)
+        info = load(tmp_path).info
+        found.append((info.weights, info.options["vae_weights"]))
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+    save_file({k: v * math.nan for k, v in own.items()}, path)
+    with pytest.raises(
+        CorruptFileError,
+        match=r"vae/diffusion_pytorch_model\.safetensors: \S+ holds \d+ of \d+ values that are NaN",
+    ):
+        load(tmp_path)
+
+
+def test_several_files_of_weights_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = weights_of(folder)
+    shutil.copy(path, folder / "weights.safetensors")
+    load(folder)
+    assert "model.safetensors is read, not weights.safetensors" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["steps", "guidance", "momentum"])
+@pytest.mark.parametrize("value", ["many", True, math.nan, math.inf, None, [1], 10**9])
+def test_options_are_numbers(option: str, value: object) -> None:
+    with pytest.raises(UsageError, match=rf"{option} must be a"):
+        load_tokenizer("comit-nano", weights="random", device="cpu", **{option: value})

@@ -67,6 +67,8 @@ def test_any_text_is_a_device_or_one_clear_line(name: str) -> None:
 
 COMMANDS: dict[str, list[str]] = {
     "run": ["run", "--tokenizer", "comit-nano", "--dry-run"],
+    "paper": ["paper", "--dry-run"],
+    "sweep": ["sweep", "--steps", "1", "--limit", "2"],
     "tokenize": ["tokenize", "IMAGES", "--out", "OUT", "--tokenizer", "vq-grid-nano"],
     "figure": ["figure", "reconstruction", "--tokenizer", "vq-grid-nano"],
     "train": ["train", "--config", "comit-nano", "--dry-run"],
