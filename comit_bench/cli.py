@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from comit_bench import __version__, data_command, figure_command, token_command
+from comit_bench import __version__, cache_command, data_command, figure_command, token_command
 from comit_bench.console import guarded
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.paper_command import paper
@@ -65,7 +65,10 @@ NumWorkers = Annotated[str, typer.Option(help="Image-reading processes, or auto.
 Output = Annotated[Path, typer.Option(help="Records and tables go here.")]
 Overwrite = Annotated[
     str,
-    typer.Option(help="Finished records: only-missing keeps them, always replaces them, never stops there."),
+    typer.Option(
+        help="Finished records: only-missing keeps them, always replaces them and makes tokens anew, never "
+        "stops there."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue; the same as --overwrite only-missing.")]
 Control = Annotated[
@@ -186,6 +189,7 @@ app.command(name="train")(train)
 app.command(name="paper")(paper)
 app.command(name="tokenize")(token_command.tokenize)
 app.command(name="detokenize")(token_command.detokenize)
+app.add_typer(cache_command.app, name="cache")
 app.add_typer(data_command.app, name="data")
 app.add_typer(figure_command.app, name="figure")
 app.add_typer(weights_app, name="weights")

@@ -85,7 +85,7 @@ def label(entry: TokenizerEntry, options: dict[str, Any]) -> str:
 
 def _settings(tokenizer: Any, entry: TokenizerEntry) -> str:
     """Policy, iterations, steps and guidance, as far as a tokenizer has them."""
-    words = ["one global crop"] if entry.crops else []
+    words = ["one global crop"] if entry.looks_at_crops() else []
     if hasattr(tokenizer, "iterations"):
         words.append(f"{tokenizer.iterations} iterations")
     sampling = getattr(tokenizer, "sampling", tokenizer)

@@ -26,6 +26,8 @@ from comit_bench.registry import MAJORITY
 from comit_bench.resources import ENCODE_SEED, SMALL_FLOPS, Reporter, Resources
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from comit_bench.data.store import TokenStore
     from comit_bench.results.schema import Counts, Record
     from comit_bench.tasks.executor import Inputs, Role
@@ -132,9 +134,13 @@ class Bench(Resources):
         return replace(inputs, roles=roles, whole_roles=inputs.roles, tokenizer=tokenizer), stores
 
     def protocol(self, job: Job, tokenizer: Tokenizer | None, inputs: Inputs) -> dict[str, Any]:
-        """Everything that can change the number, except the weights, which are the row's identity."""
+        """Everything that can change the number, except the weights, which are the row's identity.
+
+        The tokenizer's side also says which network they are the weights of, and which code computes it.
+        """
         from comit_bench.data.images import upright
         from comit_bench.tasks.executor import find_executor
+        from comit_bench.tokenizers.identity import code_version
 
         spec, data = job.task.spec, inputs.data
         described = {
@@ -158,6 +164,9 @@ class Bench(Resources):
         if tokenizer is not None:
             info = tokenizer.info
             protocol["tokenizer"] = {
+                "family": info.family,
+                "configuration": info.configuration,
+                "version": code_version(tokenizer),
                 "preprocessing": upright(info.preprocessing) if data.exif else info.preprocessing,
                 "policy": self.policy(job, tokenizer),
                 "options": dict(info.options),
@@ -194,7 +203,10 @@ class Bench(Resources):
         if probed and not self.ranks.first:
             return None
         tokenized = time.perf_counter()
-        work = self.settings.cache_dir / "unfinished" / _work_name(job, tokenizer, protocol)
+        name = _work_name(job, tokenizer, protocol, self.device.type)
+        work = self.settings.cache_dir / "unfinished" / name
+        if self.settings.overwrite == "always" and self.ranks.first:
+            remove_folder(work)
         fitted_apart = probed and tokenizer is not None and len(inputs.seeds) > 1  # in worker processes
         beside = self._make_ready_beside(following) if fitted_apart else None
         result = self._measure(job, replace(inputs, work=None if probed else work), tokenizer)
@@ -330,12 +342,12 @@ class Bench(Resources):
             self.reporter.stop()
 
 
-def _work_name(job: Job, tokenizer: Tokenizer | None, protocol: dict[str, Any]) -> str:
-    """A folder for unfinished work: other weights, data or settings make another one."""
+def _work_name(job: Job, tokenizer: Tokenizer | None, protocol: dict[str, Any], device: str) -> str:
+    """A folder for unfinished work: other weights, data, settings or kind of device make another one."""
     from comit_bench.results.schema import plain_json
 
     weights = tokenizer_row(tokenizer).weights
-    return digest_json([job.label, weights, job.task.spec.name, plain_json(protocol)])[7:31]
+    return digest_json([job.label, weights, job.task.spec.name, plain_json(protocol), device])[7:31]
 
 
 def message_source(store: TokenStore, tokenizer: Tokenizer) -> MessageSource:
@@ -347,15 +359,20 @@ def message_source(store: TokenStore, tokenizer: Tokenizer) -> MessageSource:
     import torch
 
     from comit_bench.tasks.fit import MessageSource
+    from comit_bench.tokenizers.contract import check_looked_up, check_values
 
     if store.layout.vocab_size is None:
         return MessageSource(
             read=lambda rows: torch.from_numpy(store.codes(rows.numpy())), count=store.layout.count
         )
-    return MessageSource(
-        read=lambda rows: tokenizer.codes_from_ids(torch.from_numpy(store.ids(rows.numpy()))),
-        count=store.layout.count,
-    )
+
+    def read(rows: Tensor) -> Tensor:
+        ids = torch.from_numpy(store.ids(rows.numpy()))
+        return check_looked_up(tokenizer, tokenizer.codes_from_ids(ids), ids)
+
+    if store.layout.count:
+        check_values(tokenizer, "codes", read(torch.zeros(1, dtype=torch.int64)))
+    return MessageSource(read=read, count=store.layout.count)
 
 
 def _counts(inputs: Inputs, stores: dict[str, TokenStore]) -> Counts:

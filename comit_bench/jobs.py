@@ -47,7 +47,8 @@ class Settings:
         dtype: ``float32`` or ``bfloat16``.
         batch_size: Images per encoding call; no score depends on it.
         num_workers: Image-reading processes.
-        overwrite: What to do about records that exist.
+        overwrite: What to do about records that exist: keep them (``only-missing``), stop there (``never``),
+            or measure again from the images on, with new tokens (``always``).
         control: None, ``permute-labels``, ``shuffle-tokens`` or ``bag-of-tokens``.
         offline: Never ask a hub.
         include: Further recipe directories.
@@ -127,7 +128,8 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
     Kinds that fit no probe have no majority row, and under a control of probes they are left out.
 
     Raises:
-        UsageError: An unknown tokenizer, task or data set, with the nearest names; or no task is left.
+        UsageError: An unknown tokenizer, task or data set, with the nearest names; an object that is no
+            tokenizer; or no task is left.
     """
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
     datasets = find_datasets(settings.include, allow_override=settings.allow_override)
@@ -140,6 +142,11 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
                 "out"
             )
         chosen = probed
+    for tokenizer in tokenizers:
+        if not isinstance(tokenizer, str):
+            from comit_bench.tokenizers.contract import check_tokenizer
+
+            check_tokenizer(tokenizer, "the tokenizer that was handed over")
     check_options(tokenizers, settings.options)
     policies: list[tuple[str | Tokenizer, str | None]] = []
     for tokenizer in tokenizers:
@@ -155,16 +162,17 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
 
 
 def takes_policies(tokenizer: str | Tokenizer) -> bool:
-    """Whether a tokenizer looks at crops, so that every policy is a row of its own.
+    """Whether a tokenizer looks at crops, so that every policy is a row of its own; or may, as far as known.
 
     Raises:
         UsageError: Unknown tokenizer, with the nearest names.
     """
+    from comit_bench.tokenizers.base import LooksAtCrops
     from comit_bench.tokenizers.loading import entry_for
 
     if not isinstance(tokenizer, str):
-        return hasattr(tokenizer, "policy")
-    return tokenizer != MAJORITY and entry_for(tokenizer).crops
+        return isinstance(tokenizer, LooksAtCrops)
+    return tokenizer != MAJORITY and entry_for(tokenizer).looks_at_crops() is not False
 
 
 def _entries(tokenizers: Iterable[str | Tokenizer]) -> dict[str, TokenizerEntry]:
@@ -190,12 +198,14 @@ def options_for(entry: TokenizerEntry, options: Options) -> dict[str, str | int 
 
 
 def check_options(tokenizers: Iterable[str | Tokenizer], options: Options) -> None:
-    """Refuse an option that no tokenizer of the run knows.
+    """Refuse an option that no tokenizer of the run knows, and a value that one of them cannot read.
 
     Raises:
-        UsageError: Names the option and the nearest that are known.
+        UsageError: Names the option and the nearest that are known, or the value and what is expected.
     """
     entries = _entries(tokenizers).values() if options else ()
+    for entry in entries:
+        entry.typed(options_for(entry, options))
     for key in options:
         if any(_own_name(key, entry) is not None for entry in entries):
             continue

@@ -26,7 +26,7 @@ def _out(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose last column gives way; where there is no room for it, a paragraph per row."""
     from rich import box
     from rich.table import Table
@@ -86,7 +86,7 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
     if names_only:
         _out("\n".join(row[0].split()[0] for row in rows))
     else:
-        _print_rows(head, rows)
+        print_rows(head, rows)
 
 
 def _task_row(recipe: Recipe[TaskSpec]) -> tuple[str, ...]:

@@ -388,7 +388,7 @@ def _crops(name: str) -> bool:
     from comit_bench.tokenizers.loading import entry_for
 
     try:
-        return entry_for(name).crops
+        return bool(entry_for(name).looks_at_crops())
     except MissingError:
         return True
 

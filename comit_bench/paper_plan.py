@@ -232,7 +232,7 @@ def job_cost(
     if found is None or entry is None:
         return None
     encode, decode = found
-    if policy is not None and entry.crops:
+    if policy is not None and entry.looks_at_crops():
         encode *= _crop_factor(preset, policy)
     length = entry.message_length or 256
     if not KINDS[task.kind].probed:
@@ -252,7 +252,7 @@ def step_jobs(step: Step) -> list[tuple[str, str, str | None, float]]:
     known, jobs = tokenizers(), []
     for task in step.tasks:
         for name in step.tokenizers:
-            crops = (entry := known.get(_preset(name))) is not None and entry.crops
+            crops = (entry := known.get(_preset(name))) is not None and entry.looks_at_crops()
             for policy in (step.policies or (None,)) if crops else (None,):
                 for share in _points(step):
                     jobs.append((task, name, policy, share))

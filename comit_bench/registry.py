@@ -1,22 +1,119 @@
 """Names -> tokenizers: the built-in ones and those of installed plugins, without importing any of them.
 
 A plugin is a wheel with an entry point in the group ``comit_bench.tokenizers``; the entry point's name
-is the tokenizer's name and its object is ``load(name, *, weights, device, offline, seed, **options)``
-returning something that satisfies :class:`comit_bench.tokenizers.base.Tokenizer`.
+is the tokenizer's name and its object is a :class:`comit_bench.tokenizers.base.Loader`. What may be set
+with ``--option``, and of which type it is, is read off the loader's signature: keyword arguments annotated
+with ``int``, ``float``, ``bool``, ``str``, ``Literal[...]`` or a union of them, one by one or in
+``**options: Unpack[SomeTypedDict]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
-from inspect import Parameter, signature
-from typing import Any
+from inspect import Parameter, isclass, signature, unwrap
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, Unpack, get_args, get_origin
 
 from comit_bench.errors import UsageError, did_you_mean
 
 LOADER = ("weights", "device", "offline", "seed", "dtype")  # what every loader gets, options apart
+ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_KEYWORD = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_WORDS = {bool: ("true", "false"), int: ("a whole number",), float: ("a number",)}
+
+
+def taken_by(loader: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """Keyword arguments of a loader, the name apart, and whether it takes any other.
+
+    Returns:
+        Name -> type, ``Any`` where there is no annotation or its names cannot be found; and whether the
+        loader is open-ended (``**options``).
+
+    Raises:
+        UsageError: It has no signature, or cannot be called with a name.
+    """
+    try:
+        parameters = list(signature(loader).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"loader {loader!r}: its signature cannot be read ({error})") from error
+    if not parameters or parameters[0].kind in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD):
+        raise UsageError(f"loader {loader!r}: its first argument must be the tokenizer's name")
+    found = {p.name: _resolved(p.annotation, loader) for p in parameters[1:] if p.kind in _KEYWORD}
+    rest = [p for p in parameters if p.kind is Parameter.VAR_KEYWORD]
+    listed = _resolved(rest[0].annotation, loader) if rest else None
+    if get_origin(listed) is Unpack:
+        return found | typing.get_type_hints(get_args(listed)[0]), False
+    return found, bool(rest)
+
+
+def _resolved(annotation: Any, loader: Any) -> Any:
+    """An annotation, also one that is written as a text; ``Any`` when its names are not to be had."""
+    if annotation is Parameter.empty:
+        return Any
+    function = loader.func if isinstance(loader, partial) else unwrap(loader)
+    if not hasattr(function, "__globals__"):  # a class, or an object that is called
+        function = function.__init__ if isclass(function) else type(function).__call__
+    holder: Any = SimpleNamespace(__annotations__={"it": annotation})
+    try:
+        return typing.get_type_hints(holder, getattr(function, "__globals__", {}), {})["it"]
+    except (NameError, TypeError, SyntaxError, AttributeError):
+        return Any
+
+
+def convert(value: Any, annotation: Any, what: str) -> Any:
+    """A text or number as the type that a loader asks for; whatever else came is handed on.
+
+    Args:
+        value: Of the command line, or from Python.
+        annotation: What it should be. Without one, texts that look like numbers become numbers.
+        what: Named in the error.
+
+    Raises:
+        UsageError: It cannot be that.
+    """
+    if not isinstance(value, str | int | float):
+        return value
+    union = get_origin(annotation) in (typing.Union, UnionType)
+    parts = get_args(annotation) if union else (annotation,)
+    kinds = [part for part in parts if part not in (None, NoneType)] or [Any]
+    kinds.sort(key=lambda kind: (kind is str, kind is float))  # those that take the most come last
+    for kind in kinds:
+        if (found := _read(value, kind)) is not None:
+            return found
+    words = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    words += [word for kind in kinds if kind in _WORDS for word in _WORDS[kind]]
+    words = ["on or off", *words] if kinds == [bool] else words
+    before = ", ".join(words[:-1]) + " or " if len(words) > 1 else ""
+    raise UsageError(f"{what} must be {before}{words[-1]}, got {value!r}")
+
+
+def _read(value: str | int | float, kind: Any) -> Any:
+    """The value as one type; None when it is none of it."""
+    text = str(value).strip()
+    if get_origin(kind) is Literal:
+        return next((choice for choice in get_args(kind) if str(choice) == text), None)
+    if kind is bool:
+        return text.lower() in ON if text.lower() in ON + OFF else None
+    if kind in (int, float):
+        return None if isinstance(value, bool) else _number(text, kind)
+    if kind in (Any, object):
+        numbers = (_number(text, number) for number in (int, float)) if isinstance(value, str) else ()
+        return next((number for number in numbers if number is not None), value)
+    return value if isinstance(value, str) else text
+
+
+def _number(text: str, kind: type[int] | type[float]) -> int | float | None:
+    try:
+        number = kind(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +131,8 @@ class TokenizerEntry:
         fitted: Whether it is fitted on the train split of each data set.
         origin: ``builtin`` or ``plugin:<distribution>``.
         takes_weights: Whether ``--weights`` and ``--dtype`` mean anything to it.
-        crops: Whether it looks at crops under a cropping policy.
+        crops: Whether it looks at crops under a cropping policy; None when the loader has to be asked, see
+            :meth:`looks_at_crops`.
         paper_options: Options for tasks on full-size images, where the embedded defaults are too small.
         options: Names that ``--option`` may set (``--dtype`` is an option of its own); None when the loader
             has to be asked, see :meth:`known_options`.
@@ -51,14 +149,35 @@ class TokenizerEntry:
     origin: str = "builtin"
     paper_options: tuple[tuple[str, int], ...] = ()
     takes_weights: bool = True
-    crops: bool = False
+    crops: bool | None = False
     options: tuple[str, ...] | None = ()
 
     def loader(self) -> Callable[..., Any]:
-        """Import and return the loader."""
-        module, _, function = self.target.partition(":")
-        loader: Callable[..., Any] = getattr(import_module(module), function)
-        return loader
+        """Import and return the loader.
+
+        Raises:
+            UsageError: A plugin's is not there, or is nothing that can be called.
+        """
+        module, _, attributes = self.target.partition(":")
+        try:
+            loader: Any = import_module(module)
+            for attribute in attributes.split("."):
+                loader = getattr(loader, attribute)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"tokenizer {self.name} of {self.origin}: its loader {self.target} cannot be imported "
+                f"({error})"
+            ) from error
+        if not callable(loader):
+            raise UsageError(f"tokenizer {self.name} of {self.origin}: {self.target} cannot be called")
+        return loader  # type: ignore[no-any-return]
+
+    def takes(self, keyword: str) -> bool:
+        """Whether ``weights`` or another of ``LOADER`` means anything to it; a plugin's loader is asked."""
+        if self.origin == "builtin":
+            return self.takes_weights
+        names, anything = taken_by(self.loader())
+        return anything or keyword in names
 
     def known_options(self) -> tuple[str, ...] | None:
         """Names that ``--option`` may set; None when anything may be one.
@@ -68,10 +187,39 @@ class TokenizerEntry:
         """
         if self.options is not None:
             return self.options
-        parameters = signature(self.loader()).parameters.values()
-        if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+        parameters, anything = taken_by(self.loader())
+        return None if anything else tuple(name for name in parameters if name not in LOADER)
+
+    def typed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a command line with the types that the loader asks for.
+
+        Raises:
+            UsageError: A value of another type; names the option, the value and what is expected.
+        """
+        if not options:
+            return {}
+        hints, _ = taken_by(self.loader())
+        return {
+            name: convert(value, hints.get(name, Any), f"{self.name}: {name}")
+            for name, value in options.items()
+        }
+
+    def looks_at_crops(self) -> bool | None:
+        """Whether the tokenizer looks at crops; None when only the loaded tokenizer can say.
+
+        A plugin is asked without loading weights: the loader's attribute ``looks_at_crops``, or the class
+        that the loader is or is annotated to return has a method ``policy``.
+        """
+        if self.crops is not None:
+            return self.crops
+        loader = self.loader()
+        stated = getattr(loader, "looks_at_crops", None)
+        if isinstance(stated, bool):
+            return stated
+        kind = loader if isclass(loader) else _resolved(signature(loader).return_annotation, loader)
+        if not isclass(kind) or kind in (Any, object) or getattr(kind, "_is_protocol", False):
             return None
-        return tuple(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY and p.name not in LOADER)
+        return callable(getattr(kind, "policy", None))
 
 
 _COMIT = "comit_bench.tokenizers.comit:load"
@@ -411,7 +559,7 @@ def tokenizers() -> dict[str, TokenizerEntry]:
             target=point.value,
             source="plugin",
             origin=origin,
-            crops=True,
+            crops=None,
             options=None,
         )
     return found

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ class Resources:
         self.ranks = Ranks.join()
         self._data: dict[str, OpenData] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._anew: set[str] = set()  # stores that this run has cleared
         self.profile: dict[str, float] = {}  # seconds by stage of tokenization, over all jobs
 
     # ------------------------------------------------------------- resources
@@ -105,7 +106,7 @@ class Resources:
 
         entry = entry_for(job.tokenizer)
         options: dict[str, Any] = dict(entry.paper_options) if job.task.spec.suite == "paper" else {}
-        options |= options_for(entry, self.settings.options)
+        options |= entry.typed(options_for(entry, self.settings.options))
         fitted = entry.fitted and not Path(job.tokenizer).is_dir()
         key = f"{job.tokenizer}|{options}|{job.dataset.spec.name if fitted else ''}"
         if key not in self._tokenizers:
@@ -114,7 +115,7 @@ class Resources:
             else:
                 self._tokenizers[key] = load_tokenizer(
                     job.tokenizer,
-                    weights=self.settings.weights if entry.takes_weights else None,
+                    weights=self.settings.weights if entry.takes("weights") else None,
                     device=str(self.device) if self.ranks.world > 1 else self.settings.device,
                     dtype=self.settings.dtype if entry.takes_weights else "float32",
                     offline=self.settings.offline,
@@ -194,15 +195,35 @@ class Resources:
 
     def policy(self, job: Job, tokenizer: Tokenizer) -> str | None:
         """The cropping policy a tokenizer runs under, in canonical form; None if it has none."""
-        parse = getattr(tokenizer, "policy", None)
-        if parse is None:
+        from comit_bench.tokenizers.base import LooksAtCrops
+
+        if not isinstance(tokenizer, LooksAtCrops):
             if job.policy is not None:
                 _log.info("%s looks at whole images: --policy is ignored for it", tokenizer.info.name)
             return None
-        return str(parse(job.policy))
+        return str(tokenizer.policy(job.policy))
+
+    def settle_policies(self, jobs: Sequence[Job]) -> list[Job]:
+        """One job instead of one per policy for plugins that turn out, once loaded, to see whole images."""
+        from comit_bench.tokenizers.base import LooksAtCrops
+        from comit_bench.tokenizers.loading import entry_for
+
+        settled, merged = [], set()
+        for job in jobs:
+            asked = isinstance(job.tokenizer, str) and job.policy is not None
+            unknown = asked and entry_for(job.label).looks_at_crops() is None
+            if unknown and not isinstance(self.tokenizer(job), LooksAtCrops):
+                if (job.label, job.task.spec.name) in merged:
+                    continue
+                merged.add((job.label, job.task.spec.name))
+                job = replace(job, policy=None)
+            settled.append(job)
+        return settled
 
     def tokens(self, job: Job, tokenizer: Tokenizer, split_name: str, *, quiet: bool = False) -> TokenStore:
         """The complete token store of one split; all processes make their part of what is missing.
+
+        With ``overwrite="always"`` nothing of an earlier run is used: a store is made anew, once per run.
 
         Args:
             job: Whose data and policy.
@@ -222,9 +243,17 @@ class Resources:
             selection=self.selection,
             exif=split.exif,
         )
-        store = self.ranks.together(
-            lambda: open_store(tokenizer, self.settings.cache_dir, key, count=len(rows))
-        )
+
+        def begin() -> TokenStore:
+            name = f"{data.name}/{split_name}"
+            store = open_store(tokenizer, self.settings.cache_dir, key, count=len(rows), data=name)
+            if self.settings.overwrite == "always" and store.digest not in self._anew:
+                self._anew.add(store.digest)
+                if self.ranks.first:
+                    store.clear()
+            return store
+
+        store = self.ranks.together(begin)
         missing = self.ranks.share(store.missing_shards() if self.ranks.first else [])
         mine = missing[self.ranks.rank :: self.ranks.world]
         total = sum(len(store.shard_range(shard)) for shard in mine)

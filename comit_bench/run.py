@@ -120,6 +120,7 @@ def evaluate(
     rows = with_references(several, name) if references else several
     jobs = make_jobs(rows, choose_tasks(tasks, name, chosen), chosen)
     bench = Bench(chosen, reporter=reporter)
+    jobs = bench.settle_policies(jobs)
     for error in make_plan(jobs, bench).missing:
         raise error
     outcome = do_jobs(jobs, bench)
@@ -147,6 +148,7 @@ def run_command(
     rows = with_references(chosen, name) if references else chosen
     jobs = make_jobs(rows, choose_tasks(tasks, name, settings), settings)
     bench = Bench(settings)
+    jobs = bench.settle_policies(jobs)
     plan = make_plan(jobs, bench)
     first = bench.ranks.first
     if first and not tokenizers and name == "paper":

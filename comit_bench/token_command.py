@@ -34,7 +34,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exist
 
 
 def key_values(pairs: list[str]) -> dict[str, str | int | float]:
-    """KEY=VALUE texts as a mapping; values that look like numbers become numbers.
+    """KEY=VALUE texts as a mapping; values that are written as numbers are become numbers.
 
     Raises:
         UsageError: A text of another form.
@@ -45,13 +45,17 @@ def key_values(pairs: list[str]) -> dict[str, str | int | float]:
         whose, dot, name = key.rpartition(".")  # comit.posterior=sample is for one family
         if not sign or not name or not value:
             raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. posterior=sample")
-        for kind in (int, float, str):
-            try:
-                options[whose.lower() + dot + name.replace("-", "_")] = kind(value)
-                break
-            except ValueError:
-                continue
+        numbers = (_number(value, kind) for kind in (int, float))
+        read = next((n for n in numbers if n is not None and str(n) == value), value)  # 007 is no number
+        options[whose.lower() + dot + name.replace("-", "_")] = read
     return options
+
+
+def _number(text: str, kind: type[int] | type[float]) -> int | float | None:
+    try:
+        return kind(text)
+    except ValueError:
+        return None
 
 
 def tokenize(

@@ -193,6 +193,12 @@ class TokenStore:
                 _log.warning("%s It was removed; only its %d images are tokenized again.", error, rows)
         return corrupt
 
+    def clear(self) -> None:
+        """Remove every shard, so that all messages are made anew."""
+        for shard in range(self.num_shards):
+            self._remove(self.shard_path(shard))
+        self._shards.clear()
+
     def write_shard(
         self,
         shard: int,
@@ -310,7 +316,7 @@ class TokenStore:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise CorruptFileError(
-                f"{path}: the file is damaged and cannot be removed ({error.strerror}). "
+                f"{path}: this file must go and cannot be removed ({error.strerror}). "
                 "Remove it and run the same command again."
             ) from error
 

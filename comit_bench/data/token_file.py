@@ -42,6 +42,8 @@ class Origin:
         options: Options of the tokenizer.
         seed: Of the per-image generators.
         comit_bench: Version of the package that wrote the file.
+        configuration: Digest of the network's configuration; empty in files that do not say it.
+        version: Of the tokenizer's code; empty in files that do not say it.
     """
 
     tokenizer: str
@@ -56,6 +58,8 @@ class Origin:
     options: Mapping[str, str]
     seed: int
     comit_bench: str
+    configuration: str = ""
+    version: str = ""
 
     def metadata(self) -> dict[str, str]:
         """As the header of the file holds it: all texts; an empty one stands for None."""
@@ -66,7 +70,8 @@ class Origin:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Origin:
         """The inverse of :meth:`metadata`. Raises LookupError or ValueError."""
-        values: dict[str, Any] = {name: metadata[name] for name in cls.__dataclass_fields__}
+        defaults = {"configuration": "", "version": "", **metadata}  # older files have neither
+        values: dict[str, Any] = {name: defaults[name] for name in cls.__dataclass_fields__}
         for name in ("message_length", "code_dim", "resolution", "seed"):
             values[name] = int(values[name])
         values["vocab_size"] = int(values["vocab_size"]) if values["vocab_size"] else None

@@ -99,7 +99,8 @@ def _of_one_protocol(kind: str, records: Sequence[Record]) -> Mapping[str, Recor
             side = [record.task.name, record.task.version, data.fingerprint, record.task_protocol]
             # one that is fitted on each data set has other weights in every column
             weights = "fitted" if row.weights.startswith("fitted:") else row.weights
-            columns[digest_json(side)][digest_json([row.name, weights, row.message_length])] = record
+            network = [row.name, weights, record.tokenizer_protocol.get("configuration"), row.message_length]
+            columns[digest_json(side)][digest_json(network)] = record
     most = max(columns.values(), key=lambda one: (len(one), max(r.created for r in one.values())), default={})
     return most
 

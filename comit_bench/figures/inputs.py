@@ -23,8 +23,17 @@ from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperat
 from comit_bench.files import cache_root
 from comit_bench.recipes import find_datasets
 from comit_bench.seeding import generator_for, seed_for
-from comit_bench.tokenizers.base import TILE, Tokenizer, TokenizerInfo, Tokens, tile_rows
+from comit_bench.tokenizers.base import (
+    TILE,
+    LooksAtCrops,
+    Tokenizer,
+    TokenizerInfo,
+    Tokens,
+    check_decoded,
+    tile_rows,
+)
 from comit_bench.tokenizers.comit import ComitTokenizer
+from comit_bench.tokenizers.contract import check_tokens
 
 SCENES = "scenes"
 SCENES_DATASET, SCENES_SPLIT = "scenes-objectness", "val"
@@ -198,7 +207,7 @@ def encode(
     Raises:
         UsageError: Not a policy of this tokenizer.
     """
-    if policy is not None and getattr(tokenizer, "policy", None) is None:
+    if policy is not None and not isinstance(tokenizer, LooksAtCrops):
         _log.warning("%s looks at whole images: policy %s is ignored for it", tokenizer.info.name, policy)
         policy = None
     parts = []
@@ -207,7 +216,9 @@ def encode(
         for start in range(0, len(inputs), batch):
             stop = start + batch
             own = generators(inputs.names[start:stop], seed)
-            parts.append(tokenizer.encode(inputs.images[start:stop], policy=policy, generators=own))
+            tokens = tokenizer.encode(inputs.images[start:stop], policy=policy, generators=own)
+            check_tokens(tokenizer, tokens, len(own))
+            parts.append(tokens)
             advance(len(own))
     return _join(parts)
 
@@ -228,7 +239,8 @@ def decode(tokenizer: Tokenizer, tokens: Tokens, seeds: Sequence[int], *, batch:
             rows = slice(start, start + batch)
             part = rows_of(tokens, rows)
             try:
-                parts.append(tokenizer.decode(part, seeds=seeds[rows]).cpu())
+                decoded = tokenizer.decode(part, seeds=seeds[rows])
+                parts.append(check_decoded(decoded, tokenizer.info, len(part)).cpu())
             except (UnsupportedOperation, NotImplementedError) as error:
                 raise UnsupportedOperation(
                     f"{tokenizer.info.name} cannot decode its messages ({error}), so there is no "

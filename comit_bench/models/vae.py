@@ -133,6 +133,14 @@ SD_CONFIG: dict[str, Any] = {
 }
 
 
+def _draw_weights(network: nn.Module, generator: torch.Generator) -> None:
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter, generator=generator)
+        else:
+            nn.init.constant_(parameter, float(name.endswith("weight")))
+
+
 class SDVae(nn.Module):
     """The Stable Diffusion 1 KL autoencoder (diffusers ``AutoencoderKL``), scaled by 0.18215."""
 
@@ -144,6 +152,11 @@ class SDVae(nn.Module):
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         self.vae: Any = AutoencoderKL.from_config(SD_CONFIG)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Random weights from a CPU generator, as :meth:`KLVae.init_weights`."""
+        _draw_weights(self.vae, generator)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, 3, S, S] -> [B, 4, S/8, S/8]: mean of the posterior, or mean + std * noise."""
@@ -226,11 +239,7 @@ class KLVae(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Random weights from a CPU generator: Xavier-uniform maps, unit norms, zero biases."""
-        for name, parameter in self.vae.named_parameters():
-            if parameter.ndim > 1:
-                nn.init.xavier_uniform_(parameter, generator=generator)
-            else:
-                nn.init.constant_(parameter, float(name.endswith("weight")))
+        _draw_weights(self.vae, generator)
 
     def prepare(self, device: torch.device, *, compiled: bool | None = None) -> None:
         """Faster pixels: channels last on CUDA, and a compiled decoder.

@@ -295,13 +295,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _tell_apart(
-    sides: dict[K, dict[str, str]], first: Sequence[str], *, width: int = 28
+    sides: dict[K, dict[str, str]], first: Sequence[str], *, last: Sequence[str] = (), width: int = 28
 ) -> tuple[dict[K, str], list[str]]:
     """Find a short label for each of several mappings.
 
     Args:
         sides: The mappings, by key.
         first: Names to prefer when they differ.
+        last: Names that are used only where no other tells enough.
         width: Longest label; longer ones become the key's digest.
 
     Returns:
@@ -309,7 +310,7 @@ def _tell_apart(
     """
     names = sorted({name for side in sides.values() for name in side})
     differing = [n for n in names if len({side.get(n) for side in sides.values()}) > 1]
-    differing.sort(key=lambda n: (first.index(n) if n in first else len(first), n))
+    differing.sort(key=lambda n: (first.index(n) if n in first else len(first), n in last, n))
     used: list[str] = []
     told: set[tuple[str | None, ...]] = {()}
     for name in differing:
@@ -499,7 +500,9 @@ def row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], str
                 )
                 for key in keys
             }
-            told, _ = _tell_apart(sides, ["weights", "policy", "record", "revision"])
+            # digests say less than settings
+            rest = ("configuration", "family", "version")
+            told, _ = _tell_apart(sides, ["weights", "policy", "record", "revision"], last=rest)
             # a policy's name speaks for itself
             shown = {key: told[key].removeprefix("policy=") for key in keys}
             labels.update({key: f"{labels[key]} ({shown[key]})" for key in keys if shown[key]})

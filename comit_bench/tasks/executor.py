@@ -86,6 +86,7 @@ class Role:
             positions: int64 [b], positions in ``rows``.
         """
         from comit_bench.tokenizers.base import Tokens
+        from comit_bench.tokenizers.contract import check_looked_up
 
         assert self.store is not None
         rows = self.rows[positions]
@@ -94,7 +95,7 @@ class Role:
             ids, codes = None, torch.from_numpy(self.store.codes(rows))
         else:
             ids = torch.from_numpy(self.store.ids(rows)).long()
-            codes = tokenizer.codes_from_ids(ids)
+            codes = check_looked_up(tokenizer, tokenizer.codes_from_ids(ids), ids)
         return Tokens(ids, codes, None if offsets is None else torch.from_numpy(offsets))
 
 

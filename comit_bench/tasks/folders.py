@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from comit_bench.data.opened import PathList, Split
 from comit_bench.data.store import TokenStore
 from comit_bench.data.token_file import Origin, TokenFile, output_names, read_token_file, token_file_bytes
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.files import digest_json, write_atomic
+from comit_bench.files import cache_root, digest_json, sha256_file, write_atomic
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
-from comit_bench.tokenizers.base import Tokenizer, Tokens, check_decoded
+from comit_bench.tokenizers.base import LooksAtCrops, Tokenizer, Tokens, check_decoded
+from comit_bench.tokenizers.contract import check_looked_up
+from comit_bench.tokenizers.identity import code_version
 
 SHARD_SIZE = 256  # messages; a process that dies loses at most so many
 Start = Callable[[str, int, str], Callable[[int], None]]  # what, how many, unit -> advance
@@ -110,7 +113,9 @@ def tokenize_folder(
     key = store_key(
         tokenizer, policy=canonical, fingerprint=fingerprint, seed=seed, selection="all", exif=True
     )
-    store = open_store(tokenizer, cache, key, count=len(names), shard_size=shard_size)
+    store = open_store(
+        tokenizer, cache, key, count=len(names), data=folder.resolve().name, shard_size=shard_size
+    )
     missing = store.missing_shards()
     total = sum(len(store.shard_range(shard)) for shard in missing)
     if missing:
@@ -126,9 +131,8 @@ def tokenize_folder(
 
 
 def _canonical(tokenizer: Tokenizer, policy: str | None) -> str | None:
-    parse = getattr(tokenizer, "policy", None)
-    if parse is not None:
-        name = str(parse(policy))
+    if isinstance(tokenizer, LooksAtCrops):
+        name = str(tokenizer.policy(policy))
         if "-shared" in name:
             raise UsageError(
                 f"policy {name}: images of a batch share their crops, so tokens would depend on the other "
@@ -195,6 +199,8 @@ def _export(
             options=dict(info.options),
             seed=seed,
             comit_bench=__version__,
+            configuration=info.configuration,
+            version=code_version(tokenizer),
         ),
         names=tuple(names[row] for row in kept.tolist()),
         ids=None if whole.ids is None else whole.ids[kept],
@@ -216,19 +222,26 @@ def _write(output: Path, content: bytes, *, overwrite: bool) -> None:
 
 
 def check_origin(tokenizer: Tokenizer, origin: Origin, path: Path) -> None:
-    """Refuse to decode tokens that another tokenizer made.
+    """Refuse to decode tokens that another tokenizer made; say so when only its code has changed.
 
     Raises:
         UsageError: Names what differs.
     """
     info = tokenizer.info
-    fields = ("family", "weights", "message_length", "vocab_size", "code_dim", "resolution")
+    fields = ["family", "weights", "message_length", "vocab_size", "code_dim", "resolution"]
+    fields += ["configuration"] if origin.configuration else []  # older files do not say it
     differ = [f"{name} {getattr(origin, name)}, here {getattr(info, name)}" for name in fields
               if getattr(origin, name) != getattr(info, name)]  # fmt: skip
     if differ:
         raise UsageError(
             f"{path}: tokens made by {origin.tokenizer!r}, and {info.name!r} is not that tokenizer ("
             f"{'; '.join(differ)}). Give the right one with --tokenizer or --weights."
+        )
+    if origin.version not in ("", version := code_version(tokenizer)):
+        _log.warning(
+            "%s: tokens of version %s of the code of %s, which is version %s here: they may mean something "
+            "else to it",
+            *(path, origin.version, info.name, version),
         )
 
 
@@ -242,11 +255,14 @@ def detokenize_file(
     overwrite: bool = False,
     start: Start = _silent,
     content: TokenFile | None = None,
+    cache: Path | None = None,
 ) -> Detokenized:
     """Decode a token file into PNGs under the images' relative names.
 
     Every file is written whole or not at all, and those that exist are skipped: the same call continues
-    after a kill. Each image has its own noise, ``seed_for(seed, name)``, so nothing depends on batches.
+    after a kill. A folder with images of other tokens, another tokenizer, seed or decoder is refused: the
+    cache remembers what made it. Each image has its own noise, ``seed_for(seed, name)``, so nothing depends
+    on batches.
 
     Args:
         tokenizer: The one that made the tokens.
@@ -257,10 +273,12 @@ def detokenize_file(
         overwrite: Decode also what exists.
         start: Shows progress.
         content: The file's content, when it has been read already.
+        cache: The cache directory; None is the package's.
 
     Raises:
         MissingError, CorruptFileError: The token file is not there or not intact.
-        UsageError: Another tokenizer than the one that made the tokens.
+        UsageError: Another tokenizer than the one that made the tokens, or the folder holds images that
+            something else made.
         UnsupportedOperation: The tokenizer cannot decode.
         BenchError: The disk is full or not writable.
     """
@@ -269,6 +287,8 @@ def detokenize_file(
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output}: this is a file; --out is the folder for the images")
     targets = [output / name for name in output_names(content.names)]
+    note = (cache or cache_root()) / "decoded" / f"{digest_json(str(output.resolve()))[7:31]}.json"
+    _claim(output, targets, note, _maker_of(tokenizer, source, seed), overwrite=overwrite)
     rows = [row for row, target in enumerate(targets) if overwrite or not target.is_file()]
     advance = start(f"{tokenizer.info.name}: decoding", len(rows), "images") if rows else lambda done: None
     for chosen in _parts(rows, batch_size):
@@ -284,13 +304,52 @@ def detokenize_file(
     return Detokenized(output, len(rows), len(targets) - len(rows))
 
 
+def _maker_of(tokenizer: Tokenizer, source: Path, seed: int) -> dict[str, Any]:
+    """Everything that can change a decoded image."""
+    info = tokenizer.info
+    return {
+        "tokens": sha256_file(source),
+        "tokenizer": [info.family, info.weights, info.configuration, code_version(tokenizer)],
+        "options": dict(info.options),
+        "decoder": dict(getattr(tokenizer, "decode_options", {})),
+        "seed": seed,
+    }
+
+
+def _claim(
+    output: Path, targets: Sequence[Path], note: Path, maker: dict[str, Any], *, overwrite: bool
+) -> None:
+    """Remember what makes the images of a folder; those that something else made are refused, or removed.
+
+    Raises:
+        UsageError: Something else made them.
+    """
+    text = json.dumps({"folder": str(output.resolve()), **maker}, indent=1, sort_keys=True) + "\n"
+    there = [target for target in targets if target.is_file()]
+    if there and not overwrite and not note.is_file():
+        _log.warning(
+            "%s: %d images were there before, e.g. %s. They are kept; --overwrite replaces them.",
+            *(output, len(there), there[0].name),
+        )
+    elif there and note.is_file() and note.read_text(encoding="utf-8") != text:
+        if not overwrite:
+            raise UsageError(
+                f"{output}: holds {len(there)} images, e.g. {there[0].name}, that were made from other "
+                "tokens, or with another tokenizer, decoder or seed. Give another folder, or --overwrite to "
+                "replace them."
+            )
+        for target in there:  # a killed run would leave some of them among the new ones
+            target.unlink()
+    write_atomic(note, text)
+
+
 def tokens_of(tokenizer: Tokenizer, content: TokenFile, rows: Sequence[int]) -> Tokens:
     """Some messages of a token file, as ``tokenizer.decode`` takes them."""
     index = np.asarray(rows)
     offsets = None if content.offsets is None else torch.from_numpy(content.offsets[index].astype(np.float32))
     if content.ids is not None:
         ids = torch.from_numpy(content.ids[index].astype(np.int64))
-        return Tokens(ids, tokenizer.codes_from_ids(ids), offsets)
+        return Tokens(ids, check_looked_up(tokenizer, tokenizer.codes_from_ids(ids), ids), offsets)
     assert content.codes is not None
     return Tokens(None, torch.from_numpy(content.codes[index].astype(np.float32)), offsets)
 

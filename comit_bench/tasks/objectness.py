@@ -33,7 +33,7 @@ from comit_bench.tasks.executor import Inputs, Role, Rows, check_main_metric
 from comit_bench.tasks.looking import Columns, in_shards, joined, noise_seeds, the_tokenizer
 from comit_bench.tasks.overlap import overlaps, shifted
 from comit_bench.tasks.result import MetricResult, TaskResult, over_images
-from comit_bench.tokenizers.base import AttendingTokenizer
+from comit_bench.tokenizers.base import Attends
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,7 +98,7 @@ def make_plan(spec: ObjectnessSpec, tokenizer: Tokenizer) -> Plan:
     Raises:
         UnsupportedOperation: It has no attention maps, not the first layer, or decodes in too few steps.
     """
-    if not isinstance(tokenizer, AttendingTokenizer):
+    if not isinstance(tokenizer, Attends):
         raise UnsupportedOperation(
             "its adapter gives no attention maps between message and image (COMiT, TiTok and ALIT do)"
         )
@@ -283,7 +283,7 @@ def score_images(inputs: Inputs, role: Role, plan: Plan, positions: Rows) -> Map
     masks = read_masks(role, role.split.preprocessing(tokenizer.info.preprocessing), positions)
     shard = _Shard.empty(spec, masks.pixels, len(inputs.seeds), plan)
     ids = [role.split.ids[image] for image in role.images[positions]]
-    assert isinstance(tokenizer, AttendingTokenizer)  # make_plan has looked
+    assert isinstance(tokenizer, Attends)  # make_plan has looked
     for number, seed in enumerate(inputs.seeds):
         for start in range(0, len(positions), inputs.batch_size):
             part = positions[start : start + inputs.batch_size]

@@ -165,12 +165,15 @@ def find_text_encoder(spec: TextSpec, *, offline: bool) -> TextEncoder:
                 f"text encoder {spec.encoder}: {', '.join(missing)} not there. Point text.encoder of the "
                 f"recipe to a directory with {', '.join(FILES)}, or to a hub id."
             )
-        weights = sha256_file(directory / FILES[1])
-        return TextEncoder(spec, directory, {"name": directory.name, "weights": weights, **pooling})
+        return TextEncoder(spec, directory, {"name": directory.name, **_files_identity(directory), **pooling})
     from comit_bench.tokenizers.hub import fetch
 
     hint = "or put a local directory into text.encoder of the recipe"
     folder = fetch(spec.encoder, FILES, offline=offline, hint=hint)
-    return TextEncoder(
-        spec, folder, {"name": spec.encoder, "weights": sha256_file(folder / FILES[1]), **pooling}
-    )
+    return TextEncoder(spec, folder, {"name": spec.encoder, **_files_identity(folder), **pooling})
+
+
+def _files_identity(folder: Path) -> dict[str, str]:
+    """Digests of the weights, of the configuration they are used in, and of what cuts texts into pieces."""
+    keys = ("configuration", "weights", "pieces")
+    return {key: sha256_file(folder / name) for key, name in zip(keys, FILES, strict=True)}

@@ -6,6 +6,7 @@ generator of its own, so the store's bytes do not depend on batch size, workers 
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,9 +23,11 @@ from comit_bench.data.datasets import Split
 from comit_bench.data.images import iterate_images
 from comit_bench.data.shards import SharedWork
 from comit_bench.data.store import TokenStore
-from comit_bench.errors import BenchError
+from comit_bench.files import write_atomic
 from comit_bench.seeding import generator_for
-from comit_bench.tokenizers.base import Tokenizer, Tokens
+from comit_bench.tokenizers.base import Tokenizer, Tokens, tile_rows
+from comit_bench.tokenizers.contract import check_tokens, check_values
+from comit_bench.tokenizers.identity import code_version
 
 SHARD_SIZE = 1024  # messages; a process that dies loses at most one shard of its own
 Advance = Callable[[int], None]
@@ -43,7 +46,8 @@ def store_key(
     """Everything that can change a token.
 
     Args:
-        tokenizer: Its weights, options and preprocessing.
+        tokenizer: Its weights, configuration, options and preprocessing, the version of its code, and where
+            it computes. Random weights belong to the name that they were drawn for.
         policy: Cropping policy as it runs, None for tokenizers without crops.
         fingerprint: Of the split's images.
         seed: Of the per-image generators.
@@ -53,24 +57,40 @@ def store_key(
     from comit_bench.data.images import upright
 
     info = tokenizer.info
-    return {
+    key: dict[str, Any] = {
         "family": info.family,
         "weights": info.weights,
+        "configuration": info.configuration,
+        "version": code_version(tokenizer),
         "options": dict(info.options),
         "preprocessing": upright(info.preprocessing) if exif else info.preprocessing,
         "policy": policy,
         "data": fingerprint,
         "selection": selection,
         "seed": seed,
+        "tile": tile_rows.get(),
+        "device": str(getattr(tokenizer, "device", "cpu")).partition(":")[0],  # they round differently
     }
+    if info.weights.startswith("random:"):
+        key["name"] = info.name
+    return key
 
 
 def open_store(
-    tokenizer: Tokenizer, cache: Path, key: Mapping[str, Any], *, count: int, shard_size: int | None = None
+    tokenizer: Tokenizer,
+    cache: Path,
+    key: Mapping[str, Any],
+    *,
+    count: int,
+    data: str = "",
+    shard_size: int | None = None,
 ) -> TokenStore:
-    """Find or begin the store of ``count`` messages of a tokenizer under a key of :func:`store_key`."""
+    """Find or begin the store of ``count`` messages of a tokenizer under a key of :func:`store_key`.
+
+    Tokenizer and ``data`` are named in ``about.json`` beside the shards, for people only.
+    """
     info = tokenizer.info
-    return TokenStore.open(
+    store = TokenStore.open(
         cache,
         key,
         count=count,
@@ -79,6 +99,10 @@ def open_store(
         code_dim=info.code_dim,
         shard_size=shard_size or SHARD_SIZE,  # looked up when called: a test makes it small
     )
+    about = store.directory / "about.json"
+    if not about.exists():
+        write_atomic(about, json.dumps({"tokenizer": info.name, "data": data}) + "\n")
+    return store
 
 
 def tokenize_split(
@@ -112,7 +136,8 @@ def tokenize_split(
         profile: Seconds are added here: ``images`` (waiting for decoded images), ``encode``, ``write``.
 
     Raises:
-        BenchError: A file vanished, the disk is full, or codes are not finite.
+        BenchError: A file vanished, or the disk is full.
+        UsageError: What the tokenizer returns is not what the contract says.
     """
     store.require_room(shards)
     spent = profile if profile is not None else {}
@@ -121,7 +146,7 @@ def tokenize_split(
     while work.left:
         work.wait()
         with work:
-            pending = _Pending(store, work, tokenizer.info.name)
+            pending = _Pending(store, work, tokenizer)
             images = iterate_images(
                 split.paths,
                 split.preprocessing(tokenizer.info.preprocessing),
@@ -211,8 +236,8 @@ def _timed(items: Iterator[T], spent: dict[str, float], name: str) -> Iterator[T
 class _Pending:
     """Tokens that wait until their shard is full."""
 
-    def __init__(self, store: TokenStore, work: SharedWork, name: str) -> None:
-        self.store, self.work, self.name = store, work, name
+    def __init__(self, store: TokenStore, work: SharedWork, tokenizer: Tokenizer) -> None:
+        self.store, self.work, self.tokenizer = store, work, tokenizer
         self.shards: deque[int] = deque()
         self.columns: dict[str, list[Tensor]] = {}
         self.notes: list[str | None] = []  # per row, why its image is broken
@@ -224,12 +249,15 @@ class _Pending:
             yield from self.store.shard_range(shard)
 
     def add(self, tokens: Tokens, broken: Mapping[int, str], indices: Sequence[int]) -> None:
-        finite = self.store.layout.vocab_size is not None
-        payload = tokens.ids if finite else tokens.codes
-        assert payload is not None and payload.shape[0] == len(indices)
-        self.columns.setdefault("ids" if finite else "codes", []).append(payload.cpu())
-        if tokens.offsets is not None:
-            self.columns.setdefault("offsets", []).append(tokens.offsets.float().cpu())
+        check_tokens(self.tokenizer, tokens, len(indices))
+        if tokens.ids is not None and not self.columns:  # not kept, so they are looked at now and then
+            check_values(self.tokenizer, "codes", tokens.codes)
+        columns = {"ids": tokens.ids, "codes": tokens.codes if tokens.ids is None else None}
+        for name, column in {**columns, "offsets": tokens.offsets}.items():
+            if column is not None:
+                value = column.cpu()
+                check_values(self.tokenizer, name, value)
+                self.columns.setdefault(name, []).append(value)
         self.notes += [broken.get(index) for index in indices]
         while self.shards and len(self.notes) >= len(self.store.shard_range(self.shards[0])):
             self._write(self.shards.popleft())
@@ -239,11 +267,6 @@ class _Pending:
         joined = {name: torch.cat(parts) for name, parts in self.columns.items()}
         broken = {row: note for row, note in zip(rows, self.notes, strict=False) if note is not None}
         full = {name: value[: len(rows)] for name, value in joined.items()}
-        for what, value in full.items():
-            if not bool(value.isfinite().all()):
-                raise BenchError(
-                    f"{self.name}: its {what} are not finite (NaN or infinity): nothing is stored."
-                )
         self.store.write_shard(shard, broken=broken, **full)
         self.work.done(shard)
         self.columns = {name: [value[len(rows) :]] for name, value in joined.items()}

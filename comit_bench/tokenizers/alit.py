@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -63,11 +63,28 @@ from comit_bench.tokenizers.checkpoints import (
     write_tensors,
 )
 from comit_bench.tokenizers.config_node import read_facts
+from comit_bench.tokenizers.identity import configuration_digest
 from comit_bench.tokenizers.weights import required, weight_source
 
+VERSION = "1"  # raised when the same weights and configuration may give other ids
 LATENTS = ("codes", "prequant", "raw")
-ADAPTER_OPTIONS = ("iterations", "halting", "posterior", "latents", "compile", "dtype")
-OPTIONS = ("base", "latent", "allow_pickle", *ADAPTER_OPTIONS)
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes; see there and :class:`AlitTokenizer`."""
+
+    base: Literal["vqgan", "vae"]
+    latent: Literal["quantized", "continuous"]
+    allow_pickle: bool
+    iterations: int | None
+    halting: bool
+    posterior: Literal["mode", "sample"]
+    latents: Literal["codes", "prequant", "raw"]
+    compile: bool | Literal["auto"]
+    dtype: torch.dtype
+
+
+OPTIONS = tuple(Options.__annotations__)
 _log = logging.getLogger(__name__)
 
 
@@ -357,6 +374,8 @@ def _info(
         trained=not weights.startswith("random"),
         training_data=data,
         weights_licence=licence,
+        configuration=configuration_digest(spec),
+        version=VERSION,
     )
 
 
@@ -404,7 +423,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> AlitTokenizer:
     """Load an ALIT tokenizer by name or directory.
 
@@ -426,15 +445,16 @@ def load(
         CorruptFileError: A file that cannot be read.
     """
     refuse_unknown(options, OPTIONS, "ALIT")
-    base, latent = options.pop("base", None), options.pop("latent", None)
-    allow = switch(options.pop("allow_pickle", "off"), "allow_pickle")
+    settings: dict[str, Any] = {**options}
+    base, latent = settings.pop("base", None), settings.pop("latent", None)
+    allow = switch(settings.pop("allow_pickle", "off"), "allow_pickle")
     label, choice = name.lower(), None
     if label in VARIANTS and not Path(name).is_dir():
         label, choice = choose_variant(label, base, latent)
     elif base or latent:
         raise UsageError("the options base and latent choose among released names; a checkpoint has its own")
     if weights == "random":
-        return AlitTokenizer(*_load_random(label, choice, seed, device), device=device, **options)
+        return AlitTokenizer(*_load_random(label, choice, seed, device), device=device, **settings)
     local = _local(label if choice else name, weights, choice, base, latent, allow_pickle=allow)
     path = local if local.is_file() else weight_file(local)
     config: dict[str, Any] = {}
@@ -455,4 +475,4 @@ def load(
         licence=facts.weights_licence or ("none stated" if released else "unknown"),
         revision=revision,
     )
-    return AlitTokenizer(model, info, device=device, **options)
+    return AlitTokenizer(model, info, device=device, **settings)

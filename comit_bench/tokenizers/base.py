@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from comit_bench.models.attention import AttentionRequest
 from comit_bench.models.finite import observe, watching
 from comit_bench.models.plain_files import shown
 from comit_bench.models.precision import exact_products, full_precision
+from comit_bench.registry import OFF, ON
 
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
 # image then never depends on how many others were handed over, so ids are the same bits for every
@@ -52,6 +53,11 @@ class TokenizerInfo:
         code_licence: Licence of the code that computes the tokens.
         weights_licence: Licence of the weights.
         options: Every setting that can change ids (mask mode, posterior, ...). Part of the protocol.
+        configuration: ``sha256:<hex>`` of what config files and defaults decided about network, VAE and
+            quantizer (:func:`comit_bench.tokenizers.identity.configuration_digest`); empty when weights and
+            options say everything. Equal weights under another configuration are another tokenizer.
+        version: Of the code: raised when the same weights, configuration and options may give other ids.
+            Empty: the source of the tokenizer's class is digested instead.
     """
 
     name: str
@@ -70,6 +76,8 @@ class TokenizerInfo:
     code_licence: str = "Apache-2.0"
     weights_licence: str = "unknown"
     options: dict[str, str] = field(default_factory=dict)
+    configuration: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +134,92 @@ class Tokenizer(Protocol):
         ...
 
 
+class Loader(Protocol):
+    """What an entry point of the group ``comit_bench.tokenizers`` is: a function that makes a tokenizer.
+
+    It is called with the entry point's name and with those of the keywords below that it names (a loader
+    with ``**options`` also gets ``weights``, ``device`` and ``offline``). Every further keyword argument is
+    an option: ``--option KEY=VALUE`` sets it, read as its annotation says: ``int``, ``float``, ``bool``,
+    ``str``, ``Literal[...]`` or a union of them.
+
+    Whether the tokenizer looks at crops (:class:`LooksAtCrops`) is known without loading it when the loader
+    is, or is annotated to return, its class; or when it has an attribute ``looks_at_crops``.
+    """
+
+    def __call__(
+        self,
+        name: str,
+        *,
+        weights: str | None,
+        device: torch.device,
+        offline: bool,
+        seed: int,
+        dtype: torch.dtype,
+        **options: Any,
+    ) -> Tokenizer:
+        """Make the tokenizer.
+
+        Args:
+            name: The entry point's, as it was asked for.
+            weights: ``--weights``: a directory or file, ``random``, or None.
+            device: Where it computes.
+            offline: Whether no hub may be asked.
+            seed: Of random weights.
+            dtype: ``torch.float32``, or ``torch.bfloat16`` with ``--dtype bfloat16``; a loader that does not
+                name it computes in float32 always.
+
+        Raises:
+            UsageError: An option or weights that make no sense.
+            MissingError: Weights that are not on this machine.
+        """
+        ...
+
+
+@runtime_checkable
+class LooksAtCrops(Protocol):
+    """A tokenizer that looks at crops of an image, one after the other, under a cropping policy.
+
+    Every ``--policy`` is a row of its own. Other tokenizers see whole images and have one row.
+    """
+
+    @property
+    def info(self) -> TokenizerInfo: ...
+
+    def policy(self, name: str | None) -> object:
+        """A policy as it runs; ``str()`` of it is its canonical name, part of every key and protocol.
+
+        Args:
+            name: As asked for, e.g. ``global+raster:4``; None is the tokenizer's own.
+
+        Raises:
+            UsageError: Not a policy of this tokenizer.
+        """
+        ...
+
+
+@runtime_checkable
+class HasHiddenFeatures(Protocol):
+    """A tokenizer whose messages can also be read before quantization.
+
+    It hands them out as continuous ``codes``, with ``ids`` and ``info.vocab_size`` None, when it was loaded
+    with ``--option latents=prequant`` (what is quantized) or ``latents=raw`` (rows of the encoder).
+    """
+
+    @property
+    def info(self) -> TokenizerInfo: ...
+
+    @property
+    def latents(self) -> str:
+        """``codes`` (what enters the decoder), ``prequant`` or ``raw``; stands in ``info.options``."""
+        ...
+
+
 # (row of the first image, position in request.layers, in request.times, maps [b, H, K, h, w])
 TileReceiver = Callable[[int, int, int, Tensor], None]
 
 
 @runtime_checkable
-class AttendingTokenizer(Protocol):
+class Attends(Protocol):
     """A tokenizer whose decoder lets message and image attend to each other, so that maps can be read."""
 
     @property
@@ -169,6 +257,9 @@ class AttendingTokenizer(Protocol):
             ValueError: A layer that does not exist, or a time that decoding does not reach.
         """
         ...
+
+
+AttendingTokenizer = Attends  # its earlier name
 
 
 @contextmanager
@@ -222,7 +313,7 @@ def attention_in_tiles(
 
 
 def gather_attention(
-    tokenizer: AttendingTokenizer, tokens: Tokens, request: AttentionRequest, *, seeds: Sequence[int]
+    tokenizer: Attends, tokens: Tokens, request: AttentionRequest, *, seeds: Sequence[int]
 ) -> Tensor:
     """All maps of a few images at once, float32 [layers, times, B, H, K, h, w] on the CPU.
 
@@ -325,18 +416,20 @@ def check_codes(codes: Tensor, info: TokenizerInfo) -> None:
         )
 
 
-def check_decoded(images: Tensor, info: TokenizerInfo, count: int) -> Tensor:
+def check_decoded(images: object, info: TokenizerInfo, count: int) -> Tensor:
     """What a tokenizer decoded: uint8 [B, 3, S, S], or it is refused; a plugin may hand out floats.
 
     Raises:
         BenchError: Another type or shape.
     """
     expected = (count, 3, info.resolution, info.resolution)
-    if images.dtype != torch.uint8 or tuple(images.shape) != expected:
-        raise BenchError(
-            f"{info.name}: decode() must return uint8 images {list(expected)}, got "
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or tuple(images.shape) != expected:
+        came = (
             f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            if isinstance(images, Tensor)
+            else f"a {type(images).__name__}"
         )
+        raise BenchError(f"{info.name}: decode() must return uint8 images {list(expected)}, got {came}")
     return images
 
 
@@ -458,9 +551,6 @@ def number(value: object, option: str, *, whole: bool = False, low: float = -1e6
         return float(given)
     what = "a whole number" if whole else "a number"
     raise UsageError(f"{option} must be {what} from {low:g} to {high:g}, got {shown(value)}")
-
-
-ON, OFF = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def switch(value: object, option: str) -> bool:

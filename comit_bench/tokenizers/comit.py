@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import sha256_file, shipped_weights
+from comit_bench.files import shipped_weights
 from comit_bench.models.attention import AttentionRequest, MapReceiver
 from comit_bench.models.comit import PRESETS, Comit
 from comit_bench.models.comit_codec import (
@@ -26,6 +26,7 @@ from comit_bench.models.comit_codec import (
 from comit_bench.models.crops import CropPolicy, parse_policy
 from comit_bench.models.finite import observe
 from comit_bench.models.flow import SOLVERS, Guidance, evaluation_times, reached
+from comit_bench.models.vae import SDVae
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
     TileReceiver,
@@ -52,6 +53,7 @@ from comit_bench.tokenizers.checkpoints import (
 )
 from comit_bench.tokenizers.comit_files import build, load_file, save, spec_from_config
 from comit_bench.tokenizers.config_node import read_facts
+from comit_bench.tokenizers.identity import configuration_digest
 
 HUB = {name: f"cvg-unibe/{name}" for name in ("comit-b", "comit-l", "comit-xl")}
 UNTRAINED = "comit-nano-untrained"
@@ -60,7 +62,22 @@ DECODE_DEFAULTS: dict[str, Any] = {"steps": 10, "solver": "euler", "guidance": 7
 SHIPPED = dict.fromkeys(
     ("comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops", UNTRAINED), "comit-nano"
 )
-OPTIONS = ("posterior", "steps", "solver", "guidance", "momentum", "allow_pickle", "dtype")
+VERSION = "1"  # raised when the same weights and configuration may give other ids
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes; see :class:`ComitTokenizer`."""
+
+    posterior: Literal["mode", "sample"]
+    steps: int
+    solver: Literal["euler", "midpoint"]
+    guidance: float
+    momentum: float
+    allow_pickle: bool
+    dtype: torch.dtype
+
+
+OPTIONS = tuple(Options.__annotations__)
 
 
 class ComitTokenizer:
@@ -331,7 +348,9 @@ def _info(
         trained=trained,
         training_data=training_data,
         weights_licence=licence,
-        options={} if vae is None else {"vae_weights": sha256_file(vae)},
+        options={} if vae is None else {"vae_weights": weights_digest(vae)},
+        configuration=configuration_digest(spec),
+        version=VERSION,
     )
 
 
@@ -341,7 +360,10 @@ def _load_random(preset: str, device: torch.device, seed: int, options: dict[str
         raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
     model = build(PRESETS[network], empty=device.type == "meta")
     if device.type != "meta":
-        model.predictor.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
+        generator = torch.Generator().manual_seed(seed)
+        model.predictor.init_weights(generator, zero_gates=False)
+        if isinstance(model.vae, SDVae):
+            model.vae.init_weights(generator)
     info = _info(model, preset, f"random:{seed}", trained=False, training_data="none", licence="none")
     return ComitTokenizer(model, info, device=device, **options)
 
@@ -353,7 +375,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> ComitTokenizer:
     """Load a COMiT tokenizer by preset name or directory.
 
@@ -374,12 +396,13 @@ def load(
     from comit_bench.tokenizers.hub import fetch_checkpoint
 
     refuse_unknown(options, OPTIONS, "COMiT")
-    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
+    settings: dict[str, Any] = {**options}
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     preset = name.lower()
     if preset == UNTRAINED and weights not in (None, "random"):
         raise UsageError(f"{UNTRAINED} always has random weights: --weights {weights} is for comit-nano")
     if weights == "random" or preset == UNTRAINED:
-        return _load_random(preset, device, seed, options)
+        return _load_random(preset, device, seed, settings)
     local = checkpoint_path(weights or name)
     if weights is None and preset in SHIPPED and not local.is_dir():
         local = shipped_weights(preset)
@@ -413,4 +436,4 @@ def load(
         licence=facts.weights_licence or ("see the hub page" if known else "unknown"),
         vae=loaded.vae_file,
     )
-    return ComitTokenizer(loaded.model, info, device=device, **options)
+    return ComitTokenizer(loaded.model, info, device=device, **settings)

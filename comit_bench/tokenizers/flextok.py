@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import sha256_file
 from comit_bench.models.flextok import PRESETS, FlexTok, FlexTokSpec
 from comit_bench.models.flextok_codec import Sampling, decode, encode, to_uint8
 from comit_bench.tokenizers.base import (
@@ -37,6 +36,7 @@ from comit_bench.tokenizers.checkpoints import checkpoint_path, described, weigh
 from comit_bench.tokenizers.config_node import read_facts
 from comit_bench.tokenizers.flextok_config import config_from_spec
 from comit_bench.tokenizers.flextok_files import load_directory, save
+from comit_bench.tokenizers.identity import configuration_digest
 
 HUB = {
     "flextok-d12-d12": "EPFL-VILAB/flextok_d12_d12_in1k",
@@ -50,10 +50,24 @@ GUIDANCE, GUIDANCE_SMALL = 7.5, 15.0  # the authors' choice; the second for flex
 MODES = ("apg", "cfg")
 # Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_flextok_flops.py)
 VAE_ENCODE_FLOPS = 4.165e6
-OPTIONS = (
-    *("tokens", "posterior", "steps", "guidance", "guidance_mode", "scaling_factor", "allow_pickle"),
-    *("compile", "dtype"),
-)
+VERSION = "1"  # raised when the same weights and configuration may give other ids
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes; see there and :class:`FlexTokTokenizer`."""
+
+    tokens: int | None
+    posterior: Literal["mode", "sample"]
+    steps: int
+    guidance: float
+    guidance_mode: Literal["apg", "cfg"]
+    scaling_factor: float
+    allow_pickle: bool
+    compile: bool | Literal["auto"]
+    dtype: torch.dtype
+
+
+OPTIONS = tuple(Options.__annotations__)
 
 
 class FlexTokTokenizer:
@@ -220,6 +234,8 @@ def _info(model: FlexTok, name: str, weights: str, **changes: Any) -> TokenizerI
         code_dim=spec.code_dim,
         resolution=spec.image_size,
         preprocessing=f"resize_short({spec.image_size},bilinear)|center_crop({spec.image_size})",
+        configuration=configuration_digest(spec),
+        version=VERSION,
         **changes,
     )
 
@@ -278,7 +294,7 @@ def _released(
     if loaded.assumed:
         extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
     if loaded.vae_file is not None:
-        extra["vae"] = sha256_file(loaded.vae_file)
+        extra["vae"] = weights_digest(loaded.vae_file)
     facts = read_facts(loaded.config, local / "config.json")
     label, revision = described(name, local, PRESETS)
     released = preset in PRESETS and not weights and not checkpoint_path(name).is_dir()
@@ -302,7 +318,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> FlexTokTokenizer:
     """Load a FlexTok tokenizer by preset name, hub id or directory.
 
@@ -322,16 +338,17 @@ def load(
         CorruptFileError: A file that cannot be read.
     """
     refuse_unknown(options, OPTIONS, "FlexTok")
-    if "scaling_factor" in options:
-        options["scaling_factor"] = number(options["scaling_factor"], "FlexTok: scaling_factor", low=1e-6)
-    scale = options.pop("scaling_factor", None)
-    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
+    settings: dict[str, Any] = {**options}
+    if "scaling_factor" in settings:
+        settings["scaling_factor"] = number(settings["scaling_factor"], "FlexTok: scaling_factor", low=1e-6)
+    scale = settings.pop("scaling_factor", None)
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     by_hub = {repository.lower(): preset for preset, repository in HUB.items()}
     preset = by_hub.get(name.lower(), name.lower())
     if preset == "flextok-d12-d12":
-        options.setdefault("guidance", GUIDANCE_SMALL)
+        settings.setdefault("guidance", GUIDANCE_SMALL)
     if weights == "random":
         model, info = _untrained(preset, seed, scale, device)
     else:
         model, info = _released(name, preset, weights, scale, offline=offline, allow=allow)
-    return FlexTokTokenizer(model, info, device=device, **options)
+    return FlexTokTokenizer(model, info, device=device, **settings)

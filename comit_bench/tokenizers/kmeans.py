@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -35,16 +35,26 @@ from comit_bench.errors import CorruptFileError, MissingError, UsageError, did_y
 from comit_bench.files import atomic_path, digest_json, locked, sweep
 from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images, warn_policy
 from comit_bench.tokenizers.checkpoints import read_config, read_tensors
+from comit_bench.tokenizers.identity import configuration_digest
 from comit_bench.tokenizers.pixels import check_grid, from_patches, to_codes, to_patches
 
 FAMILY = "kmeans-patch"
 FORMAT_VERSION = 1
+VERSION = "1"  # raised when the same weights and configuration may give other ids
 MAX_PATCHES = 32_768  # patches that a fit looks at, drawn from all images
 PASSES = 6  # over those patches
 FIT_BATCH = 4096
 SEARCH_ROWS = 4096  # patches per distance table: bounds memory, cannot change an id
 
 _log = logging.getLogger(__name__)
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes."""
+
+    patch: int
+    resolution: int
+    vocab: int
 
 
 class KMeansPatchTokenizer:
@@ -97,6 +107,8 @@ class KMeansPatchTokenizer:
             training_data=training_data,
             weights_licence="as the training data",
             options={"patch": str(patch)},
+            configuration=configuration_digest({"patch": patch, "vocab": centroids.shape[0]}),
+            version=VERSION,
         )
 
     def encode(
@@ -315,7 +327,7 @@ def load(
     device: torch.device | str = "cpu",
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> KMeansPatchTokenizer:
     """Load a fitted tokenizer from its directory (what the registry calls).
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ import torch
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.models.plain_files import shown
-from comit_bench.registry import TokenizerEntry, find_tokenizer, tokenizers
+from comit_bench.registry import LOADER, TokenizerEntry, find_tokenizer, taken_by, tokenizers
 from comit_bench.tokenizers.base import Tokenizer
 from comit_bench.tokenizers.checkpoints import checkpoint_path, read_config
+from comit_bench.tokenizers.contract import check_tokenizer
+from comit_bench.tokenizers.identity import plugin_version
 
+_log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -164,6 +170,7 @@ def load_tokenizer(
     device: str = "auto",
     dtype: str = "float32",
     offline: bool = False,
+    seed: int = 0,
     family: str | None = None,
     **options: Any,
 ) -> Tokenizer:
@@ -177,11 +184,14 @@ def load_tokenizer(
             drawn or computed and arithmetic can be counted.
         dtype: ``float32`` or, on CUDA, ``bfloat16``.
         offline: Never ask the hub.
+        seed: Of random weights.
         family: Settles doubt about a directory or hub id.
-        **options: Options of the family, e.g. ``posterior="sample"``.
+        **options: Options of the family, e.g. ``posterior="sample"``; texts are read as the loader's
+            annotations say.
 
     Raises:
-        UsageError: Unknown name, option, device or a checkpoint that does not fit.
+        UsageError: Unknown name, option, value or device, a checkpoint that does not fit, or a plugin whose
+            loader returns no tokenizer.
         MissingError: Weights that are not here and cannot be had.
         CorruptFileError: A file that cannot be read.
     """
@@ -193,13 +203,65 @@ def load_tokenizer(
         )
     counted = device == "meta" and weights == "random"
     place = torch.device("meta") if counted else resolve_device(device)
-    loader = entry.loader()
-    loaded: Tokenizer = loader(
-        name_or_path,
-        weights=weights,
-        device=place,
-        offline=offline,
-        **({"dtype": resolve_dtype(dtype, place)} if dtype != "float32" else {}),
-        **options,
-    )
+    loader, settings = entry.loader(), entry.typed(options)
+    context = {
+        "weights": weights,
+        "device": place,
+        "offline": offline,
+        "seed": seed,
+        "dtype": resolve_dtype(dtype, place),
+    }
+    loaded: Tokenizer = loader(name_or_path, **_named(entry, context), **settings)
+    check_tokenizer(loaded, f"tokenizer {entry.name} ({entry.target})")
+    if entry.origin != "builtin":
+        _complete(loaded, entry, settings, context)
     return loaded
+
+
+def _named(entry: TokenizerEntry, context: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loader gets beside its options: what it names, and what older ones take as ``**options``."""
+    names, anything = taken_by(entry.loader())
+    given = {key: value for key, value in context.items() if key in names}
+    if anything:
+        given |= {key: context[key] for key in ("weights", "device", "offline")}
+    if context["dtype"] != torch.float32 and "dtype" not in given:
+        if not anything:
+            _log.warning("%s knows no dtype: it computes in float32 as ever", entry.name)
+        else:
+            given["dtype"] = context["dtype"]
+    if context["weights"] is not None and "weights" not in given:
+        raise UsageError(f"{entry.name} takes no weights: leave --weights {context['weights']} out")
+    return given
+
+
+def _complete(
+    loaded: Tokenizer, entry: TokenizerEntry, options: Mapping[str, Any], context: Mapping[str, Any]
+) -> None:
+    """Put into a plugin's ``info`` what it leaves out: options as they were set, and the version of its code.
+
+    Raises:
+        UsageError: Its ``info`` cannot be set.
+    """
+    loader = entry.loader()
+    defaults = {
+        name: parameter.default
+        for name, parameter in list(signature(loader).parameters.items())[1:]
+        if name not in (*LOADER, *options) and isinstance(parameter.default, bool | int | float | str)
+    }
+    told = {name: str(value) for name, value in {**defaults, **options}.items()}
+    if context["dtype"] != torch.float32:
+        told["dtype"] = str(context["dtype"]).removeprefix("torch.")
+    if context["seed"]:
+        told["seed"] = str(context["seed"])
+    info = loaded.info
+    version = plugin_version(loaded, loader, entry.origin)
+    wanted = replace(info, options={**told, **info.options}, version=version)
+    if wanted == info:
+        return
+    try:
+        loaded.info = wanted  # type: ignore[misc]
+    except AttributeError as error:
+        raise UsageError(
+            f"tokenizer {entry.name} ({entry.target}): its info cannot be completed with options and "
+            "version. Make it a plain attribute, or state info.options and info.version."
+        ) from error

@@ -11,7 +11,7 @@ Shape legend: ``B`` batch, ``K`` patches per image in raster order, ``p`` patch 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 from einops import rearrange
@@ -29,6 +29,17 @@ from comit_bench.tokenizers.base import (
     refuse_unknown,
     warn_policy,
 )
+from comit_bench.tokenizers.identity import configuration_digest
+
+VERSION = "1"  # raised when the same weights and configuration may give other ids
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes."""
+
+    patch: int
+    resolution: int
+
 
 LARGEST = 1 << 14  # pixels of a side
 
@@ -113,6 +124,8 @@ class PixelOracleTokenizer:
             training_data="none",
             weights_licence="none",
             options={"patch": str(patch)},
+            configuration=configuration_digest({"patch": patch, "resolution": resolution}),
+            version=VERSION,
         )
 
     def encode(
@@ -158,7 +171,7 @@ def load(
     device: torch.device | str = "cpu",
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> PixelOracleTokenizer:
     """Build the oracle (what the registry calls); it has no weights, so most arguments change nothing.
 

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import sha256_file
 from comit_bench.models.selftok import PRESETS, Schedule, Selftok, SelftokSpec, variant
 from comit_bench.models.selftok_codec import (
     Constants,
@@ -42,6 +41,7 @@ from comit_bench.tokenizers.base import (
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import checkpoint_path, described, weights_digest
+from comit_bench.tokenizers.identity import configuration_digest
 from comit_bench.tokenizers.selftok_config import (
     ASSUMED_1024,
     read_schedule,
@@ -51,11 +51,28 @@ from comit_bench.tokenizers.selftok_config import (
 from comit_bench.tokenizers.selftok_files import Loaded, build, find_vae, load_directory, load_files, save
 from comit_bench.tokenizers.weights import required, weight_source
 
+VERSION = "1"  # raised when the same weights and configuration may give other ids
 DECODERS = ("diffusion", "renderer")
 LATENTS = ("codes", "prequant", "raw")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LOADING = ("decoder", "vae", "allow_pickle")
-OPTIONS = (*LOADING, "latents", "steps", "stages", "k_per_stage", "vae_dtype", "compile", "dtype")
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes; see there and :class:`SelftokTokenizer`."""
+
+    decoder: Literal["diffusion", "renderer"]
+    vae: str
+    allow_pickle: bool
+    latents: Literal["codes", "prequant", "raw"]
+    steps: int | None
+    stages: str
+    k_per_stage: str
+    vae_dtype: Literal["float32", "bfloat16"]
+    compile: bool | Literal["auto"]
+    dtype: torch.dtype
+
+
+OPTIONS = tuple(Options.__annotations__)
 TRAINING_DATA = "not stated; presumably ImageNet-1k"
 LICENCE = "none stated; derived from Stable Diffusion 3, whose terms may apply"
 # Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_selftok_flops.py)
@@ -304,6 +321,8 @@ def _info(model: Selftok, name: str, weights: str, **changes: Any) -> TokenizerI
         code_dim=spec.code_dim,
         resolution=spec.image_size,
         preprocessing=f"resize_short({spec.image_size},bilinear)|center_crop({spec.image_size})",
+        configuration=configuration_digest(spec),
+        version=VERSION,
         **changes,
     )
 
@@ -359,7 +378,7 @@ def _released(
         revision=revision,
         training_data=TRAINING_DATA if released else "unknown",
         weights_licence=LICENCE if released else "unknown",
-        options={} if found.vae is None else {"vae": sha256_file(found.vae)},
+        options={} if found.vae is None else {"vae": weights_digest(found.vae)},
     )
     return found.model, info
 
@@ -371,7 +390,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> SelftokTokenizer:
     """Load a SelfTok tokenizer by name or directory.
 
@@ -392,18 +411,22 @@ def load(
         CorruptFileError: A file that cannot be read.
     """
     refuse_unknown(options, OPTIONS, "SelfTok")
-    decoder, vae, allow = (options.pop(key, None) for key in LOADING)
+    settings: dict[str, Any] = {**options}
+    decoder, vae = settings.pop("decoder", None), settings.pop("vae", None)
+    allow = settings.pop("allow_pickle", None)
     if decoder is not None:
         _one_of(decoder, "decoder", DECODERS)
     if weights == "random":
         if name.lower() not in PRESETS:
             raise UsageError(f"--weights random needs a name, not {name!r}.{did_you_mean(name, PRESETS)}")
         spec = variant(name.lower(), str(decoder or "diffusion"))
-        choose_schedule(spec, options.get("stages"), options.get("k_per_stage"))  # before minutes of drawing
+        choose_schedule(
+            spec, settings.get("stages"), settings.get("k_per_stage")
+        )  # before minutes of drawing
         model = build_random(spec, seed, device)
         nothing = {"training_data": "none", "weights_licence": "none"}
         info = _info(model, name.lower(), f"random:{seed}", trained=False, **nothing)
     else:
         permitted = switch(False if allow is None else allow, "allow_pickle")
         model, info = _released(name, weights, decoder, vae, offline=offline, allow_pickle=permitted)
-    return SelftokTokenizer(model, info, device=device, **options)
+    return SelftokTokenizer(model, info, device=device, **settings)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ from comit_bench.tokenizers.checkpoints import (
     write_tensors,
 )
 from comit_bench.tokenizers.config_node import Facts, Node, read_facts
+from comit_bench.tokenizers.identity import configuration_digest
 
 HUB = {
     "titok-l-32": "yucornetto/tokenizer_titok_l32_imagenet",
@@ -66,7 +67,18 @@ HUB = {
 SHIPPED = ("titok-nano",)  # weights come with the package
 LANDMARKS = ("latent_tokens", "encoder.transformer", "decoder.transformer", "quantize.embedding")
 IGNORED = ("quantize.embed_prob", "pixel_encoder.")  # never needed to encode or decode
-OPTIONS = ("dtype", "compile", "allow_pickle")
+VERSION = "1"  # raised when the same weights and configuration may give other ids
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes; see :class:`TitokTokenizer`."""
+
+    dtype: torch.dtype
+    compile: bool | Literal["auto"]
+    allow_pickle: bool
+
+
+OPTIONS = tuple(Options.__annotations__)
 HINT = "or pass --weights DIR or --weights FILE (a pickled .bin also needs --option allow_pickle=true)"
 VQ_KEYS = (
     *("codebook_size", "token_size", "use_l2_norm", "vit_enc_model_size", "vit_dec_model_size"),
@@ -379,6 +391,8 @@ def _info(
         trained=own.trained,
         training_data=own.training_data or ("ImageNet-1k" if released else unknown),
         weights_licence=own.weights_licence or ("Apache-2.0 (earlier: MIT)" if released else unknown),
+        configuration=configuration_digest(spec),
+        version=VERSION,
     )
 
 
@@ -398,7 +412,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> TitokTokenizer:
     """Load a TiTok tokenizer by preset name, hub id or directory.
 
@@ -419,11 +433,12 @@ def load(
     from comit_bench.tokenizers.hub import fetch_checkpoint
 
     refuse_unknown(options, OPTIONS, "TiTok")
-    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
+    settings: dict[str, Any] = {**options}
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     preset = name.lower()
     if weights == "random":
         model, info = _load_random(preset, seed, device)
-        return TitokTokenizer(model, info, device=device, **options)
+        return TitokTokenizer(model, info, device=device, **settings)
     local = checkpoint_path(weights or name)
     if weights and not local.exists():
         raise MissingError(
@@ -444,4 +459,4 @@ def load(
     label, revision = described(name, local, PRESETS)
     facts = read_facts(config, local / "config.json")
     info = _info(model, label, weights_digest(path), released=released, facts=facts, revision=revision)
-    return TitokTokenizer(model, info, device=device, **options)
+    return TitokTokenizer(model, info, device=device, **settings)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -44,9 +44,20 @@ from comit_bench.tokenizers.checkpoints import (
     write_tensors,
 )
 from comit_bench.tokenizers.config_node import Facts, Node, read_facts
+from comit_bench.tokenizers.identity import configuration_digest
 
 FAMILY = "vq-grid"
-OPTIONS = ("dtype", "allow_pickle")
+VERSION = "1"  # raised when the same weights and configuration may give other ids
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes."""
+
+    dtype: torch.dtype
+    allow_pickle: bool
+
+
+OPTIONS = tuple(Options.__annotations__)
 
 
 LANDMARKS = ("encoder.patch_embed", "decoder.embed")
@@ -234,6 +245,8 @@ def _info(model: VqGrid, name: str, weights: str, facts: Facts, revision: str | 
         trained=facts.trained,
         training_data=facts.training_data or "unknown",
         weights_licence=facts.weights_licence or "unknown",
+        configuration=configuration_digest(spec),
+        version=VERSION,
     )
 
 
@@ -244,7 +257,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> VqGridTokenizer:
     """Load a vq-grid tokenizer by preset name or directory.
 
@@ -263,7 +276,8 @@ def load(
         CorruptFileError: A file that cannot be read.
     """
     refuse_unknown(options, OPTIONS, FAMILY)
-    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
+    settings: dict[str, Any] = {**options}
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     preset = name.lower()
     if weights == "random":
         if preset not in PRESETS:
@@ -275,7 +289,7 @@ def load(
             model.init_weights(torch.Generator().manual_seed(seed))
         nothing = Facts(trained=False, training_data="none", weights_licence="none")
         info = _info(model, preset, f"random:{seed}", nothing)
-        return VqGridTokenizer(model, info, device=device, **options)
+        return VqGridTokenizer(model, info, device=device, **settings)
     local = checkpoint_path(weights or name)
     if weights is None and preset in PRESETS and not local.is_dir():
         local = shipped_weights(preset)
@@ -291,4 +305,4 @@ def load(
     label, revision = described(name, local, PRESETS)
     facts = read_facts(config, local / "config.json")
     info = _info(model, label, weights_digest(path), facts, revision)
-    return VqGridTokenizer(model, info, device=device, **options)
+    return VqGridTokenizer(model, info, device=device, **settings)

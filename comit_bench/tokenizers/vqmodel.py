@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from einops import rearrange
@@ -49,9 +49,21 @@ from comit_bench.tokenizers.checkpoints import (
     weights_digest,
 )
 from comit_bench.tokenizers.config_node import Node
+from comit_bench.tokenizers.identity import configuration_digest
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-OPTIONS = ("dtype", "resolution", "allow_pickle")
+VERSION = "1"  # raised when the same weights and configuration may give other ids
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes."""
+
+    dtype: torch.dtype
+    resolution: int
+    allow_pickle: bool
+
+
+OPTIONS = tuple(Options.__annotations__)
 LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "quantize.embedding")
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -272,7 +284,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> VqModelTokenizer:
     """Load a diffusers ``VQModel``.
 
@@ -293,8 +305,9 @@ def load(
     from diffusers import VQModel
 
     refuse_unknown(options, OPTIONS, "vqmodel")
-    resolution = options.pop("resolution", None)
-    allow = switch(options.pop("allow_pickle", False), "allow_pickle")
+    settings: dict[str, Any] = {**options}
+    resolution = settings.pop("resolution", None)
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     source = weights or name
     if source.lower() in ("vqmodel", "random"):
         raise UsageError(
@@ -329,5 +342,7 @@ def load(
         resolution=side,
         preprocessing=f"resize_short({side},bicubic)|center_crop({side})",
         options={"resolution": str(side)},
+        configuration=configuration_digest(dict(model.config)),
+        version=VERSION,
     )
-    return VqModelTokenizer(model, info, grid=grid, flops=flops, device=device, **options)
+    return VqModelTokenizer(model, info, grid=grid, flops=flops, device=device, **settings)
