@@ -73,13 +73,13 @@ LATENTS = ("codes", "prequant", "raw")
 class Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see there and :class:`AlitTokenizer`."""
 
-    base: Literal["vqgan", "vae"]
-    latent: Literal["quantized", "continuous"]
+    base: str  # texts and numbers whose values are checked, with more words, where they are used
+    latent: str
     allow_pickle: bool
-    iterations: int | None
+    iterations: int | float | None
     halting: bool
-    posterior: Literal["mode", "sample"]
-    latents: Literal["codes", "prequant", "raw"]
+    posterior: str
+    latents: str
     compile: bool | Literal["auto"]
     dtype: torch.dtype
 

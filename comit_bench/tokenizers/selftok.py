@@ -60,14 +60,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see there and :class:`SelftokTokenizer`."""
 
-    decoder: Literal["diffusion", "renderer"]
+    decoder: str  # texts whose values are checked, with more words, where they are used
     vae: str
     allow_pickle: bool
-    latents: Literal["codes", "prequant", "raw"]
+    latents: str
     steps: int | None
     stages: str
     k_per_stage: str
-    vae_dtype: Literal["float32", "bfloat16"]
+    vae_dtype: str
     compile: bool | Literal["auto"]
     dtype: torch.dtype
 

@@ -24,6 +24,7 @@ from tiny import write_images, write_recipes
 from comit_bench.errors import UsageError
 from comit_bench.files import shipped_weights
 from comit_bench.models.comit import PRESETS as COMIT
+from comit_bench.models.crops import CropGeometry
 from comit_bench.models.flextok import PRESETS as FLEXTOK
 from comit_bench.models.titok import PRESETS as TITOK
 from comit_bench.models.vq_grid import PRESETS as VQ_GRID
@@ -177,7 +178,13 @@ def test_other_weights_of_the_vae_are_another_key(tmp_path: Path, monkeypatch: p
     small = {**vaes.SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
     monkeypatch.setattr(vaes, "SD_CONFIG", small)
     spec = replace(
-        COMIT["comit-nano"], vae="sd-mse", vae_factor=8, in_channels=4, out_channels=4, max_input_size=4
+        COMIT["comit-nano"],
+        vae="sd-mse",
+        vae_factor=8,
+        in_channels=4,
+        out_channels=4,
+        max_input_size=4,
+        geometry=CropGeometry(crop=16, half=16),
     )
     model = comit_files.build(spec)
     model.vae.init_weights(torch.Generator().manual_seed(0))  # type: ignore[operator, union-attr]
@@ -203,7 +210,13 @@ def test_the_vae_of_an_untrained_comit_is_drawn_from_the_seed(monkeypatch: pytes
     small = {**vaes.SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
     monkeypatch.setattr(vaes, "SD_CONFIG", small)
     spec = replace(
-        COMIT["comit-nano"], vae="sd-mse", vae_factor=8, in_channels=4, out_channels=4, max_input_size=4
+        COMIT["comit-nano"],
+        vae="sd-mse",
+        vae_factor=8,
+        in_channels=4,
+        out_channels=4,
+        max_input_size=4,
+        geometry=CropGeometry(crop=16, half=16),
     )
     monkeypatch.setitem(comit.PRESETS, "comit-b", spec)
     states = []
