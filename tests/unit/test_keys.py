@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from alit_sizes import TINY, TINY_VAE
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from selftok_sizes import SMALL as SELFTOK
@@ -79,7 +79,7 @@ def test_equal_weights_under_another_configuration_are_another_tokenizer(name: s
 
 def test_two_configurations_are_two_stores_and_two_rows(tmp_path: Path) -> None:
     """The report: num_heads 4 instead of 2 got the other network's tokens from the cache."""
-    settings: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "suite": "scenes", "data_root": write_images(tmp_path / "data", train=6, val=4),
         "include": (write_recipes(tmp_path / "recipes"),), "cache": tmp_path / "cache", "seeds": 1,
         "output": tmp_path / "out", "device": "cpu", "references": False,
@@ -87,7 +87,7 @@ def test_two_configurations_are_two_stores_and_two_rows(tmp_path: Path) -> None:
     shutil.copytree(shipped_weights("comit-nano"), tmp_path / "a" / "mine")
     with_other_config("comit-nano", tmp_path / "b" / "mine", "predictor", "num_heads", value=4)
     for part in "ab":
-        evaluate(str(tmp_path / part / "mine"), ["tiny-colours"], **settings)
+        evaluate(str(tmp_path / part / "mine"), ["tiny-colours"], **chosen)
     assert len(list((tmp_path / "cache" / "tokens").glob("*/*"))) == 4  # two splits each
     records = load_records(tmp_path / "out" / "records", strict=True)
     assert len(records) == 2 and len({r.tokenizer.weights for r in records}) == 1
@@ -126,6 +126,7 @@ def test_every_value_of_a_specification_counts(spec: Any) -> None:
     assert len({configuration_digest(spec), *found}) == 1 + len(found) > 5
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines that do other things
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers() | st.lists(st.floats(allow_nan=False))))
 def test_configurations_are_equal_for_equal_values_only(values: dict[str, Any]) -> None:
     digest = configuration_digest(values)
