@@ -74,6 +74,17 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@torch.no_grad()
+def fill(network: torch.nn.Module) -> None:
+    """Weights from a seed: diffusers draws from the global state."""
+    g = seeded(7)
+    for name, parameter in network.named_parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.copy_(torch.randn(parameter.shape, generator=g) * scale)
+        if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
+            parameter.add_(1.0)
+
+
 def small_sd_vae() -> vae.SDVae:
     """The SD-VAE with 8 channels everywhere and weights from a seed."""
     sizes, vae.SD_CONFIG = vae.SD_CONFIG, {**vae.SD_CONFIG}
@@ -82,10 +93,7 @@ def small_sd_vae() -> vae.SDVae:
         made = vae.SDVae()
     finally:
         vae.SD_CONFIG = sizes
-    g = seeded(7)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.1)
+    fill(made)
     return made
 
 
@@ -126,9 +134,8 @@ def small_selftok(spec: SelftokSpec = SMALL, **options: Any) -> Tokenizer:
 
 
 def small_vqmodel(**options: Any) -> Tokenizer:
-    model, g = VQModel(**VQ).eval().requires_grad_(False), seeded()
-    for parameter in model.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.2)
+    model = VQModel(**VQ).eval()
+    fill(model)
     info = TokenizerInfo(
         name="vqmodel",
         family="vqmodel",
