@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
-from comit_bench.errors import BenchError
+from comit_bench.errors import BenchError, memory_runs_out
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 DEFAULT_TOKENIZER = "comit-nano"  # of commands that need one
@@ -131,7 +131,8 @@ def guarded(command: Callable[[], object]) -> NoReturn:
 
 def _exit_code(command: Callable[[], object]) -> int | str:
     try:
-        command()
+        with memory_runs_out("Close other programs that use it, take fewer images at once, or --device cpu."):
+            command()
     except BenchError as error:
         say(f"error: {error}")
         return error.exit_code

@@ -6,7 +6,8 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -34,6 +35,29 @@ class CorruptFileError(BenchError, ValueError):
 
 class UnsupportedOperation(BenchError, RuntimeError):
     """The tokenizer cannot do this, by design (for example decode)."""
+
+
+@contextmanager
+def memory_runs_out(advice: str) -> Iterator[None]:
+    """Make one message of "out of memory" inside the block, of a GPU or of the machine.
+
+    Args:
+        advice: What to do about it.
+
+    Raises:
+        BenchError: Memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).strip().split("\n")[0]
+        ran_out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, BenchError) or not (
+            ran_out or "out of memory" in said or "can't allocate memory" in said
+        ):
+            raise
+        first = ". ".join(said.split(". ")[:2]).rstrip(".")  # torch goes on about its allocator
+        raise BenchError(f"out of memory ({first or 'of this machine'}). {advice}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comit_bench.errors import BenchError, UnsupportedOperation, UsageError
+from comit_bench.errors import BenchError, UnsupportedOperation, UsageError, memory_runs_out
 from comit_bench.files import digest_json, remove_folder
 from comit_bench.jobs import Job
 from comit_bench.recipes import KINDS
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["Bench", "Outcome", "Reporter", "do_jobs"]
 
 _log = logging.getLogger(__name__)
+MEMORY_ADVICE = (
+    "Close other programs that use this device, or take --dtype bfloat16, a device with more memory, or "
+    "--device cpu. What was finished is kept: the same command continues."
+)
 
 
 class Bench(Resources):
@@ -407,7 +411,8 @@ def do_jobs(jobs: Sequence[Job], bench: Bench) -> Outcome:
         for number, job in enumerate(jobs, start=1):
             bench.reporter.check()
             try:
-                record = bench.do(job, _next_with_tokens(jobs[number:]))
+                with memory_runs_out(MEMORY_ADVICE):
+                    record = bench.do(job, _next_with_tokens(jobs[number:]))
                 if record is not None:
                     outcome.records.append(record)
             except UnsupportedOperation as error:

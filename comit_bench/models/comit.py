@@ -237,7 +237,7 @@ class Predictor(nn.Module):
     def state_at(self, time: float, device: torch.device) -> TimeState:
         """Modulations for one time, kept for the next call as long as no weight changes."""
         if torch.is_grad_enabled():
-            return self.time_state(torch.tensor([time], device=device))
+            return self.time_state(torch.full((1,), time, device=device))
         weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
         stamp = (weights, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"))
         if stamp != self._times_stamp:
@@ -247,7 +247,7 @@ class Predictor(nn.Module):
             self._times.move_to_end(time)
             return self._times[time]
         with torch.no_grad():
-            state = self.time_state(torch.tensor([time], device=device))
+            state = self.time_state(torch.full((1,), time, device=device))
         self._times[time] = state
         while len(self._times) > TIMES_KEPT:
             self._times.popitem(last=False)

@@ -110,7 +110,7 @@ def _codec(model: Comit) -> LatentCodec:
 def locate(model: Comit, cells: Tensor, side: int) -> Tensor:
     """Locations of cells int64 [...] -> [..., 2]; the global crop sits at (0, 0)."""
     table = torch.cat([torch.zeros(1, 2), model.spec.geometry.locations(side)])
-    return table.to(cells.device)[cells + 1]
+    return table.to(cells.device, non_blocking=True)[cells + 1]
 
 
 def _sample_posterior(posterior: str, model: Comit) -> bool:
@@ -151,7 +151,7 @@ def crop_latents(
         if noise is None:
             source, inverse = torch.unique(source, return_inverse=True)  # repeated crops are encoded once
         pixels = images if is_global else model.spec.geometry.local_crops(images).flatten(0, 1)
-        pixels = pixels[source]
+        pixels = pixels[source.to(images.device, non_blocking=True)]
         drawn = None
         if noise is not None:
             shape = (model.spec.in_channels, *(n // codec.factor for n in pixels.shape[-2:]))
@@ -163,11 +163,12 @@ def crop_latents(
             drawn = torch.cat(parts).to(images)
         latents = codec.encode(pixels, drawn)
         if noise is None:
-            latents = latents[inverse]
+            latents = latents[inverse.to(images.device, non_blocking=True)]
         for k in range(table.shape[0]):
             if mask[k].any():
-                chosen = step == k
-                steps[k][latents.shape[-1]] = (image[chosen].to(images.device), latents[chosen])
+                rows = (step == k).nonzero().flatten()
+                where_to, part = (x.to(images.device, non_blocking=True) for x in (image[rows], rows))
+                steps[k][latents.shape[-1]] = (where_to, latents[part])
     return steps
 
 
@@ -259,7 +260,7 @@ def encode(
         return _encode_adaptive(model, images, policy, noise, latent_noise)
     cells = policy.indices(images.shape[0], generators)
     latents = crop_latents(model, images, cells, noise=latent_noise)
-    cells = cells.to(images.device)
+    cells = cells.to(images.device, non_blocking=True)
     return encode_sequence(model, latents, cells, locate(model, cells, images.shape[-1]))
 
 
@@ -355,7 +356,7 @@ def _encode_adaptive(
         if k + 1 == policy.num_crops:
             steps.append(EncodeStep(cells, offsets, prequant, message))
             break
-        y = noise("adaptive", k, range(batch), shape).to(images)
+        y = noise("adaptive", k, range(batch), shape).to(images, non_blocking=True)
         decoded = _codec(model).decode(one_step_decode(model, message, -location, y))
         scores = model.spec.geometry.error_map(decoded, images)
         steps.append(EncodeStep(cells, offsets, prequant, message, scores))

@@ -340,7 +340,7 @@ class Decoder(nn.Module):
 
     def null(self) -> Condition:
         """The unconditional pass: one token that stands for all K."""
-        count = torch.tensor([[float(self.spec.registers)]], device=self.null_token.device)
+        count = torch.full((1, 1), float(self.spec.registers), device=self.null_token.device)
         return Condition(self.null_token.view(1, 1, -1), count.log())
 
     # ------------------------------------------------------------------ time

@@ -252,7 +252,8 @@ class _Fit:
 
     def _vectors(self, triplets: NDArray[np.int64]) -> Tensor:
         """Text vectors of triplets: int64 [b, G, 3] -> float32 [b, G, 3, T]."""
-        s, p, o = torch.from_numpy(np.ascontiguousarray(triplets)).to(self.device).unbind(-1)
+        numbers = torch.from_numpy(np.ascontiguousarray(triplets)).to(self.device, non_blocking=True)
+        s, p, o = numbers.unbind(-1)
         objects, predicates = self.texts
         return torch.stack([objects[s], predicates[p], objects[o]], dim=2)
 
@@ -276,7 +277,8 @@ class _Fit:
         masks = keyed_generator("probe-dropout", self.seed, epoch, device=self.device)
         pick = keyed_generator("contrast-negatives", self.seed, epoch)
         samples = draw_samples(task.table, self.seed, epoch)
-        loss = score = 0.0
+        sums: list[Tensor] = []  # loss and score of every part, read once per epoch: no waiting in between
+        steps: list[int] = []
         starts = range(0, len(samples), task.spec.batch_size)
         for step, start in enumerate(starts):
             batch = samples[start : start + task.spec.batch_size]
@@ -286,17 +288,21 @@ class _Fit:
             self.optimizer.zero_grad(set_to_none=True)
             for part in self._chunks(len(batch), triplets.shape[1]):
                 logits = self._logits("train", torch.from_numpy(batch[part, 0]), triplets[part], masks)
-                each, right = ranked(logits, torch.from_numpy(valid[part]).to(self.device))
+                there = torch.from_numpy(valid[part]).to(self.device, non_blocking=True)
+                each, right = ranked(logits, there)
                 (each.sum() / len(batch)).backward()
-                loss += float(each.detach().double().sum())
-                score += float(right.sum())
+                sums.append(torch.stack([each.detach().double().sum(), right.sum().double()]))
+                steps.append(step)
+            self.optimizer.step()
+        loss = score = 0.0
+        for step, part_sums in zip(steps, torch.stack(sums).tolist() if sums else [], strict=True):
+            loss, score = loss + part_sums[0], score + part_sums[1]
             if not math.isfinite(loss):
                 raise BenchError(
                     f"the probe's loss is not finite in epoch {epoch}, step {step + 1} of {len(starts)} "
                     f"(seed {self.seed}, learning rate {task.spec.learning_rate:g}). Lower "
                     "probe.learning_rate in the recipe, or look for NaN or huge values in the codes."
                 )
-            self.optimizer.step()
         return loss / len(samples), score / len(samples)
 
     @torch.inference_mode()

@@ -342,7 +342,7 @@ class Batches:
 
     def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [n, K, d] and targets of positions int64 [n] within the split."""
-        there = chosen.to(self.device)
+        there = chosen.to(self.device, non_blocking=True)
         if self.codes is not None:
             return self.codes[there], self.targets[there]
         return self.split.messages.take(self.rows[chosen]).to(self.device), self.targets[there]

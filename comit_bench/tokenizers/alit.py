@@ -44,6 +44,7 @@ from comit_bench.tokenizers.base import (
     check_ids,
     check_images,
     in_tiles,
+    on_device,
     only_finite,
     own_streams,
     refuse_unknown,
@@ -177,7 +178,7 @@ class AlitTokenizer:
         return flops
 
     def _pixels(self, images_u8: Tensor) -> Tensor:
-        return images_u8.to(self.device, torch.float32).div(255)
+        return on_device(images_u8, self.device).div(255)
 
     def _noise(self, own: Sequence[torch.Generator] | None) -> tuple[Tensor | None, list[Tensor] | None]:
         """Posterior noise [B, C, 16, 16] and halting noise, T - 1 times [B, N], image by image.

@@ -309,7 +309,7 @@ def attention_in_tiles(
             def hand_on(layer: int, time: int, maps: Tensor, start: int = start, count: int = count) -> None:
                 receive(start, layer, time, observe("attention maps", maps)[:count])
 
-            function(*(b[index.to(b.device)] for b in batches), hand_on)
+            function(*(b[index.to(b.device, non_blocking=True)] for b in batches), hand_on)
 
 
 def gather_attention(
@@ -355,7 +355,7 @@ def in_tiles(
     with only_finite(name):
         for start in range(0, total, tile):
             index = torch.arange(start, start + tile).clamp_(max=total - 1)
-            parts.append(function(*(b[index.to(b.device)] for b in batches)))
+            parts.append(function(*(b[index.to(b.device, non_blocking=True)] for b in batches)))
             observe("codes", parts[-1].codes)
 
     def join(values: list[Tensor | None]) -> Tensor | None:
@@ -376,6 +376,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.autocast(device.type, dtype=dtype) if rounded else full_precision(device),
     ):
         yield
+
+
+def on_device(images_u8: Tensor, device: torch.device) -> Tensor:
+    """Bytes -> float32 0..255 on the device: the bytes travel, and the host does not wait for them."""
+    return images_u8.to(device, non_blocking=True).float()
 
 
 def check_images(images_u8: Tensor, info: TokenizerInfo) -> None:
@@ -468,7 +473,7 @@ def encode_pixels(
 
     def tile(images: Tensor) -> Tokens:
         with torch.inference_mode(), autocast(device, dtype):
-            return Tokens(*encode(images.to(device, torch.float32).div(255)))
+            return Tokens(*encode(on_device(images, device).div(255)))
 
     return in_tiles(tile, images_u8, name=info.name)
 

@@ -38,6 +38,7 @@ from comit_bench.tokenizers.base import (
     check_images,
     in_tiles,
     number,
+    on_device,
     only_finite,
     own_streams,
     refuse_unknown,
@@ -176,7 +177,7 @@ class ComitTokenizer:
         return {**settings, "default": settings == DECODE_DEFAULTS}
 
     def _pixels(self, images_u8: Tensor) -> Tensor:
-        return images_u8.to(self.device, torch.float32).div(255).sub(0.5).div(0.5)
+        return on_device(images_u8, self.device).div(255).sub(0.5).div(0.5)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return autocast(self.device, self.dtype)
@@ -263,7 +264,7 @@ class ComitTokenizer:
                     self.model,
                     codes.to(self.device),
                     offsets.to(self.device),
-                    y.to(self.device),
+                    y.to(self.device, non_blocking=True),
                     steps=self.steps,
                     solver=self.solver,
                     guidance=self.guidance,
@@ -305,7 +306,7 @@ class ComitTokenizer:
                     self.model,
                     codes.to(self.device),
                     offsets.to(self.device),
-                    y.to(self.device),
+                    y.to(self.device, non_blocking=True),
                     steps=self.steps,
                     solver=self.solver,
                     guidance=self.guidance,

@@ -26,6 +26,7 @@ from comit_bench.tokenizers.base import (
     check_images,
     in_tiles,
     number,
+    on_device,
     refuse_unknown,
     seeded_noise,
     switch,
@@ -176,7 +177,7 @@ class FlexTokTokenizer:
             noise = torch.stack([torch.randn(self._latent_shape, generator=g) for g in generators])
 
         def tile(images: Tensor, drawn: Tensor) -> Tokens:
-            pixels = images.to(self.device, torch.float32).div(255).mul(2).sub(1)
+            pixels = on_device(images, self.device).div(255).mul(2).sub(1)
             eps = drawn.to(self.device) if sampled else None
             with torch.inference_mode(), autocast(self.device, self.dtype):
                 done = encode(self.model, pixels, tokens=self.tokens, noise=eps)
@@ -210,7 +211,10 @@ class FlexTokTokenizer:
         def tile(codes: Tensor, noise: Tensor) -> Tokens:
             with torch.inference_mode(), autocast(self.device, self.dtype):
                 images = decode(
-                    self.model, codes.to(self.device), noise.to(self.device), sampling=self.sampling
+                    self.model,
+                    codes.to(self.device),
+                    noise.to(self.device, non_blocking=True),
+                    sampling=self.sampling,
                 )
                 return Tokens(None, to_uint8(images))
 

@@ -34,6 +34,7 @@ from comit_bench.tokenizers.base import (
     check_ids,
     check_images,
     in_tiles,
+    on_device,
     refuse_unknown,
     seeded_noise,
     switch,
@@ -228,7 +229,7 @@ class SelftokTokenizer:
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
-            pixels = images.to(self.device, torch.float32).div(127.5).sub(1)
+            pixels = on_device(images, self.device).div(127.5).sub(1)
             fixed = self._fixed
             with torch.inference_mode(), autocast(self.device, self.dtype):
                 done = encode(self.model, pixels, fixed)
@@ -286,7 +287,7 @@ class SelftokTokenizer:
         return sample(
             self.model.model,
             codes,
-            noise.to(self.device),
+            noise.to(self.device, non_blocking=True),
             schedule=self.schedule,
             steps=self.steps,
             own=fixed.context,

@@ -33,6 +33,7 @@ from comit_bench.tokenizers.base import (
     check_ids,
     check_images,
     in_tiles,
+    on_device,
     refuse_unknown,
     switch,
     warn_policy,
@@ -208,7 +209,7 @@ class VqModelTokenizer:
 
         def tile(images: Tensor) -> Tokens:
             with torch.inference_mode():
-                x = images.to(self.device, torch.float32).div(127.5).sub(1)
+                x = on_device(images, self.device).div(127.5).sub(1)
                 with autocast(self.device, self.dtype):
                     hidden = self.model.encoder(x)
                 with autocast(self.device, torch.float32):  # this decides the ids

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from comit_bench.errors import BenchError
+from comit_bench.errors import BenchError, memory_runs_out
 from comit_bench.files import digest_json
 from comit_bench.models.comit import Comit
 from comit_bench.models.teachers import TeacherFeatures
@@ -241,7 +241,7 @@ class Trainer:
         """One optimizer step. Returns the values of ``PARTS`` and whether to stop, equal on all ranks."""
         means = self._gradients(batch)
         norm = full(nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip))
-        flag = torch.tensor([float(stop.asked)], device=self.device)
+        flag = torch.full((1,), float(stop.asked), device=self.device)
         shared = torch.cat([means, flag])
         if self.work.ranks > 1:
             shared = torch.as_tensor(self.accelerator.reduce(shared, "mean"))
@@ -409,7 +409,8 @@ class Trainer:
             total=config.steps, initial=start, desc=config.name, unit="step", disable=not self.progress
         ) as bar:
             for batch in batches:
-                values, asked = self._step(batch, stop)
+                with memory_runs_out(self._memory_advice):
+                    values, asked = self._step(batch, stop)
                 broken |= batch.broken
                 images += config.global_batch
                 rate = images / max(time.monotonic() - clock, 1e-9)
@@ -427,6 +428,13 @@ class Trainer:
                 if asked:
                     return False
         return True
+
+    @property
+    def _memory_advice(self) -> str:
+        smaller = f"Lower device_batch (now {self.work.device_batch}: only rounding depends on it)"
+        if not self.config.activation_checkpointing:
+            smaller += ", or set activation_checkpointing=true"
+        return f"{smaller}. The same command then continues from the last checkpoint."
 
     @staticmethod
     def _postfix(values: list[float], rate: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.files import shipped_weights
@@ -120,6 +121,9 @@ def check_device(config: TrainConfig, device: str) -> None:
 def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
     """One process, or the group that ``accelerate launch`` or ``torchrun`` started."""
     check_device(config, device)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        # a run that this process did before may have had another device or precision
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if config.precision == "bfloat16" else "no",

@@ -11,7 +11,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from parity import NEEDED, ParityCase, driver, families, family_of, find_cases, fingerprint, open_case
+from pretend_cuda import pretend_cuda
 
 HERE = Path(__file__).parent
 VENDORED = HERE / "cases"
@@ -68,6 +70,31 @@ def test_call(label: str, name: str) -> None:
 @pytest.mark.parametrize("label", [label for label in OPENED if label not in BROKEN])
 def test_every_recorded_tensor_is_compared(label: str) -> None:
     assert OPENED[label].left_over() == set()
+
+
+def every_check(folder: Path) -> None:
+    """All checks of a case on CUDA; what is compared is what is compared on the CPU."""
+    case = open_case(folder, "cuda")
+    for name in case.checks():
+        assert case.run(name)
+    assert case.left_over() == set()
+    for name, (got, want) in case.ids().items():
+        assert got.is_cuda and torch.equal(got.cpu(), want.cpu()), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("label", FOLDERS)
+def test_case_on_cuda(label: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    every_check(FOLDERS[label])
+
+
+@pytest.mark.parametrize("folder", find_cases(VENDORED), ids=lambda folder: folder.name)
+def test_case_on_a_pretended_cuda(folder: Path) -> None:
+    """So that nothing but arithmetic is left to find out on a real one."""
+    with pretend_cuda():
+        every_check(folder)
 
 
 def test_every_family_has_a_vendored_case_within_the_budget() -> None:

@@ -26,11 +26,10 @@ class Case(ParityCase):
         omitted: list[str] = read_config(self.folder).get("omitted_weights", [])
         return omitted
 
-    @cached_property
-    def model(self) -> Alit:
+    def load(self) -> Alit:
         config = read_config(self.folder)
         if not self.omitted:
-            return load_directory(self.folder)[0].requires_grad_(False)
+            return load_directory(self.folder)[0]
         spec = spec_from_config(config, self.folder / "config.json")
         tensors = without_losses(read_tensors(self.folder / "weights.safetensors"))
         for name, value in build(spec, empty=True).state_dict().items():
@@ -39,7 +38,13 @@ class Case(ParityCase):
                 tensors[name] = torch.full(value.shape, float("nan"))  # whoever uses it is found out
         model = build(spec, empty=True)
         load_checked(model, tensors, self.folder)
-        return model.eval().requires_grad_(False)
+        return model
+
+    def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        steps = enumerate(self.steps())
+        return {
+            n: (s.ids, self.io[n]) for t, s in steps if s.ids is not None and (n := f"ids_t{t}") in self.io
+        }
 
     @property
     def count(self) -> int:

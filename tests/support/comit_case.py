@@ -37,9 +37,16 @@ INPUTS = {"images", "dec.noise", "adapt.noise", "vel.t", "vel.t_batch"}
 class Case(ParityCase):
     """One COMiT case: ``calls.json`` says which calls of the original were recorded."""
 
-    @cached_property
-    def model(self) -> Comit:
-        return load_directory(self.folder, offline=True)[0].requires_grad_(False)
+    def load(self) -> Comit:
+        return load_directory(self.folder, offline=True)[0]
+
+    def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        done = encode(self.model, self.images, CropPolicy(global_crop=True, num_crops=1))
+        found = {"global": (done.ids, self.io["ids"])}
+        for name, arguments in self.calls.get("enc", {}).items():
+            done = encode(self.model, self.images, self._policy(name, arguments))
+            found[name] = (done.ids, self.io[f"enc.{name}.ids"][:, -1])
+        return found
 
     @cached_property
     def calls(self) -> dict[str, Any]:
@@ -89,7 +96,7 @@ class Case(ParityCase):
         steps = crop_latents(model, self.images, table)
         latents = [next(iter(step.values()))[1] for step in steps]
         seen = [
-            expect("prior.codes", model.prior(batch, torch.device("cpu")), io["prior.codes"]),
+            expect("prior.codes", model.prior(batch, self.device), io["prior.codes"]),
             expect("grid.locations", model.spec.geometry.locations(side), io["grid.locations"]),
             expect("latents.global", latents[0], io["latents.global"], tolerance=FLOAT),
             expect("latents.grid", torch.stack(latents[1:], 1), io["latents.grid"], tolerance=FLOAT),
@@ -119,14 +126,17 @@ class Case(ParityCase):
         return tuple(tuple(row) if isinstance(row, list) else row for row in value)
 
     def encode(self, name: str, arguments: dict[str, Any]) -> list[str]:
+        done = encode(self.model, self.images, self._policy(name, arguments))
+        return self._trace(f"enc.{name}", done)
+
+    def _policy(self, name: str, arguments: dict[str, Any]) -> CropPolicy:
         known = {"global_crop", "order", "num_crops"}
         assert set(arguments) <= known, f"enc.{name}: unknown arguments {set(arguments) - known}"
-        policy = CropPolicy(
+        return CropPolicy(
             order=self._order(arguments.get("order")),
             global_crop=arguments.get("global_crop", False),
             num_crops=arguments.get("num_crops"),
         )
-        return self._trace(f"enc.{name}", encode(self.model, self.images, policy))
 
     def adaptive(self, name: str, arguments: dict[str, Any]) -> list[str]:
         io, model, prefix = self.io, self.model, f"adapt.{name}"
@@ -137,7 +147,7 @@ class Case(ParityCase):
             shared=not arguments["per_image"],
         )
         noise = io["adapt.noise"].float()
-        done = encode(model, self.images, policy, noise=noise_from_tensors(adaptive=noise))
+        done = encode(model, self.images, policy, noise=noise_from_tensors(adaptive=noise.cpu()))
         first = int(arguments["global_crop"])
         cells = torch.stack([s.cells for s in done.steps], 1) + first
         scores = torch.stack([s.scores for s in done.steps[:-1]], 1)
@@ -151,7 +161,7 @@ class Case(ParityCase):
             # the released program also reconstructs after the last crop; ours does not need to
             location = torch.cumsum(torch.stack([s.offsets for s in done.steps]), 0)
             if not arguments["global_crop"]:
-                location = location + model.spec.geometry.locations(self.images.shape[-1])[4]
+                location = location + model.spec.geometry.locations(self.images.shape[-1])[4].to(self.device)
             latents = [
                 one_step_decode(model, step.codes, -place, noise[k])
                 for k, (step, place) in enumerate(zip(done.steps, location, strict=True))
@@ -178,10 +188,13 @@ class Case(ParityCase):
         io, predictor = self.io, self.model.predictor
         batch = self.images.shape[0]
         given = predictor.condition(io["dec.msgs"], io["dec.offsets"])
-        prior = predictor.condition(self.model.prior(batch, torch.device("cpu"))[:1, :1], io["dec.offsets"])
+        prior = predictor.condition(self.model.prior(batch, self.device)[:1, :1], io["dec.offsets"])
         v, u, m, short = [], [], [], []
         for t in io["vel.t"].tolist():
-            state, x = predictor.state_at(t, torch.device("cpu")), self._at(torch.full((batch,), t))
+            state, x = (
+                predictor.state_at(t, self.device),
+                self._at(torch.full((batch,), t, device=self.device)),
+            )
             full = predictor(x, given, state, read="both")
             v.append(full.velocity)
             m.append(self.model.quantizer.relaxed(full.message))
@@ -226,8 +239,8 @@ class Case(ParityCase):
         io, model, step = self.io, self.model, arguments["row_step"]
         predictor, layer, batch = model.predictor, arguments["layer_zero_based"], self.images.shape[0]
         given = predictor.condition(io["dec.msgs"], io["dec.offsets"])
-        state = predictor.state_at(arguments["t"], torch.device("cpu"))
-        x = self._at(torch.full((batch,), float(arguments["t"])))
+        state = predictor.state_at(arguments["t"], self.device)
+        x = self._at(torch.full((batch,), float(arguments["t"]), device=self.device))
         probe = AttentionProbe(layer, "all")
         hard = predictor(x, given, state, read="both", mask_mode="hard", probe=probe)
         logits = probe.maps[layer]
@@ -289,9 +302,9 @@ class Case(ParityCase):
         crop = crop_latents(self.model, self.images, torch.full((1, self.images.shape[0]), 5))[0]
         x = next(iter(crop.values()))[1][:1]
         prior = predictor.condition(
-            self.model.prior(1, torch.device("cpu"))[:, :1], torch.tensor([[0.625, -0.625]])
+            self.model.prior(1, self.device)[:, :1], torch.tensor([[0.625, -0.625]], device=self.device)
         )
-        seen = self._internal("dbg.encode", x, prior, torch.ones(1))
+        seen = self._internal("dbg.encode", x, prior, torch.ones(1, device=self.device))
         t = io["vel.t"][2:3]
         given = predictor.condition(io["dec.msgs"][:1], io["dec.offsets"][:1])
         return seen + self._internal("dbg.decode", self._at(t)[:1], given, t)

@@ -37,15 +37,17 @@ class Case(ParityCase):
     def has_vae(self) -> bool:
         return any(key.startswith(VAE) for key in self.checkpoint.tensors)
 
-    @cached_property
-    def model(self) -> FlexTok:
+    def load(self) -> FlexTok:
         if self.has_vae:
-            return load_directory(self.folder, offline=True).model.requires_grad_(False)
+            return load_directory(self.folder, offline=True).model
         spec = self.checkpoint.spec
         scale = self.checkpoint.vae["scaling_factor"]
         model = FlexTok(replace(spec, vae=replace(spec.vae, scale=scale)))
         load_checked(model, self.checkpoint.tensors, weight_file(self.folder), optional=("vae.",))
-        return model.requires_grad_(False).eval()
+        return model
+
+    def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"ids": (encode_latents(self.model, self.io["vae_latents"]).ids, self.io["ids"])}
 
     @cached_property
     def fixture(self) -> dict[str, Any]:
@@ -148,14 +150,14 @@ class Case(ParityCase):
         return ["ids", "prequant"]
 
     def _first(self) -> TimeStates:
-        return self.model.decoder.time_states(torch.ones(1)).at(0)
+        return self.model.decoder.time_states(torch.ones(1, device=self.device)).at(0)
 
     def conditions(self) -> list[str]:
         decoder, io = self.model.decoder, self.io
         batch = io["noise"].shape[0]
         given = decoder.plain_condition(io["codes_padded"], self.keep)
         return [
-            *self.see("dec_temb_step0", decoder.time_vector(torch.ones(batch))),
+            *self.see("dec_temb_step0", decoder.time_vector(torch.ones(batch, device=self.device))),
             *self.see("dec_seq_in_step0", decoder.sequence(io["noise"], given)),
             *self.see("dec_seq_in_uncond_step0", decoder.sequence(io["noise"], decoder.plain_null())),
         ]
@@ -179,7 +181,9 @@ class Case(ParityCase):
 
         def observe(step: int, x: Tensor, conditional: Tensor, unconditional: Tensor | None) -> None:
             if unconditional is None:  # unguided: recorded all the same, perhaps
-                state = decoder.time_states(torch.tensor([1 - step / self.sampling.steps])).at(0)
+                state = decoder.time_states(
+                    torch.tensor([1 - step / self.sampling.steps], device=self.device)
+                ).at(0)
                 unconditional = decoder(x, decoder.null(), state)
             steps.append((conditional, unconditional))
 
@@ -198,10 +202,10 @@ class Case(ParityCase):
         projected, guided = self.sampling.projected, self.sampling.guided
         rows = []
         for row, k in enumerate(self.keep):
-            x, m = io["noise"][row : row + 1], torch.zeros(())
+            x, m = io["noise"][row : row + 1], torch.zeros((), device=self.device)
             given = decoder.plain_condition(io["codes_padded"][row : row + 1], [k])
             for i in range(count, 0, -1):
-                state = decoder.time_states(torch.tensor([i / count]))
+                state = decoder.time_states(torch.tensor([i / count], device=self.device))
                 v, g = decoder(x, given, state), self.weight(count - i)
                 if guided:
                     u = decoder(x, decoder.plain_null(), state)

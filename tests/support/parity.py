@@ -14,11 +14,13 @@ from functools import cached_property
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comit_bench.files import sha256_file
+from comit_bench.models.precision import exact_products
 from comit_bench.tokenizers.checkpoints import read_tensors
 
 NEEDED = ("config.json", "io.safetensors", "weights.safetensors")
@@ -28,6 +30,7 @@ SUPPORT = Path(__file__).parent
 def expect(name: str, got: Tensor | None, want: Tensor, *, tolerance: float | None = None) -> str:
     """Compare and return the name. Integers and tolerance None compare exactly."""
     assert got is not None, f"{name}: nothing was computed"
+    got, want = got.cpu(), want.cpu()
     assert got.shape == want.shape, f"{name}: shape {list(got.shape)} instead of {list(want.shape)}"
     if tolerance is None or not want.is_floating_point():
         wrong = int((got.to(want.dtype) != want).sum())
@@ -47,11 +50,22 @@ class ParityCase:
     """
 
     folder: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     compared: dict[str, list[str]] = field(default_factory=dict)
 
     @cached_property
     def io(self) -> dict[str, Tensor]:
-        return read_tensors(self.folder / "io.safetensors")
+        tensors = read_tensors(self.folder / "io.safetensors")
+        return {name: value.to(self.device) for name, value in tensors.items()}
+
+    @cached_property
+    def model(self) -> Any:
+        """The network of the case, without gradients, where the case runs."""
+        return self.load().to(self.device).requires_grad_(False).eval()
+
+    def load(self) -> nn.Module:
+        """The network of the case, on the CPU."""
+        raise NotImplementedError
 
     def inputs(self) -> set[str]:
         """Names of the tensors that are fed in and need no comparison."""
@@ -61,10 +75,14 @@ class ParityCase:
         """Named checks; each returns the names of the tensors that it compared."""
         raise NotImplementedError
 
+    def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Ids that the encoder sends now and those recorded, int64 of one shape, by name."""
+        raise NotImplementedError
+
     def run(self, name: str) -> list[str]:
-        """Run one check once, without gradients (as an adapter does), and remember what it compared."""
+        """Run one check once, as an adapter does (no gradients, no TF32), and remember what it compared."""
         if name not in self.compared:
-            with torch.no_grad():
+            with torch.no_grad(), exact_products(self.device):
                 self.compared[name] = self.checks()[name]()
         return self.compared[name]
 
@@ -122,14 +140,18 @@ def family_of(folder: Path) -> str:
     return folder.resolve().parent.name
 
 
-def open_case(folder: Path) -> ParityCase:
+def open_case(folder: Path, device: str | torch.device = "cpu") -> ParityCase:
     """The driver of a case folder.
+
+    Args:
+        folder: The case.
+        device: Where everything is computed.
 
     Raises:
         LookupError: Unknown family.
         FileNotFoundError: A file of the case is missing.
     """
-    case = driver(family_of(folder))(folder)
+    case = driver(family_of(folder))(folder, torch.device(device))
     absent = [name for name in NEEDED if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{folder}: a parity case without {', '.join(absent)}")

@@ -57,8 +57,7 @@ class Case(ParityCase):
     def has_vae(self) -> bool:
         return (self.folder / OWN_VAE).is_file()
 
-    @cached_property
-    def model(self) -> Selftok:
+    def load(self) -> Selftok:
         if not self.omitted:
             return load_directory(self.folder, offline=True, latents_only=not self.has_vae).model
         tensors = used(read_tensors(self.folder / "weights.safetensors"))
@@ -71,7 +70,10 @@ class Case(ParityCase):
         load_checked(model, tensors, self.folder, optional=("vae.",))
         if vae is not None and model.vae is not None:
             load_checked(model.vae.vae, read_tensors(vae[1]), vae[1])
-        return model.eval()
+        return model
+
+    def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"ids": (encode_latents(self.model, self.io["latents"]).ids, self.io["ids"])}
 
     def inputs(self) -> set[str]:
         given = {"images", "noise"}

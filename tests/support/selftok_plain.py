@@ -30,7 +30,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def time_embedding(state: State, name: str, p: Tensor) -> Tensor:
-    f = torch.exp((-math.log(10000.0) * torch.arange(128, dtype=torch.float32)) / 128)
+    f = torch.exp((-math.log(10000.0) * torch.arange(128, dtype=torch.float32, device=p.device)) / 128)
     angle = p[:, None] * f
     features = torch.cat([angle.cos(), angle.sin()], dim=1)
     return linear(state, f"{name}.mlp.2", silu(linear(state, f"{name}.mlp.0", features)))
@@ -65,8 +65,8 @@ def patches(state: State, name: str, x: Tensor) -> Tensor:
     return out.flatten(2).transpose(1, 2)
 
 
-def positions(count: int) -> Tensor:
-    return torch.tensor([1000.0 + 8 * k for k in range(count)])
+def positions(count: int, like: Tensor) -> Tensor:
+    return torch.tensor([1000.0 + 8 * k for k in range(count)], device=like.device)
 
 
 def plain_encode(model: Selftok, latents: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def plain_encode(model: Selftok, latents: Tensor) -> Tensor:
     q = state["query_tokens"].repeat(len(x), 1, 1)
     for i in range(spec.encoder.depth):
         b = f"blocks.{i}"
-        te = time_embedding(state, f"{b}.t_embedder", positions(spec.tokens))
+        te = time_embedding(state, f"{b}.t_embedder", positions(spec.tokens, q))
         m = linear(state, f"{b}.adaLN_modulation.1", silu(te)).split(width, dim=-1)
         n, u = norm(x), norm(q) * (1 + m[1]) + m[0]
         a, c, e = linear(state, f"{b}.attn.qkv", n).chunk(3, -1)
@@ -102,7 +102,7 @@ def _trunk(
     k, p = codes.shape[1], image.shape[1]
     c = silu(time_embedding(state, "t_embedder", tau))[:, None]
     context = linear(state, "context_embedder", codes) + state["context_pos_embed"]
-    mask = torch.ones(k + p, k + p, dtype=torch.bool)
+    mask = torch.ones(k + p, k + p, dtype=torch.bool, device=codes.device)
     mask[:, visible:k] = False
     if not spec.context_sees_image:
         mask[:k, k:] = False
@@ -112,7 +112,7 @@ def _trunk(
         last = i == depth - 1
         own = c
         if not last:
-            own = silu(time_embedding(state, f"{b}.context_block.t_embedder", positions(k)))
+            own = silu(time_embedding(state, f"{b}.context_block.t_embedder", positions(k, codes)))
         o = linear(state, f"{b}.context_block.adaLN_modulation.1", own).split(width, dim=-1)
         q1, k1, v1 = linear(state, f"{b}.context_block.attn.qkv", norm(context) * (1 + o[1]) + o[0]).chunk(
             3, -1
@@ -129,7 +129,7 @@ def _trunk(
     shift, scale = linear(state, "final_layer.adaLN_modulation.1", c).chunk(2, -1)
     y = linear(state, "final_layer.linear", norm(image) * (1 + scale) + shift)
     channels = spec.channels
-    out = torch.zeros(len(y), channels, 2 * rows, 2 * (p // rows))
+    out = torch.zeros(len(y), channels, 2 * rows, 2 * (p // rows), device=y.device)
     for a in range(2):
         for d in range(2):
             part = y[..., (2 * a + d) * channels : (2 * a + d + 1) * channels]
@@ -145,7 +145,7 @@ def plain_velocity(model: Selftok, x: Tensor, codes: Tensor, time: Tensor, visib
     """The diffusion decoder at one time, with all K tokens and a key mask."""
     state, rows = _decoder_state(model), x.shape[-2] // 2
     image = patches(state, "x_embedder", x) + crop(state["pos_embed"], rows, x.shape[-1] // 2)
-    return _trunk(model, state, image, codes, 1000 * time.view(1), visible, rows)
+    return _trunk(model, state, image, codes, 1000 * time.view(1).to(codes.device), visible, rows)
 
 
 def plain_render(model: Selftok, codes: Tensor) -> Tensor:
@@ -153,4 +153,5 @@ def plain_render(model: Selftok, codes: Tensor) -> Tensor:
     state = _decoder_state(model)
     count = len(state["positional_embedding"])
     image = state["mask_token"].expand(len(codes), count, -1) + state["positional_embedding"]
-    return _trunk(model, state, image, codes, torch.tensor([1000.0]), codes.shape[1], math.isqrt(count))
+    last = torch.tensor([1000.0], device=codes.device)
+    return _trunk(model, state, image, codes, last, codes.shape[1], math.isqrt(count))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from parity import ParityCase, expect
@@ -19,9 +18,11 @@ FLOAT = 1e-4
 class Case(ParityCase):
     """Encoder, quantizer, decoder and pixels of one checkpoint; nothing in TiTok is random."""
 
-    @cached_property
-    def model(self) -> Titok:
-        return load_directory(self.folder).requires_grad_(False)
+    def load(self) -> Titok:
+        return load_directory(self.folder)
+
+    def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"ids": (self.model.encode(self.io["images"])[0], self.io["ids"])}
 
     def inputs(self) -> set[str]:
         return {"images", "ids_random"}

@@ -1,0 +1,92 @@
+"""Probes on CUDA: codes, targets, dropout masks and texts on one device, and no waiting per batch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_device import Cuda
+
+from comit_bench import evaluate
+from comit_bench.recipes import ProbeSpec
+from comit_bench.tasks.fit import FitTask, MessageSource, Split, predict
+
+SPEC = ProbeSpec(
+    width=32, depth=2, heads=4, batch_size=16, learning_rate=3e-3, max_epochs=8, patience=8, mlp_ratio=1
+)
+
+
+def task(count: int, **changes: object) -> FitTask:
+    """Token 0 names the class, the others are noise."""
+    g = torch.Generator().manual_seed(0)
+    total = count + 60
+    targets = torch.randint(0, 4, (total,), generator=g)
+    codes = torch.randn(total, 5, 6, generator=g)
+    codes[:, 0] = 3 * torch.eye(4, 6)[targets]
+    bounds = {"train": (0, count), "early_stop": (count, count + 30), "report": (count + 30, total)}
+    parts = {name: Split(MessageSource(codes=codes[a:b]), targets[a:b]) for name, (a, b) in bounds.items()}
+    spec = SPEC.model_copy(update={k: changes.pop(k) for k in list(changes) if k in ProbeSpec.model_fields})
+    return FitTask(spec=spec, outputs=4, **parts, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_probe_is_fitted(cuda: Cuda, bf16: bool) -> None:
+    job = task(120, bf16=bf16, dropout=0.1, permute_targets=False)
+    done = job.fit(0, device=cuda.device)
+    assert done.outputs is not None and done.outputs.device.type == "cpu"
+    assert all(math.isfinite(entry.train_loss) for entry in done.history)
+    assert {value.device.type for value in done.state.values()} == {"cpu"}
+    again = predict(job, done.state, job.report, device=cuda.device)  # type: ignore[arg-type]
+    assert torch.allclose(again, done.outputs, atol=1e-2 if bf16 else 1e-4)
+    if cuda.real:  # a pretended device has no gradients
+        right = done.outputs.argmax(1) == job.report.targets  # type: ignore[union-attr]
+        assert float(right.float().mean()) > 0.9
+
+
+def test_a_fit_is_that_of_the_cpu(cuda: Cuda) -> None:
+    """Order, initial weights and early stopping are keyed; only rounding differs (and dropout would)."""
+    if not cuda.real:
+        pytest.skip("a pretended device has no gradients")
+    job = task(200)
+    one, other = job.fit(3, device=cuda.device), job.fit(3, device="cpu")
+    assert [e.epoch for e in one.history] == [e.epoch for e in other.history]
+    for a, b in zip(one.history, other.history, strict=True):
+        assert a.train_loss == pytest.approx(b.train_loss, rel=1e-2, abs=1e-3)
+    assert torch.allclose(one.outputs, other.outputs, atol=0.1)  # type: ignore[arg-type]
+
+
+def test_the_number_of_waits_does_not_grow_with_the_batches(cuda: Cuda) -> None:
+    if cuda.mode is None:
+        pytest.skip("a real device does not count")
+    counts = []
+    for images in (32, 160):
+        cuda.mode.syncs.clear()
+        task(images, max_epochs=2, patience=2).fit(0, device=cuda.device)
+        counts.append(len(cuda.mode.syncs))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recognition-scenes", "pairs-scenes", "relations-scenes", "objectness-scenes", "retrieval-scenes",
+        "reconstruction-scenes", "codebook-scenes", "counterfactual-scenes",
+    ],
+)  # fmt: skip
+def test_every_kind_of_task_runs_on_the_device(cuda: Cuda, name: str, tmp_path: Path) -> None:
+    with torch.enable_grad():
+        records = evaluate(
+            "comit-nano",
+            [name],
+            device="cuda",
+            limit=40,
+            seeds=1,
+            output=tmp_path / "results",
+            cache=tmp_path / "cache",
+            progress=False,
+        )
+    values = [metric.value for metric in records[-1].metrics.values()]
+    assert values and all(value is None or math.isfinite(value) for value in values)
