@@ -39,7 +39,7 @@ from comit_bench.models.vae import LatentCodec
 # (what, crop step, image indices in the batch, shape of one image's noise) -> [len(images), *shape]
 NoiseSource = Callable[[Literal["latent", "adaptive"], int, Sequence[int], tuple[int, ...]], Tensor]
 # {latent side: (image indices, latents)} of one crop step: one entry unless an explicit order mixes
-# global and local crops at the same step
+# global and local crops at the same step; an image that is in none keeps its message
 Latents = dict[int, tuple[Tensor, Tensor]]
 CENTRE = CELLS // 2
 
@@ -187,10 +187,21 @@ def update(model: Comit, latents: Latents, message: Tensor, offsets: Tensor) -> 
         z = predictor(x, predictor.condition(r, o), time, read="message").message
         if everything:
             return cast(Tensor, z)
-        out = z.new_empty(offsets.shape[0], *z.shape[1:]) if out is None else out
+        out = z.new_zeros(offsets.shape[0], *z.shape[1:]) if out is None else out
         out[images] = z
     assert out is not None
     return out
+
+
+def _changed(model: Comit, latents: Latents, prequant: Tensor, before: Tensor) -> Tensor:
+    """The message after a step: quantized, but unchanged for the images that the step left out."""
+    after: Tensor = model.quantizer(prequant)
+    seen = [images for images, _ in latents.values()]
+    if sum(len(images) for images in seen) == len(after):
+        return after
+    here = torch.zeros(len(after), dtype=torch.bool, device=after.device)
+    here[torch.cat(seen)] = True
+    return torch.where(here[:, None, None], after, before)
 
 
 def _result(model: Comit, steps: list[EncodeStep], locations: Tensor) -> Encoded:
@@ -222,7 +233,7 @@ def encode_sequence(
             torch.clear_autocast_cache()
         with torch.no_grad() if k < fixed else nullcontext():
             prequant = update(model, x, message, offset)
-            message = model.quantizer(prequant)
+            message = _changed(model, x, prequant, message)
         steps.append(EncodeStep(cell, offset, prequant, message))
     return _result(model, steps, locations[-1])
 

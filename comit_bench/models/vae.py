@@ -165,6 +165,12 @@ class SDVae(nn.Module):
         latents: Tensor = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         return latents * SD_SCALE
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] -> mean and standard deviation, scaled like the latents, [B, 4, S/8, S/8] each."""
+        with full_precision(images.device):
+            posterior = self.vae.encode(images.float()).latent_dist
+        return posterior.mean * SD_SCALE, posterior.std * SD_SCALE
+
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 4, h, w] -> [B, 3, 8h, 8w], not clamped."""
         with full_precision(latents.device):

@@ -93,14 +93,30 @@ def measure_names(config: TrainConfig) -> dict[str, str]:
 
 def _crops(config: TrainConfig) -> str:
     crops, side = config.crops, config.model.spec().geometry.crop
-    if crops.max_crops == 1:
-        return f"one per image, the whole image with probability {crops.global_first:g}"
+    share = f"with probability {crops.global_first:g}"
+    if crops.global_first_among == "all":
+        share += " among all images, those decoded from the empty message included"
+    if crops.max_crops == 1 and crops.count_global:
+        return f"one per image, the whole image {share}"
     early = f"; only the whole image before step {crops.warmup_steps:,}" if crops.warmup_steps else ""
+    drawn = "step" if crops.per == "batch" else "image"
+    limit = f"at most {crops.max_crops}"
+    if not crops.count_global:
+        limit += " and a whole image before them"
     return (
-        f"1 + Poisson(exp(u)) per step, u of mean ln {crops.mean:g} - sigma²/2 and sigma {crops.sigma:g}, "
-        f"at most {crops.max_crops}; {side} px at uniformly random places, the first one the whole image "
-        f"with probability {crops.global_first:g}{early}"
+        f"1 + Poisson(exp(u)) per {drawn}, u of mean ln {crops.mean:g} - sigma²/2 and sigma {crops.sigma:g}, "
+        f"{limit}; {side} px at uniformly random places, the first one the whole image {share}{early}"
     )
+
+
+def _images(config: TrainConfig) -> str:
+    """What is done to an image before the network sees it."""
+    mirrored = f"mirrored with probability {config.data.flip:g}" if config.data.flip else "as they are"
+    vae = config.model.spec().vae
+    if not vae.startswith("sd-"):
+        return f"{mirrored}; the autoencoder ({vae}) has no posterior"
+    kind = "samples" if config.objective.posterior == "sample" else "the mode"
+    return f"{mirrored}; latents are {kind} of the autoencoder's posterior"
 
 
 def _objective(config: TrainConfig) -> list[str]:
@@ -202,13 +218,15 @@ def _training(config: TrainConfig, model: Comit) -> str:
     objective = "\n".join(f"- {line}" for line in _objective(config))
     return f"""## How it was trained
 
+- images: {_images(config)}
 - crops: {_crops(config)}
 {objective}
 - optimizer: {_optimizer(config)}
 - attention mask: {model.spec.mask_mode}; seed {config.seed}
 
-Choices that the paper does not print (offset of images without a message, alignment of those images, time
-distribution, loss weights, crop numbers) are named above. All settings:
+Choices that the paper does not print (mirror images, the posterior, whose number of crops is drawn, whether
+the whole image is one of them, of which images its probability is, offset and alignment of images without a
+message, time distribution, loss weights) are named above. All settings:
 
 ```yaml
 {settings}```

@@ -99,14 +99,19 @@ class ModelConfig(_Config):
 class CropsConfig(_Config):
     """Which crops a training sample sees.
 
-    The number of crops is drawn once per step from (seed, step) for the whole global batch, so every
-    rank does the same work: u ~ N(ln(mean) - sigma^2/2, sigma), k = 1 + Poisson(exp(u)), clipped.
+    The number of crops is u ~ N(ln(mean) - sigma^2/2, sigma), k = 1 + Poisson(exp(u)), clipped. By default
+    it is drawn once per step for the whole global batch, so every rank does the same work.
     """
 
     max_crops: Annotated[int, Field(ge=1, le=9)] = 9  # [P]
+    per: Literal["batch", "image"] = "batch"  # whose number of crops is drawn [N]
+    # whether a leading global crop is one of max_crops; if not, such images see up to one crop more [N]
+    count_global: bool = True
     mean: Positive = 1.0  # rbar of the scheme [N]
     sigma: NotNegative = 0.5  # [I: the cited work's value]
-    global_first: Share = 0.55  # probability that the first crop is the whole image [I]
+    global_first: Share = 0.55  # probability that the first crop is the whole image [I],
+    # among the images that are encoded, or among all, those decoded from the empty message included [N]
+    global_first_among: Literal["encoded", "all"] = "encoded"
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # only the global crop before this step [N]
 
 
@@ -125,6 +130,8 @@ class ObjectiveConfig(_Config):
     projector_width: Count = 768  # [P]
     projector_layers: Annotated[int, Field(ge=2)] = 3  # [P]
     message_dropout: Share = 0.0  # share of images whose message skips quantization [N: code default 0]
+    # what stands for an image in the SD-VAE's posterior; the released program samples when it encodes [N]
+    posterior: Literal["mode", "sample"] = "mode"
 
 
 class TeacherConfig(_Config):
@@ -157,6 +164,7 @@ class DataConfig(_Config):
     val_split: str = "val"  # hf: also finds validation and valid
     count: Count = 4000  # scenes only
     val_count: Annotated[int, Field(ge=2)] = 500
+    flip: Share = 0.0  # probability that an image is mirrored left to right [N]
     max_broken: Share = 0.001
     workers: Annotated[int, Field(ge=0)] = 0
 
@@ -264,6 +272,19 @@ class TrainConfig(_Config):
             raise ValueError("objective.backprop_updates is larger than crops.max_crops")
         if wrong := self.data.contradiction():
             raise ValueError(wrong)
+        if self.data.flip and self.teacher.cache != "none":
+            raise ValueError("teacher.cache=disk keeps features of images as they are: set data.flip to 0")
+        if self.objective.posterior == "sample" and not (vae := self.model.spec().vae).startswith("sd-"):
+            raise ValueError(
+                f"objective.posterior sample needs the SD-VAE, but the autoencoder of {self.model.preset} "
+                f"({vae}) has no posterior: use mode"
+            )
+        encoded = 1 - self.objective.skip
+        if self.crops.global_first_among == "all" and self.crops.global_first > encoded + 1e-9:
+            raise ValueError(
+                f"crops.global_first {self.crops.global_first:g} of all images is more than the "
+                f"{encoded:g} that are encoded (1 - objective.skip)"
+            )
         if self.teacher.cache_dtype != "float32" and self.teacher.cache == "none":
             raise ValueError("teacher.cache_dtype without a cache: set teacher.cache=disk")
         if self.push_to_hub is not None:

@@ -267,7 +267,7 @@ class FeatureLookup(Protocol):
 class Steps:
     """Map-style data set whose item ``step`` is this rank's :class:`Batch`; errors come as values.
 
-    Images are read as they are, without augmentation, so what only depends on an image can be kept:
+    Images are read as they are, but for ``data.flip``, so what only depends on an image can be kept:
     ``features``, when set, is asked for the teacher's features of the images that were read.
     """
 
@@ -298,15 +298,26 @@ class Steps:
                 broken[self.source.ids[index]] = str(error)
         raise BenchError(f"{len(broken)} broken images in a row, the last: {list(broken.values())[-1]}")
 
+    def _mirrored(self, image: Tensor, name: str) -> Tensor:
+        """The image or, as a slot's own draw says, its mirror image."""
+        share = self.config.data.flip
+        if (
+            share == 0
+            or float(torch.rand((), generator=generator_for(self.config.seed, f"flip/{name}"))) >= share
+        ):
+            return image
+        return image.flip(-1)
+
     def __getitem__(self, step: int) -> Batch | BenchError:
         slots = self.order.slots(step, self.config.global_batch)[self.part]
         broken: dict[str, str] = {}
         try:
             ids = tuple(self._id(slot) for slot in slots)
             numbers, images = zip(*(self._read(slot, broken) for slot in slots), strict=True)
+            shown = [self._mirrored(image, name) for image, name in zip(images, ids, strict=True)]
             features = None if self.features is None else self.features.take(numbers)
             plan = plan_step(self.config, step=step, sample_ids=ids)
-            return Batch(step, ids, torch.stack(images), plan, broken, features)
+            return Batch(step, ids, torch.stack(shown), plan, broken, features)
         except BenchError as error:
             return error
 

@@ -39,6 +39,7 @@ from comit_bench.train.features import FeatureStore, compute_features, images_di
 from comit_bench.train.logs import CsvLog
 from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.pictures import save_picture
+from comit_bench.train.sampling import mean_crops
 from comit_bench.train.scaling import block_runner, compile_frozen
 from comit_bench.train.schedule import alignment_ramp, learning_rate
 from comit_bench.train.setup import (
@@ -292,7 +293,7 @@ class Trainer:
             "images": counters.step * self.config.global_batch,
             "learning_rate": self.state.optimizer.param_groups[0]["lr"],
             "ramp": alignment_ramp(batch.step, self.config.objective.alignment_ramp),
-            "crops": batch.plan.crops,
+            "crops": self._crops(batch),
             "skipped": counters.skipped,
             "images_per_s": round(rate, 2),
         }
@@ -301,6 +302,13 @@ class Trainer:
         if self.main:
             self.log.append(row)
             self.board.scalars(TRAIN, counters.step, row)
+
+    def _crops(self, batch: Batch) -> float | int:
+        """Crops of an image in this step, on average over all processes where images differ."""
+        crops = self.config.crops
+        if crops.per == "batch" and crops.count_global:
+            return batch.plan.crops
+        return mean_crops(self.config, step=batch.step, sample_ids=self.steps.global_ids(batch.step))
 
     def _share_broken(self, local: dict[str, str]) -> None:
         """Bring together what all ranks found and stop when it is too much, on all at once."""

@@ -7,8 +7,9 @@ a frozen teacher: REPA the image tokens with its patches, SREPA the averaged mes
 
 What is unusual, beside that:
 
-- A global crop *is* the image, so its latent is the target's; only local crops cost a VAE call, one
-  for all of them.
+- A global crop *is* the image, so its latent is the target's (or another sample of the same posterior);
+  only local crops cost a VAE call, one for all of them.
+- Images with fewer crops than others of the batch see theirs last; until then they keep the empty message.
 - Skipped images are not encoded at all. If a batch has only such images, the first one is encoded and
   its message thrown away, so that every parameter has a (zero) gradient on every rank.
 - Every term is a sum over images divided by the batch size, also where images are left out, so
@@ -35,10 +36,10 @@ from comit_bench.models.comit import Comit
 from comit_bench.models.comit_codec import Latents, encode_sequence
 from comit_bench.models.crops import CropGeometry
 from comit_bench.models.teachers import TeacherFeatures
-from comit_bench.models.vae import LatentCodec
+from comit_bench.models.vae import LatentCodec, SDVae
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
-from comit_bench.train.sampling import StepPlan
+from comit_bench.train.sampling import ABSENT, WHOLE, StepPlan, idle_steps
 
 
 class LossParts(NamedTuple):
@@ -74,9 +75,17 @@ class Projector(nn.Sequential):
 
 
 def crop_locations(geometry: CropGeometry, corners: Tensor) -> Tensor:
-    """Normalised centres, x first: int64 [K, B, 2] (top, left) -> float32 [K, B, 2]; global is (0, 0)."""
+    """Normalised centres, x first: int64 [K, B, 2] (top, left) -> float32 [K, B, 2]; global is (0, 0).
+
+    Steps before an image's first crop have the location of that crop, so that its first offset is (0, 0).
+    """
     centres = (corners.flip(-1) + geometry.crop // 2) / geometry.half - 1.0
-    return centres.masked_fill(corners < 0, 0.0)
+    places = centres.masked_fill(corners == WHOLE, 0.0)
+    for step in reversed(range(len(places) - 1)):  # before its first crop an image is where that crop is
+        absent = corners[step] == ABSENT
+        if bool(absent.any()):
+            places[step] = torch.where(absent, places[step + 1], places[step])
+    return places
 
 
 def cut_crops(images: Tensor, rows: Tensor, corners: Tensor, side: int) -> Tensor:
@@ -158,10 +167,10 @@ class TrainingModule(nn.Module):
         """
         self._check(images, plan, features)
         model, spec, objective = self.model, self.model.spec, self.config.objective
-        clean = self._latents(images)
+        clean, samples = self._image_latents(images, plan)
         skip = plan.skip.to(images.device, non_blocking=True)
         places = crop_locations(spec.geometry, plan.corners.cpu()).to(images.device, non_blocking=True)
-        codes = self._message(images, clean, places, plan)
+        codes = self._message(images, clean, places, plan, samples)
         # A fused optimizer changes weights without raising their version, which the network would not
         # notice: let nothing that it derived from them outlive this step.
         model.predictor.forget_times()
@@ -200,12 +209,23 @@ class TrainingModule(nn.Module):
                 f"{list(features.cls.shape)} for {batch} images of {tokens} tokens"
             )
 
-    def _latents(self, pixels: Tensor) -> Tensor:
-        """Mode of the VAE, float32, without gradient."""
+    def _latents(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Mode of the VAE, or a sample of its posterior, float32, without gradient."""
         with torch.no_grad():
-            return cast(LatentCodec, self.model.vae).encode(pixels).float()
+            return cast(LatentCodec, self.model.vae).encode(pixels, noise).float()
 
-    def _message(self, images: Tensor, clean: Tensor, places: Tensor, plan: StepPlan) -> Tensor:
+    def _image_latents(self, images: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
+        """The target [B, C, h, w] and, where a global crop is no part of it, samples [K, B, C, h, w]."""
+        if plan.posterior is None:
+            return self._latents(images), None
+        with torch.no_grad():
+            mean, deviation = cast(SDVae, self.model.vae).posterior(images)
+            samples = mean + deviation * plan.posterior.to(images.device)
+        return samples[0], samples[1:]
+
+    def _message(
+        self, images: Tensor, clean: Tensor, places: Tensor, plan: StepPlan, samples: Tensor | None = None
+    ) -> Tensor:
         """Codes [B, M, d]: after the last crop, or the prior for skipped images."""
         model = self.model
         skipped = plan.skip.cpu()
@@ -213,12 +233,15 @@ class TrainingModule(nn.Module):
         if rows.numel() == 0:
             rows = torch.zeros(1, dtype=torch.int64)
         corners = plan.corners.cpu()[:, rows]
+        idle = idle_steps(corners)
         index = rows.to(images.device, non_blocking=True)
+        noise = None if plan.posterior is None else plan.posterior[1 + idle :].to(images.device)
+        seen = None if samples is None else samples[idle:]
         encoded = encode_sequence(
             model,
-            self._crop_latents(images, clean, rows, corners),
-            corners,  # kept in the trace, which nobody reads here
-            places[:, index],
+            self._crop_latents(images, clean, rows, corners[idle:], samples=seen, noise=noise),
+            corners[idle:],  # kept in the trace, which nobody reads here
+            places[idle:, index],
             backprop_updates=self.config.objective.backprop_updates,
         )
         codes = encoded.codes
@@ -229,23 +252,47 @@ class TrainingModule(nn.Module):
         skip = skipped.to(images.device, non_blocking=True)[:, None, None]
         return torch.where(skip, empty, empty.index_copy(0, index, codes))
 
-    def _crop_latents(self, images: Tensor, clean: Tensor, rows: Tensor, corners: Tensor) -> list[Latents]:
-        """Latents of corners [K, n, 2] of the images ``rows`` [n]; the indices inside are 0..n-1."""
+    def _crop_latents(
+        self,
+        images: Tensor,
+        clean: Tensor,
+        rows: Tensor,
+        corners: Tensor,
+        *,
+        samples: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> list[Latents]:
+        """Latents of corners [K, n, 2] of the images ``rows`` [n]; the indices inside are 0..n-1.
+
+        Args:
+            images: [B, 3, S, S].
+            clean: Their latents [B, C, h, w].
+            rows: Images that are encoded.
+            corners: Their crops.
+            samples: [K, B, C, h, w], what global crops show instead of ``clean``.
+            noise: [K, B, C, h, w], for the posterior of local crops; None takes its mode.
+        """
         device = images.device
         is_local = corners[..., 0] >= 0
         step, image = is_local.nonzero().unbind(1)  # ordered by step
         local = None
         if step.numel():
-            side = self.model.spec.geometry.crop
-            local = self._latents(cut_crops(images, rows[image], corners[is_local], side))
+            side, drawn = self.model.spec.geometry.crop, None
+            if noise is not None:
+                cells = side // self.model.spec.vae_factor
+                where = tuple(x.to(device, non_blocking=True) for x in (step, rows[image]))
+                drawn = noise[where][..., :cells, :cells]
+            local = self._latents(cut_crops(images, rows[image], corners[is_local], side), drawn)
         steps: list[Latents] = []
         start = 0
-        for chosen in is_local:
+        for number, chosen in enumerate(is_local):
             entry: Latents = {}
-            inside, whole = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+            inside = chosen.nonzero().flatten()
+            whole = (corners[number, :, 0] == WHOLE).nonzero().flatten()
             if whole.numel():
                 index = rows[whole].to(device, non_blocking=True)
-                entry[clean.shape[-1]] = (whole.to(device, non_blocking=True), clean[index])
+                shown = clean if samples is None else samples[number]
+                entry[clean.shape[-1]] = (whole.to(device, non_blocking=True), shown[index])
             if local is not None and inside.numel():
                 part = local[start : start + inside.numel()]
                 entry[local.shape[-1]] = (inside.to(device, non_blocking=True), part)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -120,8 +121,8 @@ class Pretended(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func._can_decompose():  # made of other calls; these come one by one
-            with self:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # made of other calls; these come one by one
                 return func.decompose(*args, **kwargs)
         packet = func.overloadpacket
         tensors: list[Tensor] = []
@@ -236,6 +237,11 @@ def pretend_cuda() -> Iterator[Pretended]:
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.is_bf16_supported": lambda *a, **k: True,
         "torch.cuda.get_device_name": lambda *a, **k: "pretended",
+        "torch.cuda.get_device_capability": lambda *a, **k: (9, 0),
+        "torch.cuda.get_device_properties": lambda *a, **k: SimpleNamespace(name="pretended", total_memory=0),
+        "torch.cuda.max_memory_allocated": lambda *a, **k: 0,
+        "torch.cuda.reset_peak_memory_stats": lambda *a, **k: None,
+        "torch.cuda.empty_cache": lambda: None,
         "torch.cuda.synchronize": lambda *a, **k: None,
         "torch.cuda._lazy_init": lambda: None,
         "torch.Generator": _Generator,

@@ -1,6 +1,7 @@
 """An adapter of every family with a network small enough for unit tests, on any device.
 
-Presets that ship are loaded as they are; the others have random weights of sizes that no preset has.
+Nothing is compiled. Presets that ship are loaded as they are; the others have random weights of sizes that no
+preset has.
 """
 
 from __future__ import annotations
@@ -107,9 +108,8 @@ def comit_sd(**options: Any) -> Tokenizer:
 def titok_legacy(**options: Any) -> Tokenizer:
     model = Titok(LEGACY)
     model.init_weights(seeded(), spread=True)
-    return titok.TitokTokenizer(
-        model.eval(), titok._info(model, "titok-legacy", "random:0", released=False), **options
-    )
+    info = titok._info(model, "titok-legacy", "random:0", released=False)
+    return titok.TitokTokenizer(model.eval(), info, compile="off", **options)
 
 
 def small_alit(spec: AlitSpec = TINY, **options: Any) -> Tokenizer:
@@ -118,19 +118,20 @@ def small_alit(spec: AlitSpec = TINY, **options: Any) -> Tokenizer:
     g = seeded(1)
     for parameter in model.parameters():  # messages then differ between images
         parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
-    return alit.AlitTokenizer(
-        model.eval(), alit._info(model, "alit", "random:0", data="none", licence="none"), **options
-    )
+    info = alit._info(model, "alit", "random:0", data="none", licence="none")
+    return alit.AlitTokenizer(model.eval(), info, compile="off", **options)
 
 
 def small_flextok(**options: Any) -> Tokenizer:
     model = flextok.build_random(FLEXTOK, 0)
-    return flextok.FlexTokTokenizer(model, flextok._info(model, "flextok", "random:0"), steps=2, **options)
+    info = flextok._info(model, "flextok", "random:0")
+    return flextok.FlexTokTokenizer(model, info, steps=2, compile="off", **options)
 
 
 def small_selftok(spec: SelftokSpec = SMALL, **options: Any) -> Tokenizer:
     model = selftok.build_random(spec, 0)
-    return selftok.SelftokTokenizer(model, selftok._info(model, "selftok", "random:0"), **options)
+    info = selftok._info(model, "selftok", "random:0")
+    return selftok.SelftokTokenizer(model, info, compile="off", **options)
 
 
 def small_vqmodel(**options: Any) -> Tokenizer:

@@ -1,0 +1,59 @@
+"""A probe fit of ImageNet100's size on random messages: seconds per epoch."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from common import Day
+
+IMAGES, STOP, CLASSES, LENGTH, DIM = 126_689, 6_334, 100, 256, 6  # a twentieth is held out for early stopping
+SHARE = {"bfloat16": 1.0, "float32": 0.125}  # of the images in the timed epoch
+
+
+def fit(day: Day, count: int, *, half: bool) -> dict[str, Any]:
+    """One epoch of the paper recipe's probe."""
+    from comit_bench.recipes import ProbeSpec, find_tasks
+    from comit_bench.tasks.fit import FitTask, MessageSource, Split
+
+    g = torch.Generator().manual_seed(0)
+    stop = max(2, count // 20)
+    codes = torch.randint(-4, 4, (count + stop, 4 if day.tiny else LENGTH, DIM), generator=g).float().div(4)
+    targets = torch.randint(0, CLASSES, (count + stop,), generator=g)
+    recipe: ProbeSpec = find_tasks()["imagenet100"].spec.probe
+    small = {"width": 32, "heads": 2, "batch_size": 8} if day.tiny else {}
+    spec = recipe.model_copy(update={"max_epochs": 1, "patience": 1, **small})
+    task = FitTask(
+        spec=spec,
+        outputs=CLASSES,
+        train=Split(MessageSource(codes=codes[:count]), targets[:count]),
+        early_stop=Split(MessageSource(codes=codes[count:]), targets[count:]),
+        bf16=half,
+    )
+    if day.on_gpu:
+        torch.cuda.reset_peak_memory_stats(day.device)
+    before = time.perf_counter()
+    done = task.fit(0, device=day.device)
+    day.wait()
+    seconds = time.perf_counter() - before
+    return {
+        "seconds": seconds,
+        "images_per_s": count / seconds,
+        "epoch_s": seconds * IMAGES / count,
+        "most_epochs": recipe.max_epochs,
+        "loss": done.history[-1].train_loss,
+        "peak_gib": torch.cuda.max_memory_allocated(day.device) / 2**30 if day.on_gpu else None,
+    }
+
+
+def run(day: Day) -> None:
+    """bfloat16 with all images, float32 with an eighth of them; a first small fit warms the device up."""
+    day.attempt({"dtype": "warm-up", "images": 64}, partial(fit, day, 64, half=day.on_gpu))
+    for name, share in SHARE.items():
+        count = 64 if day.tiny else int(IMAGES * share)
+        if name == "bfloat16" and not day.on_gpu:
+            continue
+        half = name == "bfloat16"
+        day.attempt({"dtype": name, "images": count}, partial(fit, day, count, half=half))
