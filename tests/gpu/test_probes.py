@@ -45,10 +45,12 @@ def test_a_probe_is_fitted(cuda: Cuda, bf16: bool) -> None:
         assert float(right.float().mean()) > 0.9
 
 
+@pytest.mark.parametrize("cuda", [pytest.param("real", marks=pytest.mark.gpu)], indirect=True)
 def test_a_fit_is_that_of_the_cpu(cuda: Cuda) -> None:
-    """Order, initial weights and early stopping are keyed; only rounding differs (and dropout would)."""
-    if not cuda.real:
-        pytest.skip("a pretended device has no gradients")
+    """Order, initial weights and early stopping are keyed; only rounding differs (and dropout would).
+
+    A pretended device has no gradients.
+    """
     job = task(200)
     one, other = job.fit(3, device=cuda.device), job.fit(3, device="cpu")
     assert [e.epoch for e in one.history] == [e.epoch for e in other.history]
@@ -57,9 +59,10 @@ def test_a_fit_is_that_of_the_cpu(cuda: Cuda) -> None:
     assert torch.allclose(one.outputs, other.outputs, atol=0.1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("cuda", ["pretended"], indirect=True)
 def test_the_number_of_waits_does_not_grow_with_the_batches(cuda: Cuda) -> None:
-    if cuda.mode is None:
-        pytest.skip("a real device does not count")
+    """A real device does not count."""
+    assert cuda.mode is not None
     counts = []
     for images in (32, 160):
         cuda.mode.syncs.clear()
