@@ -76,7 +76,7 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("device", ["mps", "meta", "cuda:x", "", "CPU"])
+@pytest.mark.parametrize("device", ["mps", "meta", ""])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_them(
     command: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
