@@ -72,13 +72,11 @@ class Resources:
 
     @cached_property
     def device(self) -> torch.device:
-        import torch
-
         from comit_bench.tokenizers.loading import resolve_device
 
         device = resolve_device(self.settings.device)
         if str(device) == "cuda" and self.ranks.world > 1:
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         return device
 
     @cached_property

@@ -44,9 +44,17 @@ class Misfit(ValueError):
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether :func:`read` would take a file for one that ``torch.save`` wrote."""
-    safe = path.name.endswith(".index.json") or path.suffix == ".safetensors" or is_safetensors(path)
-    return not safe and foreign(path) is None
+    """Whether :func:`read` takes a file for one that ``torch.save`` wrote.
+
+    Raises:
+        FileNotFoundError: Nothing there.
+        BadFile: A file of another kind; says which.
+    """
+    if path.name.endswith(".index.json") or path.suffix == ".safetensors" or is_safetensors(path):
+        return False
+    if (what := foreign(path)) is not None:
+        raise BadFile(f"{path}: not a readable weight file of plain tensors: it is {what}")
+    return True
 
 
 def read(path: Path, *, allow: Sequence[type] = ()) -> tuple[dict[str, Tensor], bool]:
@@ -126,9 +134,8 @@ def read_torch(path: Path, *, allow: Sequence[type] = ()) -> Any:
         FileNotFoundError: Nothing there.
         BadFile: Damaged, of another kind, or it names a class that is not allowed.
     """
-    what = foreign(path)
-    if what is not None:
-        raise BadFile(f"{path}: not a readable weight file of plain tensors: it is {what}")
+    if not is_pickle(path):
+        raise BadFile(f"{path}: not a readable weight file of plain tensors: it is a safetensors file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *allow]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

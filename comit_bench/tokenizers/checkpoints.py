@@ -199,6 +199,17 @@ def weights_digest(path: Path) -> str:
     return digest_json({"shards": {name: sha256_file(path.parent / name) for name in names}})
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file is read as one that ``torch.save`` wrote; told by its content.
+
+    Raises:
+        MissingError: No such file.
+        CorruptFileError: A file of another kind, a directory, or not readable.
+    """
+    with _told():
+        return state_dicts.is_pickle(path)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, as they are.
 

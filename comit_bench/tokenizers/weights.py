@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import cache_root, locked, sha256_file, write_atomic
+from comit_bench.models.plain_files import is_safetensors
 from comit_bench.tokenizers.checkpoints import (
     PICKLES,
     WEIGHT_FILES,
+    is_pickle,
     read_tensors,
     read_torch,
     require_allowed,
@@ -182,7 +184,8 @@ def convert_file(release: Release, file: Path, folder: Path, *, digest: str) -> 
         UsageError: Its tensors do not fit the name.
     """
     classes: list[Any] = [resolve(target) for target in release.allow]
-    content: Any = read_tensors(file) if file.suffix == ".safetensors" else read_torch(file, allow=classes)
+    safe = file.suffix == ".safetensors" or is_safetensors(file)
+    content: Any = read_tensors(file) if safe else read_torch(file, allow=classes)
     tensors: dict[str, Tensor] = resolve(release.unpack)(content, file)
     if release.check is not None:
         resolve(release.check)(release.name, tensors, file)
@@ -228,9 +231,9 @@ def weight_source(name: str, weights: Path, *, allow_pickle: bool) -> Path:
             f"--weights {weights}: no such file or directory. Give a directory with config.json and "
             f"{WEIGHT_FILES[0]}, a .safetensors or .pth file of {name}, or 'random'."
         )
-    if weights.suffix in PICKLES:
+    if weights.suffix not in (".safetensors", ".json", *PICKLES):
+        raise UsageError(f"--weights {weights}: expected .safetensors or one of {', '.join(PICKLES)}")
+    if is_pickle(weights):
         require_allowed(weights, allow_pickle)
         return converted(name, weights)
-    if weights.suffix == ".safetensors" or weights.name.endswith(".index.json"):
-        return weights
-    raise UsageError(f"--weights {weights}: expected .safetensors or one of {', '.join(PICKLES)}")
+    return weights

@@ -618,3 +618,19 @@ def test_several_files_of_weights_are_told(folder: Path, caplog: pytest.LogCaptu
 def test_options_are_numbers(option: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"{option} must be a"):
         load_tokenizer("comit-nano", weights="random", device="cpu", **{option: value})
+
+
+@pytest.mark.parametrize("name", ["alit-small", "selftok-512"])
+@pytest.mark.parametrize("kind", ["page", "pointer", "torchscript", "text"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_released_names_with_a_file_that_is_something_else(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / "released.pth"
+    make, says = FOREIGN[kind]
+    make(path)
+    with pytest.raises(CorruptFileError, match=says):
+        load_tokenizer(name, weights=str(path), device="cpu", offline=True, allow_pickle="true")
+    from comit_bench.tokenizers.weights import convert
+
+    with pytest.raises(CorruptFileError, match=says):
+        convert(name, path, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
