@@ -167,11 +167,11 @@ def takes_policies(tokenizer: str | Tokenizer) -> bool:
     Raises:
         UsageError: Unknown tokenizer, with the nearest names.
     """
-    from comit_bench.tokenizers.base import LooksAtCrops
+    from comit_bench.tokenizers.base import looks_at_crops
     from comit_bench.tokenizers.loading import entry_for
 
     if not isinstance(tokenizer, str):
-        return isinstance(tokenizer, LooksAtCrops)
+        return looks_at_crops(tokenizer)
     return tokenizer != MAJORITY and entry_for(tokenizer).looks_at_crops() is not False
 
 

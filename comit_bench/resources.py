@@ -193,9 +193,9 @@ class Resources:
 
     def policy(self, job: Job, tokenizer: Tokenizer) -> str | None:
         """The cropping policy a tokenizer runs under, in canonical form; None if it has none."""
-        from comit_bench.tokenizers.base import LooksAtCrops
+        from comit_bench.tokenizers.base import looks_at_crops
 
-        if not isinstance(tokenizer, LooksAtCrops):
+        if not looks_at_crops(tokenizer):
             if job.policy is not None:
                 _log.info("%s looks at whole images: --policy is ignored for it", tokenizer.info.name)
             return None
@@ -203,14 +203,14 @@ class Resources:
 
     def settle_policies(self, jobs: Sequence[Job]) -> list[Job]:
         """One job instead of one per policy for plugins that turn out, once loaded, to see whole images."""
-        from comit_bench.tokenizers.base import LooksAtCrops
+        from comit_bench.tokenizers.base import looks_at_crops
         from comit_bench.tokenizers.loading import entry_for
 
         settled, merged = [], set()
         for job in jobs:
             asked = isinstance(job.tokenizer, str) and job.policy is not None
             unknown = asked and entry_for(job.label).looks_at_crops() is None
-            if unknown and not isinstance(self.tokenizer(job), LooksAtCrops):
+            if unknown and not looks_at_crops(self.tokenizer(job)):
                 if (job.label, job.task.spec.name) in merged:
                     continue
                 merged.add((job.label, job.task.spec.name))

@@ -25,11 +25,11 @@ from comit_bench.recipes import find_datasets
 from comit_bench.seeding import generator_for, seed_for
 from comit_bench.tokenizers.base import (
     TILE,
-    LooksAtCrops,
     Tokenizer,
     TokenizerInfo,
     Tokens,
     check_decoded,
+    looks_at_crops,
     tile_rows,
 )
 from comit_bench.tokenizers.comit import ComitTokenizer
@@ -207,7 +207,7 @@ def encode(
     Raises:
         UsageError: Not a policy of this tokenizer.
     """
-    if policy is not None and not isinstance(tokenizer, LooksAtCrops):
+    if policy is not None and not looks_at_crops(tokenizer):
         _log.warning("%s looks at whole images: policy %s is ignored for it", tokenizer.info.name, policy)
         policy = None
     parts = []

@@ -23,7 +23,7 @@ from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperat
 from comit_bench.files import cache_root, digest_json, sha256_file, write_atomic
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
-from comit_bench.tokenizers.base import LooksAtCrops, Tokenizer, Tokens, check_decoded
+from comit_bench.tokenizers.base import Tokenizer, Tokens, check_decoded, looks_at_crops
 from comit_bench.tokenizers.contract import check_looked_up
 from comit_bench.tokenizers.identity import code_version
 
@@ -131,7 +131,7 @@ def tokenize_folder(
 
 
 def _canonical(tokenizer: Tokenizer, policy: str | None) -> str | None:
-    if isinstance(tokenizer, LooksAtCrops):
+    if looks_at_crops(tokenizer):
         name = str(tokenizer.policy(policy))
         if "-shared" in name:
             raise UsageError(

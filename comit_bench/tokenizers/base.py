@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,11 @@ class LooksAtCrops(Protocol):
             UsageError: Not a policy of this tokenizer.
         """
         ...
+
+
+def looks_at_crops(tokenizer: object) -> TypeGuard[LooksAtCrops]:
+    """Whether a tokenizer is a :class:`LooksAtCrops`, also one that hands calls on to another."""
+    return callable(getattr(tokenizer, "policy", None))
 
 
 @runtime_checkable

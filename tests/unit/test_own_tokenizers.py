@@ -33,6 +33,7 @@ from comit_bench.tokenizers.base import (
     Tokenizer,
     TokenizerInfo,
     Tokens,
+    looks_at_crops,
 )
 from comit_bench.tokenizers.loading import load_tokenizer
 
@@ -398,6 +399,18 @@ def test_capabilities_of_the_built_in_ones() -> None:
         "alit-small": [False, True, True],
         "selftok-512": [False, False, True],
     }
+
+
+def test_a_wrapper_that_hands_calls_on_looks_at_crops_too() -> None:
+    class Wrapper:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    assert looks_at_crops(Wrapper(load_tokenizer("comit-nano", device="cpu")))
+    assert not looks_at_crops(Wrapper(load_tokenizer("pixel-oracle", device="cpu")))
 
 
 CROPS = """
