@@ -13,7 +13,9 @@ import typer
 from comit_bench import __version__, cache_command, data_command, figure_command, token_command
 from comit_bench.console import guarded
 from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.options import DataRoot, Include, as_path
 from comit_bench.paper_command import paper
+from comit_bench.reading import shown
 from comit_bench.sweep_command import sweep
 from comit_bench.token_command import key_values
 from comit_bench.train.command import train
@@ -55,14 +57,13 @@ Option = Annotated[
         "family; may be repeated.",
     ),
 ]
-DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
 Limit = Annotated[int | None, typer.Option(help="Images per split; records are marked incomplete.")]
 Seeds = Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")]
 BatchSize = Annotated[str, typer.Option(help="Images per encoding call, or auto; no score depends on it.")]
 NumWorkers = Annotated[str, typer.Option(help="Image-reading processes, or auto.")]
-Output = Annotated[Path, typer.Option(help="Records and tables go here.")]
+Output = Annotated[Path, typer.Option(callback=as_path, help="Records and tables go here.")]
 Overwrite = Annotated[
     str,
     typer.Option(
@@ -80,7 +81,6 @@ Control = Annotated[
 References = Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
-Include = Annotated[list[Path] | None, typer.Option(help="Directory with more recipes; may be repeated.")]
 AllowOverride = Annotated[
     bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
 ]
@@ -170,9 +170,10 @@ def _checked_overwrite(value: str, resume: bool) -> Any:
 def _number_or_auto(value: str, automatic: int, option: str) -> int:
     if value == "auto":
         return automatic
-    if not value.isdigit():
-        raise UsageError(f"{option} {value!r}: expected a number or auto")
-    return int(value)
+    try:
+        return int(value)
+    except ValueError:
+        raise UsageError(f"{option} {shown(value)}: expected a whole number or auto") from None
 
 
 def _auto_workers() -> int:
@@ -199,7 +200,7 @@ app.add_typer(weights_app, name="weights")
 def ls(
     what: Annotated[str, typer.Argument(help="tokenizers, tasks or datasets.")] = "tokenizers",
     names: Annotated[bool, typer.Option("--names", help="Only the names, one per line.")] = False,
-    include_path: Annotated[list[Path] | None, typer.Option(help="Directory with more recipes.")] = None,
+    include_path: Include = None,
 ) -> None:
     """List what can be named on the command line."""
     from comit_bench.listing import list_things
@@ -209,9 +210,7 @@ def ls(
 
 @app.command(name="doctor")
 def doctor(
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")
-    ] = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Say what is installed, found and missing, and how to get what is missing."""
     from comit_bench.listing import examine
@@ -222,7 +221,9 @@ def doctor(
 
 @app.command(name="validate")
 def validate(
-    files: Annotated[list[Path], typer.Argument(help="Recipes (.yaml) or records (.json).")],
+    files: Annotated[
+        list[Path], typer.Argument(callback=as_path, help="Recipes (.yaml) or records (.json).")
+    ],
 ) -> None:
     """Check recipe and record files; exit code 2 when one is wrong."""
     from comit_bench.listing import validate_files
@@ -233,10 +234,11 @@ def validate(
 @app.command(name="table")
 def table(
     records: Annotated[
-        list[Path] | None, typer.Argument(help="Directories of records. [default: results/records]")
+        list[Path] | None,
+        typer.Argument(callback=as_path, help="Directories of records. [default: results/records]"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Also write table.csv, table.md, table.tex here.")
+        Path | None, typer.Option(callback=as_path, help="Also write table.csv, table.md, table.tex here.")
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Only tasks of this suite.")] = None,
     tasks: Annotated[
@@ -284,7 +286,8 @@ def cost(
 @app.command(name="push")
 def push(
     folder: Annotated[
-        Path, typer.Argument(help="Exported folder: config.json, model.safetensors, README.md.")
+        Path,
+        typer.Argument(callback=as_path, help="Exported folder: config.json, model.safetensors, README.md."),
     ],
     repo: Annotated[str, typer.Option(help="USER/NAME on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TextIO
 
-from comit_bench.errors import BenchError, memory_runs_out
+from comit_bench.errors import BenchError, UsageError, memory_runs_out
+from comit_bench.files import CACHE_VARIABLE, cache_root, write_atomic
+from comit_bench.reading import SHOWN, shown
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+MEMORY_ADVICE = "Close other programs that use it, take fewer images at once (--batch-size), or --device cpu."
 DEFAULT_TOKENIZER = "comit-nano"  # of commands that need one
 
 
@@ -105,7 +113,8 @@ def _open_closed() -> None:
 def guarded(command: Callable[[], object]) -> NoReturn:
     """Run a command of the command line, whatever is behind stdout and stderr, and exit.
 
-    An error of ours is one message and its exit code. Letters that an encoding does not have are replaced.
+    An error of ours is one message and its exit code; one that is not is one message too, and its traceback
+    goes into a log file. Letters that an encoding does not have are replaced.
     A stream that is closed (``2>&-``), or whose reader has gone (``| head -1``), swallows what is written,
     and the work goes on; only output that a full disk swallowed is an error at the end.
 
@@ -131,13 +140,16 @@ def guarded(command: Callable[[], object]) -> NoReturn:
 
 def _exit_code(command: Callable[[], object]) -> int | str:
     try:
-        with memory_runs_out("Close other programs that use it, take fewer images at once, or --device cpu."):
-            command()
+        _check_arguments()
+        command()
     except BenchError as error:
         say(f"error: {error}")
         return error.exit_code
     except SystemExit as stop:
         return stop.code or 0
+    except Exception as error:  # the last net
+        say(f"error: {_unforeseen(error)}")
+        return BenchError.exit_code
     return 0
 
 
@@ -157,6 +169,100 @@ def stoppable(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         say("\nstopped. Everything finished is kept; the same command continues from here.")
         return INTERRUPTED
+
+
+def _check_arguments() -> None:
+    """Refuse an argument that is no text (records keep the command line) or empty (an unset variable).
+
+    Raises:
+        UsageError: Names the argument.
+    """
+    for before, argument in pairwise(["", *sys.argv[1:]]):
+        name, sign, value = argument.partition("=")
+        option = argument.startswith("--") and sign
+        if not (value if option else argument).strip():
+            where = f" for {name}" if option else f" after {before}" if before.startswith("-") else ""
+            raise UsageError(f"an empty value{where}: give one, or leave the option out")
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"the argument {argument!a} is not valid UTF-8: rename the file or folder that it names"
+            ) from None
+
+
+def _unforeseen(error: Exception) -> BenchError:
+    try:
+        folders = [cache_root()]
+    except (BenchError, OSError, RuntimeError):
+        folders = []
+    return unexpected(error, "comit-bench", *folders)
+
+
+def _of_memory(error: Exception, advice: str) -> str | None:
+    """What to say when memory ran out; None when it did not."""
+    try:
+        with memory_runs_out(advice):
+            raise error
+    except BenchError as told:
+        return str(told)
+    except Exception:
+        return None
+
+
+def _summary(error: BaseException) -> str:
+    """The type of an error and one line of its text; of a text that quotes a traceback, the last line."""
+    try:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    except Exception:  # a type that cannot say what it is
+        lines = []
+    line = lines[-1 if any("Traceback" in line for line in lines) else 0] if lines else ""
+    line = line if len(line) <= 2 * SHOWN else f"{line[: 2 * SHOWN]}..."
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _write_log(error: BaseException, folders: Iterable[Path]) -> str:
+    """Write the traceback into the first folder that takes it; a sentence that says where it is."""
+    text = "".join(traceback.format_exception(error))
+    head = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {' '.join(map(ascii, sys.argv))}\n"
+    content = hashlib.sha256(ascii(text).encode()).hexdigest()[:6]
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{content}.log"
+    for folder in folders:
+        try:
+            write_atomic(folder / "logs" / name, (head + text).encode("utf-8", "backslashreplace"))
+        except (BenchError, OSError, ValueError):
+            continue
+        return f"The traceback is in {folder / 'logs' / name}"
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" at {last[0].filename}:{last[0].lineno}" if last else ""
+    return f"It was raised{place}; no log could be written"
+
+
+def unexpected(error: Exception, doing: str, *folders: Path, if_memory: str = MEMORY_ADVICE) -> BenchError:
+    """The message for an error that is none of ours: a plugin's, a library's, or a defect of this program.
+
+    Its traceback goes into ``logs/`` of the first of ``folders`` that can be written, else of the system's
+    folder for temporary files.
+
+    Args:
+        error: What was raised.
+        doing: What was being done.
+        folders: Where the log may lie.
+        if_memory: What to do about it when memory ran out.
+    """
+    where = _write_log(error, (*folders, Path(tempfile.gettempdir()) / "comit-bench"))
+    if (memory := _of_memory(error, if_memory)) is not None:
+        problem = BenchError(f"{doing}: {memory} {where}")
+    elif isinstance(error, OSError) and error.strerror:
+        names = " -> ".join(shown(str(n)) for n in (error.filename, error.filename2) if n is not None)
+        advice = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = f" Free some space, or set {CACHE_VARIABLE}=DIR; everything finished is kept."
+        problem = BenchError(f"{doing}: {names + ': ' if names else ''}{error.strerror}.{advice} {where}")
+    else:
+        problem = BenchError(f"{doing}: unexpected {_summary(error)}. {where}")
+    problem.__cause__ = error
+    return problem
 
 
 class _Handler(logging.Handler):

@@ -311,6 +311,9 @@ def _processor() -> str:
 
 def write(names: Sequence[str], *, limit: float, memory: float, timed: bool) -> None:
     """Print heading and table to stdout, line by line."""
+    for option, value in (("--limit", limit), ("--memory", memory)):
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{option} {value}: expected a number above 0")
     command = " ".join(["OMP_NUM_THREADS=1 comit-bench cost", *names])
     chosen(names)  # a wrong name fails before anything is printed
     sys.stdout.write(heading(command) + "\n")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from comit_bench.options import DataRoot, Include, as_path
+
 if TYPE_CHECKING:
     from comit_bench.recipes import DatasetSpec, Recipe
 
 app = typer.Typer(help="Build, look at and download data sets.", no_args_is_help=True, rich_markup_mode=None)
 
 Name = Annotated[str, typer.Argument(help="A data set; `comit-bench ls datasets` lists them.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
-Include = Annotated[list[Path] | None, typer.Option(help="Directory with more recipes; may be repeated.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -90,7 +90,7 @@ def build(
 def show(
     name: Name,
     data_root: DataRoot = None,
-    output: Annotated[Path, typer.Option(help="Pictures go here.")] = Path("results/data"),
+    output: Annotated[Path, typer.Option(callback=as_path, help="Pictures go here.")] = Path("results/data"),
     split: Annotated[str | None, typer.Option(help="Split of the contact sheet. [default: the last]")] = None,
     seed: Annotated[int, typer.Option(help="Which random samples.")] = 0,
     include_path: Include = None,

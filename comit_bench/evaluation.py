@@ -17,11 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comit_bench.errors import BenchError, UnsupportedOperation, UsageError, memory_runs_out
+from comit_bench.console import unexpected
+from comit_bench.errors import BenchError, UnsupportedOperation, UsageError
 from comit_bench.files import digest_json, remove_folder
 from comit_bench.jobs import Job
-from comit_bench.recipes import KINDS
-from comit_bench.recording import make_record, save_with_images, task_row, tokenizer_row
+from comit_bench.recipes import KINDS, check_fit
+from comit_bench.recording import (
+    images_of,
+    make_record,
+    note_seconds,
+    save_with_images,
+    task_row,
+    tokenizer_row,
+)
 from comit_bench.registry import MAJORITY
 from comit_bench.resources import ENCODE_SEED, SMALL_FLOPS, Reporter, Resources
 
@@ -39,7 +47,7 @@ __all__ = ["Bench", "Outcome", "Reporter", "do_jobs"]
 
 _log = logging.getLogger(__name__)
 MEMORY_ADVICE = (
-    "Close other programs that use this device, or take --dtype bfloat16, a device with more memory, or "
+    "Lower --batch-size, close other programs that use this device, take --dtype bfloat16 or more memory, or "
     "--device cpu. What was finished is kept: the same command continues."
 )
 
@@ -68,22 +76,11 @@ class Bench(Resources):
         from comit_bench.data.datasets import holdout
         from comit_bench.tasks.executor import Role
 
+        check_fit(job.task, job.dataset)
         spec, data = job.task.spec, self.data(job.dataset)
         kind = KINDS[spec.kind]
-        if not kind.takes(data.kind):
-            raise UsageError(
-                f"{job.task.path}: kind {spec.kind!r} needs data of kind {' or '.join(kind.data)}, but "
-                f"{data.name} is of kind {data.kind!r}"
-            )
         source, fraction = spec.split.early_stop.source, spec.split.early_stop.fraction
-        names = (spec.split.train, spec.split.report, source) if kind.probed else (spec.split.report,)
-        for name in names:
-            if name not in data.splits:
-                known = ", ".join(data.splits)
-                raise UsageError(
-                    f"{job.task.path}: split {name!r} does not exist in {data.name} (it has {known})"
-                )
-        kept = {name: np.array(self.rows(data.splits[name]), dtype=np.int64) for name in names}
+        kept = {n: np.array(self.rows(data.splits[n]), dtype=np.int64) for n in spec.split_names}
         if not kind.probed:
             every = kept[spec.split.report]
             return {"report": Role(data.splits[spec.split.report], every, np.arange(len(every)))}
@@ -192,7 +189,7 @@ class Bench(Resources):
         Raises:
             BenchError: The job cannot be done; other jobs are not affected.
         """
-        started = time.perf_counter()
+        started, encoded = time.perf_counter(), self.encoded
         tokenizer, inputs, protocol, found = self._begin(job)
         if self.ranks.share(found is not None):
             return found
@@ -232,6 +229,15 @@ class Bench(Resources):
         )
         save_with_images(self.settings, record, result.per_image)
         remove_folder(work)
+        if tokenizer is not None:
+            sizes = {name: len(split) for name, split in inputs.data.splits.items()}
+            note_seconds(
+                job,
+                self.settings,
+                seconds=time.perf_counter() - started,
+                images=images_of(job, sizes, self.settings),
+                encoded=self.encoded - encoded,
+            )
         return record
 
     def _refuse(self, job: Job, tokenizer: Tokenizer, inputs: Inputs) -> None:
@@ -243,10 +249,8 @@ class Bench(Resources):
         """
         from comit_bench.tasks.executor import ExaminesData, find_looking_executor
 
+        self.refuse(job, tokenizer)
         executor = find_looking_executor(job.task.spec)
-        reason = executor.refuses(job.task.spec, tokenizer)
-        if reason is not None:
-            raise UnsupportedOperation(f"{job.label} is left out of {job.task.spec.name}: {reason}")
         if isinstance(executor, ExaminesData):
             examined = replace(inputs, tokenizer=tokenizer)
             self.ranks.together(lambda: executor.examine(examined) if self.ranks.first else None)
@@ -397,6 +401,11 @@ class Outcome:
     failures: list[tuple[Job, BenchError]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
+    def fail(self, job: Job, error: BenchError) -> None:
+        """Note a failure; it is told in full at the end."""
+        self.failures.append((job, error))
+        _log.warning("%s on %s failed; the other jobs go on", job.label, job.task.spec.name)
+
 
 def _next_with_tokens(jobs: Sequence[Job]) -> Sequence[Job]:
     """The next jobs up to the first that reads messages."""
@@ -411,15 +420,18 @@ def do_jobs(jobs: Sequence[Job], bench: Bench) -> Outcome:
         for number, job in enumerate(jobs, start=1):
             bench.reporter.check()
             try:
-                with memory_runs_out(MEMORY_ADVICE):
-                    record = bench.do(job, _next_with_tokens(jobs[number:]))
+                record = bench.do(job, _next_with_tokens(jobs[number:]))
                 if record is not None:
                     outcome.records.append(record)
             except UnsupportedOperation as error:
                 outcome.refused.append(str(error))
             except BenchError as error:
-                outcome.failures.append((job, error))
-                _log.error("%s on %s failed: %s", job.label, job.task.spec.name, error)
+                outcome.fail(job, error)
+            except Exception as error:  # a plugin's, a library's, the device's: the others are not affected
+                doing = f"{job.label} on {job.task.spec.name}"
+                folder = bench.settings.output
+                outcome.fail(job, unexpected(error, doing, folder, if_memory=MEMORY_ADVICE))
+                bench.free_memory()
     finally:
         bench.close()
     return outcome

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from comit_bench.options import as_path
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -72,7 +74,7 @@ Images = Annotated[
         "COMIT_BENCH_DATA, e.g. cssd."
     ),
 ]
-Output = Annotated[Path, typer.Option(help="The PDF and the PNG go here.")]
+Output = Annotated[Path, typer.Option(callback=as_path, help="The PDF and the PNG go here.")]
 Policy = Annotated[str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")]
 Count = Annotated[int, typer.Option(min=1, help="How many images.")]
 Seed = Annotated[int, typer.Option(help="Which images, and all noise.")]
@@ -129,6 +131,17 @@ def title(tokenizer: Tokenizer, name: str | None, weights: str | None) -> str:
     return f"{info.name}-{info.weights.partition(':')[2][:8]}" if own else info.name
 
 
+def _block(layer: float) -> int | float:
+    """``--layer`` as a block (a whole number) or a relative depth between 0 and 1."""
+    from comit_bench.errors import UsageError
+
+    if 0 < layer < 1:
+        return layer
+    if not abs(layer) < 10_000 or layer != int(layer):
+        raise UsageError(f"--layer {layer}: expected a block (0, 1, -1, ...) or a depth between 0 and 1")
+    return int(layer)
+
+
 def put(figure: Figure, output: Path, *parts: str) -> None:
     """Save a figure under a name made of ``parts`` and print where."""
     from comit_bench.figures.style import file_stem, save
@@ -158,7 +171,7 @@ def attention(
     with at_work(quiet):
         loaded = load(tokenizer, images, weights, device)
         name = title(loaded, tokenizer, weights)
-        chosen = int(layer) if layer == int(layer) else layer
+        chosen = _block(layer)
         data = compute(
             loaded, read(images, loaded, count, seed), layer=chosen, time=time, policy=policy, seed=seed
         )
@@ -309,7 +322,7 @@ def maps(
 
     with at_work(quiet):
         loaded = load(tokenizer, images, weights, device)
-        chosen = int(layer) if layer == int(layer) else layer
+        chosen = _block(layer)
         inputs = read(images, loaded, count, seed)
         data = compute(loaded, inputs, tokens=tokens, layer=chosen, time=time, policy=policy, seed=seed)
         put(draw(data), output, "maps", title(loaded, tokenizer, weights), *data.about.file_parts)
@@ -412,7 +425,7 @@ def reconstruction(
 @app.command(name="sweeps")
 def sweeps(
     results: Annotated[
-        Path, typer.Option(help="Where `comit-bench sweep` or `run` left its records.")
+        Path, typer.Option(callback=as_path, help="Where `comit-bench sweep` or `run` left its records.")
     ] = Path("results"),
     task: Annotated[str | None, typer.Option(help="Only this task. [default: all, a figure each]")] = None,
     output: Output = FIGURES_FOLDER,

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from comit_bench.errors import BenchError, CorruptFileError, UsageError
+from comit_bench.reading import user_path
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -47,14 +48,12 @@ def cache_root() -> Path:
     """``$COMIT_BENCH_CACHE`` when set, else the platform's user cache directory.
 
     Raises:
+        UsageError: The variable holds no path.
         BenchError: There is no home directory to put it in; says what to set.
     """
     override = os.environ.get(CACHE_VARIABLE)
     if override:
-        try:
-            return Path(override).expanduser()
-        except RuntimeError as error:
-            raise BenchError(f"{CACHE_VARIABLE}={override}: {error}. Name another folder.") from error
+        return user_path(override, CACHE_VARIABLE)
     from platformdirs import user_cache_path
 
     lost = os.environ.get("HOME") == "" and not os.environ.get("XDG_CACHE_HOME")

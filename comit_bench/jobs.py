@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import cache_root
+from comit_bench.reading import shown
 from comit_bench.recipes import (
     CONTROLS,
     KINDS,
     DatasetSpec,
     Recipe,
     TaskSpec,
+    dataset_of,
     find_datasets,
     find_tasks,
     pick,
@@ -76,15 +78,24 @@ class Settings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in (("limit", self.limit), ("seeds", self.seeds), ("batch-size", self.batch_size)):
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1, got {value}")
-        if self.num_workers < 0:
-            raise UsageError(f"--num-workers must be at least 0, got {self.num_workers}")
+        for name, value, least, most in (
+            ("limit", self.limit, 1, None),
+            ("seeds", self.seeds, 1, 10_000),
+            ("batch-size", self.batch_size, 1, None),
+            ("num-workers", self.num_workers, 0, 1_000),
+        ):
+            if value is not None and (value < least or (most is not None and value > most)):
+                bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+                raise UsageError(f"--{name} must be {bounds}, got {shown(value)}")
         if self.control is not None and self.control not in CONTROLS:
             raise UsageError(
-                f"unknown control {self.control!r}: one of {', '.join(CONTROLS)}."
+                f"unknown control {shown(self.control)}: one of {', '.join(CONTROLS)}."
                 f"{did_you_mean(self.control, CONTROLS)}"
+            )
+        if self.data_root is not None and self.output.absolute() == self.data_root.absolute():
+            raise UsageError(
+                f"--output {self.output} is the data root: records and tables would lie among the data. Name "
+                "another folder."
             )
         if self.policy is not None and not self.policies:
             raise UsageError("--policy: an empty list of cropping policies")
@@ -131,6 +142,7 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
         UsageError: An unknown tokenizer, task or data set, with the nearest names; an object that is no
             tokenizer; or no task is left.
     """
+    tokenizers = each_once(tokenizers)
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
     datasets = find_datasets(settings.include, allow_override=settings.allow_override)
     chosen = [pick(name, recipes, "task") for name in dict.fromkeys(tasks)]
@@ -152,13 +164,32 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
     for tokenizer in tokenizers:
         crops = takes_policies(tokenizer)
         policies += [(tokenizer, policy) for policy in (settings.policies if crops else (None,))]
-    data = [pick(task.spec.dataset, datasets, "dataset") for task in chosen]
-    return [
+    data = [dataset_of(task, datasets) for task in chosen]
+    jobs = [
         Job(tokenizer, task, d, policy)
         for task, d in zip(chosen, data, strict=True)
         for tokenizer, policy in policies
         if tokenizer != MAJORITY or KINDS[task.spec.kind].probed
     ]
+    if not jobs:
+        raise UsageError(f"nothing to do: {MAJORITY} knows labels only, and {', '.join(tasks)} asks for more")
+    return jobs
+
+
+def each_once(tokenizers: Iterable[str | Tokenizer]) -> list[str | Tokenizer]:
+    """Tokenizers in their order, each once; names of the registry in lower case, as it has them."""
+    from comit_bench.registry import tokenizers as known
+
+    names = {*known(), MAJORITY}
+    found: list[str | Tokenizer] = []
+    for tokenizer in tokenizers:
+        if isinstance(tokenizer, str) and tokenizer.lower() in names:
+            tokenizer = tokenizer.lower()
+        if not any(
+            tokenizer is other or (isinstance(tokenizer, str) and tokenizer == other) for other in found
+        ):
+            found.append(tokenizer)
+    return found
 
 
 def takes_policies(tokenizer: str | Tokenizer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -10,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean
 from comit_bench.files import cache_root
-from comit_bench.recipes import DatasetSpec, Recipe, TaskSpec, find_datasets, find_tasks, parse_recipe
+from comit_bench.reading import shown
+from comit_bench.recipes import (
+    DatasetSpec,
+    Recipe,
+    TaskSpec,
+    dataset_of,
+    find_datasets,
+    find_tasks,
+    parse_recipe,
+)
 from comit_bench.registry import tokenizers
 
 if TYPE_CHECKING:
@@ -18,6 +28,11 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160
 LEAST_COLUMN = 16  # of the last column of a listing
+EXTRAS = {  # optional parts of the installation, and what each is for
+    "hf": "training from Hugging Face data sets",
+    "metrics": "rFID and LPIPS",
+    "track": "training curves in TensorBoard",
+}
 ALL = "all"
 THINGS = ("tokenizers", "tasks", "datasets")
 
@@ -57,7 +72,9 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
         UsageError: Something else was asked for.
     """
     if what not in THINGS:
-        raise UsageError(f"cannot list {what!r}: one of {', '.join(THINGS)}.{did_you_mean(what, THINGS)}")
+        raise UsageError(
+            f"cannot list {shown(what)}: one of {', '.join(THINGS)}.{did_you_mean(what, THINGS)}"
+        )
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
     if what == "tokenizers":
@@ -107,16 +124,45 @@ def _packages() -> list[str]:
     except PackageNotFoundError:
         return ["  MISSING  comit-bench itself is not installed here: pip install -e ."]
     for requirement in requirements:
-        if "extra ==" in requirement:
+        name = re.split(r"[<>=!~ ;\[]", requirement)[0]
+        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        if extra is not None and extra[1] not in EXTRAS:
             continue
-        name = requirement
-        for sign in "<>=!~ ;[":
-            name = name.split(sign)[0]
         try:
             lines.append(f"  ok       {name} {version(name)}")
         except PackageNotFoundError:
-            lines.append(f"  MISSING  {name}: pip install '{requirement}'")
+            if extra is None:
+                lines.append(f"  MISSING  {name}: pip install '{requirement}'")
+            else:
+                what = f"{EXTRAS[extra[1]]}: pip install 'comit-bench[{extra[1]}]'"
+                lines.append(f"  missing  {name}, needed for {what}")
     return lines
+
+
+def _suites(data_root: Path | None) -> tuple[list[str], bool]:
+    """What each suite waits for, and whether the one that ``run`` would choose can be done.
+
+    These are the words of ``comit-bench run``: both ask the same plan.
+    """
+    from comit_bench.jobs import Settings
+    from comit_bench.run import SUITES, choose_suite, plan_of_suite
+
+    chosen, why = choose_suite(None, data_root)
+    lines, ready = [], True
+    for suite in SUITES:
+        plan = plan_of_suite(suite, Settings(data_root=data_root, offline=True, progress=False))
+        own = f" (what `comit-bench run` does here, {why})" if suite == chosen else ""
+        state = "MISSING" if plan.missing else "ok"
+        lines.append(f"  {suite}: {state}{own}")
+        lines += [
+            f"    {part.job.task.spec.name}: {part.job.label} waits for {' and '.join(part.waits)}"
+            for part in plan.jobs
+            if part.waits
+        ]
+        texts = [str(e).replace("--offline forbids a download", "were not fetched") for e in plan.missing]
+        lines += [f"    missing: {text}" for text in texts]
+        ready = ready and not (suite == chosen and plan.missing)
+    return lines, ready
 
 
 def _weights_lines() -> list[str]:
@@ -166,7 +212,12 @@ def _judges() -> list[str]:
 
 
 def examine(data_root: Path | None) -> int:
-    """Print the state of the installation; returns 0, or 3 when a required package is missing."""
+    """Print the state of the installation.
+
+    Returns:
+        0, or 3 when a required package is missing, or something that ``comit-bench run`` with the same data
+        root would wait for.
+    """
     import torch
 
     packages = _packages()
@@ -181,7 +232,12 @@ def examine(data_root: Path | None) -> int:
     _out(f"data (data root: {data_root or 'not given: --data-root DIR or COMIT_BENCH_DATA'})")
     for recipe in find_datasets().values():
         _out("\n".join(_data_state(recipe, data_root)))
-    return MissingError.exit_code if any("MISSING" in line for line in packages) else 0
+    lines, ready = _suites(data_root)
+    _out("suites")
+    _out("\n".join(lines))
+    if any("MISSING" in line for line in packages) or not ready:
+        return MissingError.exit_code
+    return 0
 
 
 def _validate(path: Path) -> str:
@@ -194,12 +250,12 @@ def _validate(path: Path) -> str:
         spec = parse_recipe(path, kinds[path.name])
         if spec.name != path.resolve().parent.name:
             raise UsageError(
-                f"{path}: name is {spec.name!r} but its folder is {path.resolve().parent.name!r}"
+                f"{path}: name is {shown(spec.name)} but its folder is {path.resolve().parent.name!r}"
             )
-        if isinstance(spec, TaskSpec) and spec.dataset not in find_datasets():
-            raise UsageError(
-                f"{path}: unknown dataset {spec.dataset!r}.{did_you_mean(spec.dataset, find_datasets())}"
-            )
+        if isinstance(spec, TaskSpec):
+            root = path.resolve().parents[2]  # of ROOT/probes/NAME/task.yaml; its own data sets count too
+            beside = (root,) if (root / "datasets").is_dir() else ()
+            dataset_of(Recipe(spec, path, "validated"), find_datasets(beside, allow_override=True))
         return f"{type(spec).__name__} {spec.name} version {spec.version}"
     if path.suffix == ".json":
         from comit_bench.results.records import validate_record_file
@@ -214,8 +270,6 @@ def validate_files(paths: Sequence[Path]) -> int:
     worst = 0
     for path in paths:
         try:
-            if not path.is_file():
-                raise UsageError(f"{path}: no such file")
             _out(f"ok  {path}: {_validate(path)}")
         except BenchError as error:
             _out(f"BAD {error}")

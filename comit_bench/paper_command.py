@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from comit_bench.errors import BenchError, MissingError, UnsupportedOperation, UsageError
+from comit_bench.options import DataRoot, as_path
 
 if TYPE_CHECKING:
     from comit_bench.jobs import Settings
@@ -38,13 +39,14 @@ def paper(
     suite: Annotated[
         str, typer.Option(help="paper, or scenes: the same parts on embedded data and shipped tokenizers.")
     ] = "paper",
-    data_root: Annotated[
-        Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")
-    ] = None,
+    data_root: DataRoot = None,
     runs: Annotated[
-        Path, typer.Option(help="Where `comit-bench train` left ablations and bottleneck sizes.")
+        Path,
+        typer.Option(callback=as_path, help="Where `comit-bench train` left ablations and bottleneck sizes."),
     ] = Path("runs"),
-    output: Annotated[Path, typer.Option(help="Records, tables and figures go here.")] = Path("results"),
+    output: Annotated[
+        Path, typer.Option(callback=as_path, help="Records, tables and figures go here.")
+    ] = Path("results"),
     limit: Annotated[
         int | None, typer.Option(min=1, help="Images per split and figure; records are marked incomplete.")
     ] = None,
@@ -191,7 +193,8 @@ def do_parts(plans: Sequence[tuple[Part, Sequence[StepPlan]]], settings: Setting
             data = "D" if settings.data_root is None else str(settings.data_root)
             words = plan.now.argv(output=str(settings.output), data=data, limit=settings.limit)
             say(f"{part.name}: {shlex.join(['comit-bench', *words])}")
-            code = _guarded(invoke, words, f"{part.name}: {_short(plan.step)}", done)
+            name = f"{part.name}: {_short(plan.step)}"
+            code = _one_command(invoke, words, name, done, settings.output)
             if code == INTERRUPTED:
                 done.stopped = True
                 return done
@@ -204,8 +207,11 @@ def _names_of(plan: StepPlan) -> str:
     return ", ".join(dict.fromkeys(need.name for need in plan.needs if need.required))
 
 
-def _guarded(invoke: Invoke, words: Sequence[str], name: str, done: Done) -> int:
+def _one_command(invoke: Invoke, words: Sequence[str], name: str, done: Done, output: Path) -> int:
+    """Run a command and note how it went; whatever it raises, the others run on."""
     import sys
+
+    from comit_bench.console import unexpected
 
     try:
         with redirect_stdout(sys.stderr):
@@ -216,6 +222,9 @@ def _guarded(invoke: Invoke, words: Sequence[str], name: str, done: Done) -> int
     except BenchError as error:
         done.failed.append(f"{name}: {error}")
         return error.exit_code
+    except Exception as error:
+        done.failed.append(str(unexpected(error, name, output)))
+        return 1
     if code == MissingError.exit_code:
         done.left_out.append(f"{name}: something is missing, see above")
     elif code != 0:

@@ -63,17 +63,19 @@ class Ranks:
         shared: T = held[0]
         return shared
 
-    def agree(self, error: BenchError | None) -> None:
+    def agree(self, error: Exception | None) -> None:
         """Go on when no process has failed; else all of them raise.
 
         Raises:
-            BenchError: This process's own error, or the first one's among the others.
+            BenchError: The first error among the others; a process's own error is raised as it is.
         """
         if self.world > 1:
             from torch import distributed
 
+            known = error is None or isinstance(error, BenchError)
+            text = None if error is None else str(error) if known else f"{type(error).__name__}: {error}"
             texts: list[Any] = [None] * self.world
-            distributed.all_gather_object(texts, None if error is None else str(error), group=self.group)
+            distributed.all_gather_object(texts, text, group=self.group)
             failed = [f"process {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
             if error is None and failed:
                 raise BenchError(failed[0])
@@ -84,7 +86,7 @@ class Ranks:
         """Let all processes take a step, and go on when none has failed in it (see :meth:`agree`)."""
         try:
             value = step()
-        except BenchError as error:
+        except Exception as error:  # of any kind: the others must not wait for a process that has given up
             self.agree(error)
             raise
         self.agree(None)

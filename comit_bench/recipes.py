@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -28,10 +27,12 @@ from pydantic import (
 )
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.reading import SHOWN, read_yaml, shown
 from comit_bench.sections import (
     AttributesSpec,
     CodebookSpec,
     CounterfactualSpec,
+    Line,
     NegativesSpec,
     ObjectnessSpec,
     ReconstructionSpec,
@@ -40,6 +41,7 @@ from comit_bench.sections import (
     TextSpec,
 )
 
+Version = Annotated[int, Field(ge=1, le=1_000_000)]
 Kind = Literal["probes", "datasets", "results"]
 RECIPE_FILE = {"probes": "task.yaml", "datasets": "dataset.yaml"}
 
@@ -135,6 +137,8 @@ KINDS = {
     "codebook": _looking("codebook", (), "perplexity"),
     "counterfactual": _looking("counterfactual", ("classes",), "disentanglement"),
 }
+# What kind of data set a reader makes, see ``comit_bench.data.opened``.
+READS = {"class-folders": "classes", "coco": "multilabel", "visual-genome": "relations", "saliency": "masks"}
 CONTROLS = ("permute-labels", "shuffle-tokens", "bag-of-tokens")
 
 
@@ -146,15 +150,15 @@ class TaskSpec(SpecModel):
     ``--tasks all``. ``seeds`` are probe seeds, or where nothing is fitted seeds of the decoder's noise.
     """
 
-    name: str
-    version: Annotated[int, Field(ge=1)]
-    title: str
-    kind: str
+    name: Line
+    version: Version
+    title: Line
+    kind: Line
     suite: Literal["scenes", "paper", "extra"]
-    dataset: str
+    dataset: Line
     split: SplitSpec = SplitSpec()
     probe: ProbeSpec = ProbeSpec()
-    seeds: Annotated[int, Field(ge=1)] = 3
+    seeds: Annotated[int, Field(ge=1, le=10_000)] = 3
     main_metric: str = ""
     control: Literal["permute-labels", "shuffle-tokens", "bag-of-tokens"] | None = None
     by_default: bool = True
@@ -186,6 +190,12 @@ class TaskSpec(SpecModel):
         if not self.main_metric:
             object.__setattr__(self, "main_metric", KINDS[self.kind].main_metric)
         return self
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """Splits that the task reads, each once."""
+        names = (self.split.train, self.split.report, self.split.early_stop.source)
+        return tuple(dict.fromkeys(names if KINDS[self.kind].probed else (self.split.report,)))
 
     @model_serializer(mode="wrap")
     def _own_sections(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -275,11 +285,11 @@ class DatasetSpec(SpecModel):
     masks are, since ImageNet and MSCOCO are read as they are stored.
     """
 
-    name: str
-    version: Annotated[int, Field(ge=1)]
-    title: str
+    name: Line
+    version: Version
+    title: Line
     reader: Literal["class-folders", "coco", "visual-genome", "saliency"]
-    folder: str
+    folder: Line
     splits: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     class_list: str | None = None
     labelled: bool = True
@@ -377,12 +387,10 @@ def parse_mapping(path: Path) -> dict[str, Any]:
     """Read one YAML file as a mapping.
 
     Raises:
+        MissingError: No such file.
         UsageError: Not YAML, or not a mapping.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML: {error}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
     return raw
@@ -399,7 +407,7 @@ def validate_mapping(raw: dict[str, Any], path: Path, model: type[M]) -> M:
     except ValidationError as failure:
         lines = []
         for problem in failure.errors():
-            where = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+            where = ".".join(str(part)[:SHOWN] for part in problem["loc"]) or "(top level)"
             if problem["type"] == "extra_forbidden":
                 lines.append(f"  {where}: unknown key.{_nearest_key(dict(problem), model)}")
             elif problem["type"] == "missing":
@@ -407,7 +415,7 @@ def validate_mapping(raw: dict[str, Any], path: Path, model: type[M]) -> M:
             elif isinstance(problem["input"], dict):  # a rule about several keys
                 lines.append(f"  {where}: {problem['msg'].removeprefix('Value error, ')}")
             else:
-                lines.append(f"  {where} = {problem['input']!r}: {problem['msg']}")
+                lines.append(f"  {where} = {shown(problem['input'])}: {problem['msg']}")
         raise UsageError(f"{path}: not a valid {model.__name__}\n" + "\n".join(lines)) from failure
 
 
@@ -425,11 +433,13 @@ def _discover(
 ) -> dict[str, Recipe[S]]:
     found: dict[str, Recipe[S]] = {}
     for origin, root in _search_roots(kind, include):
-        for path in sorted(root.glob(f"*/{RECIPE_FILE[kind]}")):
+        for path in sorted(folder / RECIPE_FILE[kind] for folder in root.iterdir() if folder.is_dir()):
+            if not path.exists() and not path.is_symlink():
+                continue
             spec = parse_recipe(path, model)
             name = str(getattr(spec, "name", ""))
             if name != path.parent.name:
-                raise UsageError(f"{path}: name is {name!r} but its folder is {path.parent.name!r}")
+                raise UsageError(f"{path}: name is {shown(name)} but its folder is {path.parent.name!r}")
             if name in found and not allow_override:
                 raise UsageError(
                     f"{path}: {name!r} is already defined by {found[name].path}. "
@@ -453,6 +463,42 @@ def find_datasets(
     return _discover("datasets", DatasetSpec, include, allow_override)
 
 
+def check_fit(task: Recipe[TaskSpec], dataset: Recipe[DatasetSpec]) -> None:
+    """Refuse a task whose data set is of another kind, or lacks a split that the task names.
+
+    Raises:
+        UsageError: Names the recipe of the task, and what the data set has.
+    """
+    spec, data = task.spec, dataset.spec
+    kind, found = KINDS[spec.kind], READS[data.reader]
+    if not kind.takes(found):
+        raise UsageError(
+            f"{task.path}: kind {spec.kind!r} needs data of kind {' or '.join(kind.data)}, but {data.name} "
+            f"is of kind {found!r}"
+        )
+    for name in spec.split_names:
+        if name not in data.splits:
+            raise UsageError(
+                f"{task.path}: split {shown(name)} does not exist in {data.name} (it has "
+                f"{', '.join(data.splits)})"
+            )
+
+
+def dataset_of(task: Recipe[TaskSpec], datasets: dict[str, Recipe[DatasetSpec]]) -> Recipe[DatasetSpec]:
+    """The data set of a task, after making sure that they fit each other.
+
+    Raises:
+        UsageError: There is none of that name, or see :func:`check_fit`.
+    """
+    if task.spec.dataset not in datasets:
+        raise UsageError(
+            f"{task.path}: unknown dataset {shown(task.spec.dataset)}."
+            f"{did_you_mean(task.spec.dataset, datasets)}"
+        )
+    check_fit(task, datasets[task.spec.dataset])
+    return datasets[task.spec.dataset]
+
+
 def pick(name: str, known: dict[str, Recipe[S]], what: str) -> Recipe[S]:
     """Look a name up.
 
@@ -460,5 +506,5 @@ def pick(name: str, known: dict[str, Recipe[S]], what: str) -> Recipe[S]:
         UsageError: Unknown name; suggests the nearest.
     """
     if name not in known:
-        raise UsageError(f"unknown {what} {name!r}.{did_you_mean(name, known)}")
+        raise UsageError(f"unknown {what} {shown(name)}.{did_you_mean(name, known)}")
     return known[name]

@@ -1,12 +1,17 @@
-"""From a task's result to a record."""
+"""From a task's result to a record, and how long it took, for the next plan."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comit_bench.files import atomic_path
+from comit_bench.errors import BenchError
+from comit_bench.files import atomic_path, digest_json, write_atomic
 from comit_bench.jobs import Job, Settings
+from comit_bench.reading import read_json
+from comit_bench.recipes import KINDS
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from comit_bench.tasks.result import TaskResult
     from comit_bench.tokenizers.base import Tokenizer
 
+FURTHEST = 4  # times as many images as were measured: beyond that the time of a job is unknown
 NOTES = ("best_epoch", "epochs_run", "left_out")  # of a result's details; the rest of these goes nowhere
 
 
@@ -138,3 +144,63 @@ def save_with_images(settings: Settings, record: Record, per_image: Mapping[str,
         with atomic_path(path) as partial:
             pq.write_table(pa.table(dict(per_image)), partial, compression="zstd")
     save_record(settings.records, record, overwrite=overwrite)
+
+
+def images_of(job: Job, counts: Mapping[str, int], settings: Settings) -> int:
+    """Images that a job reads, of splits of these sizes."""
+    spec = job.task.spec
+    sizes = [counts.get(name, 0) for name in spec.split_names]
+    images = sum(min(size, settings.limit or size) for size in sizes)
+    count = None if KINDS[spec.kind].probed else getattr(getattr(spec, spec.kind), "count", None)
+    return min(images, count or images)
+
+
+def _note(job: Job, settings: Settings) -> Path:
+    """Where the time of a job is noted: named by what makes it fast or slow, images apart."""
+    from comit_bench.tokenizers.loading import resolve_device
+
+    key = {
+        "tokenizer": job.label,
+        "policy": job.policy,
+        "task": job.task.digest,
+        "seeds": settings.seeds,
+        "weights": settings.weights,
+        "options": {name: str(value) for name, value in sorted(settings.options.items())},
+        "device": device_name(resolve_device(settings.device)),
+        "dtype": settings.dtype,
+    }
+    return settings.cache_dir / "seconds" / f"{digest_json(key)[7:31]}.json"
+
+
+def _noted(path: Path) -> tuple[float, int, int]:
+    """Seconds, images, and images that were encoded; zeros when nothing is noted."""
+    try:
+        found = read_json(path)
+        return float(found["seconds"]), int(found["images"]), int(found["encoded"])
+    except (BenchError, LookupError, TypeError, ValueError):
+        return 0.0, 0, 0
+
+
+def note_seconds(job: Job, settings: Settings, *, seconds: float, images: int, encoded: int) -> None:
+    """Remember how long a job took. A repetition that found its tokens made does not count.
+
+    Args:
+        job: Which.
+        settings: How it was done.
+        seconds: Wall clock, all of it.
+        images: Images that it read.
+        encoded: How many of them were encoded for it.
+    """
+    path = _note(job, settings)
+    _, before, encoded_before = _noted(path)
+    if (images, encoded) >= (before, encoded_before):
+        content = {"seconds": round(seconds, 3), "images": images, "encoded": encoded}
+        write_atomic(path, json.dumps(content) + "\n")
+
+
+def expected_seconds(job: Job, settings: Settings, images: int) -> float | None:
+    """How long a job took before, scaled by its images; None when nothing like it was measured here."""
+    seconds, before, _ = _noted(_note(job, settings))
+    if not before or images > FURTHEST * before:
+        return None
+    return seconds * images / before

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from comit_bench.errors import BenchError, UnsupportedOperation
 from comit_bench.jobs import Job, Settings, options_for
 from comit_bench.ranks import Ranks
-from comit_bench.recipes import DatasetSpec, Recipe
+from comit_bench.recipes import KINDS, DatasetSpec, Recipe
+from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,7 @@ class Resources:
         self._data: dict[str, OpenData] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
         self._anew: set[str] = set()  # stores that this run has cleared
+        self.encoded = 0  # images of the jobs so far; those made beside a job do not count
         self.profile: dict[str, float] = {}  # seconds by stage of tokenization, over all jobs
 
     # ------------------------------------------------------------- resources
@@ -86,6 +88,13 @@ class Resources:
 
         return ProbePool()
 
+    def free_memory(self) -> None:
+        """Give back what an unfinished job holds on the device, for the next one."""
+        if "device" in self.__dict__ and self.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """End worker processes."""
         if "pool" in self.__dict__:
@@ -102,10 +111,7 @@ class Resources:
             return job.tokenizer
         from comit_bench.tokenizers.loading import entry_for, load_tokenizer
 
-        entry = entry_for(job.tokenizer)
-        options: dict[str, Any] = dict(entry.paper_options) if job.task.spec.suite == "paper" else {}
-        options |= entry.typed(options_for(entry, self.settings.options))
-        fitted = entry.fitted and not Path(job.tokenizer).is_dir()
+        entry, options, fitted = entry_for(job.tokenizer), self._options(job), self._fitted(job)
         key = f"{job.tokenizer}|{options}|{job.dataset.spec.name if fitted else ''}"
         if key not in self._tokenizers:
             if fitted:
@@ -121,25 +127,67 @@ class Resources:
                 )
         return self._tokenizers[key]
 
-    def peek(self, job: Job) -> Tokenizer | None:
-        """The tokenizer as far as it exists before data are opened: None for one that is fitted."""
+    def _options(self, job: Job) -> dict[str, Any]:
+        """The options of a job's tokenizer, which is given by name."""
         from comit_bench.tokenizers.loading import entry_for
 
-        if isinstance(job.tokenizer, str):
-            fitted = entry_for(job.tokenizer).fitted and not Path(job.tokenizer).is_dir()
-            return None if fitted else self.tokenizer(job)
-        return job.tokenizer
+        entry = entry_for(str(job.tokenizer))
+        options: dict[str, Any] = dict(entry.paper_options) if job.task.spec.suite == "paper" else {}
+        return options | entry.typed(options_for(entry, self.settings.options))
+
+    def peek(self, job: Job) -> Tokenizer | None:
+        """The tokenizer as far as it exists before data are opened: None for one that is fitted."""
+        if not self._fitted(job):
+            return self.tokenizer(job)
+        from comit_bench.tokenizers.kmeans import check_settings
+
+        check_settings(**self._options(job))
+        return None
+
+    def why_not(self, job: Job, tokenizer: Tokenizer | None) -> str | None:
+        """Why a tokenizer is left out of a task; None when it can be measured.
+
+        Args:
+            job: Which tokenizer on which task.
+            tokenizer: The tokenizer, when it is loaded already.
+        """
+        from comit_bench.tasks.executor import find_looking_executor
+
+        spec, splits = job.task.spec, job.dataset.spec.splits
+        if self._fitted(job) and spec.split.train not in splits:
+            return (
+                f"it is fitted on training images, and {job.dataset.spec.name} has no split "
+                f"{spec.split.train!r} (it has {', '.join(splits)})"
+            )
+        if tokenizer is not None and not KINDS[spec.kind].probed:
+            return find_looking_executor(spec).refuses(spec, tokenizer)
+        return None
+
+    def refuse(self, job: Job, tokenizer: Tokenizer | None) -> None:
+        """Say what a tokenizer cannot do before anything is tokenized.
+
+        Raises:
+            UnsupportedOperation: As :meth:`why_not` says.
+        """
+        reason = self.why_not(job, tokenizer)
+        if reason is not None:
+            raise UnsupportedOperation(f"{job.label} is left out of {job.task.spec.name}: {reason}")
+
+    @staticmethod
+    def _fitted(job: Job) -> bool:
+        """Whether the tokenizer is fitted on the task's data."""
+        from comit_bench.tokenizers.loading import entry_for
+
+        if not isinstance(job.tokenizer, str) or job.tokenizer == MAJORITY:
+            return False
+        return entry_for(job.tokenizer).fitted and not Path(job.tokenizer).is_dir()
 
     def _fit(self, job: Job, options: Mapping[str, Any], *, quiet: bool) -> Tokenizer:
         from comit_bench.data.images import iterate_images
         from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
 
+        self.refuse(job, None)
         data, name = self.data(job.dataset), job.task.spec.split.train
-        if name not in data.splits:
-            raise UnsupportedOperation(
-                f"{job.label} is left out of {job.task.spec.name}: it is fitted on training images, and "
-                f"{data.name} has no split {name!r} (it has {', '.join(data.splits)})"
-            )
         split = data.splits[name]
         rows = self.rows(split)
         resolution = options.get("resolution", 32)
@@ -278,6 +326,7 @@ class Resources:
         finally:
             reporter.stop()
         if not quiet:
+            self.encoded += total
             self._check_broken(job, store, split_name)
         return store
 

@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.evaluation import Bench, Outcome, Reporter, do_jobs
 from comit_bench.jobs import Job, Settings, make_jobs
+from comit_bench.reading import user_path
 from comit_bench.recipes import KINDS, find_tasks
 from comit_bench.registry import MAJORITY
 
 if TYPE_CHECKING:
+    from comit_bench.plan import Plan
     from comit_bench.results.schema import Record
     from comit_bench.tokenizers.base import Tokenizer
 
@@ -82,6 +84,14 @@ def with_references(tokenizers: Sequence[str | Tokenizer], suite: str) -> list[s
     references = [MAJORITY] + (["pixel-oracle"] if suite == "scenes" else [])
     named = {t.lower() for t in tokenizers if isinstance(t, str)}
     return [*(name for name in references if name not in named), *tokenizers]
+
+
+def plan_of_suite(suite: str, settings: Settings) -> Plan:
+    """What ``comit-bench run --suite SUITE`` plans when nothing else is asked for; ``doctor`` shows it."""
+    from comit_bench.plan import make_plan
+
+    rows = with_references(DEFAULT_TOKENIZERS, suite)
+    return make_plan(make_jobs(rows, choose_tasks(None, suite, settings), settings), Bench(settings))
 
 
 def evaluate(
@@ -217,7 +227,7 @@ def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
 def data_root_from(option: Path | None) -> Path | None:
     """``--data-root``, else the environment."""
     value = os.environ.get(DATA_VARIABLE)
-    return option or (Path(value).expanduser() if value else None)
+    return option or (user_path(value, DATA_VARIABLE) if value else None)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def _one_line(value: str) -> str:
+    if not value.strip() or any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in value):
+        raise ValueError("expected a non-empty text of one line without control characters")
+    return value
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
 
 
 class SpecModel(BaseModel):
-    """What every part of a recipe has in common: unknown keys are errors, values never change."""
+    """What every part of a recipe has in common: unknown keys are errors, values never change.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    A number is no truth value and never NaN or infinite.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, raw: Any) -> Any:
+        for name, value in raw.items() if isinstance(raw, dict) else ():
+            field = cls.model_fields.get(str(name))
+            if isinstance(value, bool) and field is not None and not _takes(field.annotation, bool):
+                raise ValueError(f"{name} is {str(value).lower()}, but a truth value means nothing to it")
+        return raw
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    """Whether a type, or one of the types that it is made of, is ``kind``."""
+    return annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
 
 
 class AttributesSpec(SpecModel):

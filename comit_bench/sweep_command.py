@@ -11,12 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from comit_bench.errors import UsageError
+from comit_bench.options import DataRoot, Include, as_path
+from comit_bench.reading import shown
 
 Options = Annotated[
     list[str] | None,
     typer.Option("--option", help="KEY=VALUE that all points share, e.g. guidance=2; may be repeated."),
 ]
-DataRoot = Annotated[Path | None, typer.Option(help="Where real data sets lie. [env: COMIT_BENCH_DATA]")]
 
 
 def sweep(
@@ -41,11 +42,11 @@ def sweep(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call; no score depends on it.")] = 64,
-    output: Annotated[Path, typer.Option(help="Records and tables go here.")] = Path("results"),
+    output: Annotated[Path, typer.Option(callback=as_path, help="Records and tables go here.")] = Path(
+        "results"
+    ),
     offline: Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")] = False,
-    include_path: Annotated[
-        list[Path] | None, typer.Option(help="Directory with more recipes; may be repeated.")
-    ] = None,
+    include_path: Include = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Reconstruct for lists of settings; each point is a record, so the same command continues a sweep."""
@@ -84,13 +85,10 @@ def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> li
     if text is None:
         return []
     try:
-        numbers = [kind(part) for part in text.split(",") if part.strip()]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        numbers = []
-    if not numbers:
         what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"{option} {text!r}: expected {what} separated by commas, e.g. 1,2,5")
-    return numbers
+        raise UsageError(f"{option} {shown(text)}: expected {what} separated by commas, e.g. 1,2,5") from None
 
 
 def _run(tokenizers: list[str], chosen: dict[str, Any], settings: dict[str, Any]) -> int:

@@ -8,12 +8,12 @@ settings and are made once.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import UnsupportedOperation, UsageError
+from comit_bench.reading import shown
 from comit_bench.recipes import find_tasks, pick
 
 if TYPE_CHECKING:
@@ -37,9 +37,12 @@ def sweep_points(
     """
     for axis, values in (("steps", steps), ("guidance", guidance)):
         for value in values:
-            if not math.isfinite(value) or value < (1 if axis == "steps" else 0):
-                least = "whole numbers from 1" if axis == "steps" else "numbers from 0"
-                raise UsageError(f"--{axis}: {value} is no value for it, expected {least}")
+            least, most = (1, 100_000) if axis == "steps" else (0, 1e9)
+            if not least <= value <= most:  # NaN compares with nothing
+                what = "whole numbers" if axis == "steps" else "numbers"
+                raise UsageError(
+                    f"--{axis}: {shown(value)} is no value for it, expected {what} from {least} to {most:g}"
+                )
     if not steps and not guidance:
         yield dict(options)
     for step in dict.fromkeys(steps):

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from comit_bench.errors import MissingError, UsageError
+from comit_bench.options import as_path
+from comit_bench.reading import shown
 
 if TYPE_CHECKING:
     from comit_bench.console import Bars
     from comit_bench.data.token_file import Origin
     from comit_bench.tokenizers.base import Tokenizer
 
+OWN_OPTIONS = ("device", "dtype", "offline", "weights")  # of the command line, never --option
 LISTED = 20  # broken images that are named on the screen; the file names all
 Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
 Option = Annotated[
@@ -37,17 +40,24 @@ def key_values(pairs: list[str]) -> dict[str, str | int | float]:
     """KEY=VALUE texts as a mapping; values that are written as numbers are become numbers.
 
     Raises:
-        UsageError: A text of another form.
+        UsageError: A text of another form, a key that is given twice, or one that has an option of its own.
     """
     options: dict[str, str | int | float] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         whose, dot, name = key.rpartition(".")  # comit.posterior=sample is for one family
-        if not sign or not name or not value:
-            raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. posterior=sample")
+        whole = whose.lower() + dot + name.replace("-", "_")
+        if not sign or not name.strip() or not value.strip() or bool(dot) != bool(whose.strip()):
+            raise UsageError(
+                f"--option {shown(pair)}: expected KEY=VALUE or FAMILY.KEY=VALUE, e.g. posterior=sample"
+            )
+        if name.replace("-", "_") in OWN_OPTIONS:
+            raise UsageError(f"--option {shown(pair)}: there is --{name.replace('_', '-')} for that")
+        if whole in options:
+            raise UsageError(f"--option {shown(whole)} is given twice: give it once")
         numbers = (_number(value, kind) for kind in (int, float))
         read = next((n for n in numbers if n is not None and str(n) == value), value)  # 007 is no number
-        options[whose.lower() + dot + name.replace("-", "_")] = read
+        options[whole] = read
     return options
 
 
@@ -59,8 +69,10 @@ def _number(text: str, kind: type[int] | type[float]) -> int | float | None:
 
 
 def tokenize(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Images, searched recursively.")],
-    out: Annotated[Path, typer.Option(help="The token file (safetensors).")],
+    folder: Annotated[
+        Path, typer.Argument(callback=as_path, metavar="DIR", help="Images, searched recursively.")
+    ],
+    out: Annotated[Path, typer.Option(callback=as_path, help="The token file (safetensors).")],
     tokenizer: Annotated[
         str | None,
         typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory. [default: comit-nano]"),
@@ -132,8 +144,8 @@ def _name_broken(broken: Mapping[str, str]) -> None:
 
 
 def detokenize(
-    tokens: Annotated[Path, typer.Argument(help="The token file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")],
+    tokens: Annotated[Path, typer.Argument(callback=as_path, help="The token file.")],
+    out: Annotated[Path, typer.Option(callback=as_path, help="Folder for the PNGs.")],
     tokenizer: Annotated[
         str | None,
         typer.Option("--tokenizer", "-t", help="Name or directory. [default: the one the file names]"),

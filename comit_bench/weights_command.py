@@ -13,6 +13,7 @@ import typer
 
 from comit_bench.console import guarded
 from comit_bench.errors import UsageError
+from comit_bench.options import as_path
 
 app = typer.Typer(
     help="Fetch and convert released weights; they are kept in the cache.",
@@ -97,8 +98,10 @@ class _Bar:
 @app.command(name="convert")
 def convert(
     name: Annotated[str, typer.Argument(help="What the file is, see `comit-bench weights ls`.")],
-    file: Annotated[Path, typer.Argument(help="A released .pth file.")],
-    output: Annotated[Path | None, typer.Option(help="Directory. [default: the cache]")] = None,
+    file: Annotated[Path, typer.Argument(callback=as_path, help="A released .pth file.")],
+    output: Annotated[
+        Path | None, typer.Option(callback=as_path, help="Directory. [default: the cache]")
+    ] = None,
 ) -> None:
     """Convert a released pickle to config.json and model.safetensors; nothing in it is run."""
     from comit_bench.tokenizers.weights import convert as convert_file

@@ -33,6 +33,7 @@ import numpy as np
 
 from comit_bench.data.digests import file_digests, part_digests, state_of_files
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
+from comit_bench.reading import user_path
 
 EXTRA = 'pip install "comit-bench[hf]"'
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
@@ -120,7 +121,7 @@ def open_splits(source: str, *, subset: str | None = None, revision: str | None 
 
     from datasets.load import load_dataset, load_from_disk
 
-    path = Path(source).expanduser()
+    path = user_path(source, "source")
     local = path.exists()
     if not local and (_HUB_ID.fullmatch(source) is None or path.is_absolute()):
         raise MissingError(f"{source}: no such directory, and this is no hub id (OWNER/NAME)")
@@ -205,7 +206,7 @@ class HfImages:
         from datasets.features import Image
 
         self.name = f"{source} ({split})" if split else source
-        self.root = Path(source).expanduser().absolute()
+        self.root = user_path(source, "source").absolute()
         if len(dataset) == 0:
             raise UsageError(f"{self.name}: no rows")
         self.column = find_image_column(dataset.features, image_key, self.name)

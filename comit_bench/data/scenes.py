@@ -32,6 +32,7 @@ from comit_bench.files import (
     sha256_file,
     write_atomic,
 )
+from comit_bench.reading import read_json
 from comit_bench.recipes import GeneratorSpec
 
 __all__ = ["CHUNK", "MANIFEST", "contact_sheet", "generate", "verify"]
@@ -65,13 +66,11 @@ def _settings(spec: GeneratorSpec) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        return read_json(path)
+    except MissingError as error:
         raise MissingError(f"{path}: missing. Generate the scenes again to restore it.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(
-            f"{path}: not valid JSON ({error}). Delete the file and generate the scenes again."
-        ) from error
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}. Delete the file and generate the scenes again.") from error
 
 
 def _check_place(spec: GeneratorSpec, directory: Path) -> None:
@@ -131,7 +130,7 @@ def _finished(directory: Path, listing: Path) -> dict[str, Any] | None:
     Files are compared by content, which is read once (``comit_bench.data.digests``).
     """
     try:
-        content = json.loads(listing.read_text(encoding="utf-8"))
+        content = read_json(listing)
         names = list(content["files"])
         found = file_digests(directory, names, cache=directory / LISTS)
         for name, digest in zip(names, found, strict=True):

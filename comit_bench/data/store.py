@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from comit_bench.data.shards import Array, Layout, Shard, read_shard, shard_bytes
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.files import digest_json, open_plain, require_room, sweep, write_atomic
+from comit_bench.files import digest_json, require_room, sweep, write_atomic
+from comit_bench.reading import read_json
 
 FORMAT_VERSION = 1
 STALE_SECONDS = 3600.0  # a temporary file this old belongs to a process that was killed
@@ -410,9 +411,8 @@ def check_key(path: Path, payload: dict[str, Any]) -> None:
         write_atomic(path, json.dumps(payload, indent=2, sort_keys=True) + "\n")
         return
     try:
-        with open_plain(path) as stream:
-            found = json.loads(stream.read().decode("utf-8"))
-    except (ValueError, OSError) as error:
+        found = read_json(path)
+    except BenchError as error:
         raise CorruptFileError(
             f"{path}: cannot be read ({error}). Remove its folder and run the same command again."
         ) from error

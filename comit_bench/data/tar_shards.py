@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +44,7 @@ from comit_bench.data.datasets import EXTENSIONS
 from comit_bench.data.digests import part_digests, state_of_files
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import write_atomic
+from comit_bench.reading import read_json, user_path
 
 FORMAT = 1
 SUFFIX = ".tar"
@@ -135,7 +137,7 @@ def _find(pattern: str) -> list[Path]:
 
 
 def _hint(part: str) -> str:
-    folder = Path(part).expanduser()
+    folder = user_path(part, "source")
     if folder.is_dir() and any(folder.glob("*.tar.*")):
         return ", only compressed ones: decompress them, they cannot be read by offset"
     return (
@@ -245,7 +247,7 @@ def _cached(path: Path, cache: Path) -> TarIndex | None:
     except FileNotFoundError as error:
         raise MissingError(f"{path}: no such shard") from error
     try:
-        content = json.loads(_place(path, cache).read_bytes())
+        content = read_json(_place(path, cache), most=sys.maxsize, strict=False)
         if content.pop("format") != FORMAT or content.pop("path") != _printable(str(path.resolve())):
             return None
         lists = (tuple(content[key]) for key in ("names", "offsets", "sizes"))
@@ -253,7 +255,7 @@ def _cached(path: Path, cache: Path) -> TarIndex | None:
         lengths = {len(index.names), len(index.offsets), len(index.sizes)}
         fits = (index.size, index.changed) == (now.st_size, now.st_mtime_ns) and len(lengths) == 1
         return index if fits else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (BenchError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -21,7 +21,12 @@ from numpy.typing import NDArray
 from comit_bench.data.folders import SUFFIXES
 from comit_bench.data.shards import Array, checksum, id_dtype, sorted_header
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.reading import parse_json, shown
 
+LONGEST_PART, LONGEST_NAME = (
+    250,
+    3000,
+)  # bytes of a part of a name (with .png behind it), characters of a name
 FORMAT, FORMAT_VERSION = "comit-bench tokens", 1
 
 
@@ -76,7 +81,7 @@ class Origin:
             values[name] = int(values[name])
         values["vocab_size"] = int(values["vocab_size"]) if values["vocab_size"] else None
         values["policy"] = values["policy"] or None
-        values["options"] = json.loads(values["options"])
+        values["options"] = parse_json(values["options"], "options")
         if not isinstance(values["options"], dict):
             raise ValueError("options is not a JSON mapping")
         return cls(**values)
@@ -152,6 +157,8 @@ def read_token_file(path: Path) -> TokenFile:
 
     if not path.exists():
         raise MissingError(f"{path}: no such file. `comit-bench tokenize DIR --out {path.name}` makes one.")
+    if not path.is_file():
+        raise CorruptFileError(f"{path}: a folder, a device or a pipe, not a token file")
     try:
         with safe_open(path, "np") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
@@ -190,8 +197,8 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
 
 def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> TokenFile:
     """Raises LookupError, ValueError, TypeError or AttributeError for anything that does not fit."""
-    names = json.loads(tensors["names"].tobytes())
-    broken = json.loads(tensors["broken"].tobytes()) if "broken" in tensors else {}
+    names = parse_json(tensors["names"].tobytes().decode("utf-8"), "names")
+    broken = parse_json(tensors["broken"].tobytes().decode("utf-8"), "broken") if "broken" in tensors else {}
     if not isinstance(names, list) or not isinstance(broken, dict):
         raise ValueError("names is not a JSON list, or broken is not a JSON mapping")
     found = TokenFile(
@@ -241,13 +248,16 @@ def check_name(name: object, *, windows: bool = os.name == "nt") -> None:
         windows: Whether backslashes and colons mean something to this system's paths.
 
     Raises:
-        ValueError: Empty, absolute, or leading out of the folder.
+        ValueError: Empty, absolute, leading out of the folder, or longer than file systems take.
     """
     if not isinstance(name, str) or not name or "\0" in name or (windows and set("\\:") & set(name)):
         raise ValueError(f"the name {name!r} is not a relative path with forward slashes")
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.name or path.as_posix() != name:
         raise ValueError(f"the name {name!r} does not lie inside the folder")
+    longest = max(len(part.encode("utf-8", "surrogateescape")) for part in path.parts)
+    if longest > LONGEST_PART or len(name) > LONGEST_NAME:
+        raise ValueError(f"the name {shown(name)} is longer than file systems take")
 
 
 def output_names(names: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from comit_bench.data.images import load_image, upright
 from comit_bench.data.readers.common import DATA_VARIABLE
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.files import cache_root
+from comit_bench.reading import user_path
 from comit_bench.recipes import find_datasets
 from comit_bench.seeding import generator_for, seed_for
 from comit_bench.tokenizers.base import (
@@ -148,20 +149,20 @@ def embedded(source: str) -> bool:
 
 def _data_set(source: str) -> str | None:
     """The data set that is meant; None when a folder is."""
-    return source if source in find_datasets() and not Path(source).is_dir() else None
+    return source if source in find_datasets() and not user_path(source, "--images").is_dir() else None
 
 
 def _listed(
     source: str, cache: Path, dataset: str | None
 ) -> tuple[Sequence[str], Sequence[Path], Sequence[Path] | None]:
     if dataset is None:
-        folder = Path(source).expanduser()
+        folder = user_path(source, "--images")
         names = list_images(folder)
         return names, PathList(folder, names), None
     root = os.environ.get(DATA_VARIABLE)
     data = open_dataset(
         find_datasets()[dataset],
-        data_root=Path(root).expanduser() if root else None,
+        data_root=user_path(root, DATA_VARIABLE) if root else None,
         cache=cache,
         progress=progress.get() is not _silent,
     )

@@ -152,7 +152,7 @@ class CropPolicy:
 
 
 _PATTERN = re.compile(
-    r"(?P<g>global\+)?(?P<name>raster|random|random-shared|adaptive|adaptive-shared|order):(?P<arg>[\d,]+)"
+    r"(?P<g>global\+)?(?P<name>raster|random|random-shared|adaptive|adaptive-shared|order):(?P<arg>[0-9,]{1,300})"
 )
 
 
@@ -171,7 +171,7 @@ def parse_policy(text: str) -> CropPolicy:
     match = _PATTERN.fullmatch(cleaned)
     if match is None or (match["name"] != "order" and "," in match["arg"]):
         raise ValueError(
-            f"unknown cropping policy {text!r}: expected global, raster:N, random:N, adaptive:N, "
+            f"unknown cropping policy {text[:80]!r}: expected global, raster:N, random:N, adaptive:N, "
             "each optionally after 'global+' and with '-shared' before the colon (random, adaptive), "
             "or order:i,j,k"
         )

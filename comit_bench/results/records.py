@@ -5,7 +5,6 @@ What a record holds is in :mod:`comit_bench.results.schema`; its names can be im
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -14,8 +13,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
+from comit_bench.errors import BenchError, CorruptFileError, UsageError, did_you_mean
 from comit_bench.files import digest_json, write_atomic
+from comit_bench.reading import parse_json, read_text, shown
 from comit_bench.recipes import recipe_root
 from comit_bench.results.schema import (
     SCHEMA_VERSION,
@@ -135,33 +135,17 @@ def load_record(path: Path) -> Record:
         UsageError: Written by a newer version; says to upgrade.
         CorruptFileError: Names the file and every key that is wrong, with the nearest known key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise MissingError(f"{path}: no such record") from error
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(f"{path}: not a record: not UTF-8 text. {_MEND}") from error
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return _parse(text, path)
+    return _parse(read_text(path), path)
 
 
 _MEND = "Delete the file and run the same command again with --resume to measure it anew."
 
 
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    repeated = sorted({key for key in keys if keys.count(key) > 1})
-    if repeated:
-        raise ValueError(f"key {repeated[0]!r} occurs twice")
-    return dict(pairs)
-
-
 def _parse(text: str, path: Path) -> Record:
     try:
-        raw = json.loads(text, object_pairs_hook=_no_repeats)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not a record: not valid JSON: {error}. {_MEND}") from error
+        raw = parse_json(text, path)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}. {_MEND}") from error
     if not isinstance(raw, dict):
         raise CorruptFileError(f"{path}: not a record: expected a JSON object, found {type(raw).__name__}")
     schema = raw.get("schema")
@@ -189,7 +173,7 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{where}: required key is missing"
     if isinstance(error["input"], dict | list) or not error["loc"]:
         return f"{where}: {error['msg']}"
-    return f"{where} = {error['input']!r}: {error['msg']}"
+    return f"{where} = {shown(error['input'])}: {error['msg']}"
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

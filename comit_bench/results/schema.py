@@ -43,6 +43,7 @@ from pydantic import (
 
 from comit_bench import __version__
 from comit_bench.files import digest_json
+from comit_bench.sections import Line
 from comit_bench.seeding import binomial_error, over_seeds
 
 if TYPE_CHECKING:
@@ -53,17 +54,10 @@ TOKENIZER_KEY = "tokenizer"
 _TOLERANCE = 1e-6
 
 
-def _one_line(value: str) -> str:
-    if not value.strip() or any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in value):
-        raise ValueError("expected a non-empty text of one line without control characters")
-    return value
-
-
 def _utc(value: datetime) -> datetime:
     return value.astimezone(UTC)
 
 
-Line = Annotated[str, AfterValidator(_one_line)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Origin = Literal["measured", "paper", "reference"]

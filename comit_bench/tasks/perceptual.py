@@ -21,6 +21,7 @@ from torch import Tensor
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
 from comit_bench.files import sha256_file, shipped_weights
 from comit_bench.models.precision import exact_products
+from comit_bench.reading import user_path
 
 FeatureName = Literal["inception", "scenes-teacher"]
 LpipsName = Literal["alex", "vgg", "squeeze"]
@@ -139,7 +140,7 @@ def find_inception() -> Path:
         raise MissingError(f"rFID needs torch-fidelity: {EXTRA}") from error
     named = os.environ.get(INCEPTION_VARIABLE)
     if named:
-        path = Path(named).expanduser()
+        path = user_path(named, INCEPTION_VARIABLE)
         if not path.is_file():
             raise MissingError(f"{INCEPTION_VARIABLE}={named}: no such file. {_how_to_get_inception()}")
         return path

@@ -93,15 +93,16 @@ def _serve(pipe: Connection) -> None:
 
     while True:
         try:
-            job = pickle.loads(pipe.recv_bytes())
+            message = pipe.recv_bytes()
             try:
+                job = pickle.loads(message)
                 send("done", _load(job).fit(job.seed, progress=lambda event: send("epoch", event)))
             except BenchError as error:
                 send("refused", error)
             except (EOFError, BrokenPipeError, ConnectionResetError):
                 return
-            except Exception:
-                send("failed", traceback.format_exc())
+            except Exception as error:
+                send("failed", (f"{type(error).__name__}: {error}", traceback.format_exc()))
         except (EOFError, OSError):
             return
 
@@ -130,6 +131,13 @@ def _apart() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
         if held:
             signal.raise_signal(signal.SIGINT)
+
+
+def _worker_error(text: str, trace: str) -> RuntimeError:
+    """An error of a worker that is none of ours, with the worker's own traceback as a note."""
+    error = RuntimeError(f"in a probe worker: {text}")
+    error.add_note(trace)
+    return error
 
 
 class _Worker:
@@ -240,7 +248,7 @@ class ProbePool:
                 elif kind == "refused":
                     raise value
                 else:
-                    raise RuntimeError(f"a probe worker failed:\n{value}")
+                    raise _worker_error(*value)
         return [results[number] for number in range(len(jobs))]
 
     @staticmethod

@@ -20,6 +20,7 @@ from comit_bench.files import atomic_path, digest_json, sha256_file
 from comit_bench.models.plain_files import some
 from comit_bench.models.sizes import DEPTH, HEADS, WIDTH
 from comit_bench.models.text import RANDOM_T5, mean_states, random_t5, word_ids, words_of
+from comit_bench.reading import user_path
 from comit_bench.sections import TextSpec
 from comit_bench.tasks.fit import one_thread
 from comit_bench.tokenizers.checkpoints import check_float_file, check_values, read_config
@@ -157,7 +158,7 @@ def find_text_encoder(spec: TextSpec, *, offline: bool) -> TextEncoder:
     if spec.encoder == RANDOM:
         identity = {"name": RANDOM, "seed": spec.seed, "words": "whole", "size": dict(RANDOM_T5), **pooling}
         return TextEncoder(spec, None, identity)
-    directory = Path(spec.encoder).expanduser()
+    directory = user_path(spec.encoder, "text.encoder")
     if spec.encoder.startswith((".", "/", "~")) or directory.is_dir():
         missing = [name for name in FILES if not (directory / name).is_file()]
         if missing:

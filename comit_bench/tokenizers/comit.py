@@ -27,6 +27,7 @@ from comit_bench.models.crops import CropPolicy, parse_policy
 from comit_bench.models.finite import observe
 from comit_bench.models.flow import SOLVERS, Guidance, evaluation_times, reached
 from comit_bench.models.vae import SDVae
+from comit_bench.reading import shown
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
     TileReceiver,
@@ -113,9 +114,9 @@ class ComitTokenizer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if posterior not in ("mode", "sample"):
-            raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
+            raise UsageError(f"posterior must be 'mode' or 'sample', got {shown(posterior)}")
         if solver not in SOLVERS:
-            raise UsageError(f"solver must be {' or '.join(SOLVERS)}, got {solver!r}")
+            raise UsageError(f"solver must be {' or '.join(SOLVERS)}, got {shown(solver)}")
         steps = int(number(steps, "steps", whole=True, low=1, high=MOST_STEPS))
         weight, pull = number(guidance, "guidance"), number(momentum, "momentum")
         self.model = model.to(device).requires_grad_(False).eval()
@@ -136,7 +137,7 @@ class ComitTokenizer:
         try:
             return parse_policy(name or self.default_policy)
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(f"--policy {shown(name)}: {error}") from error
 
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of the backbone under a policy, for estimates (attention and linear layers)."""

@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 from comit_bench.errors import BenchError, MissingError
 from comit_bench.files import explain_write_error, write_atomic
+from comit_bench.reading import read_json
 
 AGENT = "comit_bench"  # a browser's name would be sent a web page by some servers
 BLOCK = 1 << 20
@@ -78,8 +79,8 @@ def _worth_a_retry(error: Exception) -> bool:
 
 def _read_note(note: Path) -> dict[str, Any]:
     try:
-        content = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(note)
+    except BenchError:
         return {}
     return content if isinstance(content, dict) else {}
 

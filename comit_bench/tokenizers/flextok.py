@@ -17,6 +17,7 @@ from torch import Tensor
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.models.flextok import PRESETS, FlexTok, FlexTokSpec
 from comit_bench.models.flextok_codec import Sampling, decode, encode, to_uint8
+from comit_bench.reading import shown
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
     TokenizerInfo,
@@ -71,6 +72,39 @@ class Options(TypedDict, total=False):
 OPTIONS = tuple(Options.__annotations__)
 
 
+def _prefix(tokens: object, most: int) -> int:
+    return int(number(tokens, "FlexTok: tokens", whole=True, low=1, high=most))
+
+
+def _sampling(
+    *,
+    tokens: object = None,
+    posterior: object = "mode",
+    steps: object = 25,
+    guidance: object = GUIDANCE,
+    guidance_mode: object = "apg",
+    compile: object = "auto",
+    **_: object,
+) -> Sampling:
+    """The sampler's settings, after a look at all options: before minutes of drawing or reading weights.
+
+    Raises:
+        UsageError: A value that an option cannot have.
+    """
+    if tokens is not None:
+        _prefix(tokens, max(spec.registers for spec in PRESETS.values()))
+    if posterior not in ("mode", "sample"):
+        raise UsageError(f"posterior must be 'mode' or 'sample', got {shown(posterior)}")
+    if guidance_mode not in MODES:
+        raise UsageError(f"guidance_mode must be 'apg' or 'cfg', got {shown(guidance_mode)}")
+    switch_or_auto(compile, "compile")
+    return Sampling(
+        steps=int(number(steps, "FlexTok: steps", whole=True, low=1, high=MOST_STEPS)),
+        guidance=number(guidance, "FlexTok: guidance", low=0.0),
+        projected=guidance_mode == "apg",
+    )
+
+
 class FlexTokTokenizer:
     """FlexTok behind the tokenizer contract.
 
@@ -103,17 +137,9 @@ class FlexTokTokenizer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         total = model.spec.registers
-        self.tokens = total if tokens is None else int(number(tokens, "FlexTok: tokens", whole=True, low=1))
-        if self.tokens > total:
-            raise UsageError(f"FlexTok: tokens must be 1..{total}, got {tokens}")
-        if posterior not in ("mode", "sample"):
-            raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
-        if guidance_mode not in MODES:
-            raise UsageError(f"guidance_mode must be 'apg' or 'cfg', got {guidance_mode!r}")
-        self.sampling = Sampling(
-            steps=int(number(steps, "FlexTok: steps", whole=True, low=1, high=MOST_STEPS)),
-            guidance=number(guidance, "FlexTok: guidance", low=0.0),
-            projected=guidance_mode == "apg",
+        self.tokens = total if tokens is None else _prefix(tokens, total)
+        self.sampling = _sampling(
+            posterior=posterior, steps=steps, guidance=guidance, guidance_mode=guidance_mode, compile=compile
         )
         self.model = model.to(device).requires_grad_(False).eval()
         self.model.vae.prepare(device, compiled=switch_or_auto(compile, "compile"))
@@ -351,6 +377,7 @@ def load(
     preset = by_hub.get(name.lower(), name.lower())
     if preset == "flextok-d12-d12":
         settings.setdefault("guidance", GUIDANCE_SMALL)
+    _sampling(**settings)
     if weights == "random":
         model, info = _untrained(preset, seed, scale, device)
     else:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError, did_you_mean
 from comit_bench.files import atomic_path, digest_json, locked, sweep
+from comit_bench.reading import shown
 from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images, warn_policy
 from comit_bench.tokenizers.checkpoints import read_config, read_tensors
 from comit_bench.tokenizers.identity import configuration_digest
@@ -196,9 +197,7 @@ class KMeansPatchTokenizer:
             UsageError: Sizes do not fit, or there are fewer patches than centroids.
             ValueError: Images of another type or shape.
         """
-        check_grid(resolution, patch)
-        if type(vocab) is not int or vocab < 1:
-            raise UsageError(f"{FAMILY}: vocab {vocab!r}: expected a whole number of centroids, at least 1")
+        check_settings(patch=patch, vocab=vocab, resolution=resolution)
         patches = _sample_patches(images, patch=patch, resolution=resolution, seed=seed)
         if len(patches) < vocab:
             raise UsageError(
@@ -360,6 +359,19 @@ def load(
                 f"{directory}: was fitted with {option} {known[option]}, not {value}. Fit it again."
             )
     return tokenizer
+
+
+def check_settings(*, patch: int = 8, vocab: int = 1024, resolution: int = 32) -> None:
+    """Refuse settings of a fit that cannot be, before images are read.
+
+    Raises:
+        UsageError: Names the setting.
+    """
+    check_grid(resolution, patch)
+    if type(vocab) is not int or not 1 <= vocab <= MAX_PATCHES:
+        raise UsageError(
+            f"{FAMILY}: vocab must be a whole number of centroids from 1 to {MAX_PATCHES}, got {shown(vocab)}"
+        )
 
 
 def fit_folder(cache: Path, settings: Mapping[str, object], key: Mapping[str, object]) -> Path:

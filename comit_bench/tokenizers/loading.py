@@ -151,6 +151,11 @@ def entry_for(name: str, family: str | None = None) -> TokenizerEntry:
             f"{name}: no such directory. A checkpoint is a directory with config.json and model.safetensors."
         )
     if family is None and directory.is_dir():
+        if name.lower() in tokenizers():
+            raise UsageError(
+                f"{name} is the name of a tokenizer and of a folder here: write ./{name} for the folder, or "
+                "go elsewhere for the tokenizer"
+            )
         family = _family_of(directory)
     if family is None and "/" in name and not looks_like_path:
         repository = name.split("/")[-1].lower()

@@ -27,6 +27,7 @@ from comit_bench.models.selftok_codec import (
     sample,
     to_uint8,
 )
+from comit_bench.reading import user_path
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,
@@ -359,7 +360,7 @@ def _released(
     name: str, weights: str | None, decoder: object, vae: object, *, offline: bool, allow_pickle: bool
 ) -> tuple[Selftok, TokenizerInfo]:
     chosen = "diffusion" if decoder is None else str(decoder)
-    named = None if vae is None else Path(str(vae)).expanduser()
+    named = None if vae is None else user_path(str(vae), "vae")
     found = _open(name, weights, chosen, named, offline=offline, allow_pickle=allow_pickle)
     spec, preset = found.model.spec, name.lower()
     if spec.kind != chosen and (decoder is not None or preset in PRESETS):

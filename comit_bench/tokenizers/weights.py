@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import cache_root, locked, sha256_file, write_atomic
 from comit_bench.models.plain_files import is_safetensors
+from comit_bench.reading import read_json
 from comit_bench.tokenizers.checkpoints import (
     PICKLES,
     WEIGHT_FILES,
@@ -83,9 +84,11 @@ def _checksums(source: str, digest: str) -> tuple[Path, dict[str, str]]:
     known: dict[str, str] = {}
     if path.is_file():
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CorruptFileError(f"{path}: not valid JSON ({error}). Delete it.") from error
+            known = read_json(path)
+            if not isinstance(known, dict):
+                raise CorruptFileError(f"{path}: not a JSON object")
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{error}. Delete it.") from error
     if known.get(source, digest) != digest:
         raise CorruptFileError(
             f"{source}: the file has the checksum {digest}, but the first download had {known[source]}. It "

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from comit_bench.files import atomic_path
 from comit_bench.models import titok, vq_grid
 from comit_bench.models.vq import EPS
+from comit_bench.reading import user_path
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers import titok as titok_files
 from comit_bench.tokenizers import vq_grid as grid_files
@@ -161,7 +162,7 @@ class _Run(RunState):
         settings = run.model_dump(mode="json", exclude=leave_out)
         self.objective = module
         self.together = make_optimizer(module, run, torch.device("cpu"))
-        directory = run.output.expanduser() / run.name
+        directory = user_path(run.output, "output") / run.name
         super().__init__("autoencoder", directory, settings, module, self.together)
         self.log = CsvLog(self.directory / "log.csv", COLUMNS)
         self.validation = CsvLog(self.directory / "validation.csv", MEASURES)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.files import atomic_path, remove_folder
 from comit_bench.files import sweep as sweep_killed
+from comit_bench.reading import read_json, user_path
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.ema import Ema
@@ -201,7 +202,7 @@ def read_counters(directory: Path, config: TrainConfig, data: str) -> Counters:
     if not path.is_file():
         raise MissingError(f"{directory}: no checkpoint here (no {STATE})")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         counters, saved = Counters(**content["counters"]), dict(content["config"])
         same_data = content["data"] == data
     except (ValueError, KeyError, TypeError) as error:
@@ -274,7 +275,7 @@ def choose(root: Path, resume: str) -> Path | None:
                 "delete them, or choose another name=… or output=… ."
             )
         return None
-    wanted = Path(resume).expanduser()
+    wanted = user_path(resume, "--resume")
     if not (wanted / STATE).is_file():
         raise MissingError(f"--resume {resume}: expected auto, never or a checkpoint directory with {STATE}")
     if here and step_of(here[-1]) > step_of(wanted):

@@ -6,45 +6,68 @@ Letters in the descriptions say where a default comes from (spec, "Training as t
 
 from __future__ import annotations
 
-from contextlib import suppress
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.models.comit import PRESETS, ComitSpec
 from comit_bench.models.crops import CropGeometry
 from comit_bench.models.teachers import ScenesTeacherSpec
+from comit_bench.reading import parse_yaml, shown, user_path
 from comit_bench.recipes import parse_mapping, validate_mapping
+from comit_bench.sections import SpecModel
 from comit_bench.tokenizers.push import check_repository
 
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Level = Annotated[int, Field(ge=2, le=1_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+LONGEST_NAME = 100
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _one_folder(value: str) -> str:
+    if (
+        value in (".", "..")
+        or value != Path(value).name
+        or len(value) > LONGEST_NAME
+        or not value.isprintable()
+    ):
+        raise ValueError(
+            f"expected the name of one folder, at most {LONGEST_NAME} characters, without slashes"
+        )
+    return value
 
 
-class ModelConfig(_Config):
+def _a_path(value: Path) -> Path:
+    user_path(value, "it")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_one_folder)]
+UserPath = Annotated[Path, AfterValidator(_a_path)]
+
+
+class ModelConfig(SpecModel):
     """The network: a preset name, and what differs from it."""
 
     preset: str = "comit-nano"
     mask_mode: Literal["additive", "hard"] | None = None  # None: the preset's
     message_length: Count | None = None
-    fsq_levels: tuple[int, ...] | None = None
+    fsq_levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=32)] | None = None
     vocab_size: Count | None = None  # only checked against the levels
     depth: Count | None = None
     width: Count | None = None
     heads: Count | None = None
     representation_layer: Annotated[int, Field(ge=0)] | None = None
     image_size: Count | None = None  # only checked against latent side x VAE factor
-    vae_path: Path | None = None  # directory of the SD-VAE; None: the hub
+    vae_path: UserPath | None = None  # directory of the SD-VAE; None: the hub
     # message: embedded codes start as strong as positions; released: a tenth of them [N for nano]
     init: Literal["released", "message"] = "released"
 
@@ -96,7 +119,7 @@ class ModelConfig(_Config):
         return self.spec().geometry
 
 
-class CropsConfig(_Config):
+class CropsConfig(SpecModel):
     """Which crops a training sample sees.
 
     The number of crops is u ~ N(ln(mean) - sigma^2/2, sigma), k = 1 + Poisson(exp(u)), clipped. By default
@@ -115,7 +138,7 @@ class CropsConfig(_Config):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # only the global crop before this step [N]
 
 
-class ObjectiveConfig(_Config):
+class ObjectiveConfig(SpecModel):
     """Losses and their weights."""
 
     skip: Share = 0.18  # probability of the empty message [I]
@@ -134,16 +157,16 @@ class ObjectiveConfig(_Config):
     posterior: Literal["mode", "sample"] = "mode"
 
 
-class TeacherConfig(_Config):
+class TeacherConfig(SpecModel):
     """Frozen features for the alignment losses; ``none`` needs both weights at 0."""
 
     name: Literal["none", "dinov2-b", "dinov2-l", "scenes-teacher"] = "none"
-    path: Path | None = None
+    path: UserPath | None = None
     cache: Literal["none", "disk"] = "none"  # disk: features of every image are computed once and kept
     cache_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the disk, and rounds
 
 
-class DataConfig(_Config):
+class DataConfig(SpecModel):
     """Images to train on.
 
     ``source`` is, for class-folders, a directory of images in any tree; for hf, a directory of
@@ -190,7 +213,7 @@ class DataConfig(_Config):
         return None
 
 
-class OptimConfig(_Config):
+class OptimConfig(SpecModel):
     """Adam as printed in the paper, or Muon for the matrices inside the blocks and Adam for the rest.
 
     Both follow the same schedule: linear warm-up, then inverse square root [P], or a cosine down to
@@ -211,7 +234,7 @@ class OptimConfig(_Config):
     ema_warmup: bool = False  # min(ema, (1 + step) / (10 + step)) for short runs [N]
 
 
-class ValidationConfig(_Config):
+class ValidationConfig(SpecModel):
     """How reconstructions are made for the measures and the picture; nothing here is trained on."""
 
     steps: Count = 10  # solver steps of guided reconstructions, as in decoding
@@ -220,21 +243,21 @@ class ValidationConfig(_Config):
     picture_crops: Annotated[int, Field(ge=1, le=9)] = 4  # crops of each; never above crops.max_crops
 
 
-class ExportConfig(_Config):
+class ExportConfig(SpecModel):
     """The exported folder."""
 
     dtype: Literal["float32", "float16"] = "float32"  # of the stored weights; both load
 
 
-class TrainConfig(_Config):
+class TrainConfig(SpecModel):
     """A whole run. ``global_batch`` is per optimizer step over all ranks; the rest is derived."""
 
-    name: str
-    seed: int = 0
+    name: Name
+    seed: Seed = 0
     steps: Count
     global_batch: Count
     device_batch: Count | None = None  # None: global_batch over ranks, in one piece
-    output: Path = Path("runs")
+    output: UserPath = Path("runs")
     precision: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False  # blocks are computed again in the backward pass
     # blocks and teacher, by Inductor: needs a C++ compiler (gcc) on a CPU, Triton on CUDA; rounds otherwise
@@ -292,12 +315,12 @@ class TrainConfig(_Config):
         return self
 
 
-class TeacherRun(_Config):
+class TeacherRun(SpecModel):
     """A run that trains ``scenes-teacher``; sizes of the network are those of its spec."""
 
     kind: Literal["scenes-teacher"]
-    name: str = "scenes-teacher"
-    seed: int = 0
+    name: Name = "scenes-teacher"
+    seed: Seed = 0
     steps: Count = 2000
     batch: Count = 64
     learning_rate: Positive = 2e-3
@@ -307,7 +330,7 @@ class TeacherRun(_Config):
     val_count: Annotated[int, Field(ge=100)] = 1000
     log_every: Count = 50
     save_every: Count = 250
-    output: Path = Path("runs")
+    output: UserPath = Path("runs")
     image_size: int = 32
     patch: int = 4
     width: int = 48
@@ -332,13 +355,13 @@ class TeacherRun(_Config):
             raise UsageError(f"scenes-teacher: {error}") from error
 
 
-class AutoencoderRun(_Config):
+class AutoencoderRun(SpecModel):
     """A run that trains a small autoencoder on the scenes: one loss on pixels, one on the codebook."""
 
     kind: Literal["autoencoder"]
-    name: str
+    name: Name
     model: Literal["vq-grid-nano", "titok-nano"]
-    seed: int = 0
+    seed: Seed = 0
     steps: Count = 3000
     batch: Annotated[int, Field(ge=2)] = 64
     count: Count = 50000  # training scenes, those of data.count of the COMiT presets
@@ -351,7 +374,7 @@ class AutoencoderRun(_Config):
     log_every: Count = 25
     validate_every: Count = 250
     save_every: Count = 250
-    output: Path = Path("runs")
+    output: UserPath = Path("runs")
     weights_licence: str = "Apache-2.0"
     optim: OptimConfig = OptimConfig()
 
@@ -381,7 +404,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise UsageError(
-            f"override {text!r}: expected key=value, e.g. train.steps=50 or optim.learning_rate=1e-3"
+            f"override {shown(text)}: expected key=value, e.g. train.steps=50 or optim.learning_rate=1e-3"
         )
     parts = key.split(".")
     if parts[0] == "train":  # train.steps is the same as steps
@@ -390,27 +413,26 @@ def _override(raw: dict[str, Any], text: str) -> None:
     for part in parts[:-1]:
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
-            raise UsageError(f"override {text!r}: {part!r} is no section")
-    number = yaml.safe_load(value)
-    if isinstance(number, str):  # YAML 1.1 reads 1e-3 as text
-        with suppress(ValueError):
-            number = float(number)
+            raise UsageError(f"override {shown(text)}: {part!r} is no section")
+    number = parse_yaml(value, f"override {shown(text)}")
+    if isinstance(number, str) and _EXPONENT.fullmatch(number):  # YAML 1.1 reads 1e-3 as text
+        number = float(number)
     place[parts[-1]] = number
 
 
 def _read(name_or_file: str, overrides: tuple[str, ...]) -> tuple[dict[str, Any], Path]:
     """The mapping of a preset or file with its overrides, and where it lies."""
     known = presets()
-    path = known.get(name_or_file.lower(), Path(name_or_file))
-    if not path.is_file():
+    path = known.get(name_or_file.lower()) or user_path(name_or_file, "--config")
+    if not path.exists():
         raise UsageError(
             f"--config {name_or_file}: neither a preset nor a file.{did_you_mean(name_or_file, known)}"
         )
     raw = parse_mapping(path)
     base = raw.pop("extends", None)
     if base is not None:
-        if base not in known:
-            raise UsageError(f"{path}: extends unknown preset {base!r}.{did_you_mean(str(base), known)}")
+        if not isinstance(base, str) or base not in known:
+            raise UsageError(f"{path}: extends unknown preset {shown(base)}.{did_you_mean(str(base), known)}")
         parent = parse_mapping(known[base])
         if "extends" in parent:
             raise UsageError(f"{path}: extends goes one level deep, but {base!r} extends another preset")
@@ -438,7 +460,7 @@ def load_run(name_or_file: str, overrides: tuple[str, ...] = ()) -> AnyRun:
     if kind == "autoencoder":
         return validate_mapping(raw, path, AutoencoderRun)
     if raw.pop("kind", "comit") != "comit":
-        raise UsageError(f"{path}: kind {kind!r}: expected comit, scenes-teacher or autoencoder")
+        raise UsageError(f"{path}: kind {shown(kind)}: expected comit, scenes-teacher or autoencoder")
     config = validate_mapping(raw, path, TrainConfig)
     config.model.spec()
     return config

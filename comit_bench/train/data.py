@@ -25,6 +25,7 @@ from comit_bench.data.images import load_image
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.models.teachers import TeacherFeatures
+from comit_bench.reading import user_path
 from comit_bench.recipes import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
@@ -136,7 +137,7 @@ def _more_than_one_class(root: Path, names: Sequence[str]) -> None:
 def _folders(config: TrainConfig, side: int) -> tuple[Images, Images]:
     """Train and validation images of a directory, with its split folders or held out by a hash."""
     data = config.data
-    root = Path(str(data.source)).expanduser()
+    root = user_path(str(data.source), "data.source")
     recipe = recipe_for(side)
     inner, held = root / data.split, root / data.val_split
     if inner.is_dir() and held.is_dir():

@@ -27,6 +27,7 @@ from comit_bench.errors import BenchError, memory_runs_out
 from comit_bench.files import digest_json
 from comit_bench.models.comit import Comit
 from comit_bench.models.teachers import TeacherFeatures
+from comit_bench.reading import user_path
 from comit_bench.train import checkpoint, validation
 from comit_bench.train.board import TRAIN, VALIDATION, Board, check_tensorboard
 from comit_bench.train.card import RunFacts
@@ -111,7 +112,7 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
         self.work = divide(config, self.accelerator.num_processes)
-        self.directory = config.output.expanduser() / config.name
+        self.directory = user_path(config.output, "output") / config.name
         self.checkpoints = self.directory / "checkpoints"
         start = checkpoint.choose(self.checkpoints, resume)
         train, held = open_images(config)

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from comit_bench.errors import CorruptFileError, UsageError
+from comit_bench.errors import BenchError, CorruptFileError, UsageError
 from comit_bench.files import atomic_path, sweep
 from comit_bench.models.teachers import WEIGHTS
+from comit_bench.reading import read_json
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
 
 
@@ -71,9 +72,9 @@ class RunState:
         if not place.is_dir():
             return 0
         try:
-            content = json.loads((place / "state.json").read_text(encoding="utf-8"))
+            content = read_json(place / "state.json")
             step, saved, self.seconds = content["step"], content["settings"], content["seconds"]
-        except (OSError, ValueError, KeyError) as error:
+        except (BenchError, LookupError, TypeError) as error:
             article = "an" if self.kind[0] in "aeiou" else "a"
             raise CorruptFileError(f"{place}: no checkpoint of {article} {self.kind}. Remove it.") from error
         if saved != self.settings:

@@ -22,6 +22,7 @@ from comit_bench.data.images import decode_image
 from comit_bench.data.tar_shards import TarImages, find_shards
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import cache_root
+from comit_bench.reading import user_path
 from comit_bench.seeding import seed_for
 from comit_bench.train.config import DataConfig
 
@@ -166,7 +167,7 @@ def open_webdataset(data: DataConfig, side: int) -> tuple[DecodedImages, Decoded
         CorruptFileError: A shard is truncated or no tar.
     """
     source, held_source = str(data.source), data.val_source
-    root = Path(source).expanduser()
+    root = user_path(source, "data.source")
     folders = [root / data.split, root / data.val_split]
     if held_source is None and all(folder.is_dir() for folder in folders):
         source, held_source = map(str, folders)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from comit_bench import __version__
 from comit_bench.files import atomic_path
 from comit_bench.models.teachers import WEIGHTS, ScenesTeacherNet
+from comit_bench.reading import user_path
 from comit_bench.recipes import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import write_tensors
@@ -103,7 +104,9 @@ class _Run(RunState):
 
     def __init__(self, run: TeacherRun, module: InverseRendering, optimizer: torch.optim.Adam) -> None:
         settings = run.model_dump(mode="json", exclude={"output", "log_every", "save_every"})
-        super().__init__("scenes-teacher", run.output.expanduser() / run.name, settings, module, optimizer)
+        super().__init__(
+            "scenes-teacher", user_path(run.output, "output") / run.name, settings, module, optimizer
+        )
 
 
 def _rate(run: TeacherRun, step: int) -> float:

@@ -30,23 +30,26 @@ DATA_FOLDERS = ("probes", "datasets", "results")
 
 # What each part may import of ours; ``BASE`` holds the modules that stand below all others. A part
 # that is not listed here (run, cli, ...) may import everything and is imported by nothing listed.
-BASE = {"errors", "files", "recipes", "sections", "seeding"}
+BASE = {"errors", "files", "reading", "recipes", "sections", "seeding"}
 ARROWS = {
     "errors": set(),
     "seeding": set(),
-    "files": {"errors"},
+    "reading": {"errors"},
+    "files": {"errors", "reading"},
     "sections": set(),
-    "recipes": {"errors", "files", "sections"},
+    "recipes": {"errors", "files", "reading", "sections"},
     "ranks": {"errors"},
     "models": {"models"},
     "data": BASE | {"data"},
     "tokenizers": BASE | {"tokenizers", "models", "registry"},
     "registry": {"errors"},
-    "train": BASE | {"train", "models", "data", "tokenizers", "console"},
+    "options": {"reading"},
+    "train": BASE | {"train", "models", "data", "tokenizers", "console", "options"},
     "tasks": BASE | {"tasks", "data", "tokenizers", "models", "ranks"},
     "results": BASE | {"results", "data", "tokenizers"},
     "figures": BASE | {"figures", "tasks", "results", "data", "tokenizers", "models", "registry"},
-    "figure_command": BASE | {"figures", "tasks", "results", "data", "tokenizers", "models", "console"},
+    "figure_command": BASE
+    | {"figures", "tasks", "results", "data", "tokenizers", "models", "console", "options"},
 }
 # The only modules whose business is standard output.
 RENDERERS: set[str] = set()

@@ -358,7 +358,7 @@ def test_every_truncation_is_noticed(tmp_path: Path, record: Record) -> None:
 
 
 def test_absent_file_and_directory(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="no such record"):
+    with pytest.raises(MissingError, match="no such file"):
         load_record(tmp_path / "none.json")
     with pytest.raises(BenchError, match="cannot be read"):
         load_record(tmp_path)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -21,13 +22,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.data.manifests import Manifest, rows_from
-from comit_bench.data.readers.common import few, find_directory, find_file, stem
+from comit_bench.data.readers.common import (
+    check_file,
+    few,
+    find_directory,
+    find_file,
+    stem,
+    whole_number,
+)
 from comit_bench.data.splitting import Pair, PairSplit, check_pair_disjoint, pair_disjoint
 from comit_bench.errors import CorruptFileError, UsageError
+from comit_bench.reading import read_json, shown
 from comit_bench.recipes import DatasetSpec
 
 _log = logging.getLogger(__name__)
 
+KEYS = ("images", "annotations", "categories")
 Sample = tuple[str, str, NDArray[np.int32]]
 
 
@@ -115,10 +125,16 @@ def _open_coco(path: Path) -> Any:
     from pycocotools.coco import COCO
 
     try:
+        content = read_json(path, most=sys.maxsize, strict=False)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}: not a COCO instances file. Replace it by the original.") from error
+    try:
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in KEYS):
+            raise ValueError(f"expected lists under the keys {', '.join(KEYS)}")
+        coco = COCO()
+        coco.dataset = content
         with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there
-            coco = COCO(str(path))
-        if not {"images", "categories", "annotations"} <= set(coco.dataset):
-            raise ValueError("expected the keys images, annotations and categories")
+            coco.createIndex()
         return coco
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise CorruptFileError(
@@ -133,23 +149,25 @@ def _read_file(
     """Category names, the samples with exactly two categories, and counts."""
     coco = _open_coco(path)
     try:
-        categories = {int(c["id"]): str(c["name"]) for c in coco.dataset["categories"]}
-        shown: dict[str, set[int]] = {}  # file -> its categories under all of its ids
+        categories = _categories(coco.dataset["categories"])
+        together: dict[str, set[int]] = {}  # file -> its categories under all of its ids
         twice = [number for number, n in Counter(i["id"] for i in coco.dataset["images"]).items() if n > 1]
         if twice:
             raise ValueError(f"image {twice[0]} is listed twice")
         for image in coco.dataset["images"]:
             present = {
-                int(a["category_id"])
+                whole_number(a["category_id"])
                 for a in coco.imgToAnns.get(image["id"], ())
                 if spec.pairs.crowd == "count" or not a.get("iscrowd", 0)
             }
+            whole_number(image["id"])
             if unknown := sorted(present - categories.keys()):
                 raise ValueError(f"image {image['id']} has category {unknown[0]}, which is not declared")
-            shown.setdefault(PurePosixPath(str(image["file_name"])).as_posix(), set()).update(present)
+            file = PurePosixPath(check_file(image["file_name"])).as_posix()
+            together.setdefault(file, set()).update(present)
         samples: list[Sample] = []
         sizes: Counter[int] = Counter()
-        for file, present in shown.items():
+        for file, present in together.items():
             sizes[min(len(present), 3)] += 1
             if len(present) == 2:
                 labels = np.array(sorted(present), dtype=np.int32) - 1
@@ -163,12 +181,24 @@ def _read_file(
         _log.warning("%s: %d annotations belong to images that are not listed; passed over", path, strays)
     counts = {"images": sum(sizes.values()), "without_annotations": sizes[0], "one_category": sizes[1],
               "two_categories": sizes[2], "more": sizes[3], "crowd_regions": crowds}  # fmt: skip
-    if more := len(coco.dataset["images"]) - len(shown):
+    if more := len(coco.dataset["images"]) - len(together):
         _log.warning(
             "%s: %d photographs stand there under several ids; their categories are joined", path, more
         )
         counts["further_ids"] = more
     return categories, samples, counts
+
+
+def _categories(listed: list[dict[str, Any]]) -> dict[int, str]:
+    """Name of every category id. Raises LookupError, TypeError or ValueError for what is no such list."""
+    found: dict[int, str] = {}
+    for entry in listed:
+        number, name = whole_number(entry["id"]), entry["name"]
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"category {number} has no name")
+        if found.setdefault(number, name) != name:
+            raise ValueError(f"category {number} is {shown(found[number])} and {shown(name)}")
+    return found
 
 
 def _columns(spec: DatasetSpec, names: dict[int, str]) -> tuple[str, ...]:

@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from comit_bench.errors import MissingError
-from comit_bench.files import why_no_file
+from comit_bench.files import check_relative, why_no_file
+from comit_bench.reading import shown
 from comit_bench.recipes import DatasetSpec
 
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
 DATA_VARIABLE = "COMIT_BENCH_DATA"
+LONGEST_PART = 255  # bytes of the name of a file
 
 
 def few(names: Iterable[str], count: int = 5) -> str:
@@ -83,6 +85,33 @@ def find_directory(spec: DatasetSpec, folder: Path, what: str, candidates: Seque
         f"dataset {spec.name}: {folder} has no {what}: looked for {looked} there."
         f"{how_to_point(spec)}{how_to_get(spec)}"
     )
+
+
+def whole_number(value: object) -> int:
+    """A whole number of an annotation file: 5, 5.0 or "5".
+
+    Raises:
+        ValueError: Something else, or a number that no column holds.
+    """
+    number = int(value) if isinstance(value, str) and value.isascii() else value
+    if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) < 2**62:
+        raise ValueError(f"{shown(value)} is no whole number")
+    if number != int(number):
+        raise ValueError(f"{shown(value)} is no whole number")
+    return int(number)
+
+
+def check_file(name: object) -> str:
+    """The name of an image file in an annotation file, as it is.
+
+    Raises:
+        ValueError: No name of a file below the data set's folder.
+    """
+    check_relative(name)
+    parts = str(name).encode("utf-8").split(b"/")  # raises for half of a surrogate pair
+    if max(map(len, parts)) > LONGEST_PART:
+        raise ValueError(f"{shown(name)} is longer than the name of a file can be")
+    return str(name)
 
 
 def hidden(name: str) -> bool:

@@ -14,21 +14,21 @@ What happens to a relation, in this order (paper, Appendix B.4; the order and th
 
 from __future__ import annotations
 
-import json
 import logging
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.data.manifests import Manifest, rows_from
-from comit_bench.data.readers.common import find_file
+from comit_bench.data.readers.common import check_file, find_file, whole_number
 from comit_bench.data.splitting import holdout
-from comit_bench.errors import CorruptFileError, MissingError
+from comit_bench.errors import BenchError, CorruptFileError, MissingError
+from comit_bench.reading import parse_json, read_text
 from comit_bench.recipes import DatasetSpec
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ FILES = {
     "relationship_alias": ("relationship_alias.txt",),
 }
 BASES = (".", "images", "images2")
+DEEPEST = 5000  # brackets within brackets
 GIVEN = "ids of "  # prefix of the sources that list image ids
 
 
@@ -141,8 +142,8 @@ def read_aliases(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
+        lines = read_text(path).splitlines()
+    except CorruptFileError as error:
         raise CorruptFileError(f"{path}: not a list of aliases ({error})") from error
     first: dict[str, str] = {}
     for line in lines:
@@ -159,6 +160,25 @@ def read_aliases(path: Path | None) -> dict[str, str]:
     return {word: end for word, end in final.items() if word != end}
 
 
+class _Shallow:
+    """A stream that refuses brackets within brackets without end, over which ijson would take for ever."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.stream, self.path, self.depth = stream, path, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes. Brackets inside of texts count too; there are never thousands of them alone."""
+        block = self.stream.read(size)
+        values = np.frombuffer(block, dtype=np.uint8)
+        opened, closed = (values == 91) | (values == 123), (values == 93) | (values == 125)
+        levels = self.depth + np.cumsum(opened.astype(np.int64) - closed)
+        if len(levels):
+            self.depth = int(levels[-1])
+            if int(levels.max()) > DEEPEST:
+                raise CorruptFileError(f"{self.path}: not valid JSON: nested too deeply")
+        return block
+
+
 def _items(path: Path) -> Iterator[dict[str, Any]]:
     """Entries of a JSON list, one at a time.
 
@@ -170,19 +190,21 @@ def _items(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open("rb") as stream:
             count = 0
-            for item in ijson.items(stream, "item", use_float=True):
+            for item in ijson.items(_Shallow(stream, path), "item", use_float=True):
                 count += 1
                 yield item
             if count == 0:
                 raise CorruptFileError(f"{path}: holds no entries; expected a list of images")
-    except ijson.JSONError as error:
+    except (ijson.JSONError, ValueError, OSError) as error:
+        if isinstance(error, BenchError):
+            raise
         raise CorruptFileError(
             f"{path}: damaged or cut short ({error}). Replace it by an intact copy."
         ) from error
 
 
 def _image_number(item: dict[str, Any]) -> int:
-    return int(item["image_id"] if "image_id" in item else item["id"])
+    return whole_number(item["image_id"] if "image_id" in item else item["id"])
 
 
 def _images(path: Path) -> dict[int, tuple[int, int, str, bool]]:
@@ -191,8 +213,9 @@ def _images(path: Path) -> dict[int, tuple[int, int, str, bool]]:
     for item in _items(path):
         try:
             number = _image_number(item)
-            place = "/".join(str(item["url"]).split("?")[0].split("/")[-2:])
-            found[number] = (int(item["width"]), int(item["height"]), place, item.get("coco_id") is not None)
+            place = check_file("/".join(str(item["url"]).split("?")[0].split("/")[-2:]))
+            width, height = whole_number(item["width"]), whole_number(item["height"])
+            found[number] = (width, height, place, item.get("coco_id") is not None)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CorruptFileError(
                 f"{path}: an entry is not an image ({error!r}): {str(item)[:200]}"
@@ -374,9 +397,9 @@ def _sides(
 def _id_list(path: Path) -> list[int]:
     """A JSON list of numbers, or one number per line."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if text.lstrip().startswith("[") else text.split()
-        return [int(value) for value in values]
+        text = read_text(path)
+        values = parse_json(text, path) if text.lstrip().startswith("[") else text.split()
+        return [whole_number(value) for value in values]
     except (ValueError, TypeError) as error:
         raise CorruptFileError(f"{path}: not a list of image ids ({error})") from error
 
