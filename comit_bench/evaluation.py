@@ -7,6 +7,7 @@ executor of the task's kind (``tasks/executor.py``); data and tokens come from `
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -191,7 +192,8 @@ class Bench(Resources):
         """
         started, encoded = time.perf_counter(), self.encoded
         tokenizer, inputs, protocol, found = self._begin(job)
-        if self.ranks.share(found is not None):
+        mended = found is not None and self._mended(job, tokenizer, inputs, found)
+        if self.ranks.share(found is not None and not mended):
             return found
         probed = KINDS[job.task.spec.kind].probed
         if not probed and tokenizer is not None:
@@ -204,7 +206,7 @@ class Bench(Resources):
         if probed and not self.ranks.first:
             return None
         tokenized = time.perf_counter()
-        name = _work_name(job, tokenizer, protocol, self.device.type)
+        name = _work_name(job, tokenizer, protocol, self.device.type, inputs)
         work = self.settings.cache_dir / "unfinished" / name
         if self.settings.overwrite == "always" and self.ranks.first:
             remove_folder(work)
@@ -227,7 +229,7 @@ class Bench(Resources):
             device=self.device,
             timings={"tokenize": tokenized - started, "probe": time.perf_counter() - tokenized},
         )
-        save_with_images(self.settings, record, result.per_image)
+        save_with_images(self.settings, record, result.per_image, replace=mended)
         remove_folder(work)
         if tokenizer is not None:
             sizes = {name: len(split) for name, split in inputs.data.splits.items()}
@@ -312,6 +314,33 @@ class Bench(Resources):
         _log.info("%s on %s: the record exists and is kept", job.label, job.task.spec.name)
         return tokenizer, inputs, protocol, found
 
+    def _mended(self, job: Job, tokenizer: Tokenizer | None, inputs: Inputs, found: Record) -> bool:
+        """Whether images that were broken when a record was made can be read now.
+
+        Only the first process looks. Without the messages of that time nobody can say: the record is kept.
+        """
+        from comit_bench.tasks.tokenizing import shards_to_do
+
+        if tokenizer is None or found.counts is None or not found.counts.broken or not self.ranks.first:
+            return False
+        broken = 0
+        for split in {role.split.name: role.split for role in inputs.roles.values()}.values():
+            rows = self.rows(split)
+            store, _ = self.store(job, tokenizer, split, rows)
+            if store.missing_shards():
+                return False
+            if shards_to_do(store, split, rows, split.preprocessing(tokenizer.info.preprocessing)):
+                broken = -1
+                break
+            broken += len(store.broken())
+        if broken == found.counts.broken:
+            return False
+        _log.warning(
+            "%s on %s: images that could not be read can be read now; it is measured again",
+            *(job.label, job.task.spec.name),
+        )
+        return True
+
     def _measure(self, job: Job, inputs: Inputs, tokenizer: Tokenizer | None) -> TaskResult | None:
         from comit_bench.tasks.executor import find_executor, find_probe_executor
 
@@ -350,12 +379,15 @@ class Bench(Resources):
             self.reporter.stop()
 
 
-def _work_name(job: Job, tokenizer: Tokenizer | None, protocol: dict[str, Any], device: str) -> str:
-    """A folder for unfinished work: other weights, data, settings or kind of device make another one."""
+def _work_name(
+    job: Job, tokenizer: Tokenizer | None, protocol: dict[str, Any], device: str, inputs: Inputs
+) -> str:
+    """A folder for unfinished work: other weights, data, settings, broken images or device, another folder."""
     from comit_bench.results.schema import plain_json
 
     weights = tokenizer_row(tokenizer).weights
-    return digest_json([job.label, weights, job.task.spec.name, plain_json(protocol), device])[7:31]
+    rows = {n: hashlib.sha256(role.rows.tobytes()).hexdigest() for n, role in inputs.roles.items()}
+    return digest_json([job.label, weights, job.task.spec.name, plain_json(protocol), device, rows])[7:31]
 
 
 def message_source(store: TokenStore, tokenizer: Tokenizer) -> MessageSource:

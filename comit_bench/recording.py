@@ -121,20 +121,23 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({platform.machine()})"
 
 
-def save_with_images(settings: Settings, record: Record, per_image: Mapping[str, Any] | None) -> None:
+def save_with_images(
+    settings: Settings, record: Record, per_image: Mapping[str, Any] | None, *, replace: bool = False
+) -> None:
     """Write a record and, before it, its numbers per image as Parquet beside it.
 
     Args:
         settings: Where to, and what to do about a record that exists.
         record: What was measured.
         per_image: Columns of one entry per image, or None.
+        replace: Whether a record that exists is replaced whatever the settings say.
 
     Raises:
         BenchError: The disk is full or not writable.
     """
     from comit_bench.results.records import record_path, save_record
 
-    overwrite = settings.overwrite == "always"
+    overwrite = replace or settings.overwrite == "always"
     if per_image is not None:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -277,30 +277,22 @@ class Resources:
             split_name: The split.
             quiet: Neither a progress bar nor a word about broken images.
         """
-        from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
+        from comit_bench.tasks.tokenizing import shards_to_do, tokenize_split
 
         data = self.data(job.dataset)
         split, rows = data.splits[split_name], self.rows(data.splits[split_name])
-        key = store_key(
-            tokenizer,
-            policy=self.policy(job, tokenizer),
-            fingerprint=data.split_fingerprint(split_name),
-            seed=ENCODE_SEED,
-            selection=self.selection,
-            exif=split.exif,
-        )
 
-        def begin() -> TokenStore:
-            name = f"{data.name}/{split_name}"
-            store = open_store(tokenizer, self.settings.cache_dir, key, count=len(rows), data=name)
+        def begin() -> tuple[TokenStore, dict[str, Any]]:
+            store, key = self.store(job, tokenizer, split, rows)
             if self.settings.overwrite == "always" and store.digest not in self._anew:
                 self._anew.add(store.digest)
                 if self.ranks.first:
                     store.clear()
-            return store
+            return store, key
 
-        store = self.ranks.together(begin)
-        missing = self.ranks.share(store.missing_shards() if self.ranks.first else [])
+        store, key = self.ranks.together(begin)
+        recipe = split.preprocessing(tokenizer.info.preprocessing)
+        missing = self.ranks.share(shards_to_do(store, split, rows, recipe) if self.ranks.first else [])
         mine = missing[self.ranks.rank :: self.ranks.world]
         total = sum(len(store.shard_range(shard)) for shard in mine)
         reporter = Reporter() if quiet else self.reporter
@@ -329,6 +321,31 @@ class Resources:
             self.encoded += total
             self._check_broken(job, store, split_name)
         return store
+
+    def store(
+        self, job: Job, tokenizer: Tokenizer, split: DataSplit, rows: Sequence[int]
+    ) -> tuple[TokenStore, dict[str, Any]]:
+        """The token store of some images of a split, as far as it is there, and its key."""
+        from comit_bench.tasks.tokenizing import list_digest, open_store, store_key
+
+        key = store_key(
+            tokenizer,
+            policy=self.policy(job, tokenizer),
+            fingerprint=list_digest(split),
+            seed=ENCODE_SEED,
+            selection=self.selection,
+            exif=split.exif,
+        )
+        store = open_store(
+            tokenizer,
+            self.settings.cache_dir,
+            key,
+            count=len(rows),
+            data=f"{job.dataset.spec.name}/{split.name}",
+            split=split,
+            rows=rows,
+        )
+        return store, key
 
     def _threads(self, job: Job, tokenizer: Tokenizer) -> AbstractContextManager[None]:
         """One thread for small networks on the CPU.

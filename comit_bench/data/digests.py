@@ -6,8 +6,8 @@ hours, so digests are kept: one table per folder in ``<cache>/digests/``, from a
 its sha256. The state is size, time of modification, time of change and number of the inode; when any of
 them differs the file is read again. They only decide whether to read, and are part of no fingerprint.
 
-A file that changed within three seconds of being read is not kept: it is read again next time, for another
-change might leave the clock where it was. What goes unnoticed is a change after which size, both times and
+A file that changed just before it was read is not kept: it is read again next time, for another change might
+leave the clock where it was. What goes unnoticed is a change after which size, both times and
 the inode are what they were. Programs can set the time of modification back but not the time of change, so
 that takes a clock set back or writing to the disk below the file system; on file systems without a time of
 change (FAT, some network mounts, Windows) it takes no more than equal size and a restored time of
@@ -33,7 +33,7 @@ from comit_bench.files import special_file, write_atomic
 
 THREADS = 16
 AT_ONCE = 64  # files that a thread reads before it reports
-RECENT = 3 * 10**9  # ns
+RECENT, RECENT_IN_SECONDS = 10**8, 3 * 10**9  # ns, for file systems with finer and with coarser clocks
 SAVE_SECONDS = 60.0  # an interrupted run has lost no more than this
 EMPTY = hashlib.sha256(b"").digest()
 
@@ -48,7 +48,8 @@ def state_of(status: os.stat_result) -> bytes:
 
 def _is_recent(status: os.stat_result) -> bool:
     now = time.time_ns()
-    return any(abs(now - at) < RECENT for at in (status.st_mtime_ns, status.st_ctime_ns))
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return any(abs(now - at) < (RECENT if at % 10**9 else RECENT_IN_SECONDS) for at in times)
 
 
 class Table:

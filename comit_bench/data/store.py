@@ -3,7 +3,9 @@
 ``<cache>/tokens/<digest[:2]>/<digest>/`` holds one data set's messages under one protocol. The digest is
 that of a payload (weights, options, preprocessing, policy, data fingerprint, layout ...) which lies
 beside the shards as ``key.json``. Shard i is one safetensors file with rows
-``[i * shard_size, min(count, (i + 1) * shard_size))``:
+``[i * shard_size, min(count, (i + 1) * shard_size))``; its name ends in a digest of the *marks* of these
+rows, where a store has marks (id and content of an image): after an image was replaced its shard alone is
+missing.
 
 - ``ids`` [rows, K], the smallest unsigned integer type that holds the vocabulary, or
   ``codes`` float32 [rows, K, d] when there is no finite vocabulary;
@@ -18,11 +20,12 @@ that want the same shards at the same time divide them (``SharedWork`` there).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,8 @@ class TokenStore:
     digest: str
     layout: Layout
     verify_checksums: bool = True
+    mark: Callable[[int], str] | None = None
+    _tags: dict[int, str] = field(default_factory=dict)
     _shards: dict[int, Shard] = field(default_factory=dict)
     _swept: bool = False
 
@@ -87,6 +92,7 @@ class TokenStore:
         code_dim: int,
         shard_size: int = 1024,
         verify: bool = True,
+        mark: Callable[[int], str] | None = None,
     ) -> TokenStore:
         """Find or begin the store for ``key`` under the cache directory ``root``. Reads no shard.
 
@@ -99,6 +105,7 @@ class TokenStore:
             code_dim: Length of a code vector, d.
             shard_size: Rows per shard.
             verify: False skips all checksums.
+            mark: Row -> a text of what its tokens depend on beside the key; None: nothing.
 
         Raises:
             CorruptFileError: ``key.json`` holds something else than ``key``.
@@ -115,7 +122,7 @@ class TokenStore:
         digest = digest_json(payload).removeprefix("sha256:")
         directory = root / "tokens" / digest[:2] / digest
         check_key(directory / "key.json", json.loads(json.dumps(payload)))
-        return cls(directory, digest, layout, verify)
+        return cls(directory, digest, layout, verify, mark)
 
     @property
     def count(self) -> int:
@@ -129,7 +136,16 @@ class TokenStore:
 
     def shard_path(self, shard: int) -> Path:
         """File of a shard."""
-        return self.directory / f"shard-{shard:06d}.safetensors"
+        return self.directory / f"shard-{shard:06d}{self._tag(shard)}.safetensors"
+
+    def _tag(self, shard: int) -> str:
+        """What the marks of a shard's rows add to its name."""
+        if self.mark is None:
+            return ""
+        if shard not in self._tags:
+            text = "\n".join(map(self.mark, self.shard_range(shard)))
+            self._tags[shard] = f"-{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+        return self._tags[shard]
 
     def shard_range(self, shard: int) -> range:
         """Rows of a shard.
@@ -238,7 +254,7 @@ class TokenStore:
         valid = np.ones(len(rows), dtype=np.uint8)
         valid[[row - rows.start for row in broken]] = 0
         tensors["valid"] = valid
-        content = shard_bytes(tensors, broken, store=self.digest, shard=shard)
+        content = shard_bytes(tensors, broken, store=f"{self.digest}{self._tag(shard)}", shard=shard)
         write_atomic(self.shard_path(shard), content)
         self._shards.pop(shard, None)
 
@@ -312,6 +328,11 @@ class TokenStore:
             raise UsageError(f"token store: {name} must be finite floating-point numbers")
         return converted
 
+    def forget(self, shard: int) -> None:
+        """Remove a shard, so that it is missing."""
+        self._shards.pop(shard, None)
+        self._remove(self.shard_path(shard))
+
     def _remove(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
@@ -336,7 +357,8 @@ class TokenStore:
         path = self.shard_path(shard)
         rows = len(self.shard_range(shard))
         try:
-            loaded = read_shard(path, self.layout, rows, store=self.digest, shard=shard, check=check)
+            store = f"{self.digest}{self._tag(shard)}"
+            loaded = read_shard(path, self.layout, rows, store=store, shard=shard, check=check)
         except (ValueError, RuntimeError) as error:  # RuntimeError: torch could not map it
             raise CorruptFileError(
                 f"{path}: damaged part of the token store ({error}). "

@@ -14,15 +14,22 @@ import numpy as np
 import torch
 
 from comit_bench import __version__
+from comit_bench.data.digests import file_digests
 from comit_bench.data.folders import list_folder
 from comit_bench.data.images import upright
 from comit_bench.data.opened import PathList, Split
 from comit_bench.data.store import TokenStore
 from comit_bench.data.token_file import Origin, TokenFile, output_names, read_token_file, token_file_bytes
-from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
+from comit_bench.errors import CorruptFileError, UnsupportedOperation, UsageError
 from comit_bench.files import cache_root, digest_json, sha256_file, write_atomic
 from comit_bench.seeding import seed_for
-from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
+from comit_bench.tasks.tokenizing import (
+    list_digest,
+    open_store,
+    shards_to_do,
+    store_key,
+    tokenize_split,
+)
 from comit_bench.tokenizers.base import Tokenizer, Tokens, check_decoded, looks_at_crops
 from comit_bench.tokenizers.contract import check_looked_up
 from comit_bench.tokenizers.identity import code_version
@@ -81,7 +88,7 @@ def tokenize_folder(
     """Tokenize every image below a folder into one file, turned upright as its EXIF orientation says.
 
     Messages go to the token store of the cache as they are made, so the same call continues after a kill;
-    it begins anew when a file of the folder has changed meanwhile. No token depends on ``batch_size``,
+    what has changed meanwhile is made anew. No token depends on ``batch_size``,
     ``num_workers`` or ``shard_size``.
 
     Args:
@@ -109,20 +116,27 @@ def tokenize_folder(
         )
     names, odd = list_folder(folder)
     canonical = _canonical(tokenizer, policy)
-    fingerprint = folder_fingerprint(folder, names)
+    contents = file_digests(folder, names, cache=cache, title="contents", progress=start is not _silent)
+    split = Split("folder", names, PathList(folder, names), None, exif=True, contents=tuple(contents))
     key = store_key(
-        tokenizer, policy=canonical, fingerprint=fingerprint, seed=seed, selection="all", exif=True
+        tokenizer, policy=canonical, fingerprint=list_digest(split), seed=seed, selection="all", exif=True
     )
+    rows = range(len(names))
     store = open_store(
-        tokenizer, cache, key, count=len(names), data=folder.resolve().name, shard_size=shard_size
+        tokenizer,
+        cache,
+        key,
+        count=len(names),
+        data=folder.resolve().name,
+        shard_size=shard_size,
+        split=split,
+        rows=rows,
     )
-    missing = store.missing_shards()
+    missing = shards_to_do(store, split, rows, split.preprocessing(tokenizer.info.preprocessing))
     total = sum(len(store.shard_range(shard)) for shard in missing)
     if missing:
-        split = Split("folder", names, PathList(folder, names), None, exif=True)
         advance = start(f"{tokenizer.info.name}: {folder.name}", total, "images")
         sizes: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-        rows = range(len(names))
         tokenize_split(tokenizer, split, store, key=key, rows=rows, shards=missing, advance=advance, **sizes)
     content = _export(tokenizer, names, store, odd=odd, policy=canonical, seed=seed, folder=folder)
     _write(output, token_file_bytes(content), overwrite=overwrite)
@@ -142,24 +156,6 @@ def _canonical(tokenizer: Tokenizer, policy: str | None) -> str | None:
     if policy is not None:
         _log.warning("%s looks at whole images: --policy is ignored for it", tokenizer.info.name)
     return None
-
-
-def folder_fingerprint(folder: Path, names: Sequence[str]) -> str:
-    """``sha256:<hex>`` over the place of a folder and the name, size and times of its images.
-
-    Raises:
-        MissingError: A file vanished since it was listed.
-    """
-    lines = []
-    for name in names:
-        try:
-            state = (folder / name).stat()
-        except OSError as error:
-            raise MissingError(
-                f"{folder / name}: {error.strerror}. The folder changed after it was listed."
-            ) from error
-        lines.append([name, state.st_size, state.st_mtime_ns, state.st_ctime_ns])
-    return digest_json({"folder": str(folder.resolve()), "files": lines})
 
 
 def _export(

@@ -6,11 +6,13 @@ generator of its own, so the store's bytes do not depend on batch size, workers 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from queue import Full, Queue
 from threading import Event, Thread
@@ -20,9 +22,10 @@ import torch
 from torch import Tensor
 
 from comit_bench.data.datasets import Split
-from comit_bench.data.images import iterate_images
+from comit_bench.data.images import iterate_images, load_from, upright
 from comit_bench.data.shards import SharedWork
 from comit_bench.data.store import TokenStore
+from comit_bench.errors import BenchError
 from comit_bench.files import write_atomic
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens, tile_rows
@@ -49,13 +52,11 @@ def store_key(
         tokenizer: Its weights, configuration, options and preprocessing, the version of its code, and where
             it computes. Random weights belong to the name that they were drawn for.
         policy: Cropping policy as it runs, None for tokenizers without crops.
-        fingerprint: Of the split's images.
+        fingerprint: Of the list of images, by ids; what they hold is in the marks of :func:`open_store`.
         seed: Of the per-image generators.
         selection: Which images of the split, ``all`` or ``limit:N``.
         exif: Whether images are turned upright first.
     """
-    from comit_bench.data.images import upright
-
     info = tokenizer.info
     key: dict[str, Any] = {
         "family": info.family,
@@ -84,12 +85,27 @@ def open_store(
     count: int,
     data: str = "",
     shard_size: int | None = None,
+    split: Split | None = None,
+    rows: Sequence[int] = (),
 ) -> TokenStore:
     """Find or begin the store of ``count`` messages of a tokenizer under a key of :func:`store_key`.
 
-    Tokenizer and ``data`` are named in ``about.json`` beside the shards, for people only.
+    Tokenizer and ``data`` are named in ``about.json`` beside the shards, for people only. With a split whose
+    contents are known, a shard belongs to the contents of its images: when some images were replaced, only
+    their shards are made again.
+
+    Args:
+        tokenizer: Says the layout.
+        cache: The cache directory.
+        key: Of the store.
+        count: Number of messages.
+        data: Name of the data.
+        shard_size: Messages per shard.
+        split: Where the images are from.
+        rows: Images of the split; row i of the store is ``rows[i]``.
     """
     info = tokenizer.info
+    known = split if split is not None and split.contents else None
     store = TokenStore.open(
         cache,
         key,
@@ -98,11 +114,44 @@ def open_store(
         vocab_size=info.vocab_size,
         code_dim=info.code_dim,
         shard_size=shard_size or SHARD_SIZE,  # looked up when called: a test makes it small
+        mark=None if known is None else partial(_mark, known, rows),
     )
     about = store.directory / "about.json"
     if not about.exists():
         write_atomic(about, json.dumps({"tokenizer": info.name, "data": data}) + "\n")
     return store
+
+
+def _mark(split: Split, rows: Sequence[int], row: int) -> str:
+    """What the tokens of a row depend on beside the key."""
+    return f"{split.ids[rows[row]]}\t{split.contents[rows[row]].hex()}"
+
+
+def list_digest(split: Split) -> str:
+    """``sha256:<hex>`` of the ids of a split: which list of images a store is for."""
+    state = hashlib.sha256("\n".join(split.ids).encode("utf-8", "surrogateescape"))
+    return f"ids-sha256:{state.hexdigest()}"
+
+
+def shards_to_do(store: TokenStore, split: Split, rows: Sequence[int], preprocessing: str) -> list[int]:
+    """Shards that are missing, once those with a broken image that can be read now have been removed.
+
+    A file that changed has other contents, so its shard is missing; but another version of a decoder, or more
+    memory, may read what could not be read before.
+    """
+    store.missing_shards()  # looks at all of them, and removes what is damaged
+    for row in store.broken():
+        if _readable(split.paths, rows[row], preprocessing):
+            store.forget(row // store.layout.shard_size)
+    return store.missing_shards()
+
+
+def _readable(paths: Sequence[Path], index: int, preprocessing: str) -> bool:
+    try:
+        load_from(paths, index, preprocessing)
+    except BenchError:
+        return False
+    return True
 
 
 def tokenize_split(

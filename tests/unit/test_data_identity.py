@@ -93,7 +93,7 @@ def change_a_byte(path: Path) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files may be kept at once, as if they had been written long ago."""
-    monkeypatch.setattr(digests, "RECENT", 0)
+    monkeypatch.setattr(digests, "_is_recent", lambda status: False)
 
 
 @pytest.mark.usefixtures("settled")
@@ -237,6 +237,7 @@ def test_contents_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_file_that_changed_just_now_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within one tick of the clock a second change would leave no trace in the times."""
+    monkeypatch.setattr(digests, "RECENT", 10**12)
     read = counting(monkeypatch)
     (tmp_path / "a").write_bytes(b"1")
     for _ in range(2):
@@ -245,7 +246,7 @@ def test_a_file_that_changed_just_now_is_read_again(tmp_path: Path, monkeypatch:
 
 
 def test_an_interrupted_reading_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digests, "RECENT", 0)
+    monkeypatch.setattr(digests, "_is_recent", lambda status: False)
     monkeypatch.setattr(digests, "AT_ONCE", 1)
     names = [f"{i:02d}" for i in range(20)]
     for name in names:
@@ -280,7 +281,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digests, "RECENT", 0)
+    monkeypatch.setattr(digests, "_is_recent", lambda status: False)
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "cache").write_text("a file where the cache should be")
     with caplog.at_level(logging.WARNING):
