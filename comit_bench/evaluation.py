@@ -223,11 +223,12 @@ class Bench(Resources):
             task=task_row(job, inputs.data),
             protocol=protocol,
             seeds=inputs.seeds,
-            counts=_counts(inputs, stores),
+            counts=_counts(inputs, stores, self.settings.limit),
             settings=self.settings,
             control=inputs.control,
             device=self.device,
             timings={"tokenize": tokenized - started, "probe": time.perf_counter() - tokenized},
+            incomplete=inputs.data.shortcomings(_broken(inputs, stores)),
         )
         save_with_images(self.settings, record, result.per_image, replace=mended)
         remove_folder(work)
@@ -415,14 +416,24 @@ def message_source(store: TokenStore, tokenizer: Tokenizer) -> MessageSource:
     return MessageSource(read=read, count=store.layout.count)
 
 
-def _counts(inputs: Inputs, stores: dict[str, TokenStore]) -> Counts:
+def _counts(inputs: Inputs, stores: dict[str, TokenStore], limit: int | None) -> Counts:
     from comit_bench.results.schema import Counts
     from comit_bench.tasks.executor import ROLES
 
+    broken = _broken(inputs, stores)
+    expected, seen = inputs.data.counted(broken)
     return Counts(
         **{name: len(inputs.roles[name]) if name in inputs.roles else 0 for name in ROLES},
-        broken=sum(len(store.broken()) for store in stores.values()),
+        broken=sum(broken.values()),
+        expected=expected,
+        seen={name: number if limit is None else min(number, limit) for name, number in seen.items()},
     )
+
+
+def _broken(inputs: Inputs, stores: dict[str, TokenStore]) -> dict[str, int]:
+    """Split -> images that cannot be read, for every split that is used; a majority row reads none."""
+    names = {role.split.name for role in inputs.roles.values()}
+    return {name: len(stores[name].broken()) if name in stores else 0 for name in sorted(names)}
 
 
 @dataclass(slots=True)

@@ -92,7 +92,9 @@ def data_state(recipe: Recipe[DatasetSpec], bench: Bench) -> tuple[str, dict[str
         counts = {"train": spec.generator.train, "val": spec.generator.val}
         return ("made before" if there else "will be made now, seeded"), counts
     data = bench.data(recipe)  # the folders are scanned once, here; the run uses what is found
-    return f"found in {data.folder}", {name: len(split) for name, split in data.splits.items()}
+    short = data.shortcomings(dict.fromkeys(data.splits, 0))
+    told = f"; records will be marked incomplete ({'; '.join(short)})" if short else ""
+    return f"found in {data.folder}{told}", {name: len(split) for name, split in data.splits.items()}
 
 
 def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:

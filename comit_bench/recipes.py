@@ -280,7 +280,9 @@ class DatasetSpec(SpecModel):
     maps a split name to candidate sub-directories (class-folders, saliency) or label files (the others),
     ``images`` and ``labels`` name further candidates, ``shards`` and ``hub_copies`` tar shards and copies of
     Hugging Face sets to be read where no folder is; the first one found wins. ``expected`` says how
-    many samples the official splits have: other counts are noted and warned about. ``exif``: whether
+    many images the official data set has: by split; for coco how many each annotation file lists; for
+    visual-genome under ``images`` how many ``image_data.json`` lists. Other counts are noted and warned
+    about, and what differs by more than the share ``max_broken`` makes records incomplete. ``exif``: whether
     photographs are turned upright as their EXIF orientation says; when it is not said, only those with
     masks are, since ImageNet and MSCOCO are read as they are stored.
     """
@@ -308,6 +310,14 @@ class DatasetSpec(SpecModel):
     obtain: str | None = None
     max_broken: Annotated[float, Field(ge=0, le=1)] = 0.01
     exif: bool | None = None
+
+    @model_validator(mode="after")
+    def _expected_is_counted(self) -> DatasetSpec:
+        known = ("images",) if self.reader == "visual-genome" else tuple(self.splits)
+        for name in self.expected:
+            if name not in known:
+                raise ValueError(f"expected: nothing is counted as {name!r}.{did_you_mean(name, known)}")
+        return self
 
     @property
     def upright(self) -> bool:

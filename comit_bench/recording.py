@@ -73,8 +73,23 @@ def make_record(
     control: str | None,
     device: torch.device,
     timings: dict[str, float],
+    incomplete: Sequence[str] = (),
 ) -> Record:
-    """Put everything together; nothing is written yet."""
+    """Put everything together; nothing is written yet.
+
+    Args:
+        result: What was measured.
+        row: Of which tokenizer.
+        task: Of which task.
+        protocol: How.
+        seeds: Of the probes or decodings.
+        counts: Images by role.
+        settings: ``limit`` makes a record incomplete.
+        control: Name of the control.
+        device: Where.
+        timings: Seconds by stage.
+        incomplete: What of the data is not there, in words (:meth:`OpenData.shortcomings`).
+    """
     from comit_bench.results.schema import Environment, Metric, Record, protocol_digest
 
     metrics = {
@@ -100,8 +115,9 @@ def make_record(
         protocol_digest=protocol_digest(protocol),
         seeds=tuple(seeds),
         control=control,
-        complete=settings.limit is None,
+        complete=settings.limit is None and not incomplete,
         limit=settings.limit,
+        incomplete=tuple(incomplete),
         counts=counts,
         environment=Environment.collect(device=device_name(device), dtype=settings.dtype),
         timings=timings,

@@ -87,6 +87,7 @@ def open_dataset(
         raise UsageError(f"{recipe.path}: declares no splits, so there is nothing to read")
     if class_list is not None and spec.reader != "class-folders":
         raise UsageError(f"dataset {spec.name}: reader {spec.reader!r} takes no list of classes")
+    own_classes = class_list is not None  # then the official counts say nothing
     made: str | None = None
     if spec.generator is not None:
         from comit_bench.data.scenes import generate
@@ -101,15 +102,18 @@ def open_dataset(
         )
         report = cache / "reports" / f"{spec.name}-missing.json"
         _report_missing(spec, folder, missing, sum(map(len, splits.values())) + len(missing), report)
+        found = {name: len(split) for name, split in splits.items()}
         splits, shared = _apart(spec, splits, folder, cache, made)
         prints = {name: fingerprint_of(split, made) for name, split in splits.items()}
         whole = made or digest_json({"classes": list(classes), "splits": prints})
-        notes = _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder) | shared
+        expected = {} if own_classes else spec.expected
+        notes = _compare_counts(spec, expected, found, folder) | shared
         if missing:
             notes["missing_images"] = len(missing)
         data = OpenData(
             spec.name, spec.version, classes, splits, whole, prints, folder, missing=missing, notes=notes
         )
+        data = replace(data, expected=expected, found=found)
     else:
         data = _open_manifest(recipe, folder, cache, made, progress)
     _compare_checksum(spec, made or data.fingerprint, folder)
@@ -145,14 +149,17 @@ def fingerprint_of(split: Split, made: str | None) -> str:
     return "sha256:" + state.hexdigest()
 
 
-def _compare_counts(spec: DatasetSpec, counts: dict[str, int], folder: Path) -> dict[str, Any]:
-    """What to note when the splits do not have the official number of samples."""
-    differ = {n: [counts[n], wanted] for n, wanted in spec.expected.items() if counts.get(n) != wanted}
-    for name, (found, wanted) in differ.items():
+def _compare_counts(
+    spec: DatasetSpec, expected: dict[str, int], found: dict[str, int], folder: Path
+) -> dict[str, Any]:
+    """What to note when the data do not have the official number of images."""
+    differ = {n: [found.get(n, 0), wanted] for n, wanted in expected.items() if found.get(n, 0) != wanted}
+    for name, (here, wanted) in differ.items():
         _log.warning(
             "%s: %s has %s samples of split %r, the official one has %s. Scores cannot be compared with "
-            "published ones.",
-            *(spec.name, folder, f"{found:,}", name, f"{wanted:,}"),
+            "published ones%s.",
+            *(spec.name, folder, f"{here:,}", name, f"{wanted:,}"),
+            ", and records are marked incomplete" if abs(here - wanted) > spec.max_broken * wanted else "",
         )
     return {"counts_and_official": differ} if differ else {}
 
@@ -236,10 +243,11 @@ def _open_manifest(
         splits[name] = _with_contents(_split(name, rows, there, manifest, finder), folder, cache, progress)
     for names in manifest.notes.get("images_without_mask", {}).values():
         missing |= {name: "no mask" for name in names}
-    for found in manifest.notes.get("not_files", {}).values():
-        missing |= {name: f"this is {what}, not a file" for name, what in found.items()}
+    for odd in manifest.notes.get("not_files", {}).values():
+        missing |= {name: f"this is {what}, not a file" for name, what in odd.items()}
     notes = {**manifest.notes, "manifest": digest, "missing_images": len(missing)}
-    notes |= _compare_counts(spec, {name: len(split) for name, split in splits.items()}, folder)
+    found = reader.counted(manifest, {name: len(split) for name, split in splits.items()})
+    notes |= _compare_counts(spec, spec.expected, found, folder)
     count = sum(map(len, splits.values())) + len(missing)
     _report_missing(spec, folder, missing, count, path.parent / "missing.json")
     splits, shared = _apart(spec, splits, folder, cache, made)
@@ -260,6 +268,8 @@ def _open_manifest(
         predicates=manifest.predicates,
         missing=missing,
         notes=notes,
+        expected=spec.expected,
+        found=found,
     )
 
 

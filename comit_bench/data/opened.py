@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -133,6 +133,9 @@ class OpenData:
         missing: Sample id -> reason, for annotated images whose file is not there. They are in no split.
         notes: Facts about the splits, as plain JSON values: a record stores them.
         max_broken: Share of the images (and masks) that may be missing or broken.
+        expected: What the whole data set has, for official ones: images by split, or for annotated sets
+            images that the annotation files list, by file.
+        found: The same as it is here.
     """
 
     name: str
@@ -147,11 +150,41 @@ class OpenData:
     missing: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     max_broken: float = 1.0
+    expected: dict[str, int] = field(default_factory=dict)
+    found: dict[str, int] = field(default_factory=dict)
 
     @property
     def exif(self) -> bool:
         """Whether images are turned upright as their EXIF orientation says."""
         return any(split.exif for split in self.splits.values())
+
+    def counted(self, broken: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+        """What is expected and what is seen, of what matters to a use of the splits that ``broken`` names.
+
+        Args:
+            broken: Split -> images that cannot be read, for every split that is used.
+        """
+        by_split = self.kind in ("classes", "masks")  # the files of the others are pooled
+        keys = [key for key in self.expected if not by_split or key in broken]
+        seen = {key: self.found.get(key, 0) - (broken.get(key, 0) if by_split else 0) for key in keys}
+        return {key: self.expected[key] for key in keys}, seen
+
+    def shortcomings(self, broken: Mapping[str, int]) -> list[str]:
+        """Why a use of the splits that ``broken`` names is not one of the whole data set; empty when it is.
+
+        As many images as the recipe allows to be broken may be missing (``max_broken``).
+        """
+        expected, seen = self.counted(broken)
+        told = [
+            f"{key}: {seen[key]:,} images, the whole has {wanted:,}"
+            for key, wanted in expected.items()
+            if abs(seen[key] - wanted) > self.max_broken * wanted
+        ]
+        bad = len(self.missing) + sum(broken.values())
+        total = len(self.missing) + sum(map(len, self.splits.values()))
+        if bad > self.max_broken * total:
+            told.append(f"{bad:,} of {total:,} images are missing or broken")
+        return told
 
     def split_fingerprint(self, name: str) -> str:
         """``sha256:<hex>`` over the ids, contents and labels of one split."""

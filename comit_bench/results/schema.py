@@ -220,12 +220,21 @@ class TaskRow(_Model):
 
 
 class Counts(_Model):
-    """Samples per role, and files that could not be read."""
+    """Samples per role, and files that could not be read.
+
+    Attributes:
+        expected: Images that the whole data set has, by split or annotation file; official data sets only.
+        seen: The same as they were used.
+    """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"expected", "seen"})
 
     train: Count
     early_stop: Count
     report: Count
     broken: Count = 0
+    expected: dict[Line, Count] = {}
+    seen: dict[Line, Count] = {}
 
 
 class Environment(_Model):
@@ -268,14 +277,15 @@ class Record(_Model):
 
     Attributes:
         protocol_digest: ``protocol_digest(protocol)``; checked.
-        complete: False when only part of the data was used; then ``limit`` says how much.
+        complete: False when only part of the data was used: of ``limit`` images, or for the reasons that
+            ``incomplete`` gives.
         control: Name of the control (e.g. ``permute-labels``), None for the real thing.
         origin: ``measured`` here, published in a ``paper``, or our committed ``reference`` run.
         timings: Seconds by stage.
         details: Break-downs that no table prints, e.g. scores by predicate.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"details"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"details", "incomplete"})
 
     schema_version: Literal[1, 2] = Field(default=SCHEMA_VERSION, alias="schema")
     tokenizer: TokenizerRow
@@ -287,6 +297,7 @@ class Record(_Model):
     control: Line | None = None
     complete: bool = True
     limit: Annotated[int, Field(ge=1)] | None = None
+    incomplete: tuple[Line, ...] = ()
     counts: Counts | None = None
     origin: Origin = "measured"
     created: Annotated[AwareDatetime, AfterValidator(_utc)] = Field(
@@ -319,6 +330,8 @@ class Record(_Model):
                 )
         if self.limit is not None and self.complete:
             raise ValueError("complete must be false when limit is set")
+        if self.incomplete and self.complete:
+            raise ValueError("complete must be false when incomplete says why it is not")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds repeat: {list(self.seeds)}")
         if self.origin != "paper":

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 UNTRAINED, INCOMPLETE, PUBLISHED = "†", "‡", "§"
 MARKS = {
     UNTRAINED: "untrained: random weights",
-    INCOMPLETE: "incomplete: only part of the data was used (--limit); not ranked",
+    INCOMPLETE: "incomplete: only part of the data was used (--limit, or images are missing); not ranked",
     PUBLISHED: "published number, not measured here",
 }
 SECTIONS = ("reference", "baseline", "learned")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from official import opened, picture
+from official import COCO, opened, write_small_coco, write_small_vg
 from PIL import Image
 
 from comit_bench.data import digests
@@ -363,37 +363,6 @@ def test_broken_files_are_no_twins(tmp_path: Path) -> None:
     assert len(data.splits["train"]) == 4 and "images_in_two_splits" not in data.notes
 
 
-COCO = [("train", n, pair) for n, pair in enumerate([[1, 2], [2, 3], [3, 4], [1, 4], [1, 3], [2, 4]] * 3, 1)]
-
-
-def write_coco(root: Path, more: list[dict[str, Any]] = [], **files: list[Any]) -> Path:  # noqa: B006
-    """Six pairs of four categories in train2017, three images each; ``more`` goes into the train file."""
-    base = root / "coco"
-    images = [{"id": n, "file_name": f"{n:012d}.jpg"} for _, n, _ in COCO]
-    regions = [(n, c) for _, n, pair in COCO for c in pair]
-    for one in more:
-        images.append({"id": one["id"], "file_name": one["file_name"]})
-        regions += [(one["id"], c) for c in one["categories"]]
-    held = {"train": (images, regions), "val": files.get("val", ([], []))}
-    for split, (listed, found) in held.items():
-        content = {
-            "images": [{"width": 8, "height": 8, **one} for one in listed],
-            "annotations": [
-                {"id": i, "image_id": n, "category_id": c, "iscrowd": 0, "area": 1.0, "bbox": [0, 0, 1, 1]}
-                for i, (n, c) in enumerate(found, 1)
-            ],
-            "categories": [{"id": i, "name": f"thing {i}"} for i in range(1, 5)],
-        }
-        path = base / "annotations" / f"instances_{split}2017.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-        (base / f"{split}2017").mkdir(exist_ok=True)
-        for one in listed:
-            if not (base / f"{split}2017" / one["file_name"]).exists():
-                picture(base / f"{split}2017" / one["file_name"])
-    return base
-
-
 def contents(data: OpenData) -> list[set[bytes]]:
     return [set(split.contents) for split in data.splits.values()]
 
@@ -401,10 +370,10 @@ def contents(data: OpenData) -> list[set[bytes]]:
 def test_coco_one_photograph_under_two_ids_is_one_sample(tmp_path: Path) -> None:
     """Its categories are those of both ids: here three, so it is no sample at all; or the same two."""
     name = f"{1:012d}.jpg"  # shows things 1 and 2
-    write_coco(tmp_path / "a", [{"id": 901, "file_name": name, "categories": [3, 4]}])
+    write_small_coco(tmp_path / "a", [{"id": 901, "file_name": name, "categories": [3, 4]}])
     data = opened("mscoco-pairs", tmp_path / "a", max_broken=0.2)
     assert f"train/{1:012d}" not in {i for split in data.splits.values() for i in split.ids}
-    write_coco(tmp_path / "b", [{"id": 901, "file_name": f"./{name}", "categories": [1]}])
+    write_small_coco(tmp_path / "b", [{"id": 901, "file_name": f"./{name}", "categories": [1]}])
     data = opened("mscoco-pairs", tmp_path / "b", max_broken=0.2)
     ids = [i for split in data.splits.values() for i in split.ids]
     assert ids.count(f"train/{1:012d}") == 1
@@ -413,13 +382,13 @@ def test_coco_one_photograph_under_two_ids_is_one_sample(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", TWINS)
 def test_coco_one_photograph_under_two_names_is_not_in_both_splits(kind: str, tmp_path: Path) -> None:
-    first = write_coco(tmp_path)
+    first = write_small_coco(tmp_path)
     data = opened("mscoco-pairs", tmp_path)
     shown = next(int(i.split("/")[1]) for i in data.splits["val"].ids)
     other = next(pair for _, n, pair in COCO if f"train/{n:012d}" in data.splits["train"].ids)
     more = [{"id": 900 + i, "file_name": f"again{i}.jpg", "categories": other} for i in range(3)]
     twin(kind, first / "train2017" / f"{shown:012d}.jpg", first / "train2017" / "again1.jpg")
-    write_coco(tmp_path, more)
+    write_small_coco(tmp_path, more)
     data = opened("mscoco-pairs", tmp_path)
     train, val = contents(data)
     assert not train & val
@@ -430,11 +399,11 @@ def test_coco_one_photograph_under_two_names_is_not_in_both_splits(kind: str, tm
 def test_coco_the_same_photograph_in_both_annotation_files(tmp_path: Path) -> None:
     listed = [{"id": n, "file_name": f"{n:012d}.jpg"} for _, n, _ in COCO[:6]]
     found = [(n, c) for _, n, pair in COCO[:6] for c in pair]
-    base = write_coco(tmp_path)
+    base = write_small_coco(tmp_path)
     (base / "val2017").mkdir(exist_ok=True)
     for one in listed:
         twin("copy", base / "train2017" / one["file_name"], base / "val2017" / one["file_name"])
-    write_coco(tmp_path, val=[listed, found])
+    write_small_coco(tmp_path, val=[listed, found])
     rules = find_datasets()["mscoco-pairs"].spec.pairs.model_copy(update={"policy": "given"})
     data = opened("mscoco-pairs", tmp_path, pairs=rules)
     assert len(data.splits["val"]) == 6 and len(data.splits["train"]) == 12
@@ -442,24 +411,9 @@ def test_coco_the_same_photograph_in_both_annotation_files(tmp_path: Path) -> No
     assert not train & val
 
 
-def write_vg(root: Path, count: int = 40) -> Path:
-    base = root / "visual-genome"
-    end = {"x": 0, "y": 0, "w": 50, "h": 50}
-    images, relationships = [], []
-    for n in range(1, count + 1):
-        place = "VG_100K" if n % 2 else "VG_100K_2"
-        picture(base / place / f"{n}.jpg")
-        images.append({"image_id": n, "width": 100, "height": 100, "url": f"https://x/{place}/{n}.jpg"})
-        relation = {"predicate": "on", "subject": {**end, "name": "a"}, "object": {**end, "name": "b"}}
-        relationships.append({"image_id": n, "relationships": [relation]})
-    (base / "image_data.json").write_text(json.dumps(images))
-    (base / "relationships.json").write_text(json.dumps(relationships))
-    return base
-
-
 @pytest.mark.parametrize("kind", [*TWINS, "one url"])
 def test_visual_genome_one_photograph_under_two_ids(kind: str, tmp_path: Path) -> None:
-    base = write_vg(tmp_path)
+    base = write_small_vg(tmp_path)
     data = opened("visual-genome", tmp_path)
     paths = {name: dict(zip(split.ids, split.paths, strict=True)) for name, split in data.splits.items()}
     val, train = data.splits["val"].ids[0], data.splits["train"].ids[3]
@@ -545,7 +499,7 @@ def test_pipes_among_masks_and_annotated_images(tmp_path: Path) -> None:
     data = open_mine(tmp_path, **KINDS["masks"][1] | {"max_broken": 0.9})
     assert data.splits["val"].ids == ("2",)
     assert data.missing == dict.fromkeys(("0", "1"), "this is a named pipe, not a file")
-    base = write_coco(tmp_path)
+    base = write_small_coco(tmp_path)
     (base / "train2017" / f"{1:012d}.jpg").unlink()
     os.mkfifo(base / "train2017" / f"{1:012d}.jpg")
     assert f"train/{1:012d}" in opened("mscoco-pairs", tmp_path, max_broken=0.5).missing

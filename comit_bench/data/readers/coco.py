@@ -65,6 +65,11 @@ def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
     }
 
 
+def counted(manifest: Manifest, samples: dict[str, int]) -> dict[str, int]:
+    """Images that every annotation file lists."""
+    return {name: int(manifest.notes[name]["images"]) for name in samples if name in manifest.notes}
+
+
 def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manifest:
     """Read the annotations and split the images.
 

@@ -242,6 +242,12 @@ def _covers(box: dict[str, Any], width: int, height: int) -> float:
     return max(across, 0.0) * max(down, 0.0) / (width * height)
 
 
+def counted(manifest: Manifest, samples: dict[str, int]) -> dict[str, int]:
+    """Images that ``image_data.json`` lists; those of the relations' file where it has far fewer entries."""
+    listed, entries = (int(manifest.notes["counts"][key]) for key in ("images", "entries"))
+    return {"images": listed if entries >= 0.9 * listed else entries}
+
+
 def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manifest:
     """Read, filter and split the relations.
 
@@ -256,7 +262,7 @@ def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manif
     predicates = _Words(read_aliases(found.get("relationship_alias")))
     table, counts = _stream(spec, found["relationships"], pictures, objects, predicates, progress)
     sides, split_notes = _sides(spec, found, pictures)
-    counts |= {"images_in_no_split": len(pictures) - len(sides)}
+    counts |= {"images": len(pictures), "images_in_no_split": len(pictures) - len(sides)}
     image = np.frombuffer(table.image, dtype=np.int64) if table.image else np.empty(0, dtype=np.int64)
     columns = [np.array(c, dtype=np.int64) for c in (table.subject, table.predicate, table.object)]
     large = np.array(table.large, dtype=np.bool_)
@@ -333,13 +339,14 @@ def _stream(
 
     table = _Relations()
     rule = all if spec.relations.area_of == "both" else any
-    counts = dict.fromkeys(("relations", "unnamed", "unknown_images"), 0)
+    counts = dict.fromkeys(("entries", "relations", "unnamed", "unknown_images"), 0)
     for item in tqdm(
         _items(path), "relationships", unit=" images", delay=1.0, leave=False, disable=not progress
     ):
         try:
             number = _image_number(item)
             found = item["relationships"]
+            counts["entries"] += 1
             counts["relations"] += len(found)
             if number not in pictures or pictures[number][0] * pictures[number][1] <= 0:
                 counts["unknown_images"] += 1
