@@ -141,11 +141,13 @@ def test_coco_pairs_and_files_disjoint(tmp_path: Path) -> None:
     assert sum(map(len, data.splits.values())) == len(pairs), "one of the two images of every pair"
 
 
-def test_coco_dropped_categories_are_named(tmp_path: Path) -> None:
+def test_coco_dropped_categories_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [image for image in COCO_IMAGES if image[1] not in (71, 72)]  # toothbrush is left with one pair
     write_coco(tmp_path, images=images)
     data = opened("mscoco-pairs", tmp_path)
     assert data.notes["pairs"]["dropped_categories"].keys() == {"toothbrush"}
+    assert data.notes["pairs"]["dropped_images"] == 1
+    assert "1 categories cannot be on both sides and are dropped with 1 images: toothbrush" in caplog.text
     assert "train/000000000064" not in {i for split in data.splits.values() for i in split.ids}
 
 
@@ -251,3 +253,13 @@ def test_coco_missing_pieces_are_named(tmp_path: Path) -> None:
     (base / "annotations" / "instances_train2017.json").unlink()
     with pytest.raises(MissingError, match="data download mscoco-pairs"):
         opened("mscoco-pairs", tmp_path)
+
+
+def test_coco_a_share_that_cannot_be_met_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A square of pairs: half of them must be on each side."""
+    square = [[1, 3], [3, 18], [18, 44], [1, 44]]
+    base = write_coco(tmp_path, images=[("train", i, pair) for i, pair in enumerate(square * 3, 1)])
+    (base / "val2017").mkdir()
+    data = opened("mscoco-pairs", tmp_path)
+    assert data.notes["pairs"]["val_share"] == 0.5
+    assert "val has 50 % of the images (2 of 4 pairs) instead of 20 %" in caplog.text

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,6 +131,37 @@ def test_no_exchange_balances_categories_better(counts: dict[Pair, int], share: 
             continue
         if abs(sum(counts[p] for p in val) - goal) <= max(distance, sum(counts[p] for p in kept) // 200):
             assert imbalance(replace(found, val=val, train=kept - val), counts) >= level - 1e-6
+
+
+def nearest(counts: Mapping[Pair, int], pairs: list[Pair], goal: int) -> int:
+    """By trying all divisions: how near to ``goal`` val images one can come."""
+    number = np.arange(1 << len(pairs))
+    covered = np.ones(len(number), dtype=bool)
+    for name in categories(pairs):
+        own = sum(1 << i for i, pair in enumerate(pairs) if name in pair)
+        covered &= ((number & own) != 0) & ((number & own) != own)
+    images = sum(((number >> i) & 1) * counts[pair] for i, pair in enumerate(pairs))
+    return int(np.abs(images[covered] - goal).min())
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("share", [0.2, 0.4])
+def test_few_pairs_come_as_near_to_the_target_as_any_split(share: float, equal: bool) -> None:
+    draw, far = random.Random(0), []
+    for _ in range(20):
+        names = [f"c{i}" for i in range(draw.randint(6, 9))]
+        every = list(itertools.combinations(names, 2))
+        chosen = draw.sample(every, min(len(every), draw.randint(len(names) + 2, 17)))
+        counts = {pair: 1 if equal else draw.randint(1, 30) for pair in chosen}
+        found = pair_disjoint(counts, share)
+        kept = sorted(found.train | found.val)
+        if not kept:
+            continue
+        total = sum(counts[pair] for pair in kept)
+        gap = abs(sum(counts[pair] for pair in found.val) - round(share * total))
+        if gap > max(nearest(counts, kept, round(share * total)), total // 200):
+            far.append(counts)
+    assert not far
 
 
 def test_equal_counts_give_every_category_the_same_share() -> None:

@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 KEYS = ("images", "annotations", "categories")
 Sample = tuple[str, str, NDArray[np.int32]]
+FAR = 0.02  # from the target share of val images: said aloud
 
 
 def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
@@ -94,7 +95,8 @@ def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manif
         notes["pairs"] = _given_notes(pool)
     else:
         divided, splits = _divide(spec, pool, classes)
-        notes["pairs"] = _pair_notes(divided, splits, classes)
+        notes["pairs"] = _pair_notes(divided, splits, pool, classes)
+        _say_what_was_lost(spec, notes["pairs"])
     manifest = Manifest(
         "multilabel",
         classes,
@@ -248,11 +250,32 @@ def _divide(
     return divided, splits
 
 
+def _say_what_was_lost(spec: DatasetSpec, notes: dict[str, Any]) -> None:
+    """Warn when few pairs force a split that is not what the recipe asks for."""
+    if abs(notes["val_share"] - notes["target_val_share"]) > FAR and spec.pairs.pool:
+        _log.warning(
+            "%s: val has %.0f %% of the images (%d of %d pairs) instead of %.0f %%: no split of these pairs "
+            "was found that comes nearer and keeps every category on both sides",
+            *(spec.name, 100 * notes["val_share"], notes["pairs"]["val"], sum(notes["pairs"].values())),
+            100 * notes["target_val_share"],
+        )
+    if notes["dropped_images"]:
+        _log.warning(
+            "%s: %d categories cannot be on both sides and are dropped with %d images: %s",
+            *(spec.name, len(notes["dropped_categories"]), notes["dropped_images"]),
+            few(notes["dropped_categories"]),
+        )
+
+
 def _pair_notes(
-    divided: PairSplit, splits: dict[str, list[Sample]], classes: Sequence[str]
+    divided: PairSplit,
+    splits: dict[str, list[Sample]],
+    pool: dict[str, list[Sample]],
+    classes: Sequence[str],
 ) -> dict[str, Any]:
     kept = {classes[c] for samples in splits.values() for sample in samples for c in sample[2].tolist()}
     total = sum(map(len, splits.values()))
+    everything = [sample for samples in pool.values() for sample in samples]
     return {
         "policy": "pair-disjoint",
         "images": {name: len(samples) for name, samples in splits.items()},
@@ -261,6 +284,7 @@ def _pair_notes(
         "pairs": {"train": len(divided.train), "val": len(divided.val)},
         "categories": len(kept),
         "dropped_categories": divided.dropped,
+        "dropped_images": sum(bool(divided.dropped.keys() & set(_pair(s, classes))) for s in everything),
     }
 
 
