@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from comit_bench.data.readers import saliency, visual_genome
-from comit_bench.data.readers.common import DATA_VARIABLE, find_directory, find_file, folders, images
+from comit_bench.data.readers.common import (
+    DATA_VARIABLE,
+    find_directory,
+    find_file,
+    find_folder,
+    folders,
+    images,
+)
 from comit_bench.data.readers.encoded import has_encoded
 from comit_bench.errors import BenchError, MissingError
 from comit_bench.recipes import DatasetSpec
@@ -42,9 +49,10 @@ def missing_pieces(spec: DatasetSpec, data_root: Path | None) -> list[Piece]:
     )
     if data_root is None:
         return [Piece(f"a data root: --data-root DIR or {DATA_VARIABLE}=DIR", command)]
-    folder = data_root / spec.folder
-    if not folder.is_dir():
-        return [Piece(f"{folder}/", command)]
+    try:
+        folder = find_folder(spec, data_root)
+    except MissingError:
+        return [Piece(f"{data_root / spec.folder}/", command)]
     return [Piece(_short(error), command) for error in _failures(_checks(spec, folder))]
 
 

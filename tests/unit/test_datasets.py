@@ -18,6 +18,7 @@ from scipy.io import savemat
 
 from comit_bench.data.datasets import ClassificationData, PathList, holdout, open_dataset
 from comit_bench.data.labels import read_class_list, read_devkit_synsets, read_ground_truth
+from comit_bench.data.pieces import missing_pieces
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.recipes import DatasetSpec, GeneratorSpec, Recipe, find_datasets
 
@@ -392,3 +393,59 @@ def test_holdout_fraction_and_salt() -> None:
 
 # A change of the hash would move images between training and early stopping: it needs a new task version.
 PINNED = [0, 4, 5, 6]
+
+
+# ------------------------------------------------------------------------------------------- Kaggle's tree
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path) -> Path:
+    """ImageNet as Kaggle's archive unpacks: the validation images in one folder, their classes in a table."""
+    top = tmp_path / "imagenet-object-localization-challenge"
+    tree = top / "ILSVRC" / "Data" / "CLS-LOC"
+    for name in CLASSES:
+        (tree / "train" / name).mkdir(parents=True)
+        (tree / "train" / name / f"{name}_1.JPEG").write_bytes(name.encode())
+    write_csv(tree)
+    (tree / "LOC_val_solution.csv").rename(top / "LOC_val_solution.csv")
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "classes.txt").write_text("\n".join(CLASSES))
+    return top
+
+
+def open_kaggle(top: Path, data_root: Path) -> ClassificationData:
+    recipe = find_datasets()["imagenet100"]
+    spec = recipe.spec.model_copy(update={"class_list": str(top.parent / "recipe" / "classes.txt")})
+    cache = top.parent / "cache"
+    return open_dataset(Recipe(spec, recipe.path, "x"), data_root=data_root, cache=cache, progress=False)
+
+
+@pytest.mark.parametrize("below", [".", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_kaggles_tree_is_read_wherever_one_points(kaggle: Path, below: str, linked: bool) -> None:
+    data_root = kaggle / below
+    if linked:  # DATA/imagenet leads there
+        data_root = kaggle.parent / "data"
+        data_root.mkdir()
+        (data_root / "imagenet").symlink_to(kaggle / below)
+    data = open_kaggle(kaggle, data_root)
+    assert len(data.splits["train"]) == 3
+    assert len(data.splits["val"]) == sum(DEVKIT[s - 1] in CLASSES for s in TRUTH)
+    assert missing_pieces(find_datasets()["imagenet100"].spec, data_root) == []
+    assert missing_pieces(find_datasets()["imagenet1k-val"].spec, data_root) == []
+
+
+def test_what_is_not_beside_the_root_is_not_read(kaggle: Path) -> None:
+    """DATA/imagenet is what it is, whatever lies beside it."""
+    (kaggle / "imagenet" / "train").mkdir(parents=True)
+    with pytest.raises(MissingError, match=f"{kaggle}/imagenet"):
+        open_kaggle(kaggle, kaggle)
+
+
+def test_hints_that_help(kaggle: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=f"pass --data-root {kaggle}"):
+        open_kaggle(kaggle, tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / "ILSVRC2012" / split / CLASSES[0]).mkdir(parents=True)
+    with pytest.raises(MissingError, match=f"ln -s {tmp_path}/ILSVRC2012 DIR/imagenet"):
+        open_kaggle(kaggle, tmp_path / "ILSVRC2012")

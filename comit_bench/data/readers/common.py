@@ -38,22 +38,54 @@ def how_to_point(spec: DatasetSpec) -> str:
 
 
 def find_folder(spec: DatasetSpec, data_root: Path | None) -> Path:
-    """The data set's folder under the data root.
+    """The data set's folder: ``folder`` of the recipe under the data root.
+
+    A tree that can only be this data set, because it holds a place of several folders
+    (``ILSVRC/Data/CLS-LOC/train``), is read as well where the data root, or the folder in it, is the tree
+    itself or lies on the way to that place.
 
     Raises:
-        MissingError: No data root, or nothing of that name in it.
+        MissingError: No data root, or nothing of that name in it; the message says how to point to it.
     """
     if data_root is None:
         raise MissingError(f"dataset {spec.name}: no data root is set.{how_to_point(spec)}{how_to_get(spec)}")
     folder = data_root / spec.folder
     if folder.is_dir():
-        return folder
-    marks = [*spec.splits.values(), *spec.images.values(), *spec.labels.values()]
-    inside = any(place != "." and (data_root / place).exists() for places in marks for place in places)
-    hint = f" {data_root} itself looks like the dataset: its parent is wanted." if inside else ""
+        return _tree_around(spec, folder) or folder
+    if (tree := _tree_around(spec, data_root)) is not None:
+        return tree
     raise MissingError(
-        f"dataset {spec.name}: {folder} is not there.{hint}{how_to_point(spec)}{how_to_get(spec)}"
+        f"dataset {spec.name}: {folder} is not there.{_hint(spec, data_root)}{how_to_point(spec)}"
+        f"{how_to_get(spec)}"
     )
+
+
+def _tree_around(spec: DatasetSpec, place: Path) -> Path | None:
+    """The folder itself or one of the three above it, when it holds a place of several folders below it."""
+    names = [c for candidates in (*spec.splits.values(), *spec.images.values()) for c in candidates]
+    real = place.resolve()
+    for tree in (place, *real.parents[:3]):
+        found = (tree.resolve() / name for name in names if "/" in name)
+        if any(path.is_relative_to(real) and path.exists() for path in found):
+            return tree
+    return None
+
+
+def _hint(spec: DatasetSpec, data_root: Path) -> str:
+    """What to do when a folder that looks like the data set is near, but is not called like it."""
+    marks = [*spec.splits.values(), *spec.images.values(), *spec.labels.values()]
+    names = [place for places in marks for place in places if place != "."]
+    if any((data_root / name).exists() for name in names):
+        real = data_root.resolve()
+        if real.name == spec.folder:
+            return f" {data_root} itself looks like the dataset: its parent {real.parent} is wanted."
+        return (
+            f" {data_root} itself looks like the dataset, but is not called {spec.folder}: "
+            f"`mkdir DIR && ln -s {real} DIR/{spec.folder}` makes a data root DIR."
+        )
+    below = [data_root / name for name in folders(data_root)] if data_root.is_dir() else []
+    near = next((place for place in below if _tree_around(spec, place) == place), None)
+    return f" {near} looks like the dataset: pass --data-root {near}." if near is not None else ""
 
 
 def find_file(spec: DatasetSpec, folder: Path, what: str, candidates: Sequence[str]) -> Path:
