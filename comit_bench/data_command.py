@@ -96,9 +96,9 @@ def show(
     include_path: Include = None,
     quiet: Quiet = False,
 ) -> None:
-    """Print counts, draw histograms, and put ten random samples with their labels on one sheet."""
+    """Print counts, draw histograms, and put ten random samples with their labels and boxes on one sheet."""
     from comit_bench.data.datasets import open_dataset
-    from comit_bench.data.pictures import summary, write_histograms, write_samples
+    from comit_bench.data.pictures import relations_shown, summary, write_histograms, write_samples
     from comit_bench.errors import UsageError, did_you_mean
     from comit_bench.files import cache_root
 
@@ -106,12 +106,18 @@ def show(
     data = open_dataset(recipe, data_root=_root(data_root), cache=cache_root(), progress=not quiet)
     if split is not None and split not in data.splits:
         raise UsageError(f"{name} has no split {split!r}.{did_you_mean(split, data.splits)}")
+    shown = data.splits[split if split is not None else list(data.splits)[-1]]
+    regions = None
+    if data.kind == "relations":
+        from comit_bench.data.readers import visual_genome
+
+        regions = visual_genome.regions(recipe.spec, data.folder, relations_shown(data, shown, seed=seed))
     rows = summary(data)
     width = max(len(title) for title, _ in rows)
     sys.stdout.write("".join(f"{title:<{width}}  {text}\n" for title, text in rows))
     for path in (
         write_histograms(data, output / f"{name}-histograms.png"),
-        write_samples(data, output / f"{name}-samples.png", split=split, seed=seed),
+        write_samples(data, output / f"{name}-samples.png", split=split, seed=seed, regions=regions),
     ):
         sys.stdout.write(f"{path}\n")
 

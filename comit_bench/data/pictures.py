@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,12 @@ from comit_bench.errors import BenchError, CorruptFileError
 from comit_bench.files import write_atomic
 from comit_bench.seeding import generator_for
 
+if TYPE_CHECKING:
+    from comit_bench.data.readers.visual_genome import Region
+
 TOP = 30  # bars of one histogram
 SAMPLES = 10
+MOST = 3  # relations of an image that are named and drawn
 SAMPLE_SIDE = 256
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
 
@@ -106,21 +110,29 @@ def _bars(axes: Any, heading: str, counts: dict[str, Counter[str]]) -> None:
     axes.margins(x=0.01)
 
 
-def caption(data: OpenData, split: Split, row: int, *, most: int = 3) -> str:
+def caption(data: OpenData, split: Split, row: int, *, most: int = MOST) -> str:
     """What a sample's labels say."""
     if data.kind == "classes":
         return data.classes[int(split.labels[row])]
     if data.kind == "multilabel":
         return " + ".join(data.classes[c] for c in np.flatnonzero(split.labels[row]))
     if data.kind == "relations":
-        table = split.labels.table
-        start, stop = np.searchsorted(table[:, 0], [row, row + 1]).tolist()
-        texts = [
-            f"{data.classes[s]} {data.predicates[p]} {data.classes[o]}" for _, s, p, o in table[start:stop]
-        ]
+        texts = [" ".join(words) for words in relations_of(data, split, row)]
         more = [f"... {len(texts) - most} more"] if len(texts) > most else []
         return "\n".join(texts[:most] + more)
     return "image and mask"
+
+
+def relations_of(data: OpenData, split: Split, row: int) -> list[tuple[str, str, str]]:
+    """The relations of an image as words."""
+    table = split.labels.table
+    start, stop = np.searchsorted(table[:, 0], [row, row + 1]).tolist()
+    return [(data.classes[s], data.predicates[p], data.classes[o]) for _, s, p, o in table[start:stop]]
+
+
+def relations_shown(data: OpenData, split: Split, *, seed: int) -> dict[str, list[tuple[str, str, str]]]:
+    """Image id -> the relations that the contact sheet names, of the images that it shows."""
+    return {split.ids[row]: relations_of(data, split, row)[:MOST] for row in choose(split, seed=seed)}
 
 
 def choose(split: Split, *, seed: int, count: int = SAMPLES) -> list[int]:
@@ -131,7 +143,14 @@ def choose(split: Split, *, seed: int, count: int = SAMPLES) -> list[int]:
     return sorted(order[:count].tolist())
 
 
-def write_samples(data: OpenData, target: Path, *, split: str | None = None, seed: int = 0) -> Path:
+def write_samples(
+    data: OpenData,
+    target: Path,
+    *,
+    split: str | None = None,
+    seed: int = 0,
+    regions: Mapping[str, Sequence[Region]] | None = None,
+) -> Path:
     """One PNG with ten random samples, their ids and labels. Broken images are shown as such.
 
     Args:
@@ -139,6 +158,7 @@ def write_samples(data: OpenData, target: Path, *, split: str | None = None, see
         target: The PNG.
         split: Which split; None: the last one (val).
         seed: Another seed shows others.
+        regions: Image id -> relations with their boxes, which are drawn.
 
     Raises:
         BenchError: The picture cannot be written.
@@ -160,6 +180,7 @@ def write_samples(data: OpenData, target: Path, *, split: str | None = None, see
         else:
             small = max(picture.shape[:2]) <= SAMPLE_SIDE // 2
             axes.imshow(picture, interpolation="nearest" if small else "antialiased")
+            _draw(axes, (regions or {}).get(chosen.ids[row], ()), picture.shape)
         lines = [
             textwrap.shorten(line, 34, placeholder="…") for line in caption(data, chosen, row).split("\n")
         ]
@@ -168,6 +189,25 @@ def write_samples(data: OpenData, target: Path, *, split: str | None = None, see
     title = f"{data.name} v{data.version}, split {chosen.name}: {len(rows)} of {len(chosen):,}"
     figure.suptitle(title, fontweight="bold")
     return _save(figure, target)
+
+
+def _draw(axes: Any, regions: Sequence[Region], shape: tuple[int, ...]) -> None:
+    """Boxes of subjects (full lines) and objects (broken lines) with their words, a colour per relation."""
+    from matplotlib.patches import Rectangle
+
+    height, width = shape[:2]
+    for number, region in enumerate(regions):
+        colour = COLOURS[number % len(COLOURS)]
+        ends = zip(region.boxes, (region.words[0], region.words[2]), ("-", "--"), strict=True)
+        for (x, y, w, h), word, line in ends:
+            corner = (x * width - 0.5, y * height - 0.5)
+            axes.add_patch(Rectangle(corner, w * width, h * height, fill=False, lw=2, ls=line, ec=colour))
+            at = (min(max(corner[0], 0), width - 1), min(max(corner[1], 0), height - 1))
+            box = {"fc": colour, "ec": "none", "pad": 1, "alpha": 0.8}
+            text = axes.text(*at, word, color="white", fontsize=8, va="top", bbox=box, clip_on=True)
+            text.set_in_layout(False)
+    if regions:
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
 def _picture(data: OpenData, split: Split, row: int) -> Any:

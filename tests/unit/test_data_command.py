@@ -13,13 +13,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+from official import write_small_vg
 from PIL import Image
 from typer.testing import CliRunner
 
 from comit_bench.cli import app
 from comit_bench.data import download as downloads
+from comit_bench.data import pictures
 from comit_bench.data.pieces import missing_pieces
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.recipes import DatasetSpec, DownloadSpec, find_datasets
@@ -270,6 +273,37 @@ def test_show_draws_two_pictures(small: Path, tmp_path: Path) -> None:
     )
     assert isinstance(done.exception, UsageError)
     assert "val" in str(done.exception)
+
+
+def test_show_draws_the_boxes_of_relations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_small_vg(tmp_path)
+    listed = json.loads((base / "relationships.json").read_text())
+    for one in listed:
+        (relation,) = one["relationships"]
+        relation["subject"] |= {"x": 10, "y": 20, "w": 30, "h": 40, "name": " Man"}
+        too_small = {**relation, "subject": {**relation["subject"], "w": 1, "h": 1}}
+        other = {"predicate": "under", "subject": relation["object"], "object": relation["subject"]}
+        one["relationships"] = [too_small, relation, relation, other]
+    (base / "relationships.json").write_text(json.dumps(listed))
+    figures: list[Any] = []
+    real = pictures._save
+    monkeypatch.setattr(
+        pictures, "_save", lambda figure, target: figures.append(figure) or real(figure, target)
+    )
+    places = ["--data-root", str(tmp_path), "--output", str(tmp_path / "out")]
+    done = run("show", "visual-genome", *places, "-q")
+    assert done.exit_code == 0, done.output
+    (sheet,) = [figure for figure in figures if len(figure.axes) == pictures.SAMPLES]
+    side = 8  # pixels of the images; boxes are shares of 100 x 100
+    for axes in sheet.axes[: len(sheet.axes) - 2]:
+        boxes = [(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axes.patches]
+        subject, thing = (0.1, 0.2, 0.3, 0.4), (0.0, 0.0, 0.5, 0.5)
+        wanted = [thing, subject, subject, thing]
+        assert np.allclose(
+            boxes, [(x * side - 0.5, y * side - 0.5, w * side, h * side) for x, y, w, h in wanted]
+        )
+        assert [text.get_text() for text in axes.texts] == ["b", "man", "man", "b"]
+        assert axes.get_title() == "b under man\nman on b"
 
 
 def test_download_prints_the_steps_or_asks_where_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -371,6 +371,72 @@ def _stream(
                 f"{path}: an entry is not as expected ({error!r}): {str(item)[:200]}"
             ) from error
     return table, counts
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A relation with the places of its two ends.
+
+    Attributes:
+        words: Subject, predicate and object.
+        boxes: Of subject and object: left, top, width and height as shares of the image.
+    """
+
+    words: tuple[str, str, str]
+    boxes: tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def regions(
+    spec: DatasetSpec, folder: Path, wanted: Mapping[str, Sequence[tuple[str, str, str]]]
+) -> dict[str, list[Region]]:
+    """Boxes of some relations of some images, read from the annotation files again.
+
+    Args:
+        spec: The data set's recipe.
+        folder: Where it lies.
+        wanted: Image id -> its relations, as words.
+
+    Returns:
+        Image id -> first occurrences that pass the area filter, in the order asked for.
+
+    Raises:
+        MissingError: An annotation file is not there. CorruptFileError: It is not one.
+    """
+    found = sources(spec, folder)
+    pictures = _images(found["image_data"])
+    things, verbs = (read_aliases(found.get(what)) for what in ("object_alias", "relationship_alias"))
+    rule = all if spec.relations.area_of == "both" else any
+    left = {int(name): set(words) for name, words in wanted.items()}
+    held: dict[str, list[Region]] = {name: [] for name in wanted}
+    for item in _items(found["relationships"]):
+        number = _image_number(item)
+        if number not in left or number not in pictures:
+            continue
+        width, height = pictures[number][:2]
+        for relation in item["relationships"]:
+            ends = (relation["subject"], relation["object"])
+            a, b = (_canonical(_name(end), things) for end in ends)
+            words = (a, _canonical(_text(relation["predicate"]), verbs), b)
+            large = rule(_covers(end, width, height) >= spec.relations.min_area for end in ends)
+            if large and words in left[number]:
+                left[number].remove(words)
+                boxes = [
+                    tuple(float(end[k]) / size for k, size in zip("xywh", (width, height) * 2, strict=True))
+                    for end in ends
+                ]
+                held[f"{number:07d}"].append(Region(words, (boxes[0], boxes[1])))
+        del left[number]
+        if not left:
+            break
+    return {
+        name: sorted(found_here, key=lambda region: wanted[name].index(region.words))
+        for name, found_here in held.items()
+    }
+
+
+def _canonical(text: str, aliases: Mapping[str, str]) -> str:
+    plain = normalise(text)
+    return aliases.get(plain, plain)
 
 
 def _sides(
