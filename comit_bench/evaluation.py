@@ -383,7 +383,7 @@ class Bench(Resources):
 def _work_name(
     job: Job, tokenizer: Tokenizer | None, protocol: dict[str, Any], device: str, inputs: Inputs
 ) -> str:
-    """A folder for unfinished work: other weights, data, settings, broken images or device, another folder."""
+    """A folder for unfinished work: another one for other weights, data, settings, images or devices."""
     from comit_bench.results.schema import plain_json
 
     weights = tokenizer_row(tokenizer).weights

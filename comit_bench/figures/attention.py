@@ -156,8 +156,7 @@ def read_masks(inputs: Inputs, preprocessing: str) -> tuple[Inputs, NDArray[np.b
         MissingError: An image has no mask.
         UsageError: None of the masks can be used; says why the first cannot.
     """
-    # a folder's images are turned upright, see load_inputs
-    recipe = preprocessing if inputs.masks is not None else upright(preprocessing)
+    recipe = upright(preprocessing) if inputs.exif else preprocessing
     masks, rows, reasons = [], [], []
     for row, (photo, file) in enumerate(zip(inputs.paths, find_masks(inputs), strict=True)):
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from comit_bench.data.datasets import PathList, open_dataset
 from comit_bench.data.folders import list_images
-from comit_bench.data.images import load_image, upright
+from comit_bench.data.images import load_from, upright
 from comit_bench.data.readers.common import DATA_VARIABLE
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.files import cache_root
@@ -66,6 +66,7 @@ class Inputs:
         unreadable: How many of those that were chosen could not be read.
         seed: Of the choice; None when nothing was chosen.
         of_reader: Whether they are the reader's own, not embedded scenes.
+        exif: Whether they were turned upright as their EXIF orientation says.
     """
 
     names: tuple[str, ...]
@@ -77,6 +78,7 @@ class Inputs:
     unreadable: int = 0
     seed: int | None = None
     of_reader: bool = False
+    exif: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,8 +96,9 @@ def load_inputs(
     """Choose and read images; the choice depends on names and seed alone, not on the tokenizer.
 
     Args:
-        source: ``scenes`` (embedded scenes, val split) or a folder, searched recursively; its images are
-            turned upright as their EXIF orientation says.
+        source: ``scenes`` (embedded scenes, val split), a data set, or a folder, searched recursively.
+            Images of a folder are turned upright as their EXIF orientation says, those of a data set when
+            its recipe says so.
         info: Says the preprocessing and the resolution.
         count: How many; None takes all. A folder that has fewer gives what it has. A file that cannot be
             read is skipped with a warning and another takes its place.
@@ -110,8 +113,8 @@ def load_inputs(
     if count is not None and count < 1:
         raise UsageError(f"--count {count}: at least one image is needed")
     named = dataset if source == SCENES else _data_set(source)
-    names, paths, masks = _listed(source, cache or cache_root(), named)
-    recipe = info.preprocessing if source == SCENES else upright(info.preprocessing)
+    names, paths, masks, exif = _listed(source, cache or cache_root(), named)
+    recipe = upright(info.preprocessing) if exif else info.preprocessing
     order = sorted(range(len(names)), key=lambda row: seed_for(seed, f"figure/{names[row]}"))
     kept: dict[int, Tensor] = {}
     unreadable = 0
@@ -120,7 +123,7 @@ def load_inputs(
         if len(kept) == count:
             break
         try:
-            kept[row] = torch.from_numpy(load_image(paths[row], recipe))
+            kept[row] = torch.from_numpy(load_from(paths, row, recipe))
             advance(1)
         except CorruptFileError as error:
             unreadable += 1
@@ -138,6 +141,7 @@ def load_inputs(
         unreadable=unreadable,
         seed=seed,
         of_reader=not embedded(source),
+        exif=exif,
     )
 
 
@@ -154,11 +158,12 @@ def _data_set(source: str) -> str | None:
 
 def _listed(
     source: str, cache: Path, dataset: str | None
-) -> tuple[Sequence[str], Sequence[Path], Sequence[Path] | None]:
+) -> tuple[Sequence[str], Sequence[Path], Sequence[Path] | None, bool]:
+    """Names, files, masks, and whether images are turned upright."""
     if dataset is None:
         folder = user_path(source, "--images")
         names = list_images(folder)
-        return names, PathList(folder, names), None
+        return names, PathList(folder, names), None, True
     root = os.environ.get(DATA_VARIABLE)
     data = open_dataset(
         find_datasets()[dataset],
@@ -168,7 +173,7 @@ def _listed(
     )
     split = data.splits[SCENES_SPLIT]
     masks = cast(Sequence[Path], split.labels) if data.kind == "masks" else None
-    return split.ids, split.paths, masks
+    return split.ids, split.paths, masks, split.exif
 
 
 def generators(names: Sequence[str], seed: int) -> list[torch.Generator]:

@@ -104,6 +104,21 @@ def test_photographs_of_phones_come_out_upright(orientation: int, tmp_path: Path
     assert np.array_equal(want, sideways) == (orientation == 1)
 
 
+def test_images_of_a_data_set_are_read_as_its_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ImageNet stays as it is stored, whoever shows it."""
+    path = tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG"
+    photo(path, orientation=6)
+    monkeypatch.setenv("COMIT_BENCH_DATA", str(tmp_path))
+    info = load_tokenizer("pixel-oracle", device="cpu").info
+    shown = load_inputs("imagenet1k-val", info, 1, 0, cache=tmp_path / "cache")
+    assert not shown.exif
+    assert np.array_equal(shown.images[0].numpy(), load_image(path, info.preprocessing))
+    own = load_inputs(str(path.parent), info, 1, 0)
+    assert own.exif and not np.array_equal(own.images, shown.images)
+
+
 def test_training_images_are_listed_without_them(odd: Path, caplog: pytest.LogCaptureFixture) -> None:
     (odd / "below").mkdir()
     (odd / "below" / "up").symlink_to(odd)  # a circle
