@@ -79,8 +79,11 @@ def pass_flops(probe: ProbeSpec, tokens: int, code_dim: int) -> float:
     return 6.0 * tokens * (block * probe.depth + code_dim * probe.width)
 
 
-def data_state(recipe: Recipe[DatasetSpec], bench: Bench) -> tuple[str, dict[str, int]]:
-    """Whether a data set is there, and images per split, without reading or making any.
+def data_state(recipe: Recipe[DatasetSpec], bench: Bench, *, dry: bool = False) -> tuple[str, dict[str, int]]:
+    """Whether a data set is there, and images per split, without making any.
+
+    Contents of files are read once for the fingerprint and the proof that splits share no image, so that what
+    is wrong with the data is said now. ``dry``: files are only listed.
 
     Raises:
         MissingError: It is neither here nor made here.
@@ -91,18 +94,19 @@ def data_state(recipe: Recipe[DatasetSpec], bench: Bench) -> tuple[str, dict[str
         there = (folder / "scenes.json").is_file()
         counts = {"train": spec.generator.train, "val": spec.generator.val}
         return ("made before" if there else "will be made now, seeded"), counts
-    data = bench.data(recipe)  # the folders are scanned once, here; the run uses what is found
+    data = bench.look(recipe) if dry else bench.data(recipe)  # the run uses what is opened here
     short = data.shortcomings(dict.fromkeys(data.splits, 0))
     told = f"; records will be marked incomplete ({'; '.join(short)})" if short else ""
     return f"found in {data.folder}{told}", {name: len(split) for name, split in data.splits.items()}
 
 
-def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
+def make_plan(jobs: Sequence[Job], bench: Bench, *, dry: bool = False) -> Plan:
     """Look at data and weights of every job, now rather than hours later.
 
     Args:
         jobs: From :func:`comit_bench.jobs.make_jobs`.
         bench: Will do the jobs; it keeps what is opened here.
+        dry: Nothing will be done: no file is read or written.
 
     Raises:
         UsageError: A device that is not there, or a type that it does not compute in.
@@ -118,7 +122,7 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
         waits = []
         if name not in counts:
             try:
-                plan.data[name], counts[name] = data_state(job.dataset, bench)
+                plan.data[name], counts[name] = data_state(job.dataset, bench, dry=dry)
             except MissingError as error:
                 plan.data[name], counts[name] = "missing", {}
                 plan.lacks(error)

@@ -72,6 +72,21 @@ class Resources:
                 )
         return self._data[recipe.spec.name]
 
+    def look(self, recipe: Recipe[DatasetSpec]) -> OpenData:
+        """A data set as :meth:`data` opens it, but its files are only listed: enough for counts."""
+        if recipe.spec.name in self._data:
+            return self._data[recipe.spec.name]
+        from comit_bench.data.datasets import open_dataset
+
+        with self.ranks.in_turn():
+            return open_dataset(
+                recipe,
+                data_root=self.settings.data_root,
+                cache=self.settings.cache_dir,
+                progress=self.settings.progress and self.ranks.first,
+                contents=False,
+            )
+
     @cached_property
     def device(self) -> torch.device:
         from comit_bench.tokenizers.loading import resolve_device

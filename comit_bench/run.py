@@ -159,7 +159,7 @@ def run_command(
     jobs = make_jobs(rows, choose_tasks(tasks, name, settings), settings)
     bench = Bench(settings)
     jobs = bench.settle_policies(jobs)
-    plan = make_plan(jobs, bench)
+    plan = make_plan(jobs, bench, dry=dry_run)
     first = bench.ranks.first
     if first and not tokenizers and name == "paper":
         say_default([label for label in DEFAULT_TOKENIZERS if label.endswith("-nano")])

@@ -67,6 +67,7 @@ def open_dataset(
     cache: Path,
     progress: bool = True,
     class_list: Path | None = None,
+    contents: bool = True,
 ) -> OpenData:
     """Find a dataset on this machine, or make it when its recipe has a generator, and list its samples.
 
@@ -76,6 +77,8 @@ def open_dataset(
         cache: Cache directory, where generated datasets and manifests go.
         progress: Show progress bars (on stderr).
         class_list: File with one class name per line that replaces the recipe's own list.
+        contents: False for a look at counts: files are listed and not read, so there are no fingerprints and
+            nobody has seen whether splits share images.
 
     Raises:
         MissingError: The folder, a split, a class, an annotation file or too many images are not there.
@@ -98,16 +101,16 @@ def open_dataset(
         folder = find_folder(spec, data_root)
     if spec.reader == "class-folders":
         classes, splits, missing = read_class_folders(
-            recipe, folder, class_list=class_list, cache=cache, progress=progress
+            recipe, folder, class_list=class_list, cache=cache, progress=progress, contents=contents
         )
-        report = cache / "reports" / f"{spec.name}-missing.json"
+        report = cache / "reports" / f"{spec.name}-missing.json" if contents else None
         _report_missing(spec, folder, missing, sum(map(len, splits.values())) + len(missing), report)
         found = {name: len(split) for name, split in splits.items()}
         splits, shared = _apart(spec, splits, folder, cache, made)
-        prints = {name: fingerprint_of(split, made) for name, split in splits.items()}
-        whole = made or digest_json({"classes": list(classes), "splits": prints})
+        prints = {name: fingerprint_of(split, made) for name, split in splits.items()} if contents else {}
+        whole = (made or digest_json({"classes": list(classes), "splits": prints})) if contents else ""
         expected = {} if own_classes else spec.expected
-        notes = _compare_counts(spec, expected, found, folder) | shared
+        notes = _compare_counts(spec, expected, found, folder, say=contents) | shared
         if missing:
             notes["missing_images"] = len(missing)
         data = OpenData(
@@ -115,8 +118,9 @@ def open_dataset(
         )
         data = replace(data, expected=expected, found=found)
     else:
-        data = _open_manifest(recipe, folder, cache, made, progress)
-    _compare_checksum(spec, made or data.fingerprint, folder)
+        data = _open_manifest(recipe, folder, cache, made, progress, contents)
+    if contents:
+        _compare_checksum(spec, made or data.fingerprint, folder)
     splits = {name: replace(split, exif=spec.upright) for name, split in data.splits.items()}
     return replace(data, splits=splits, max_broken=spec.max_broken)
 
@@ -150,11 +154,11 @@ def fingerprint_of(split: Split, made: str | None) -> str:
 
 
 def _compare_counts(
-    spec: DatasetSpec, expected: dict[str, int], found: dict[str, int], folder: Path
+    spec: DatasetSpec, expected: dict[str, int], found: dict[str, int], folder: Path, *, say: bool
 ) -> dict[str, Any]:
-    """What to note when the data do not have the official number of images."""
+    """What to note, and say, when the data do not have the official number of images."""
     differ = {n: [found.get(n, 0), wanted] for n, wanted in expected.items() if found.get(n, 0) != wanted}
-    for name, (here, wanted) in differ.items():
+    for name, (here, wanted) in differ.items() if say else ():
         _log.warning(
             "%s: %s has %s samples of split %r, the official one has %s. Scores cannot be compared with "
             "published ones%s.",
@@ -228,7 +232,12 @@ def _manifest_path(spec: DatasetSpec, cache: Path, key: dict[str, Any]) -> Path:
 
 
 def _open_manifest(
-    recipe: Recipe[DatasetSpec], folder: Path, cache: Path, made: str | None, progress: bool
+    recipe: Recipe[DatasetSpec],
+    folder: Path,
+    cache: Path,
+    made: str | None,
+    progress: bool,
+    with_contents: bool,
 ) -> OpenData:
     spec = recipe.spec
     manifest, digest, path = manifest_for(recipe, folder, cache, progress=progress)
@@ -240,22 +249,24 @@ def _open_manifest(
     for name, rows in manifest.splits.items():
         there = np.array([finder.has(file) for file in rows.files], dtype=np.bool_)
         missing |= {rows.ids[i]: f"no file {rows.files[i]}" for i in np.flatnonzero(~there).tolist()}
-        splits[name] = _with_contents(_split(name, rows, there, manifest, finder), folder, cache, progress)
+        splits[name] = _split(name, rows, there, manifest, finder)
+        if with_contents:
+            splits[name] = _with_contents(splits[name], folder, cache, progress)
     for names in manifest.notes.get("images_without_mask", {}).values():
         missing |= {name: "no mask" for name in names}
     for odd in manifest.notes.get("not_files", {}).values():
         missing |= {name: f"this is {what}, not a file" for name, what in odd.items()}
     notes = {**manifest.notes, "manifest": digest, "missing_images": len(missing)}
     found = reader.counted(manifest, {name: len(split) for name, split in splits.items()})
-    notes |= _compare_counts(spec, spec.expected, found, folder)
+    notes |= _compare_counts(spec, spec.expected, found, folder, say=with_contents)
     count = sum(map(len, splits.values())) + len(missing)
-    _report_missing(spec, folder, missing, count, path.parent / "missing.json")
+    _report_missing(spec, folder, missing, count, path.parent / "missing.json" if with_contents else None)
     splits, shared = _apart(spec, splits, folder, cache, made)
     notes |= shared
     if spec.reader == "coco" and spec.pairs.policy == "pair-disjoint" and (missing or shared):
         _recheck(splits, manifest.classes, folder)
-    prints = {name: fingerprint_of(split, made) for name, split in splits.items()}
-    whole = digest_json({"made": made, "manifest": digest, "splits": prints})
+    prints = {name: fingerprint_of(split, made) for name, split in splits.items()} if with_contents else {}
+    whole = digest_json({"made": made, "manifest": digest, "splits": prints}) if with_contents else ""
     return OpenData(
         spec.name,
         spec.version,
@@ -332,19 +343,22 @@ def _split(name: str, rows: Rows, there: NDArray[np.bool_], manifest: Manifest, 
 
 
 def _report_missing(
-    spec: DatasetSpec, folder: Path, missing: dict[str, str], count: int, report: Path
+    spec: DatasetSpec, folder: Path, missing: dict[str, str], count: int, report: Path | None
 ) -> None:
-    """List missing images in a file and say so; too many are an error."""
+    """List missing images in a file, if one is given, and say so; too many are an error."""
     if not missing:
         return
-    write_atomic(report, json.dumps({"folder": str(folder), "missing": missing}, indent=1) + "\n")
+    if report is not None:
+        write_atomic(report, json.dumps({"folder": str(folder), "missing": missing}, indent=1) + "\n")
     text = (
         f"dataset {spec.name}: {len(missing)} of {count} images (or their masks) are not in {folder}: "
-        f"{few(f'{name} ({why})' for name, why in missing.items())} (all of them: {report})."
+        f"{few(f'{name} ({why})' for name, why in missing.items())}"
+        + ("." if report is None else f" (all of them: {report}).")
     )
     if len(missing) > spec.max_broken * count:
         raise MissingError(f"{text} The recipe allows {spec.max_broken:.1%} (max_broken).{how_to_get(spec)}")
-    _log.warning("%s They are left out and counted in the record.", text)
+    if report is not None:  # else this is only a look
+        _log.warning("%s They are left out and counted in the record.", text)
 
 
 def _recheck(splits: dict[str, Split], classes: tuple[str, ...], folder: Path) -> None:

@@ -170,6 +170,7 @@ def _listed(
         data_root=user_path(root, DATA_VARIABLE) if root else None,
         cache=cache,
         progress=progress.get() is not _silent,
+        contents=False,
     )
     split = data.splits[SCENES_SPLIT]
     masks = cast(Sequence[Path], split.labels) if data.kind == "masks" else None

@@ -235,6 +235,16 @@ def test_contents_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(read) == 11
 
 
+def test_a_look_at_counts_reads_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = counting(monkeypatch)
+    write_class_folders(tmp_path)
+    recipe = Recipe(spec_of(), tmp_path / "dataset.yaml", "builtin")
+    data = open_dataset(recipe, data_root=tmp_path, cache=tmp_path / "cache", progress=False, contents=False)
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 3, "val": 2}
+    assert data.fingerprint == "" and data.fingerprints == {}
+    assert not read and not (tmp_path / "cache").exists()
+
+
 def test_a_file_that_changed_just_now_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within one tick of the clock a second change would leave no trace in the times."""
     monkeypatch.setattr(digests, "RECENT", 10**12)

@@ -69,6 +69,7 @@ def read_class_folders(
     class_list: Path | None,
     cache: Path,
     progress: bool,
+    contents: bool,
 ) -> Reading:
     """Classes, splits, and id -> what stands where an image should be.
 
@@ -78,6 +79,7 @@ def read_class_folders(
         class_list: Replaces the recipe's own list of classes.
         cache: Cache directory, for listings of shards and digests of files.
         progress: Show progress bars.
+        contents: Look at what the files hold.
 
     Raises:
         MissingError: A split, a class or the labels of a flat split are not there.
@@ -100,19 +102,19 @@ def read_class_folders(
         )
     if not spec.labelled:
         listed = _list_unlabelled(places, progress)
-        return ("image",), *_as_splits(places, listed, cache, progress)
+        return ("image",), *_as_splits(places, listed, cache, progress, contents)
     classes = wanted if wanted is not None else _classes_from(spec, places)
     reader = _ClassFolders(spec, folder, classes, exact=wanted is not None, progress=progress)
     listed = {name: reader.read(name, place) for name, place in places.items() if name not in encoded}
-    splits, missing = _as_splits(places, listed, cache, progress)
+    splits, missing = _as_splits(places, listed, cache, progress, contents)
     for name, source in encoded.items():
         split = read_encoded(name, source, classes, partial(reader.labels_of_flat, name, places[name]))
-        splits[name] = replace(split, contents=contents_of(split, cache, progress))
+        splits[name] = replace(split, contents=contents_of(split, cache, progress) if contents else ())
     return classes, {n: splits[n] for n in spec.splits}, missing
 
 
 def _as_splits(
-    places: dict[str, Path], listed: dict[str, Listing], cache: Path, progress: bool
+    places: dict[str, Path], listed: dict[str, Listing], cache: Path, progress: bool, contents: bool
 ) -> tuple[dict[str, Split], dict[str, str]]:
     splits: dict[str, Split] = {}
     missing: dict[str, str] = {}
@@ -120,8 +122,10 @@ def _as_splits(
         split = _as_split(name, places[name], samples)
         files = [sample.file for sample in samples]
         title = f"contents of {name} (once)"
-        contents = file_digests(places[name], files, cache=cache, title=title, progress=progress)
-        splits[name] = replace(split, contents=tuple(contents))
+        if contents:
+            found = file_digests(places[name], files, cache=cache, title=title, progress=progress)
+            split = replace(split, contents=tuple(found))
+        splits[name] = split
         missing |= {f"{name}/{file}": f"this is {what}, not a file" for file, what in odd.items()}
     return splits, missing
 
