@@ -33,6 +33,7 @@ import numpy as np
 
 from comit_bench.data.digests import file_digests, part_digests, state_of_files
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
+from comit_bench.files import open_plain
 from comit_bench.reading import user_path
 
 EXTRA = 'pip install "comit-bench[hf]"'
@@ -274,13 +275,18 @@ class HfImages:
             if isinstance(value, Mapping):
                 content, path = value.get("bytes"), value.get("path")
                 if content is None and path:
-                    content = self._file(str(path)).read_bytes()
+                    with open_plain(self._file(str(path))) as stream:
+                        content = stream.read()
             else:
                 content = value
         except FileNotFoundError as error:
             raise MissingError(f"{self.where(index)}: no such file: {error.filename}") from error
         except OSError as error:
             raise BenchError(f"{self.where(index)}: cannot read: {error.strerror or error}") from error
+        except BenchError:
+            raise
+        except Exception as error:  # whatever the library says about a damaged row
+            raise CorruptFileError(f"{self.where(index)}: the row cannot be read ({error})") from error
         if content is None:
             raise CorruptFileError(f"{self.where(index)}: the row holds no image")
         return bytes(content)
@@ -295,7 +301,14 @@ class HfImages:
         files = [Path(entry["filename"]) for entry in self._rows.cache_files]
         state = state_of_files(files) if files else None  # a set that lives in memory is read every time
         parts = [f"{self.column}/{i}" for i in order]
-        return part_digests(self.name, state, parts, lambda i: self.read(rows[i]), threads=1, **more)
+        return part_digests(self.name, state, parts, lambda i: self._held(rows[i]), threads=1, **more)
+
+    def _held(self, index: int) -> bytes:
+        """The encoded image; nothing where the row holds none."""
+        try:
+            return self.read(index)
+        except CorruptFileError:
+            return b""
 
     def _named_files(self) -> list[str] | None:
         """The files of all rows when the set only names them; None when it holds images itself."""

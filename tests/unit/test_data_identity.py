@@ -202,6 +202,31 @@ def test_scenes_that_were_changed_are_painted_again(tmp_path: Path, caplog: pyte
     assert f"{path}: is not what was painted" in caplog.text
 
 
+def test_rows_that_hold_no_image_and_files_that_are_none(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as HubImage
+
+    from comit_bench.data.hf import HfImages
+
+    os.mkfifo(tmp_path / "pipe.png")
+    features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}})
+
+    def look(*images: dict[str, Any]) -> HfImages:
+        rows = Dataset.from_dict({"image": list(images)}, features=features).cast_column("image", HubImage())
+        return HfImages(rows, source=str(tmp_path), split="train")
+
+    held = look({"bytes": b"x", "path": None}, {"bytes": None, "path": None})
+    options: dict[str, Any] = {"cache": tmp_path / "cache", "title": "", "progress": False}
+    assert held.digests([0, 1], **options)[1] == digests.EMPTY
+    with pytest.raises(CorruptFileError, match="holds no image"):
+        held.read(1)
+    named = look({"bytes": None, "path": str(tmp_path / "pipe.png")})
+    with pytest.raises(BenchError, match="named pipe"):
+        named.read(0)
+    with pytest.raises(BenchError, match="named pipe"):
+        named.digests([0], **options)
+
+
 # --------------------------------------------------------------------------------- what is read, and when
 
 
