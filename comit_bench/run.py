@@ -91,7 +91,8 @@ def plan_of_suite(suite: str, settings: Settings) -> Plan:
     from comit_bench.plan import make_plan
 
     rows = with_references(DEFAULT_TOKENIZERS, suite)
-    return make_plan(make_jobs(rows, choose_tasks(None, suite, settings), settings), Bench(settings))
+    jobs = make_jobs(rows, choose_tasks(None, suite, settings), settings)
+    return make_plan(jobs, Bench(settings), dry=True)
 
 
 def evaluate(
