@@ -227,5 +227,5 @@ def _total(plan: Plan) -> str:
 def _short(path: Path) -> str:
     try:
         return "~/" + str(path.resolve().relative_to(Path.home()))
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError):  # elsewhere, or a user without a home
         return str(path)

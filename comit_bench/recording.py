@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError
-from comit_bench.files import atomic_path, digest_json, write_atomic
+from comit_bench.files import atomic_path, digest_json, locked, write_atomic
 from comit_bench.jobs import Job, Settings
 from comit_bench.reading import read_json
 from comit_bench.recipes import KINDS
@@ -121,20 +121,38 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({platform.machine()})"
 
 
-def save_with_images(settings: Settings, record: Record, per_image: Mapping[str, Any] | None) -> None:
+def save_with_images(settings: Settings, record: Record, per_image: Mapping[str, Any] | None) -> Record:
     """Write a record and, before it, its numbers per image as Parquet beside it.
+
+    If another process has written the same record meanwhile, that one is kept, unless records are always
+    replaced.
 
     Args:
         settings: Where to, and what to do about a record that exists.
         record: What was measured.
         per_image: Columns of one entry per image, or None.
 
+    Returns:
+        The record that is stored now.
+
     Raises:
         BenchError: The disk is full or not writable.
     """
-    from comit_bench.results.records import record_path, save_record
+    from comit_bench.results.records import find_record, save_record
 
-    overwrite = settings.overwrite == "always"
+    with locked(settings.lock, "saving a record"):
+        if settings.overwrite != "always":
+            found = find_record(settings.records, record.tokenizer, record.task, record.protocol_digest)
+            if found is not None:
+                return found
+        _save_images(settings, record, per_image)
+        save_record(settings.records, record, overwrite=settings.overwrite == "always")
+        return record
+
+
+def _save_images(settings: Settings, record: Record, per_image: Mapping[str, Any] | None) -> None:
+    from comit_bench.results.records import record_path
+
     if per_image is not None:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -143,7 +161,6 @@ def save_with_images(settings: Settings, record: Record, per_image: Mapping[str,
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial:
             pq.write_table(pa.table(dict(per_image)), partial, compression="zstd")
-    save_record(settings.records, record, overwrite=overwrite)
 
 
 def images_of(job: Job, counts: Mapping[str, int], settings: Settings) -> int:
