@@ -92,7 +92,7 @@ def test_nobody_has_a_home(root: Path, monkeypatch: pytest.MonkeyPatch, command:
 
 def test_the_data_root_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMIT_BENCH_DATA", "~no-such-user/data")
-    with pytest.raises(UsageError, match="COMIT_BENCH_DATA=~no-such-user/data"):
+    with pytest.raises(UsageError, match="COMIT_BENCH_DATA .*no-such-user/data.*home"):
         run.data_root_from(None)
 
 
