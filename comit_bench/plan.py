@@ -103,7 +103,8 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
         bench: Will do the jobs; it keeps what is opened here.
 
     Raises:
-        UsageError: A device that is not there, or a type that it does not compute in.
+        UsageError: A device that is not there, a type that it does not compute in, or a cropping policy
+            that a tokenizer does not know.
     """
     from comit_bench.tasks.executor import find_executor
     from comit_bench.tokenizers.loading import resolve_dtype
@@ -135,6 +136,8 @@ def make_plan(jobs: Sequence[Job], bench: Bench) -> Plan:
         except MissingError as error:
             waits.append("weights")
             plan.lacks(error)
+        if tokenizer is not None:
+            bench.policy(job, tokenizer)
         reason = bench.why_not(job, tokenizer)
         if reason is not None:
             plan.refused.append((job, reason))
