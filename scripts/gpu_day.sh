@@ -9,7 +9,7 @@
 #   --wheels DIR      install the wheels of DIR first, without a network (or GPU_DAY_WHEELS=DIR)
 #   --parity DIR      further parity cases, <family>/<case> below DIR (or GPU_DAY_PARITY=DIR)
 #   --device NAME     auto (CUDA where there is one), cuda or cpu
-#   --tiny            tiny numbers: does it run at all?
+#   --tiny            tiny numbers, as always on a CPU: does it run at all?
 #
 # Needs a checkout, a Python with torch (PYTHON=... names it, default python3) and what pyproject.toml lists;
 # the part "environment" names the packages that are missing, and these can come as wheels:
