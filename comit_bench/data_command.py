@@ -62,9 +62,10 @@ def build(
 ) -> None:
     """Make the manifest of a data set, verify it, decode every image; report what is missing or broken."""
     from comit_bench.data.building import build_dataset
-    from comit_bench.files import cache_root
+    from comit_bench.files import cache_root, require_folder
 
     recipe = _recipe(name, include_path)
+    require_folder(cache_root())
     data, report, broken = build_dataset(
         recipe,
         data_root=_root(data_root),
@@ -100,9 +101,11 @@ def show(
     from comit_bench.data.datasets import open_dataset
     from comit_bench.data.pictures import relations_shown, summary, write_histograms, write_samples
     from comit_bench.errors import UsageError, did_you_mean
-    from comit_bench.files import cache_root
+    from comit_bench.files import cache_root, require_folder
 
     recipe = _recipe(name, include_path)
+    for folder in (output, cache_root()):
+        require_folder(folder)
     data = open_dataset(recipe, data_root=_root(data_root), cache=cache_root(), progress=not quiet)
     if split is not None and split not in data.splits:
         raise UsageError(f"{name} has no split {split!r}.{did_you_mean(split, data.splits)}")

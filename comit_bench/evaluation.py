@@ -11,16 +11,17 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from comit_bench.console import unexpected
 from comit_bench.errors import BenchError, UnsupportedOperation, UsageError
-from comit_bench.files import digest_json, remove_folder
+from comit_bench.files import digest_json, locked, remove_folder
 from comit_bench.jobs import Job
 from comit_bench.recipes import KINDS, check_fit
 from comit_bench.recording import (
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from comit_bench.data.store import TokenStore
-    from comit_bench.results.schema import Counts, Record
+    from comit_bench.results.schema import Counts, Record, TaskRow, TokenizerRow
     from comit_bench.tasks.executor import Inputs, Role
     from comit_bench.tasks.fit import MessageSource
     from comit_bench.tasks.result import TaskResult
@@ -51,6 +52,10 @@ MEMORY_ADVICE = (
     "Lower --batch-size, close other programs that use this device, take --dtype bfloat16 or more memory, or "
     "--device cpu. What was finished is kept: the same command continues."
 )
+
+
+class Elsewhere(Exception):
+    """Another run is doing this job."""
 
 
 class Bench(Resources):
@@ -179,15 +184,19 @@ class Bench(Resources):
                 protocol["tokenizer"]["decode"] = dict(settings)
         return protocol
 
-    def do(self, job: Job, following: Sequence[Job] = ()) -> Record | None:
+    def do(self, job: Job, following: Sequence[Job] = (), *, wait: bool = True) -> Record | None:
         """Do one job, or return the record that it left earlier; None in all processes but the first.
+
+        A job that another run is just measuring is left to it, and its record is returned.
 
         Args:
             job: What to do.
             following: The next jobs; their data may be opened and their tokens made while this one's
                 probes keep the workers busy.
+            wait: False does not wait for another run.
 
         Raises:
+            Elsewhere: Another run is measuring it, and ``wait`` is False. Its tokens are made by then.
             BenchError: The job cannot be done; other jobs are not affected.
         """
         started, encoded = time.perf_counter(), self.encoded
@@ -203,11 +212,77 @@ class Bench(Resources):
         stores: dict[str, TokenStore] = {}
         if tokenizer is not None:
             inputs, stores = self.with_messages(job, tokenizer, inputs)
-        if probed and not self.ranks.first:
-            return None
-        tokenized = time.perf_counter()
         name = _work_name(job, tokenizer, protocol, self.device.type, inputs)
         work = self.settings.cache_dir / "unfinished" / name
+        with self._alone(job, work.with_name(f".{work.name}.lock"), wait):
+            row, task = tokenizer_row(tokenizer), task_row(job, inputs.data)
+            again = self.ranks.together(lambda: self._find(row, task, protocol))
+            if self.ranks.share(again is not None and again != found):  # by another run, meanwhile
+                return again
+            tokenized = time.perf_counter()
+            result = self._result(job, inputs, tokenizer, work, following)
+            if result is None:
+                return None
+            record = make_record(
+                result,
+                row=row,
+                task=task,
+                protocol=protocol,
+                seeds=inputs.seeds,
+                counts=_counts(inputs, stores, self.settings.limit),
+                settings=self.settings,
+                control=inputs.control,
+                device=self.device,
+                timings={"tokenize": tokenized - started, "probe": time.perf_counter() - tokenized},
+                incomplete=inputs.data.shortcomings(_broken(inputs, stores)),
+            )
+            record = save_with_images(self.settings, record, result.per_image, replace=mended)
+            remove_folder(work)
+            if tokenizer is not None:
+                sizes = {name: len(split) for name, split in inputs.data.splits.items()}
+                note_seconds(
+                    job,
+                    self.settings,
+                    seconds=time.perf_counter() - started,
+                    images=images_of(job, sizes, self.settings),
+                    encoded=self.encoded - encoded,
+                )
+            return record
+
+    def _find(self, row: TokenizerRow, task: TaskRow, protocol: dict[str, Any]) -> Record | None:
+        """A record that another run has left meanwhile and that is to be kept; the first process looks."""
+        from comit_bench.results.records import find_record
+        from comit_bench.results.schema import protocol_digest
+
+        if not self.ranks.first or self.settings.overwrite == "always":
+            return None
+        return find_record(self.settings.records, row, task, protocol_digest(protocol))
+
+    @contextmanager
+    def _alone(self, job: Job, lock: Path, wait: bool) -> Iterator[None]:
+        """No other run measures this job during the block, with the same cache."""
+        what = f"measuring {job.label} on {job.task.spec.name}"
+        with ExitStack() as stack:
+
+            def enter() -> bool:
+                return not self.ranks.first or stack.enter_context(locked(lock, what, wait=wait))
+
+            if not self.ranks.share(self.ranks.together(enter)):
+                raise Elsewhere(what)
+            yield
+
+    def _result(
+        self,
+        job: Job,
+        inputs: Inputs,
+        tokenizer: Tokenizer | None,
+        work: Path,
+        following: Sequence[Job],
+    ) -> TaskResult | None:
+        """Fit probes, or look at images; None in processes that have no part in it."""
+        probed = KINDS[job.task.spec.kind].probed
+        if probed and not self.ranks.first:
+            return None
         if self.settings.overwrite == "always" and self.ranks.first:
             remove_folder(work)
         fitted_apart = probed and tokenizer is not None and len(inputs.seeds) > 1  # in worker processes
@@ -215,33 +290,7 @@ class Bench(Resources):
         result = self._measure(job, replace(inputs, work=None if probed else work), tokenizer)
         if beside is not None:
             beside.join()
-        if result is None:
-            return None
-        record = make_record(
-            result,
-            row=tokenizer_row(tokenizer),
-            task=task_row(job, inputs.data),
-            protocol=protocol,
-            seeds=inputs.seeds,
-            counts=_counts(inputs, stores, self.settings.limit),
-            settings=self.settings,
-            control=inputs.control,
-            device=self.device,
-            timings={"tokenize": tokenized - started, "probe": time.perf_counter() - tokenized},
-            incomplete=inputs.data.shortcomings(_broken(inputs, stores)),
-        )
-        save_with_images(self.settings, record, result.per_image, replace=mended)
-        remove_folder(work)
-        if tokenizer is not None:
-            sizes = {name: len(split) for name, split in inputs.data.splits.items()}
-            note_seconds(
-                job,
-                self.settings,
-                seconds=time.perf_counter() - started,
-                images=images_of(job, sizes, self.settings),
-                encoded=self.encoded - encoded,
-            )
-        return record
+        return result
 
     def _refuse(self, job: Job, tokenizer: Tokenizer, inputs: Inputs) -> None:
         """Say what a tokenizer cannot do, and what is wrong with the data, before anything is tokenized.
@@ -457,24 +506,38 @@ def _next_with_tokens(jobs: Sequence[Job]) -> Sequence[Job]:
 
 
 def do_jobs(jobs: Sequence[Job], bench: Bench) -> Outcome:
-    """Do all jobs and close the bench; a job that fails does not stop the others."""
+    """Do all jobs and close the bench; a job that fails does not stop the others.
+
+    What another run is measuring is left for last: it is either done by then, or waited for.
+    """
     outcome = Outcome()
+    records: dict[int, Record] = {}
+    later: list[int] = []
+
+    def do(number: int, *, wait: bool) -> None:
+        job = jobs[number]
+        bench.reporter.check()
+        try:
+            record = bench.do(job, () if wait else _next_with_tokens(jobs[number + 1 :]), wait=wait)
+            if record is not None:
+                records[number] = record
+        except Elsewhere:
+            later.append(number)
+        except UnsupportedOperation as error:
+            outcome.refused.append(str(error))
+        except BenchError as error:
+            outcome.fail(job, error)
+        except Exception as error:  # a plugin's, a library's, the device's: the others are not affected
+            doing = f"{job.label} on {job.task.spec.name}"
+            outcome.fail(job, unexpected(error, doing, bench.settings.output, if_memory=MEMORY_ADVICE))
+            bench.free_memory()
+
     try:
-        for number, job in enumerate(jobs, start=1):
-            bench.reporter.check()
-            try:
-                record = bench.do(job, _next_with_tokens(jobs[number:]))
-                if record is not None:
-                    outcome.records.append(record)
-            except UnsupportedOperation as error:
-                outcome.refused.append(str(error))
-            except BenchError as error:
-                outcome.fail(job, error)
-            except Exception as error:  # a plugin's, a library's, the device's: the others are not affected
-                doing = f"{job.label} on {job.task.spec.name}"
-                folder = bench.settings.output
-                outcome.fail(job, unexpected(error, doing, folder, if_memory=MEMORY_ADVICE))
-                bench.free_memory()
+        for number in range(len(jobs)):
+            do(number, wait=False)
+        for number in later:
+            do(number, wait=True)
     finally:
         bench.close()
+    outcome.records = [records[number] for number in sorted(records)]
     return outcome

@@ -74,7 +74,18 @@ Images = Annotated[
         "COMIT_BENCH_DATA, e.g. cssd."
     ),
 ]
-Output = Annotated[Path, typer.Option(callback=as_path, help="The PDF and the PNG go here.")]
+
+
+def _writable(param: typer.CallbackParam, folder: Path) -> Any:
+    """A path where files can be written: known before the work, not after it."""
+    from comit_bench.files import require_folder
+
+    path = as_path(param, folder)
+    require_folder(path)
+    return path
+
+
+Output = Annotated[Path, typer.Option(callback=_writable, help="The PDF and the PNG go here.")]
 Policy = Annotated[str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")]
 Count = Annotated[int, typer.Option(min=1, help="How many images.")]
 Seed = Annotated[int, typer.Option(help="Which images, and all noise.")]

@@ -17,18 +17,15 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import Any
 
 from comit_bench.errors import BenchError, CorruptFileError, UsageError
 from comit_bench.reading import user_path
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 CACHE_VARIABLE = "COMIT_BENCH_CACHE"
 LOCK, NEW, OLD, NAME = "lock", "new", "old", "name"  # what a private folder may hold
@@ -39,6 +36,7 @@ _NO_LOCKS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.ENOSYS,
 _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports an error of the system
 _PRIVATE = re.compile(r"\.([0-9a-f]{6})-[a-z0-9_]{8}\.part")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _log = logging.getLogger(__name__)
 _swept: set[str] = set()
@@ -97,7 +95,8 @@ def explain_write_error(error: OSError, path: Path) -> BenchError:
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         above = next((p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()), None)
         if above is not None:
-            return BenchError(f"{path}: cannot write here, {above} is not a folder. {elsewhere}")
+            what = "this" if above == path else str(above)
+            return BenchError(f"{path}: cannot write here, {what} is not a folder. {elsewhere}")
     if error.errno == errno.EISDIR:
         return BenchError(f"{path}: cannot write here, this is a folder. Give the name of a file.")
     return BenchError(f"{path}: cannot write ({error.strerror or error}). {elsewhere}")
@@ -167,12 +166,13 @@ def open_plain(path: Path) -> BufferedReader:
 # ----------------------------------------------------------------- paths that stay inside
 
 
-def check_relative(name: object, *, windows: bool = True) -> None:
+def check_relative(name: object, *, windows: bool = True, here: bool = False) -> None:
     """Refuse a name that is no path below a folder, by its letters alone.
 
     Args:
         name: With forward slashes.
         windows: Whether backslashes and drive letters count as they do there, on every system.
+        here: Whether ``.``, the folder itself, will do.
 
     Raises:
         ValueError: Not a text, empty, ``.``, absolute, with a drive letter or NUL, or leading out.
@@ -180,7 +180,8 @@ def check_relative(name: object, *, windows: bool = True) -> None:
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file or folder")
     path = PurePosixPath(name.replace("\\", "/") if windows else name)
-    if path.is_absolute() or ".." in path.parts or not path.name or (windows and _DRIVE.match(name)):
+    nowhere = not path.name and not here
+    if path.is_absolute() or ".." in path.parts or nowhere or (windows and _DRIVE.match(name)):
         raise ValueError(f"{name!r} does not lie inside the folder")
 
 
@@ -192,6 +193,7 @@ def inside(
     kind: type[BenchError] = UsageError,
     links: bool = False,
     windows: bool = True,
+    here: bool = False,
 ) -> Path:
     """``root / name``, for a name out of a recipe, archive, annotation file, table or option.
 
@@ -202,13 +204,14 @@ def inside(
         kind: Error to raise.
         links: Whether links below ``root`` may lead elsewhere: to read what a person has laid out so, yes;
             to write, no.
-        windows: See :func:`check_relative`.
+        windows: See :func:`check_relative`,
+        here: and this too.
 
     Raises:
         BenchError: Of type ``kind``; the name leads out of ``root``.
     """
     try:
-        check_relative(name, windows=windows)
+        check_relative(name, windows=windows, here=here)
     except ValueError as error:
         raise kind(f"{what}: {error}. Expected a path below {root}.") from error
     path = root / name
@@ -222,17 +225,107 @@ def inside(
     return path
 
 
+# ----------------------------------------------------------------- addresses
+
+
+def check_url(url: str, *, checked: bool = False) -> None:
+    """Refuse an address from which anybody on the way could hand over something else.
+
+    Args:
+        url: ``https``; ``http`` only from this machine or for content that is compared with a checksum.
+        checked: Whether it is.
+
+    Raises:
+        UsageError: Another kind of address, e.g. ``file:``.
+    """
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError as error:
+        raise UsageError(f"{url}: not an address ({error})") from error
+    plain = parts.scheme == "http" and (checked or host in _LOOPBACK)
+    if not host or not (parts.scheme == "https" or plain):
+        raise UsageError(
+            f"{url}: only https addresses are downloaded (http where a checksum says what must arrive)"
+        )
+
+
+def open_url(url: str, headers: Mapping[str, str], *, timeout: float, checked: bool = False) -> Any:
+    """Ask for an address, as ``urllib.request.urlopen``; redirections obey :func:`check_url` too.
+
+    Raises:
+        UsageError: See :func:`check_url`.
+        OSError: As ``urlopen``.
+    """
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+    class Checking(HTTPRedirectHandler):
+        def redirect_request(
+            self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+        ) -> Any:
+            check_url(newurl, checked=checked)
+            return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    check_url(url, checked=checked)
+    return build_opener(Checking).open(Request(url, headers=dict(headers)), timeout=timeout)
+
+
 # ----------------------------------------------------------------- locks
 
 
-def try_lock(path: Path) -> BaseFileLock | None:
-    """Take a lock file, or None when another process (or thread) holds it; call ``release()`` at the end.
+class Lock:
+    """A lock file that this process holds, from :func:`try_lock`."""
+
+    def __init__(self, path: Path, give_back: Callable[[], None]) -> None:
+        self.path, self._give_back = path, give_back
+
+    def release(self) -> None:
+        """Let others have it; the file goes first, so that none is left behind."""
+        with suppress(OSError):  # where open files cannot be removed, or somebody has removed it
+            self.path.unlink()
+        self._give_back()
+
+
+def try_lock(path: Path) -> Lock | None:
+    """Take a lock file, or None when another process (or thread) holds it.
 
     The system gives the lock back when the process ends, so a killed one blocks nobody.
 
     Raises:
         OSError: The file cannot be made, or the file system has no locks.
     """
+    try:
+        import fcntl
+    except ImportError:
+        return _try_lock_elsewhere(path)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            here = os.path.samestat(os.fstat(handle), path.stat())
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except FileNotFoundError:
+            here = False
+        except BaseException:
+            os.close(handle)
+            raise
+        if here:
+            break
+        os.close(handle)  # its holder has removed it after we opened it: that lock means nothing any more
+
+    def give_back() -> None:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # also for children that have inherited it
+        os.close(handle)
+
+    return Lock(path, give_back)
+
+
+def _try_lock_elsewhere(path: Path) -> Lock | None:
+    """The same on Windows."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path, thread_local=False)
@@ -240,29 +333,34 @@ def try_lock(path: Path) -> BaseFileLock | None:
         lock.acquire(timeout=0)
     except Timeout:
         return None
-    except NotImplementedError as error:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
-    return lock
+    return Lock(path, lock.release)
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """One process at a time does the block; others wait, and say so.
+def locked(path: Path, what: str, *, wait: bool = True) -> Iterator[bool]:
+    """One process at a time does the block; others wait, and say so. Never nest two of the same path.
 
     Where no lock file can be made (no locks there, or not writable) the block is done without.
 
     Args:
-        path: The lock file; stays behind, empty.
+        path: The lock file; gone afterwards.
         what: What is done, completes "another process is ...".
+        wait: False does not wait: the block is told to leave the work to the other.
+
+    Yields:
+        True, or False when the lock is held elsewhere and ``wait`` is False.
 
     Raises:
         BenchError: The disk is full.
     """
-    lock = None
+    lock, ours = None, True
     began, said = time.monotonic(), False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while (lock := try_lock(path)) is None:
+            if not wait:
+                ours = False
+                break
             if not said and time.monotonic() - began > SAY_AFTER:
                 said = True
                 _log.warning("another process is %s: waiting for it", what)
@@ -272,7 +370,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
             raise explain_write_error(error, path) from error
         _log.debug("%s: no lock there (%s)", path, error)
     try:
-        yield
+        yield ours
     finally:
         if lock is not None:
             lock.release()
@@ -487,13 +585,16 @@ def write_atomic(target: Path, content: bytes | str, *, durable: bool = True, re
 
 
 def require_folder(folder: Path) -> None:
-    """Make sure, before any work, that files can be written to a folder; it is made if it is absent.
+    """Make sure, before any work, that files can be written to a folder, or that it can be made.
 
     Raises:
         BenchError: Not writable, full, or something else is in its place; says which option chooses another.
     """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
     try:
-        with private_folder(folder) as place:
+        with private_folder(there) as place:
             (place / NEW).write_bytes(bytes(4096))
             _sync_one(place / NEW)
     except OSError as error:

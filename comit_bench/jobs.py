@@ -115,6 +115,11 @@ class Settings:
     def records(self) -> Path:
         return self.output / "records"
 
+    @property
+    def lock(self) -> Path:
+        """Held for the moment in which a record or the tables are written."""
+        return self.output / ".lock"
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

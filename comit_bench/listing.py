@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean
-from comit_bench.files import cache_root
+from comit_bench.files import cache_root, require_folder
 from comit_bench.reading import shown
 from comit_bench.recipes import (
     DatasetSpec,
@@ -300,6 +300,8 @@ def rebuild_table(
     from comit_bench.results.records import load_records, published_records
     from comit_bench.results.tables import build_table, print_table, write_tables
 
+    if output is not None:
+        require_folder(output)
     names = None if layouts is None or ALL in layouts else list(layouts)
     find_layouts(names)  # a wrong name is told before records are read
     suite = suite or ("paper" if layouts is not None else None)

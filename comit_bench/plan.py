@@ -109,7 +109,8 @@ def make_plan(jobs: Sequence[Job], bench: Bench, *, dry: bool = False) -> Plan:
         dry: Nothing will be done: no file is read or written.
 
     Raises:
-        UsageError: A device that is not there, or a type that it does not compute in.
+        UsageError: A device that is not there, a type that it does not compute in, or a cropping policy
+            that a tokenizer does not know.
     """
     from comit_bench.tasks.executor import find_executor
     from comit_bench.tokenizers.loading import resolve_dtype
@@ -141,6 +142,8 @@ def make_plan(jobs: Sequence[Job], bench: Bench, *, dry: bool = False) -> Plan:
         except MissingError as error:
             waits.append("weights")
             plan.lacks(error)
+        if tokenizer is not None:
+            bench.policy(job, tokenizer)
         reason = bench.why_not(job, tokenizer)
         if reason is not None:
             plan.refused.append((job, reason))
@@ -233,5 +236,5 @@ def _total(plan: Plan) -> str:
 def _short(path: Path) -> str:
     try:
         return "~/" + str(path.resolve().relative_to(Path.home()))
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError):  # elsewhere, or a user without a home
         return str(path)

@@ -14,10 +14,100 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from comit_bench.errors import BenchError
+from comit_bench.errors import BenchError, UsageError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # the others wait as long as the first one's probes take
+RENDEZVOUS = timedelta(minutes=10)  # until all processes have started
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_STARTED_BY = "torchrun and accelerate launch set these variables; unset them to run one process"
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What a launcher says about this process: its number, how many there are, its number on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+def launched() -> Launched:
+    """Read the variables of a launcher: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+
+    Variables of SLURM alone mean nothing: each task of ``srun`` is a run of its own (several may run at the
+    same time, and share their work).
+
+    Raises:
+        UsageError: Some of them are missing, no numbers, or contradict each other; no process would ever find
+            the others.
+    """
+    world, rank, local = (_number(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    if world is None or world == 1:
+        if rank:
+            raise UsageError(f"RANK={rank}, but WORLD_SIZE is {world or 'not set'}: {_STARTED_BY}")
+        return Launched()
+    wanted = {"RANK": rank, "LOCAL_RANK": local, "MASTER_ADDR": os.environ.get("MASTER_ADDR") or None}
+    wanted["MASTER_PORT"] = _number("MASTER_PORT")
+    if missing := [name for name, value in wanted.items() if value is None]:
+        raise UsageError(f"WORLD_SIZE={world}, but {' and '.join(missing)} not set: {_STARTED_BY}")
+    assert rank is not None and local is not None
+    if not (world > 1 and rank < world and local < world):
+        raise UsageError(f"WORLD_SIZE={world}, RANK={rank}, LOCAL_RANK={local} contradict: {_STARTED_BY}")
+    return Launched(rank, world, local)
+
+
+def _number(name: str) -> int | None:
+    """A whole number from 0 in the environment; None when it is not set, or empty.
+
+    Raises:
+        UsageError: Something else.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"{name}={text}: expected a whole number from 0: {_STARTED_BY}")
+    return int(text)
+
+
+@contextmanager
+def meeting(place: Launched) -> Iterator[None]:
+    """A block in which the processes find each other: first all must come, for ``RENDEZVOUS`` at most.
+
+    What then sets up its own group waits with its own patience, for processes that are there.
+
+    Raises:
+        BenchError: Not all have come, or the block could not connect them.
+    """
+    if place.world < 2:
+        yield
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store: Any = next(rendezvous("env://", place.rank, place.world, timeout=RENDEZVOUS))
+        yield
+        del store  # held until now: it keeps the address open
+    except (RuntimeError, OSError, ValueError) as error:  # torch's own errors are RuntimeErrors
+        if isinstance(error, BenchError):
+            raise
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BenchError(
+            f"process {place.rank} of {place.world} cannot find the others at {address} ({reason}). Have all "
+            "of them been started, and can they reach this address?"
+        ) from error
+
+
+@contextmanager
+def without_launcher() -> Iterator[None]:
+    """A block in which nobody sees a launcher's variables: half of them would make a library wait."""
+    held = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +126,21 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """Find the siblings the launcher has started, by its environment variables."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world < 2:
+        """Find the siblings the launcher has started, by its environment variables.
+
+        Raises:
+            UsageError: See :func:`launched`.
+            BenchError: The others do not come.
+        """
+        place = launched()
+        if place.world < 2:
             return cls()
         from torch import distributed
 
-        if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=PATIENCE)
-        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        with meeting(place):
+            if not distributed.is_initialized():
+                distributed.init_process_group("gloo", timeout=PATIENCE)
+            group = distributed.new_group(backend="gloo", timeout=PATIENCE)
         return cls(distributed.get_rank(), distributed.get_world_size(), group)
 
     @property

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.files import check_relative, check_url
 from comit_bench.reading import SHOWN, read_yaml, shown
 from comit_bench.sections import (
     AttributesSpec,
@@ -327,6 +328,33 @@ class DatasetSpec(SpecModel):
         return self.reader == "saliency" and self.generator is None
 
 
+def check_paths(spec: DatasetSpec, *, strict: bool = False) -> None:
+    """Refuse a recipe that names files outside of the data set's folder.
+
+    Args:
+        spec: A data set's recipe.
+        strict: Also a list of classes that does not lie beside the recipe.
+
+    Raises:
+        UsageError: Names the key and the value.
+    """
+    found: list[tuple[str, str, bool]] = [("name", spec.name, False), ("folder", spec.folder, False)]
+    for key in ("splits", "images", "labels", "shards"):
+        places = getattr(spec, key)
+        found += [(f"{key}.{what}", place, True) for what, several in places.items() for place in several]
+    found += [("hub_copies", place, True) for place in spec.hub_copies]
+    if strict and spec.class_list is not None:
+        found.append(("class_list", spec.class_list, False))
+    for item in spec.downloads:
+        found += [("downloads.file", item.file, False), ("downloads.creates", item.creates, False)]
+        found += [("downloads.unpack", item.unpack, True)] if item.unpack is not None else []
+    for key, value, here in found:
+        try:
+            check_relative(value, here=here)
+        except ValueError as error:
+            raise UsageError(f"dataset {spec.name}: {key}: {error}. Expected a path below it.") from error
+
+
 S = TypeVar("S", bound=SpecModel)
 M = TypeVar("M", bound=BaseModel)
 
@@ -435,7 +463,15 @@ def parse_recipe(path: Path, model: type[M]) -> M:
     Raises:
         UsageError: Names the file, the key, the value and the nearest valid key or value.
     """
-    return validate_mapping(parse_mapping(path), path, model)
+    spec = validate_mapping(parse_mapping(path), path, model)
+    if isinstance(spec, DatasetSpec):
+        try:
+            check_paths(spec, strict=True)
+            for item in spec.downloads:
+                check_url(item.url, checked=item.checksum is not None)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+    return spec
 
 
 def _discover(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError
-from comit_bench.files import atomic_path, digest_json, write_atomic
+from comit_bench.files import atomic_path, digest_json, locked, write_atomic
 from comit_bench.jobs import Job, Settings
 from comit_bench.reading import read_json
 from comit_bench.recipes import KINDS
@@ -139,8 +139,11 @@ def device_name(device: torch.device) -> str:
 
 def save_with_images(
     settings: Settings, record: Record, per_image: Mapping[str, Any] | None, *, replace: bool = False
-) -> None:
+) -> Record:
     """Write a record and, before it, its numbers per image as Parquet beside it.
+
+    If another process has written the same record meanwhile, that one is kept, unless records are always
+    replaced.
 
     Args:
         settings: Where to, and what to do about a record that exists.
@@ -148,12 +151,28 @@ def save_with_images(
         per_image: Columns of one entry per image, or None.
         replace: Whether a record that exists is replaced whatever the settings say.
 
+    Returns:
+        The record that is stored now.
+
     Raises:
         BenchError: The disk is full or not writable.
     """
-    from comit_bench.results.records import record_path, save_record
+    from comit_bench.results.records import find_record, save_record
 
-    overwrite = replace or settings.overwrite == "always"
+    replace = replace or settings.overwrite == "always"
+    with locked(settings.lock, "saving a record"):
+        if not replace:
+            found = find_record(settings.records, record.tokenizer, record.task, record.protocol_digest)
+            if found is not None:
+                return found
+        _save_images(settings, record, per_image)
+        save_record(settings.records, record, overwrite=replace)
+        return record
+
+
+def _save_images(settings: Settings, record: Record, per_image: Mapping[str, Any] | None) -> None:
+    from comit_bench.results.records import record_path
+
     if per_image is not None:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -162,7 +181,6 @@ def save_with_images(
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as partial:
             pq.write_table(pa.table(dict(per_image)), partial, compression="zstd")
-    save_record(settings.records, record, overwrite=overwrite)
 
 
 def images_of(job: Job, counts: Mapping[str, int], settings: Settings) -> int:

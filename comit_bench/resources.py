@@ -6,7 +6,6 @@ Everything finished is on disk before the next thing starts: token shards as the
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, UnsupportedOperation
+from comit_bench.files import require_folder
 from comit_bench.jobs import Job, Settings, options_for
-from comit_bench.ranks import Ranks
+from comit_bench.ranks import Ranks, launched
 from comit_bench.recipes import KINDS, DatasetSpec, Recipe
 from comit_bench.registry import MAJORITY
 
@@ -52,9 +52,23 @@ class Resources:
         self.ranks = Ranks.join()
         self._data: dict[str, OpenData] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
-        self._anew: set[str] = set()  # stores that this run has cleared
+        self._anew: set[str] = set()  # stores that this run makes anew
         self.encoded = 0  # images of the jobs so far; those made beside a job do not count
         self.profile: dict[str, float] = {}  # seconds by stage of tokenization, over all jobs
+
+    def require_places(self) -> None:
+        """Make sure, before any work, that results and cache can be written.
+
+        Raises:
+            BenchError: One of them cannot; says how to choose another.
+        """
+
+        def look() -> None:
+            if self.ranks.first:
+                require_folder(self.settings.output)
+                require_folder(self.settings.cache_dir)
+
+        self.ranks.together(look)
 
     # ------------------------------------------------------------- resources
 
@@ -93,7 +107,7 @@ class Resources:
 
         device = resolve_device(self.settings.device)
         if str(device) == "cuda" and self.ranks.world > 1:
-            return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+            return resolve_device(f"cuda:{launched().local_rank}")
         return device
 
     @cached_property
@@ -301,8 +315,7 @@ class Resources:
             store, key = self.store(job, tokenizer, split, rows)
             if self.settings.overwrite == "always" and store.digest not in self._anew:
                 self._anew.add(store.digest)
-                if self.ranks.first:
-                    store.clear()
+                store.renew()
             return store, key
 
         store, key = self.ranks.together(begin)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.evaluation import Bench, Outcome, Reporter, do_jobs
+from comit_bench.files import locked
 from comit_bench.jobs import Job, Settings, make_jobs
 from comit_bench.reading import user_path
 from comit_bench.recipes import KINDS, find_tasks
@@ -131,6 +132,7 @@ def evaluate(
     rows = with_references(several, name) if references else several
     jobs = make_jobs(rows, choose_tasks(tasks, name, chosen), chosen)
     bench = Bench(chosen, reporter=reporter)
+    bench.require_places()
     jobs = bench.settle_policies(jobs)
     for error in make_plan(jobs, bench).missing:
         raise error
@@ -159,6 +161,8 @@ def run_command(
     rows = with_references(chosen, name) if references else chosen
     jobs = make_jobs(rows, choose_tasks(tasks, name, settings), settings)
     bench = Bench(settings)
+    if not dry_run:
+        bench.require_places()
     jobs = bench.settle_policies(jobs)
     plan = make_plan(jobs, bench, dry=dry_run)
     first = bench.ranks.first
@@ -207,13 +211,16 @@ def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
     from comit_bench.results.tables import build_table, print_table, write_tables
 
     tasks = list(dict.fromkeys(job.task.spec.name for job in jobs))
-    records = load_records(settings.records)
-    records += published_records(records)
-    measured = {record.task.name for record in records}
-    if tasks := [task for task in tasks if task in measured]:
-        table = build_table(records, tasks=tasks)
+    table, files = None, []
+    with locked(settings.lock, "writing the tables"):  # else one with fewer records might come last
+        records = load_records(settings.records)
+        records += published_records(records)
+        measured = {record.task.name for record in records}
+        if tasks := [task for task in tasks if task in measured]:
+            table = build_table(records, tasks=tasks)
+            files = write_tables(table, settings.output / "tables", records)
+    if table is not None:
         print_table(table)
-        files = write_tables(table, settings.output / "tables", records)
         say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
     for reason in dict.fromkeys(outcome.refused):
         say(reason)
@@ -226,7 +233,11 @@ def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
 
 
 def data_root_from(option: Path | None) -> Path | None:
-    """``--data-root``, else the environment."""
+    """``--data-root``, else the environment.
+
+    Raises:
+        UsageError: The environment names the home of a user whom nobody knows.
+    """
     value = os.environ.get(DATA_VARIABLE)
     return option or (user_path(value, DATA_VARIABLE) if value else None)
 

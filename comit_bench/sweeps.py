@@ -8,11 +8,11 @@ settings and are made once.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import UnsupportedOperation, UsageError
+from comit_bench.ranks import launched
 from comit_bench.reading import shown
 from comit_bench.recipes import find_tasks, pick
 
@@ -101,7 +101,7 @@ def sweep(
             records = evaluate(
                 tokenizer, [name], references=False, reporter=reporter, options=options, **settings
             )
-            if not records and os.environ.get("RANK", "0") == "0":
+            if not records and launched().rank == 0:
                 _log.warning("%s is left out: it has no decoder", tokenizer)
             for record in records:
                 check_point(record, options)

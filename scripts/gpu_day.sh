@@ -9,7 +9,7 @@
 #   --wheels DIR      install the wheels of DIR first, without a network (or GPU_DAY_WHEELS=DIR)
 #   --parity DIR      further parity cases, <family>/<case> below DIR (or GPU_DAY_PARITY=DIR)
 #   --device NAME     auto (CUDA where there is one), cuda or cpu
-#   --tiny            tiny numbers: does it run at all?
+#   --tiny            tiny numbers, as always on a CPU: does it run at all?
 #
 # Needs a checkout, a Python with torch (PYTHON=... names it, default python3) and what pyproject.toml lists;
 # the part "environment" names the packages that are missing, and these can come as wheels:
@@ -27,7 +27,7 @@ declare -A LIMIT=([environment]=45 [tests]=150 [ids]=70 [speed]=110 [training]=1
 PARTS=environment,tests,ids,speed,training,probe,tasks
 OUT=gpu_day MINUTES=9 WHEELS=${GPU_DAY_WHEELS:-} PARITY=${GPU_DAY_PARITY:-} DEVICE=auto TINY=
 
-usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "scripts/gpu_day.sh" >&2; exit 2; }
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/gpu_day.sh >&2; exit "$1"; }
 while [ $# -gt 0 ]; do
   case "$1" in
     --minutes) MINUTES=${2:?}; shift 2 ;;
@@ -40,7 +40,8 @@ while [ $# -gt 0 ]; do
     --parity) PARITY=${2:?}; shift 2 ;;
     --device) DEVICE=${2:?}; shift 2 ;;
     --tiny) TINY=--tiny; shift ;;
-    -*) usage ;;
+    -h | --help) usage 0 ;;
+    -*) usage 2 ;;
     *) OUT=$1; shift ;;
   esac
 done

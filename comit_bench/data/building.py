@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comit_bench.data.datasets import OpenData, open_dataset
+from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError
 from comit_bench.files import write_atomic
 from comit_bench.recipes import DatasetSpec, Recipe
@@ -139,13 +140,23 @@ def _broken_encoded(paths: Any) -> list[tuple[int, str]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What ``check`` says about a list of files; errors come back as values."""
+
+    check: Callable[[list[str]], list[str | None]]
+
+    def __getitem__(self, paths: list[str]) -> list[str | None] | BenchError:
+        try:
+            return self.check(paths)
+        except BenchError as error:
+            return error
+
+
 def _map(
     check: Callable[[list[str]], list[str | None]], chunks: Iterator[list[str]], workers: int
 ) -> Iterator[list[str | None]]:
-    if workers == 0:
-        yield from map(check, chunks)
-        return
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(check, chunks)
+    for found in read_ahead(_Checked(check), chunks, workers):
+        if isinstance(found, BenchError):
+            raise found
+        yield found

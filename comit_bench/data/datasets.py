@@ -43,7 +43,7 @@ from comit_bench.data.readers.common import (
 from comit_bench.data.splitting import check_pair_disjoint, holdout
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.files import digest_json, locked, sha256_file, write_atomic
-from comit_bench.recipes import DatasetSpec, Recipe
+from comit_bench.recipes import DatasetSpec, Recipe, check_paths
 
 __all__ = [
     "DATA_VARIABLE",
@@ -86,6 +86,7 @@ def open_dataset(
         UsageError: A class list that cannot be used, or a recipe without splits.
     """
     spec = recipe.spec
+    check_paths(spec)
     if not spec.splits:
         raise UsageError(f"{recipe.path}: declares no splits, so there is nothing to read")
     if class_list is not None and spec.reader != "class-folders":

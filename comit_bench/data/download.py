@@ -3,31 +3,57 @@
 A file arrives under ``.downloads/`` of the data set's folder as ``NAME.part``; a broken connection continues
 there (HTTP ranges, and only when the server says that the file is still the same). Then its size and its
 checksum (where the recipe has one) are compared, it is unpacked, which checks the CRC of every member, and
-``NAME.json`` notes url, size and sha256. A file with such a note and its content in place is done.
+``NAME.json`` notes url, size and sha256. A file with such a note and its content in place is done. What turns
+out to be no archive is removed, so that it does not stand in the way of the right one.
+
+Only files and folders are unpacked, only below the data set's folder, and never more than ``MAX_RATIO`` times
+the archive's size.
 """
 
 from __future__ import annotations
 
+import bz2
+import errno
+import gzip
 import hashlib
 import json
+import lzma
+import os
 import shutil
+import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.files import atomic_path, write_atomic
-from comit_bench.recipes import DatasetSpec, DownloadSpec
+from comit_bench.errors import BenchError, CorruptFileError, MissingError
+from comit_bench.files import (
+    atomic_path,
+    check_relative,
+    check_url,
+    explain_write_error,
+    inside,
+    locked,
+    open_plain,
+    open_url,
+    refuse_special,
+    require_folder,
+    write_atomic,
+)
+from comit_bench.recipes import DatasetSpec, DownloadSpec, check_paths
 
 NOTES = ".downloads"
 BLOCK = 1 << 20
 ATTEMPTS = 5
 TIMEOUT = 60  # seconds without a byte
+MAX_RATIO = 200  # annotations in JSON shrink to a twentieth; a bomb to a thousandth
+MAX_MEMBERS = 5_000_000
+SMALL = 1 << 26  # bytes that any archive may become
+_DAMAGES = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
 
 
 def is_done(item: DownloadSpec, folder: Path) -> bool:
@@ -63,26 +89,53 @@ def download(
     """
     from comit_bench.errors import UnsupportedOperation
 
+    check_paths(spec)
     if not spec.downloads:
         raise UnsupportedOperation(
             f"{spec.name} cannot be downloaded by a program. {(spec.obtain or spec.homepage or '').strip()} "
             f"Put the files into DIR/{spec.folder} and pass --data-root DIR."
         )
-    for item in spec.downloads:
-        if is_done(item, folder):
-            say(f"{item.creates}: there")
-            continue
-        archive = folder / NOTES / item.file if item.unpack is not None else folder / item.file
-        if not archive.is_file():
-            say(f"{item.url} -> {archive}")
-            fetch(item, archive, progress=progress)
-        if item.unpack is not None:
-            say(f"unpacking {archive.name}")
-            unpack(archive, folder / item.unpack, item.creates)
-            if not is_done(item, folder):
-                raise CorruptFileError(f"{archive}: has been unpacked but holds no {item.creates}")
-            if not keep:
-                archive.unlink()
+    require_folder(folder)
+    with locked(folder / ".download.lock", f"downloading {spec.name}"):
+        for item in spec.downloads:
+            _download_one(item, folder, keep=keep, progress=progress, say=say)
+
+
+def _download_one(
+    item: DownloadSpec, folder: Path, *, keep: bool, progress: bool, say: Callable[[str], None]
+) -> None:
+    what = f"download {item.url}"
+    inside(folder, item.creates, what=f"{what}: creates")
+    if is_done(item, folder):
+        say(f"{item.creates}: there")
+        return
+    archive = inside(folder if item.unpack is None else folder / NOTES, item.file, what=f"{what}: file")
+    if not archive.is_file():
+        say(f"{item.url} -> {archive}")
+        fetch(item, archive, progress=progress)
+    if item.unpack is None:
+        return
+    say(f"unpacking {archive.name}")
+    place = inside(folder, item.unpack, what=f"{what}: unpack", here=True)
+    try:
+        unpack(archive, place, item.creates)
+        if not is_done(item, folder):
+            raise CorruptFileError(f"{archive}: has been unpacked but holds no {item.creates}")
+    except CorruptFileError:
+        if _fetched(archive):
+            archive.unlink()  # the next attempt must not find it again
+        raise
+    if not keep:
+        archive.unlink()
+
+
+def _fetched(archive: Path) -> bool:
+    """Whether a file came from a server, not from a person."""
+    try:
+        note = json.loads((archive.parent / f"{archive.name}.json").read_text(encoding="utf-8"))
+        return bool(note["size"] == archive.stat().st_size)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def fetch(item: DownloadSpec, target: Path, *, progress: bool = True) -> str:
@@ -91,9 +144,11 @@ def fetch(item: DownloadSpec, target: Path, *, progress: bool = True) -> str:
     Raises:
         MissingError, CorruptFileError, BenchError: As for :func:`download`.
     """
-    if not item.url.startswith(("http://", "https://")):
-        raise UsageError(f"{item.url}: only http and https addresses are downloaded")
+    check_url(item.url, checked=item.checksum is not None)
     part = target.with_name(f"{target.name}.part")
+    for path in (target, part):
+        refuse_special(path)
+    require_folder(part.parent)
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -142,13 +197,15 @@ def _continue(item: DownloadSpec, part: Path, progress: bool) -> None:
     if have and mark.is_file():  # without a validator the rest might be of another file
         headers |= {"Range": f"bytes={have}-", "If-Range": mark.read_text(encoding="ascii")}
     try:
-        answer = urlopen(Request(item.url, headers=headers), timeout=TIMEOUT)
+        answer = open_url(item.url, headers, timeout=TIMEOUT, checked=item.checksum is not None)
     except HTTPError as error:
         if error.code == 416:  # nothing is left to send, or the file is shorter now: begin again
             part.unlink(missing_ok=True)
             raise _Short("the part on this disk does not fit the file; it is fetched again") from error
         raise
     with answer:
+        if answer.headers.get_content_type() == "text/html" and not part.stem.endswith((".html", ".htm")):
+            raise BenchError(f"{item.url}: the server sent a web page, not a file. Open it in a browser.")
         again = answer.status == 206
         have = have if again else 0
         length = answer.headers.get("Content-Length")
@@ -158,7 +215,7 @@ def _continue(item: DownloadSpec, part: Path, progress: bool) -> None:
         validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         if validator and not validator.startswith("W/"):
             write_atomic(mark, validator)
-        _copy(answer, part, have, total, tqdm if progress else None)
+        _copy(answer, part, have, total or item.size, tqdm if progress else None)
     if total is not None and part.stat().st_size < total:
         raise _Short(f"{part.stat().st_size} of {total} bytes have arrived")
 
@@ -168,6 +225,8 @@ def _copy(answer: Any, part: Path, have: int, total: int | None, bars: Any) -> N
     try:
         with part.open("ab" if have else "wb") as stream:
             while block := answer.read(BLOCK):
+                if total is not None and stream.tell() + len(block) > total:
+                    raise CorruptFileError(f"{part}: more than {total} bytes were sent. Start again.")
                 stream.write(block)
                 if bar is not None:
                     bar.update(len(block))
@@ -204,12 +263,13 @@ def unpack(archive: Path, folder: Path, creates: str) -> None:
     """
     begun = archive.with_name(f"{archive.name}.unpacking")
     unpacked = archive.with_name(f"{archive.name}.content")
-    with atomic_path(unpacked) as temporary:
+    with atomic_path(unpacked, durable=False) as temporary:
         try:
             _extract(archive, temporary)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError) as error:
+        except (*_DAMAGES, ValueError, LookupError, RuntimeError) as error:
             raise CorruptFileError(
-                f"{archive}: damaged archive ({error}). Remove it and run the same command again."
+                f"{archive}: damaged or dangerous archive ({error}). Nothing of it was put in place. Remove "
+                "it, if it is still there, and run the same command again."
             ) from error
     write_atomic(begun, "")
     try:
@@ -231,23 +291,118 @@ def _merge(source: Path, target: Path) -> None:
         for path in sorted(source.iterdir()):
             _merge(path, target / path.name)
     else:
+        refuse_special(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
 
 
 def _extract(archive: Path, folder: Path) -> None:
+    """Write the files of a zip or tar below a new folder; ValueError for anything else than a plain set."""
     folder.mkdir()
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as file:
-            for member in file.infolist():
-                _check_name(member.filename, archive)
-            file.extractall(folder)
-    else:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+    budget = _Budget(archive, folder)
+    members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
+    for name, size, is_folder, stream in members(archive, budget):
+        try:
+            check_relative(name, here=is_folder)
+        except ValueError as error:
+            raise ValueError(f"the member {name!r} would leave the folder") from error
+        budget.spend(name, size)
+        path = folder / name.replace("\\", "/")
+        try:
+            (path if is_folder else path.parent).mkdir(parents=True, exist_ok=True)
+            if not is_folder:
+                _write_member(path, name, size, stream)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"the member {name!r} is there twice") from error
 
 
-def _check_name(name: str, archive: Path) -> None:
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts:
-        raise CorruptFileError(f"{archive}: the member {name!r} would leave the folder; nothing was unpacked")
+def _write_member(path: Path, name: str, size: int, stream: Any) -> None:
+    with path.open("xb") as file:
+        left = size
+        while block := stream.read(min(BLOCK, left + 1)):
+            left -= len(block)
+            if left < 0:
+                raise ValueError(f"the member {name!r} is larger than it says")
+            file.write(block)
+        if left:
+            raise ValueError(f"the member {name!r} is shorter than it says")
+
+
+class _Budget:
+    """How much an archive may become."""
+
+    def __init__(self, archive: Path, folder: Path) -> None:
+        packed = archive.stat().st_size
+        self.bytes = max(MAX_RATIO * packed, SMALL)
+        self.members = MAX_MEMBERS
+        self.free = shutil.disk_usage(folder).free
+        self.packed = packed
+
+    def spend(self, name: str, size: int) -> None:
+        """Raises ValueError, or BenchError where the disk is too small."""
+        self.bytes -= size
+        self.free -= size
+        self.members -= 1
+        if self.bytes < 0:
+            raise ValueError(f"{name!r}: it becomes more than {MAX_RATIO} times its {self.packed:,} bytes")
+        if self.members < 0:
+            raise ValueError(f"it has more than {MAX_MEMBERS:,} members")
+        if self.free < 0:
+            raise explain_write_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Path(name))
+
+
+_Member = tuple[str, int, bool, Any]  # name, size, whether it is a folder, stream
+
+
+def _zip_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as file:
+        if len(file.infolist()) > MAX_MEMBERS:
+            raise ValueError(f"it has more than {MAX_MEMBERS:,} members")
+        for member in file.infolist():
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise ValueError(f"the member {member.filename!r} is a link or a special file")
+            if member.is_dir():
+                yield member.filename, 0, True, None
+                continue
+            with file.open(member) as stream:
+                yield member.filename, member.file_size, False, stream
+
+
+def _tar_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
+    with open_plain(archive) as raw:
+        magic = raw.read(6)
+    unpackers: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+    opened = next((unpack for start, unpack in unpackers.items() if magic.startswith(start)), open)
+    with opened(archive, "rb") as plain:
+        stream: Any = _Bounded(plain, budget.bytes)
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # or all of them are kept in memory
+                if member.isdir():
+                    yield member.name, 0, True, None
+                elif member.isreg() and not member.issparse():
+                    yield member.name, member.size, False, tar.extractfile(member)
+                else:
+                    raise ValueError(f"the member {member.name!r} is a link or a special file")
+
+
+class _Bounded:
+    """A stream out of which no more than so many bytes are read; a header may claim any length."""
+
+    def __init__(self, stream: Any, most: int) -> None:
+        self.stream, self.most = stream, most
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or self.stream.tell() + size > self.most + SMALL:
+            raise ValueError("it becomes too large")
+        content: bytes = self.stream.read(size)
+        return content
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        if whence != 0 or position > self.most + SMALL:
+            raise ValueError("it becomes too large")
+        return int(self.stream.seek(position))
+
+    def tell(self) -> int:
+        return int(self.stream.tell())

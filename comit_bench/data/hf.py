@@ -33,7 +33,7 @@ import numpy as np
 
 from comit_bench.data.digests import file_digests, part_digests, state_of_files
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
-from comit_bench.files import open_plain
+from comit_bench.files import inside, open_plain
 from comit_bench.reading import user_path
 
 EXTRA = 'pip install "comit-bench[hf]"'
@@ -324,4 +324,17 @@ class HfImages:
     def _file(self, path: str) -> Path:
         if "://" in path or "::" in path:
             raise BenchError(f"{self.name}: images inside {path} cannot be read. Unpack the archive.")
-        return Path(path) if Path(path).is_absolute() else self.root / path
+        if not Path(path).is_absolute():
+            what = f"{self.name}: a row names a file"
+            return inside(self.root, path, what=what, kind=BenchError, links=True, windows=False)
+        import datasets
+
+        config: Any = getattr(datasets, "config")  # noqa: B009 (a module that its type hints do not name)
+        places = [self.root, self.root.resolve(), Path(config.HF_CACHE_HOME), Path(config.HF_DATASETS_CACHE)]
+        plain = Path(os.path.normpath(path))
+        if plain.exists() and not any(plain.is_relative_to(place) for place in places):
+            raise BenchError(
+                f"{self.name}: a row names {path}, a file outside of this set. Copy the images below it, or "
+                "save the set with its images in it."
+            )
+        return Path(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from comit_bench.data.opened import Kind
 from comit_bench.errors import CorruptFileError, MissingError
-from comit_bench.files import atomic_path, digest_json
+from comit_bench.files import atomic_path, check_relative, digest_json
 
 FORMAT = 2  # raise it when the same annotations would give another manifest
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -99,8 +100,13 @@ def rows_from(
     """Rows from (id, file, labels int32 [k, width]) in any order.
 
     Raises:
-        CorruptFileError: Two samples with one id.
+        CorruptFileError: Two samples with one id, or a file that does not lie below its place.
     """
+    for name in (*(sample[1] for sample in samples), *masks):
+        try:
+            check_relative(name.partition("/")[2], windows=os.name == "nt")
+        except ValueError as error:
+            raise CorruptFileError(f"the annotations name a file outside of its folder: {error}") from error
     order = sorted(range(len(samples)), key=lambda i: samples[i][0])
     ids = tuple(samples[i][0] for i in order)
     twice = next((a for a, b in pairwise(ids) if a == b), None)

@@ -243,10 +243,18 @@ class SharedWork:
         shards: Numbers, in the order in which they are made.
         path: File of a shard.
         what: What the shards hold, for the message of those who wait.
+        has: Whether a shard is there; by default whether its file is.
     """
 
-    def __init__(self, shards: Sequence[int], path: Callable[[int], Path], what: str) -> None:
+    def __init__(
+        self,
+        shards: Sequence[int],
+        path: Callable[[int], Path],
+        what: str,
+        has: Callable[[int], bool] | None = None,
+    ) -> None:
         self.left, self.path, self.what = list(shards), path, what
+        self.has = has or (lambda shard: path(shard).exists())
         self.elsewhere = 0  # shards that others have made
         self._held: dict[int, Callable[[], None]] = {}
 
@@ -282,7 +290,7 @@ class SharedWork:
                 time.sleep(POLL)
 
     def _is_there(self, shard: int) -> bool:
-        if not self.path(shard).exists():
+        if not self.has(shard):
             return False
         if shard in self.left:
             self.left.remove(shard)
@@ -297,13 +305,7 @@ class SharedWork:
             return lambda: None
         if lock is None:
             return None
-        held = lock
-
-        def give_back() -> None:
-            file.unlink(missing_ok=True)
-            held.release()
-
-        return give_back
+        return lock.release
 
     def __enter__(self) -> SharedWork:
         return self

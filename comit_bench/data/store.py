@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from comit_bench.data.shards import Array, Layout, Shard, read_shard, shard_bytes
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.files import digest_json, require_room, sweep, write_atomic
+from comit_bench.files import digest_json, private_folder, require_room, sweep, write_atomic
 from comit_bench.reading import read_json
 
 FORMAT_VERSION = 1
@@ -79,6 +79,7 @@ class TokenStore:
     _tags: dict[int, str] = field(default_factory=dict)
     _shards: dict[int, Shard] = field(default_factory=dict)
     _swept: bool = False
+    _since: int = 0
 
     @classmethod
     def open(
@@ -169,7 +170,11 @@ class TokenStore:
             remove_stale(self.directory)
             self.verify(checksums=self.verify_checksums)
         present = {entry.name for entry in os.scandir(self.directory)}
-        return [i for i in range(self.num_shards) if self.shard_path(i).name not in present]
+        return [
+            shard
+            for shard in range(self.num_shards)
+            if self.shard_path(shard).name not in present or (self._since and not self.has(shard))
+        ]
 
     @property
     def complete(self) -> bool:
@@ -210,11 +215,23 @@ class TokenStore:
                 _log.warning("%s It was removed; only its %d images are tokenized again.", error, rows)
         return corrupt
 
-    def clear(self) -> None:
-        """Remove every shard, so that all messages are made anew."""
-        for shard in range(self.num_shards):
-            self._remove(self.shard_path(shard))
+    def renew(self) -> None:
+        """From now on every shard that was there counts as missing, so that all messages are made anew.
+
+        Each one stays until its successor takes its place: other processes may be reading them. What another
+        process has made since this call does not count as missing.
+        """
+        with private_folder(self.directory) as place:
+            (place / "now").touch()
+            self._since = (place / "now").stat().st_mtime_ns  # by the clock of the disk
         self._shards.clear()
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there (and no older than the last :meth:`renew`); it is not opened."""
+        try:
+            return self.shard_path(shard).stat().st_mtime_ns >= self._since
+        except FileNotFoundError:
+            return False
 
     def write_shard(
         self,

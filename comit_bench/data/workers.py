@@ -14,7 +14,7 @@ from typing import Any
 from comit_bench.errors import BenchError
 
 PATIENCE = 900.0  # seconds without an item; one may be a whole training step's images off a slow disk
-_ADVICE = "Run again with --num-workers 0 (in training: data.workers=0): what is done is kept."
+_ADVICE = "Run again without them (--num-workers 0, --workers 0 or data.workers=0): what is done is kept."
 
 
 def read_ahead(source: Any, keys: Iterable[Any], workers: int, *, pin: bool = False) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,18 @@ from comit_bench.data.opened import PathList, Split
 from comit_bench.data.store import TokenStore
 from comit_bench.data.token_file import Origin, TokenFile, output_names, read_token_file, token_file_bytes
 from comit_bench.errors import CorruptFileError, UnsupportedOperation, UsageError
-from comit_bench.files import cache_root, digest_json, sha256_file, write_atomic
+from comit_bench.files import (
+    AlreadyThere,
+    cache_root,
+    digest_json,
+    inside,
+    locked,
+    open_plain,
+    require_file,
+    require_folder,
+    sha256_file,
+    write_atomic,
+)
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.tokenizing import (
     list_digest,
@@ -34,6 +46,7 @@ from comit_bench.tokenizers.base import Tokenizer, Tokens, check_decoded, looks_
 from comit_bench.tokenizers.contract import check_looked_up
 from comit_bench.tokenizers.identity import code_version
 
+_OTHER = "holds something else. Give another name, or --overwrite"
 SHARD_SIZE = 256  # messages; a process that dies loses at most so many
 Start = Callable[[str, int, str], Callable[[int], None]]  # what, how many, unit -> advance
 _log = logging.getLogger(__name__)
@@ -114,8 +127,12 @@ def tokenize_folder(
         raise UsageError(
             f"{output}: this is a folder; give the name of a file, e.g. {output / 'tokens.safetensors'}"
         )
+    require_file(output)
+    require_folder(cache)
     names, odd = list_folder(folder)
     canonical = _canonical(tokenizer, policy)
+    if output.exists() and not overwrite:
+        _refuse_another(output, _origin(tokenizer, canonical, seed), {*names, *odd})
     contents = file_digests(folder, names, cache=cache, title="contents", progress=start is not _silent)
     split = Split("folder", names, PathList(folder, names), None, exif=True, contents=tuple(contents))
     key = store_key(
@@ -158,6 +175,26 @@ def _canonical(tokenizer: Tokenizer, policy: str | None) -> str | None:
     return None
 
 
+def _origin(tokenizer: Tokenizer, policy: str | None, seed: int) -> Origin:
+    info = tokenizer.info
+    return Origin(
+        tokenizer=info.name,
+        family=info.family,
+        weights=info.weights,
+        message_length=info.message_length,
+        vocab_size=info.vocab_size,
+        code_dim=info.code_dim,
+        resolution=info.resolution,
+        preprocessing=upright(info.preprocessing),
+        policy=policy,
+        options=dict(info.options),
+        seed=seed,
+        comit_bench=__version__,
+        configuration=info.configuration,
+        version=code_version(tokenizer),
+    )
+
+
 def _export(
     tokenizer: Tokenizer,
     names: Sequence[str],
@@ -169,7 +206,7 @@ def _export(
     folder: Path,
 ) -> TokenFile:
     """The rows of the store whose image could be read; ``odd`` is what is no file at all."""
-    info, whole = tokenizer.info, store.load_all()
+    whole = store.load_all()
     kept = np.flatnonzero(whole.valid)
     # messages of the readers begin with the path; the name says it already
     broken = {
@@ -182,22 +219,7 @@ def _export(
             f"{folder}: none of its {len(names)} images can be read, e.g. {first[0]}: {first[1]}"
         )
     return TokenFile(
-        origin=Origin(
-            tokenizer=info.name,
-            family=info.family,
-            weights=info.weights,
-            message_length=info.message_length,
-            vocab_size=info.vocab_size,
-            code_dim=info.code_dim,
-            resolution=info.resolution,
-            preprocessing=upright(info.preprocessing),
-            policy=policy,
-            options=dict(info.options),
-            seed=seed,
-            comit_bench=__version__,
-            configuration=info.configuration,
-            version=code_version(tokenizer),
-        ),
+        origin=_origin(tokenizer, policy, seed),
         names=tuple(names[row] for row in kept.tolist()),
         ids=None if whole.ids is None else whole.ids[kept],
         codes=None if whole.codes is None else whole.codes[kept],
@@ -206,15 +228,29 @@ def _export(
     )
 
 
-def _write(output: Path, content: bytes, *, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        if output.stat().st_size == len(content) and output.read_bytes() == content:
-            return
-        raise UsageError(
-            f"{output}: exists and holds something else. Give another name, or --overwrite to replace it; "
-            "the tokens are in the cache, so the next run takes no time."
+def _refuse_another(output: Path, origin: Origin, names: set[str]) -> None:
+    """Before the work: a file that exists must be what this command made, or begins to make again."""
+    try:
+        there = read_token_file(output)
+        same = (
+            there.origin == Origin.from_metadata(origin.metadata()) and {*there.names, *there.broken} == names
         )
-    write_atomic(output, content)
+    except (CorruptFileError, UsageError):
+        same = False
+    if not same:
+        raise UsageError(f"{output}: exists and {_OTHER} to replace it.")
+
+
+def _write(output: Path, content: bytes, *, overwrite: bool) -> None:
+    try:
+        write_atomic(output, content, replace=overwrite)
+    except AlreadyThere as error:  # perhaps only now, by an equal command
+        with open_plain(output) as stream:
+            if stream.read() != content:
+                raise UsageError(
+                    f"{output}: exists and {_OTHER} to replace it; the tokens are in the cache, so the next "
+                    "run takes no time."
+                ) from error
 
 
 def check_origin(tokenizer: Tokenizer, origin: Origin, path: Path) -> None:
@@ -282,9 +318,29 @@ def detokenize_file(
     check_origin(tokenizer, content.origin, source)
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output}: this is a file; --out is the folder for the images")
-    targets = [output / name for name in output_names(content.names)]
+    require_folder(output)
     note = (cache or cache_root()) / "decoded" / f"{digest_json(str(output.resolve()))[7:31]}.json"
-    _claim(output, targets, note, _maker_of(tokenizer, source, seed), overwrite=overwrite)
+    maker = _maker_of(tokenizer, source, seed)
+    with locked(output / ".lock", f"decoding into {output}"):
+        return _decode_missing(tokenizer, content, output, note, maker, seed, batch_size, overwrite, start)
+
+
+def _decode_missing(
+    tokenizer: Tokenizer,
+    content: TokenFile,
+    output: Path,
+    note: Path,
+    maker: dict[str, Any],
+    seed: int,
+    batch_size: int,
+    overwrite: bool,
+    start: Start,
+) -> Detokenized:
+    targets = [
+        inside(output, name, what="a name in the token file", windows=os.name == "nt")
+        for name in output_names(content.names)
+    ]
+    _claim(output, targets, note, maker, overwrite=overwrite)
     rows = [row for row, target in enumerate(targets) if overwrite or not target.is_file()]
     advance = start(f"{tokenizer.info.name}: decoding", len(rows), "images") if rows else lambda done: None
     for chosen in _parts(rows, batch_size):
@@ -295,7 +351,7 @@ def detokenize_file(
             raise UnsupportedOperation(f"{tokenizer.info.name} cannot decode its messages") from error
         images = check_decoded(images, tokenizer.info, len(chosen)).cpu()
         for row, image in zip(chosen, images, strict=True):
-            write_atomic(targets[row], _png(image))
+            write_atomic(targets[row], _png(image), durable=False)  # the tokens are the original
         advance(len(chosen))
     return Detokenized(output, len(rows), len(targets) - len(rows))
 

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from comit_bench.errors import BenchError
-from comit_bench.files import atomic_path
+from comit_bench.files import atomic_path, private_folder
 from comit_bench.tasks.fit import FitProgress, FitResult, ProgressCallback
 
 _PATIENCE = 5.0  # seconds a worker gets to end before it is killed
@@ -75,8 +75,27 @@ class _Job:
 
 def _save(task: Fittable, path: Path) -> None:
     """Write the data of a task that is in memory."""
-    with atomic_path(path) as temporary:  # as NumPy arrays: they may share memory, which tensors must not
+    with atomic_path(
+        path, durable=False
+    ) as temporary:  # as NumPy arrays: they may share memory, which tensors must not
         save_file(task.arrays(), temporary)
+
+
+@contextmanager
+def _exchange() -> Iterator[Path]:
+    """A folder for data on their way to workers; if this process is killed, the next one removes it.
+
+    Raises:
+        BenchError: There is no place for temporary files.
+    """
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(private_folder(Path(tempfile.gettempdir())))
+        except OSError as error:
+            raise BenchError(
+                f"no place for temporary files ({error.strerror or error}): set TMPDIR to a folder with room"
+            ) from error
+        yield place
 
 
 def _load(job: _Job) -> Any:
@@ -215,8 +234,8 @@ class ProbePool:
             BenchError: A loss is not finite, or a worker was killed. All workers have ended by then.
         """
         task.check()
-        with tempfile.TemporaryDirectory(prefix="comit-bench-probe-") as folder:
-            path = Path(folder) / "data.safetensors"
+        with _exchange() as folder:
+            path = folder / "data.safetensors"
             _save(task, path)
             jobs = [_Job(path, type(task), task.settings(), seed) for seed in seeds]
             try:

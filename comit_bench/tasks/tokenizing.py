@@ -190,7 +190,7 @@ def tokenize_split(
     """
     store.require_room(shards)
     spent = profile if profile is not None else {}
-    work = SharedWork(shards, store.shard_path, f"the tokens of {tokenizer.info.name}")
+    work = SharedWork(shards, store.shard_path, f"the tokens of {tokenizer.info.name}", store.has)
     total, made = sum(len(store.shard_range(shard)) for shard in shards), 0
     while work.left:
         work.wait()

@@ -13,10 +13,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from comit_bench.errors import BenchError, MissingError
-from comit_bench.files import explain_write_error, write_atomic
+from comit_bench.files import explain_write_error, open_url, refuse_special, require_folder, write_atomic
 from comit_bench.reading import read_json
 
 AGENT = "comit_bench"  # a browser's name would be sent a web page by some servers
@@ -32,26 +31,37 @@ class _Broken(Exception):
     """The connection ended early; what came is kept."""
 
 
-def download(url: str, target: Path, *, advance: Advance | None = None, pause: float = PAUSE) -> None:
+def download(
+    url: str,
+    target: Path,
+    *,
+    advance: Advance | None = None,
+    pause: float = PAUSE,
+    checked: bool = False,
+) -> None:
     """Fetch ``url`` into ``target``; an unfinished earlier attempt is continued.
 
     Args:
-        url: An http(s) link.
+        url: An https link, or one that :func:`comit_bench.files.check_url` lets through.
         target: Replaced when everything has arrived, never before.
         advance: Called with the bytes so far and the total, if the server tells it.
         pause: Seconds between two attempts.
+        checked: Whether the content is compared with a known checksum afterwards.
 
     Raises:
+        UsageError: Another kind of address, also one that the server points to.
         MissingError: The server cannot be reached, or refuses the file.
         BenchError: The disk is full, or the server sent a web page instead of a file.
     """
+    refuse_special(target)
+    require_folder(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     part, note = target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.json")
     failures = 0
     while True:
         before = part.stat().st_size if part.is_file() else 0
         try:
-            _attempt(url, part, note, advance)
+            _attempt(url, part, note, advance, checked)
             break
         except (_Broken, URLError, HTTPException, TimeoutError, ConnectionError) as error:
             if isinstance(error, HTTPError) and error.code < 500:
@@ -85,8 +95,10 @@ def _read_note(note: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _attempt(url: str, part: Path, note: Path, advance: Advance | None) -> None:
+def _attempt(url: str, part: Path, note: Path, advance: Advance | None, checked: bool) -> None:
     """One request. Returns when the part file is complete."""
+    for path in (part, note):
+        refuse_special(path)
     known = _read_note(note)
     have = part.stat().st_size if part.is_file() else 0
     headers = {"User-Agent": AGENT, "Accept-Encoding": "identity"}
@@ -94,7 +106,7 @@ def _attempt(url: str, part: Path, note: Path, advance: Advance | None) -> None:
     if have and version:
         headers |= {"Range": f"bytes={have}-", "If-Range": str(version)}
     try:
-        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+        response = open_url(url, headers, timeout=TIMEOUT, checked=checked)
     except HTTPError as error:
         if error.code != 416:  # nothing is left to send: either complete, or another file by now
             raise

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.files import cache_root, locked, sha256_file, write_atomic
+from comit_bench.files import cache_root, locked, require_folder, sha256_file, write_atomic
 from comit_bench.models.plain_files import is_safetensors
 from comit_bench.reading import read_json
 from comit_bench.tokenizers.checkpoints import (
@@ -37,7 +37,7 @@ from comit_bench.tokenizers.releases import Release, find_release, resolve
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOURCE = "source.json"
+SOURCE, CHECKSUMS = "source.json", "checksums.json"
 
 
 def weights_root() -> Path:
@@ -70,37 +70,48 @@ def required(name: str, *, hint: str = "") -> Path:
     )
 
 
-def _locked() -> AbstractContextManager[None]:
+def _locked() -> AbstractContextManager[bool]:
+    require_folder(weights_root())
     return locked(weights_root() / ".lock", "fetching or converting weights")
 
 
-def _checksums(source: str, digest: str) -> tuple[Path, dict[str, str]]:
-    """The file of known checksums and its content, after comparing that of one source.
+def _checksums() -> dict[str, str]:
+    """Source -> checksum of all files that were ever fetched or converted.
 
     Raises:
-        CorruptFileError: The source gave another file before.
+        CorruptFileError: Their list cannot be read.
     """
-    path = weights_root() / "checksums.json"
-    known: dict[str, str] = {}
-    if path.is_file():
-        try:
-            known = read_json(path)
-            if not isinstance(known, dict):
-                raise CorruptFileError(f"{path}: not a JSON object")
-        except CorruptFileError as error:
-            raise CorruptFileError(f"{error}. Delete it.") from error
+    path = weights_root() / CHECKSUMS
+    if not path.is_file():
+        return {}
+    try:
+        known = read_json(path)
+        if not isinstance(known, dict):
+            raise CorruptFileError(f"{path}: not a JSON object")
+        return {str(source): str(digest) for source, digest in known.items()}
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}. Delete it.") from error
+
+
+def _compare(source: str, digest: str) -> None:
+    """Compare a file with what its source gave the first time.
+
+    Raises:
+        CorruptFileError: That was another file.
+    """
+    known = _checksums()
     if known.get(source, digest) != digest:
         raise CorruptFileError(
             f"{source}: the file has the checksum {digest}, but the first download had {known[source]}. It "
-            f"was changed or damaged. If the new file is right, delete the line in {path} and fetch again."
+            f"was changed or damaged. If the new file is right, delete the line in "
+            f"{weights_root() / CHECKSUMS} and fetch again."
         )
-    return path, known
 
 
 def _remember(source: str, digest: str) -> None:
     """Record the checksum of a file that turned out to be what it should be; later ones must be equal."""
-    path, known = _checksums(source, digest)
-    write_atomic(path, json.dumps(known | {source: digest}, indent=1, sort_keys=True) + "\n")
+    known = _checksums() | {source: digest}
+    write_atomic(weights_root() / CHECKSUMS, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Advance | None = None) -> Path:
@@ -132,10 +143,12 @@ def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Adv
         else:
             file = folder / release.file
             if not file.is_file():
-                download(str(url or release.url), file, advance=advance)
+                download(
+                    str(url or release.url), file, advance=advance, checked=release.source in _checksums()
+                )
         digest = sha256_file(file)
         try:
-            _checksums(release.source, digest)
+            _compare(release.source, digest)
             convert_file(release, file, folder, digest=digest)
             _remember(release.source, digest)  # not before: a wrong first file must not block the right one
         except BenchError:
@@ -163,8 +176,9 @@ def convert(name: str, file: Path, *, output: Path | None = None) -> Path:
     release = find_release(name)
     if not file.is_file():
         raise MissingError(f"{file}: no such file")
+    folder = output or weights_root() / release.name
+    require_folder(folder)
     with _locked():
-        folder = output or weights_root() / release.name
         convert_file(release, file, folder, digest=sha256_file(file))
     return folder
 

@@ -31,7 +31,7 @@ from comit_bench.train.config import AutoencoderRun
 from comit_bench.train.data import PROBE_VAL_SCENES, Order, paint_scenes
 from comit_bench.train.logs import CsvLog
 from comit_bench.train.optimizers import Together, make_optimizer
-from comit_bench.train.runstate import RunState
+from comit_bench.train.runstate import RunState, only_training
 from comit_bench.train.schedule import learning_rate
 from comit_bench.train.validation import perplexity, psnr
 
@@ -205,7 +205,13 @@ def fit_autoencoder(run: AutoencoderRun, *, progress: bool = True, command: str 
     Raises:
         UsageError: Settings that do not fit, or a checkpoint of other ones.
         CorruptFileError: A checkpoint that cannot be read.
+        BenchError: Another training runs in this folder, or it cannot be written.
     """
+    with only_training(run.output.expanduser() / run.name):
+        return _fit(run, progress, command)
+
+
+def _fit(run: AutoencoderRun, progress: bool, command: str) -> Path:
     from tqdm import tqdm
 
     network = make_network(run)

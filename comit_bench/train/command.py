@@ -156,10 +156,9 @@ def _listing() -> str:
 
 def _plan(config: TrainConfig, device: str) -> str:
     """The resolved settings as YAML, after all checks that need no data or weights to be loaded."""
-    import os
-
     import yaml
 
+    from comit_bench.ranks import launched
     from comit_bench.train.board import check_tensorboard
     from comit_bench.train.data import open_images
     from comit_bench.train.setup import check_device, check_spec, divide
@@ -167,7 +166,7 @@ def _plan(config: TrainConfig, device: str) -> str:
     check_tensorboard(config.tensorboard)
     check_spec(config.model.spec())
     check_device(config, device)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched().world
     work = divide(config, ranks)
     train_images, held = open_images(config)
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.files import check_relative
 from comit_bench.models.comit import PRESETS, ComitSpec
 from comit_bench.models.crops import CropGeometry
 from comit_bench.models.teachers import ScenesTeacherSpec
@@ -33,6 +34,7 @@ LONGEST_NAME = 100
 
 
 def _one_folder(value: str) -> str:
+    check_relative(value)
     if (
         value in (".", "..")
         or value != Path(value).name

@@ -30,7 +30,14 @@ from comit_bench.recipes import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.sampling import StepPlan, plan_step
-from comit_bench.train.sources import hold_out, open_hf, open_webdataset, recipe_for, shuffled
+from comit_bench.train.sources import (
+    hold_out,
+    open_hf,
+    open_webdataset,
+    recipe_for,
+    shuffled,
+    split_folders,
+)
 
 _log = logging.getLogger(__name__)
 PROBE_VAL_SCENES = 1000  # of the recognition recipe; validation here starts after them
@@ -139,7 +146,7 @@ def _folders(config: TrainConfig, side: int) -> tuple[Images, Images]:
     data = config.data
     root = user_path(str(data.source), "data.source")
     recipe = recipe_for(side)
-    inner, held = root / data.split, root / data.val_split
+    inner, held = split_folders(data, root)
     if inner.is_dir() and held.is_dir():
         names = shuffled([f"{data.val_split}/{name}" for name in list_images(held)])[: data.val_count]
         inside = list_images(inner)

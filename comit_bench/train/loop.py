@@ -40,6 +40,7 @@ from comit_bench.train.features import FeatureStore, compute_features, images_di
 from comit_bench.train.logs import CsvLog
 from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.pictures import save_picture
+from comit_bench.train.runstate import only_training
 from comit_bench.train.sampling import mean_crops
 from comit_bench.train.scaling import block_runner, compile_frozen
 from comit_bench.train.schedule import alignment_ramp, learning_rate
@@ -114,7 +115,8 @@ class Trainer:
         self.work = divide(config, self.accelerator.num_processes)
         self.directory = user_path(config.output, "output") / config.name
         self.checkpoints = self.directory / "checkpoints"
-        start = checkpoint.choose(self.checkpoints, resume)
+        with self._alone():  # now, not after an hour of reading
+            start = checkpoint.choose(self.checkpoints, resume)
         train, held = open_images(config)
         self.data_digest = digest_json(list(train.ids))
         if start is not None:
@@ -154,6 +156,10 @@ class Trainer:
         self._agree(self.counters.step)
         self.store = self._open_features()
         self.module: nn.Module = self.raw if self.sharded else self.accelerator.prepare_model(self.raw)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """No other run trains in this folder during the block; the main process sees to it."""
+        return only_training(self.directory) if self.main else nullcontext()
 
     def _agree(self, step: int) -> None:
         """All processes must continue from the same step: they need one file system."""
@@ -394,12 +400,19 @@ class Trainer:
             The exported folder; None when a signal asked to stop (a checkpoint was saved).
 
         Raises:
-            BenchError: Too many broken images or steps that are not finite; disk full.
+            BenchError: Too many broken images or steps that are not finite; disk full; another run in this
+                folder.
         """
-        self._prepare_files()
-        self.raw.train()
-        finished = self.counters.step >= self.config.steps
-        with Stop() as stop:
+        with self._alone(), Stop() as stop:
+            last = checkpoint.found(self.checkpoints)[-1:]
+            if last and checkpoint.step_of(last[0]) > self.counters.step:
+                raise BenchError(
+                    f"{self.directory}: another run has trained in this folder meanwhile, up to step "
+                    f"{checkpoint.step_of(last[0])}. Start the same command again to go on from there."
+                )
+            self._prepare_files()
+            self.raw.train()
+            finished = self.counters.step >= self.config.steps
             if not finished and not self._run(stop):
                 return None
             return self._finish()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,10 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, CorruptFileError, UsageError
-from comit_bench.files import atomic_path, sweep
+from comit_bench.files import atomic_path, locked, require_folder, sweep
 from comit_bench.models.teachers import WEIGHTS
 from comit_bench.reading import read_json
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
+
+
+@contextmanager
+def only_training(directory: Path) -> Iterator[None]:
+    """Make the folder of a run, and let nobody else train in it during the block.
+
+    Raises:
+        BenchError: Another training is running there, or it cannot be written.
+    """
+    require_folder(directory)
+    with locked(directory / ".lock", "training there", wait=False) as ours:
+        if not ours:
+            raise BenchError(
+                f"{directory}: another training is running in this folder. Wait for its end, or choose "
+                "another name=… or output=… ."
+            )
+        yield
 
 
 class Moments(Protocol):

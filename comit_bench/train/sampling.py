@@ -108,7 +108,9 @@ def crop_count(
 def whole_share(config: TrainConfig) -> float:
     """Probability that the first crop of an encoded image is the whole image."""
     crops, encoded = config.crops, 1 - config.objective.skip
-    return crops.global_first if crops.global_first_among == "encoded" else crops.global_first / encoded
+    if crops.global_first_among == "encoded" or encoded == 0:
+        return crops.global_first
+    return crops.global_first / encoded
 
 
 def mean_crops(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> float:

@@ -14,6 +14,7 @@ from comit_bench.files import shipped_weights
 from comit_bench.models.comit import Comit, ComitSpec
 from comit_bench.models.plain_files import shown
 from comit_bench.models.teachers import Teacher, load_teacher
+from comit_bench.ranks import launched, meeting, without_launcher
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import load_network
 from comit_bench.tokenizers.comit_files import VAE_HUB, build, sd_vae_tensors
@@ -119,15 +120,22 @@ def check_device(config: TrainConfig, device: str) -> None:
 
 
 def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
-    """One process, or the group that ``accelerate launch`` or ``torchrun`` started."""
+    """One process, or the group that ``accelerate launch`` or ``torchrun`` started.
+
+    Raises:
+        UsageError: A device that is not there, or variables of a launcher that contradict each other.
+        BenchError: The other processes do not come.
+    """
     check_device(config, device)
+    place = launched()
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         # a run that this process did before may have had another device or precision
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="bf16" if config.precision == "bfloat16" else "no",
-    )
+    with meeting(place) if place.world > 1 else without_launcher():
+        return Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="bf16" if config.precision == "bfloat16" else "no",
+        )
 
 
 def make_model(config: TrainConfig) -> Comit:

@@ -21,7 +21,7 @@ from comit_bench.data.hf import ONLY, HfImages, open_splits
 from comit_bench.data.images import decode_image
 from comit_bench.data.tar_shards import TarImages, find_shards
 from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.files import cache_root
+from comit_bench.files import cache_root, inside
 from comit_bench.reading import user_path
 from comit_bench.seeding import seed_for
 from comit_bench.train.config import DataConfig
@@ -65,6 +65,18 @@ class DecodedImages:
 def recipe_for(side: int) -> str:
     """Preprocessing of training images that come as files."""
     return f"center_crop|resize({side},bilinear)"
+
+
+def split_folders(data: DataConfig, root: Path) -> tuple[Path, Path]:
+    """Where the folders of the two splits would lie.
+
+    Raises:
+        UsageError: Below ``root`` there can be no folder of such a name.
+    """
+    return (
+        inside(root, data.split, what="data.split", links=True),
+        inside(root, data.val_split, what="data.val_split", links=True),
+    )
 
 
 def shuffled(ids: Sequence[str]) -> list[str]:
@@ -168,7 +180,7 @@ def open_webdataset(data: DataConfig, side: int) -> tuple[DecodedImages, Decoded
     """
     source, held_source = str(data.source), data.val_source
     root = user_path(source, "data.source")
-    folders = [root / data.split, root / data.val_split]
+    folders = split_folders(data, root)
     if held_source is None and all(folder.is_dir() for folder in folders):
         source, held_source = map(str, folders)
     elif given := sorted({"split", "val_split"} & data.model_fields_set):

@@ -37,7 +37,7 @@ from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import write_tensors
 from comit_bench.train.config import TeacherRun
 from comit_bench.train.logs import CsvLog, read_rows
-from comit_bench.train.runstate import RunState
+from comit_bench.train.runstate import RunState, only_training
 
 PROBE_SCENES = 4000  # the recipes' train splits end before this number
 PROBE_VAL = 1000  # and their val splits before this one
@@ -199,7 +199,13 @@ def fit_teacher(run: TeacherRun, *, progress: bool = True, command: str = "") ->
 
     Raises:
         UsageError: Settings that do not fit, or a checkpoint of other ones.
+        BenchError: Another training runs in this folder, or it cannot be written.
     """
+    with only_training(run.output.expanduser() / run.name):
+        return _fit(run, progress, command)
+
+
+def _fit(run: TeacherRun, progress: bool, command: str) -> Path:
     from tqdm import tqdm
 
     module = InverseRendering(run)

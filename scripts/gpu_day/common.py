@@ -41,10 +41,10 @@ class Day:
 
     @classmethod
     def begin(cls, part: str, out: Path, device: str, *, seconds: float, tiny: bool) -> Day:
-        """``auto`` is CUDA where there is one."""
+        """``auto`` is CUDA where there is one; on a CPU numbers are tiny in any case."""
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         out.mkdir(parents=True, exist_ok=True)
-        return cls(part, out, torch.device(name), seconds, tiny)
+        return cls(part, out, torch.device(name), seconds, tiny or name == "cpu")
 
     @property
     def left(self) -> float:

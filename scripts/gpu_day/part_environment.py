@@ -57,7 +57,7 @@ def rates(day: Day) -> dict[str, float]:
     """FLOP/s of one large matrix product per type, and bytes/s of a copy on the device."""
     from train_step import matrix_rate
 
-    side = 256 if day.tiny or not day.on_gpu else 8192
+    side = 256 if day.tiny else 8192
     found = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         found[f"{name}_flops"] = matrix_rate(day.device, dtype, side)
@@ -66,7 +66,7 @@ def rates(day: Day) -> dict[str, float]:
         torch.backends.cuda.matmul.allow_tf32 = True
         found["tf32_flops"] = matrix_rate(day.device, torch.float32, side)
         torch.backends.cuda.matmul.allow_tf32 = before
-    size = (1 << 30) if day.on_gpu and not day.tiny else (1 << 16)
+    size = (1 << 16) if day.tiny else (1 << 30)
     source = torch.zeros(size, dtype=torch.uint8, device=day.device)
     target = torch.empty_like(source)
     seconds = day.best_of(lambda: target.copy_(source), budget=1.0)

@@ -74,6 +74,8 @@ def measure(
         "step_s": seconds,
         "step_tflop": flops / 1e12,
         "of_peak": flops / seconds / rate,
+        # of the images alone, without their local crops
+        "vae_share": day.best_of(lambda: step.module._latents(step.images), budget=0.5) / seconds,
         "peak_gib": torch.cuda.max_memory_allocated(day.device) / 2**30 if day.on_gpu else None,
         "costs": costs(day, step),
     }
@@ -83,7 +85,7 @@ def run(day: Day) -> None:
     """Small networks first."""
     from train_step import matrix_rate
 
-    large = day.on_gpu and not day.tiny
+    large = not day.tiny
     dtype = torch.bfloat16 if day.on_gpu else torch.float32
     rate = matrix_rate(day.device, dtype, 8192 if large else 256)
     steps = STEPS if large else (("comit-nano", 4, 2, ("optim.name=adam",)),)

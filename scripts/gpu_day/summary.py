@@ -132,20 +132,30 @@ def speed(rows: list[Row]) -> str:
 
 def training(rows: list[Row]) -> str:
     """Steps and their largest costs."""
-    head = ("step", "images", "crops", "images/s", "TFLOP", "of the peak", "GiB", "three largest costs")
+    head = (
+        "step",
+        "images",
+        "crops",
+        "images/s",
+        "TFLOP",
+        "of the peak",
+        "VAE",
+        "GiB",
+        "three largest costs",
+    )
     cells = []
     for row in of(rows, "training"):
         if "images" not in row:
             continue
         name = f"{row['name']} {row['settings']}".strip()
         if "error" in row:
-            cells.append((name, str(row["images"]), str(row["crops"]), row["error"], "", "", "", ""))
+            cells.append((name, str(row["images"]), str(row["crops"]), row["error"], *[""] * 5))
             continue
         largest = ", ".join(f"{c['name']} {100 * c['share']:.0f} %" for c in row["costs"])
         rate, arithmetic = number(row["images_per_s"]), number(row["step_tflop"])
         sizes = (str(row["images"]), str(row["crops"]))
-        memory = number(row["peak_gib"])
-        cells.append((name, *sizes, rate, arithmetic, percent(row["of_peak"]), memory, largest))
+        shares = (percent(row["of_peak"]), percent(row["vae_share"]))
+        cells.append((name, *sizes, rate, arithmetic, *shares, number(row["peak_gib"]), largest))
     return table(head, cells)
 
 

@@ -59,7 +59,7 @@ def test_a_step_has_the_loss_and_gradients_of_the_cpu(cuda: Cuda, half: bool) ->
             assert one.grad is not None and other.grad is not None and bool(one.grad.isfinite().all())
             norms.append(((one.grad.cpu() - other.grad).norm(), other.grad.norm()))
     difference, size = (torch.stack(x).norm() for x in zip(*norms, strict=True))
-    assert float(difference / size) < (0.1 if half else 1e-3)
+    assert float(difference / size) < (0.3 if half else 1e-3)
 
 
 def test_a_step_does_not_wait_for_the_device(cuda: Cuda) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from comit_bench import files
 
-CHANGES = ("rename", "replace", "link", "mkdir", "rmdir", "unlink", "remove", "fsync")
+RENAMES = ("rename", "replace", "link")
+CHANGES = (*RENAMES, "mkdir", "rmdir", "unlink", "remove", "fsync")
 
 
-def _die_at(moment: int) -> None:
+def _die_at(moment: int, changes: Sequence[str]) -> None:
     """From here on this process kills itself before its ``moment``-th change (0 is the first)."""
     left = [moment]
 
@@ -26,12 +27,12 @@ def _die_at(moment: int) -> None:
 
         return call
 
-    for name in CHANGES:
+    for name in changes:
         setattr(os, name, dying(getattr(os, name)))
 
 
-def run_and_die(work: Callable[[], object], moment: int | None) -> bool:
-    """Do ``work`` in a process of its own that dies at its ``moment``-th change (None: never).
+def run_and_die(work: Callable[[], object], moment: int | None, changes: Sequence[str] = CHANGES) -> bool:
+    """Do ``work`` in a process of its own that dies before its ``moment``-th change (None: never).
 
     Returns:
         Whether it came to its end.
@@ -43,7 +44,7 @@ def run_and_die(work: Callable[[], object], moment: int | None) -> bool:
         try:
             files._swept.clear()  # a new process knows nothing
             if moment is not None:
-                _die_at(moment)
+                _die_at(moment, changes)
             work()
             code = 0
         except BaseException as error:
@@ -64,7 +65,7 @@ def die_everywhere(
     look: Callable[[Path], object],
     root: Path,
     *,
-    step: int = 1,
+    changes: Sequence[str] = CHANGES,
     least: int = 3,
 ) -> None:
     """Kill ``work`` at every change it makes, do it again, and compare with work that was not disturbed.
@@ -74,7 +75,7 @@ def die_everywhere(
         work: What is killed, and what the person then starts again; in processes of their own.
         look: What must come out the same, read from the folder.
         root: Folders are made here.
-        step: Only every so many changes.
+        changes: Which functions of ``os`` count as one.
         least: Fewer moments than this mean that the test tests nothing.
     """
     calm = root / "calm"
@@ -88,14 +89,14 @@ def die_everywhere(
         folder = root / f"killed-{moment}"
         folder.mkdir()
         begin(folder)
-        survived = run_and_die(lambda: work(folder), moment)  # noqa: B023
+        survived = run_and_die(lambda: work(folder), moment, changes)  # noqa: B023
         assert run_and_die(lambda: work(folder), None)  # noqa: B023
         assert look(folder) == expected, f"killed before change {moment}"
         assert not leftovers(folder), f"killed before change {moment}"
         if survived:
             break
-        moment += step
-    assert moment >= least * step
+        moment += 1
+    assert moment >= least
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -187,7 +187,7 @@ def test_the_default_limits_fit_into_the_default_time() -> None:
 
 @pytest.mark.slow
 def test_the_whole_script_on_the_cpu(tmp_path: Path) -> None:
-    done = script(str(tmp_path / "out"), "--tiny", "--device", "cpu", "--minutes", "15")
+    done = script(str(tmp_path / "out"), "--device", "cpu", "--minutes", "15")
     assert done.returncode == 0, (done.stdout, (tmp_path / "out" / "gpu_day.log").read_text()[-3000:])
     page = (tmp_path / "out" / "gpu.md").read_text()
     rows = [

@@ -44,7 +44,7 @@ ARROWS = {
     "tokenizers": BASE | {"tokenizers", "models", "registry"},
     "registry": {"errors"},
     "options": {"reading"},
-    "train": BASE | {"train", "models", "data", "tokenizers", "console", "options"},
+    "train": BASE | {"train", "models", "data", "tokenizers", "console", "options", "ranks"},
     "tasks": BASE | {"tasks", "data", "tokenizers", "models", "ranks"},
     "results": BASE | {"results", "data", "tokenizers"},
     "figures": BASE | {"figures", "tasks", "results", "data", "tokenizers", "models", "registry"},

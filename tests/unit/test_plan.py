@@ -220,3 +220,9 @@ def test_doctor_names_extras(command: Command, monkeypatch: pytest.MonkeyPatch) 
     assert code == 0
     assert "  missing  torchmetrics, needed for rFID and LPIPS: pip install 'comit-bench[metrics]'" in out
     assert "  missing  tensorboard, needed for training curves in TensorBoard" in out
+
+
+@pytest.mark.parametrize("policy", ["raster:0", "raster:", "spiral:3", "order:99", "raster:²", "9" * 5000])
+def test_policies_are_checked_in_the_plan(policy: str, tmp_path: Path, command: Command) -> None:
+    code, _, err = command("run", "--dry-run", "-t", "comit-nano", "--policy", policy, "--output", tmp_path)
+    assert code == 2 and err.startswith("error: --policy '") and len(err) < 1000

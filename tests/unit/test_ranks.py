@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from processes import free_port, start
 from tiny import write_images, write_recipes
 
-from comit_bench.errors import BenchError
-from comit_bench.ranks import Ranks
+from comit_bench import ranks as module
+from comit_bench.errors import BenchError, UsageError
+from comit_bench.ranks import Launched, Ranks, launched, meeting, without_launcher
+from comit_bench.train.config import load_config
+from comit_bench.train.setup import make_accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -76,3 +82,93 @@ def test_alone_nothing_is_asked_of_anyone() -> None:
         assert str(error) == "mine"
     else:
         raise AssertionError("an error was lost")
+
+
+WHOLE = {
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in module.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "", "RANK": "", "LOCAL_RANK": "", "MASTER_ADDR": "", "MASTER_PORT": ""},
+        {"WORLD_SIZE": " "},
+        {"RANK": "0"},
+        {"LOCAL_RANK": "1"},
+        {"MASTER_ADDR": "node0"},
+        {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "SLURM_JOB_ID": "7"},
+    ],
+)
+def test_one_process(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    set_all(monkeypatch, variables)
+    assert launched() == Launched(0, 1, 0) and Ranks.join() == Ranks()
+    with without_launcher():
+        assert not set(module.VARIABLES) & set(os.environ)
+    assert all(os.environ[name] == value for name, value in variables.items())
+
+
+def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, WHOLE)
+    assert launched() == Launched(1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        *(({name: None}, name) for name in WHOLE if name != "WORLD_SIZE"),
+        *(({name: ""}, name) for name in WHOLE if name != "WORLD_SIZE"),
+        ({"WORLD_SIZE": None}, "RANK=1, but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "1"}, "RANK=1, but WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "2"}, "RANK=2"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": "²"}, "RANK=²"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+        ({"LOCAL_RANK": "gpu0"}, "LOCAL_RANK=gpu0"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
+    ],
+)
+def test_half_a_launcher_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, str | None], says: str
+) -> None:
+    set_all(monkeypatch, {name: v for name, v in (WHOLE | change).items() if v is not None})
+    for ask in (launched, Ranks.join, lambda: make_accelerator(load_config("comit-nano"), "cpu")):
+        with pytest.raises(UsageError) as caught:
+            ask()
+        assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_is_alone_at_the_meeting_says_so(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    set_all(monkeypatch, {**WHOLE, "RANK": str(rank), "MASTER_PORT": str(free_port())})
+    monkeypatch.setattr(module, "RENDEZVOUS", timedelta(seconds=1))
+    for ask in (Ranks.join, lambda: make_accelerator(load_config("comit-nano"), "cpu")):
+        with pytest.raises(BenchError, match=rf"process {rank} of 2 cannot find the others at 127\.0\.0\.1:"):
+            ask()
+
+
+def test_errors_inside_the_meeting_are_not_hidden() -> None:
+    with pytest.raises(ValueError, match="mine"), meeting(Launched()):
+        raise ValueError("mine")
