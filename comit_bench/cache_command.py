@@ -39,6 +39,7 @@ MARKS = {
     "tar-index": ("*.json", False),
     "decoded": ("*.json", False),
     "unfinished": ("*/*.npz", True),
+    "seconds": ("*.json", False),
 }
 ALL = "all"
 KINDS = ", ".join(MARKS)

@@ -21,10 +21,11 @@ if (
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Point the cache at a temporary folder and forget the person's data root."""
+    """Point the cache at a temporary folder; forget the person's data root and the size of the terminal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMIT_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("COMIT_BENCH_DATA", raising=False)
+        for name in ("COMIT_BENCH_DATA", "COLUMNS", "LINES", "FORCE_COLOR"):
+            patch.delenv(name, raising=False)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -43,7 +44,8 @@ def add_odd(folder: Path) -> socket.socket:
     """Everything that is no file; the socket must stay open."""
     os.mkfifo(folder / "pipe.jpg")
     held = socket.socket(socket.AF_UNIX)
-    held.bind(str(folder / "socket.png"))
+    with contextlib.chdir(folder):  # the path of a socket may have 107 bytes
+        held.bind("socket.png")
     (folder / "device.bmp").symlink_to("/dev/zero")
     (folder / "folder.webp").mkdir()
     (folder / "loop.JPG").symlink_to("loop.JPG")

@@ -249,7 +249,7 @@ def test_a_recipe_may_be_a_control(bench: Bench, command: Command) -> None:
         (["--tasks", ","], 2, "empty"),
         (["--option", "posterior"], 2, "KEY=VALUE"),
         (["--option", "postrior=mode"], 2, "Did you mean 'posterior'"),
-        (["--option", "posterior=median"], 2, "'mode' or 'sample'"),
+        (["--option", "posterior=median"], 2, "mode or sample, got 'median'"),
         (["--include-path", "/nonexistent/recipes"], 2, "not a directory"),
         (["--weights", "/nonexistent/weights"], 3, "no such directory"),
         (["--tokenizer", "./nowhere"], 3, "no such directory"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,9 +245,16 @@ def test_exit_codes_stay(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 2 and capsys.readouterr().err == "error: no such thing\n"
 
 
-def test_a_bug_stays_a_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
+def test_a_bug_is_one_line_and_a_traceback_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMIT_BENCH_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as stop:
         guarded(lambda: 1 / 0)
+    told = capsys.readouterr().err
+    assert stop.value.code == 1 and told.startswith("error: ") and "Traceback" not in told
+    (log,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert str(log) in told and "ZeroDivisionError" in log.read_text()
 
 
 def test_output_on_a_full_disk_is_an_error_at_the_end(
@@ -263,7 +271,7 @@ def test_output_on_a_full_disk_is_an_error_at_the_end(
 
 
 def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    line = line.replace("comit-bench", " ".join(f"'{part}'" for part in COMMAND))
+    line = re.sub(r"\bcomit-bench (?=[a-z-])", " ".join(f"'{part}'" for part in COMMAND) + " ", line)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line],
