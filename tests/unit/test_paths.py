@@ -86,6 +86,8 @@ def test_recipes(tmp_path: Path, name: str, key: str, changes: Callable[[str], d
     with pytest.raises(UsageError) as caught:
         parse_recipe(path, DatasetSpec)
     assert str(path) in str(caught.value) and key in str(caught.value)
+    if (key, name) == ("folder", ""):  # nothing that could be built by hand
+        return
     spec = DatasetSpec.model_validate(recipe_with(**changes(name)))
     if key != "class_list":  # reading one that lies elsewhere harms nobody who builds a spec by hand
         with pytest.raises(UsageError, match=key):

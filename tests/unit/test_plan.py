@@ -198,7 +198,7 @@ def test_doctor_finds_the_suite_that_lacks_only_the_text_encoder(
 ) -> None:
     """All data are there, T5 is not: this is what doctor once called well."""
     monkeypatch.setattr(
-        "comit_bench.plan.data_state", lambda recipe, bench: ("found", {"train": 5, "val": 5})
+        "comit_bench.plan.data_state", lambda recipe, bench, dry: ("found", {"train": 5, "val": 5})
     )
     monkeypatch.setattr("comit_bench.data.pieces.missing_pieces", lambda spec, root: [])
     ran, _, err = command("run", "--data-root", tmp_path, "--offline", "--dry-run")
