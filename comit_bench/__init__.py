@@ -15,14 +15,14 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "build_table", "evaluate", "load_tokenizer"]
 
 if TYPE_CHECKING:
-    from comit_bench.results.tables import build_table as build_table
-    from comit_bench.run import evaluate as evaluate
-    from comit_bench.tokenizers.loading import load_tokenizer as load_tokenizer
+    from comit_bench.pipeline.evaluate import evaluate as evaluate
+    from comit_bench.results.table import build_table as build_table
+    from comit_bench.tokenizers.load import load_tokenizer as load_tokenizer
 
 _LAZY = {
-    "build_table": "comit_bench.results.tables",
-    "evaluate": "comit_bench.run",
-    "load_tokenizer": "comit_bench.tokenizers.loading",
+    "build_table": "comit_bench.results.table",
+    "evaluate": "comit_bench.pipeline.evaluate",
+    "load_tokenizer": "comit_bench.tokenizers.load",
 }
 
 

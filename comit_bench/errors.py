@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+SHOWN = 200  # characters of a value in a message
+
 
 class BenchError(Exception):
     """Base of all errors that are reported as one message, without a traceback."""
@@ -68,3 +70,12 @@ def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:
     if near:
         return " Did you mean " + " or ".join(repr(n) for n in near) + "?"
     return f" Known: {', '.join(names)}." if names else ""
+
+
+def shown(value: object) -> str:
+    """A value in a message: its ``repr``, cut when it is long, whatever it is."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except (ValueError, RecursionError):  # whole numbers of thousands of digits, containers of themselves
+        text = f"a value of type {type(value).__name__} that cannot be shown"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

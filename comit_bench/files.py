@@ -24,10 +24,10 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from comit_bench.errors import BenchError, CorruptFileError, UsageError
-from comit_bench.reading import user_path
+from comit_bench.errors import BenchError, CorruptFileError, UsageError, shown
 
 CACHE_VARIABLE = "COMIT_BENCH_CACHE"
+DATA_VARIABLE = "COMIT_BENCH_DATA"
 LOCK, NEW, OLD, NAME = "lock", "new", "old", "name"  # what a private folder may hold
 FOREIGN_SECONDS = 86_400.0  # a private folder of another machine this old belongs to a killed process
 SAY_AFTER = 1.0  # seconds that a process waits for another one before it says so
@@ -646,3 +646,30 @@ def digest_json(value: object) -> str:
 
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def user_path(text: str | Path, what: str = "path") -> Path:
+    """A path as a person writes it, where ``~`` is their home; whether something is there does not matter.
+
+    Args:
+        text: The path.
+        what: What it is, for the message, e.g. ``--output``.
+
+    Raises:
+        UsageError: It is empty, names a home that does not exist, or cannot be a path of this system (too
+            long, with a NUL).
+    """
+    if not str(text) or "\0" in str(text):
+        raise UsageError(f"{what} {shown(str(text))}: {'empty' if not str(text) else 'a NUL in it'}, no path")
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except RuntimeError as error:
+        raise UsageError(f"{what} {shown(str(text))}: there is no such home directory ({error})") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+            raise UsageError(f"{what} {shown(str(text))}: cannot be a path ({error.strerror})") from error
+        path = Path(text).expanduser()
+    except ValueError as error:
+        raise UsageError(f"{what} {shown(str(text))}: cannot be a path ({error})") from error
+    return path

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comit_bench.data.datasets import OpenData, open_dataset
+from comit_bench.data.datasets import open_dataset
+from comit_bench.data.split import OpenData
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError
 from comit_bench.files import write_atomic
-from comit_bench.recipes import DatasetSpec, Recipe
+from comit_bench.recipes.specs import DatasetSpec, Recipe
 
 CHUNK = 64  # images per message to a reading process
 

@@ -29,33 +29,14 @@ from numpy.typing import NDArray
 from comit_bench.data.digests import file_digests
 from comit_bench.data.disjoint import without_shared
 from comit_bench.data.manifests import FORMAT, Manifest, Rows, read_manifest, write_manifest
-from comit_bench.data.opened import ClassificationData, OpenData, PathList, Split, Triplets
 from comit_bench.data.readers import coco, saliency, visual_genome
 from comit_bench.data.readers.class_folders import read_class_folders
-from comit_bench.data.readers.common import (
-    DATA_VARIABLE,
-    EXTENSIONS,
-    few,
-    files_in,
-    find_folder,
-    how_to_get,
-)
-from comit_bench.data.splitting import check_pair_disjoint, holdout
+from comit_bench.data.readers.common import few, files_in, find_folder, how_to_get
+from comit_bench.data.split import OpenData, PathList, Split, Triplets
+from comit_bench.data.splitting import check_pair_disjoint
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.files import digest_json, locked, sha256_file, write_atomic
-from comit_bench.recipes import DatasetSpec, Recipe, check_paths
-
-__all__ = [
-    "DATA_VARIABLE",
-    "EXTENSIONS",
-    "ClassificationData",
-    "OpenData",
-    "PathList",
-    "Split",
-    "Triplets",
-    "holdout",
-    "open_dataset",
-]
+from comit_bench.recipes.specs import DatasetSpec, Recipe, check_paths
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +75,7 @@ def open_dataset(
     own_classes = class_list is not None  # then the official counts say nothing
     made: str | None = None
     if spec.generator is not None:
-        from comit_bench.data.scenes import generate
+        from comit_bench.data.scenes.generate import generate
 
         folder = cache / "datasets" / spec.folder
         made = generate(spec.generator, folder, progress=progress)

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from comit_bench.data.digests import EMPTY
-from comit_bench.data.opened import Split
 from comit_bench.data.readers.common import few
+from comit_bench.data.split import Split
 from comit_bench.errors import CorruptFileError
 from comit_bench.files import write_atomic
 

@@ -44,7 +44,7 @@ from comit_bench.files import (
     require_folder,
     write_atomic,
 )
-from comit_bench.recipes import DatasetSpec, DownloadSpec, check_paths
+from comit_bench.recipes.specs import DatasetSpec, DownloadSpec, check_paths
 
 NOTES = ".downloads"
 BLOCK = 1 << 20

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comit_bench.data.opened import Kind
+from comit_bench.data.split import Kind
 from comit_bench.errors import CorruptFileError, MissingError
 from comit_bench.files import atomic_path, check_relative, digest_json
 

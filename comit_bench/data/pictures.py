@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from comit_bench.data.opened import OpenData, Split
+from comit_bench.data.split import OpenData, Split
 from comit_bench.errors import BenchError, CorruptFileError
 from comit_bench.files import write_atomic
 from comit_bench.seeding import generator_for

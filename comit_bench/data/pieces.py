@@ -8,17 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from comit_bench.data.readers import saliency, visual_genome
-from comit_bench.data.readers.common import (
-    DATA_VARIABLE,
-    find_directory,
-    find_file,
-    find_folder,
-    folders,
-    images,
-)
+from comit_bench.data.readers.common import find_directory, find_file, find_folder, folders, images
 from comit_bench.data.readers.encoded import has_encoded
 from comit_bench.errors import BenchError, MissingError
-from comit_bench.recipes import DatasetSpec
+from comit_bench.files import DATA_VARIABLE
+from comit_bench.recipes.specs import DatasetSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,11 +40,11 @@ from comit_bench.figures.style import (
     show,
     styled,
 )
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.sections import ObjectnessSpec
+from comit_bench.metrics.overlap import binary, overlaps, shifted
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.recipes.kinds import ObjectnessSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tasks.objectness import make_plan
-from comit_bench.tasks.overlap import binary, overlaps, shifted
 from comit_bench.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:

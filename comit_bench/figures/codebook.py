@@ -22,7 +22,7 @@ from comit_bench.figures.style import (
     new_figure,
     styled,
 )
-from comit_bench.sections import CodebookSpec
+from comit_bench.recipes.kinds import CodebookSpec
 from comit_bench.tasks.codebook import CodebookUse, count_use, even_entropy, even_unused, excess_information
 from comit_bench.tokenizers.base import Tokenizer
 

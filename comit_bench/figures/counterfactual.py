@@ -13,7 +13,7 @@ from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
 from comit_bench.figures.inputs import Inputs, encode
 from comit_bench.figures.style import BLUE, COLOURS, FULL, SMALL, bare, literal, new_figure, show, styled
-from comit_bench.sections import CounterfactualSpec
+from comit_bench.recipes.kinds import CounterfactualSpec
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.changes import changed_ids, moved_codes, pair_up
 from comit_bench.tasks.counterfactual import Assignment, assign

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comit_bench.data.datasets import PathList, open_dataset
+from comit_bench.data.datasets import open_dataset
 from comit_bench.data.folders import list_images
 from comit_bench.data.images import load_from, upright
-from comit_bench.data.readers.common import DATA_VARIABLE
+from comit_bench.data.split import PathList
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.files import cache_root
-from comit_bench.reading import user_path
-from comit_bench.recipes import find_datasets
+from comit_bench.files import DATA_VARIABLE, cache_root, user_path
+from comit_bench.recipes.specs import find_datasets
 from comit_bench.seeding import generator_for, seed_for
 from comit_bench.tokenizers.base import (
     TILE,
@@ -33,7 +32,7 @@ from comit_bench.tokenizers.base import (
     looks_at_crops,
     tile_rows,
 )
-from comit_bench.tokenizers.comit import ComitTokenizer
+from comit_bench.tokenizers.comit.adapter import ComitTokenizer
 from comit_bench.tokenizers.contract import check_tokens
 
 SCENES = "scenes"

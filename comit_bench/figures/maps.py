@@ -22,7 +22,7 @@ from comit_bench.figures.about import NOTHING, About, describe
 from comit_bench.figures.attention import LAYER, TIME, each_map, make_spec, tint
 from comit_bench.figures.inputs import Inputs
 from comit_bench.figures.style import FULL, gallery, styled
-from comit_bench.tasks.overlap import binary
+from comit_bench.metrics.overlap import binary
 from comit_bench.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:

@@ -33,9 +33,9 @@ from comit_bench.figures.style import (
     styled,
 )
 from comit_bench.figures.tracing import one_step_images, trace
-from comit_bench.models.crops import CELLS
 from comit_bench.tokenizers.base import Tokenizer, Tokens
-from comit_bench.tokenizers.comit import ComitTokenizer
+from comit_bench.tokenizers.comit.adapter import ComitTokenizer
+from comit_bench.tokenizers.comit.crops import CELLS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

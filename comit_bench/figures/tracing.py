@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.figures.inputs import Inputs, generators, noise_seeds, progress
-from comit_bench.models.comit_codec import EncodeStep, locate, noise_from_generators, to_uint8
-from comit_bench.models.crops import GLOBAL, GRID, CropGeometry, CropPolicy
 from comit_bench.tokenizers.base import TILE
-from comit_bench.tokenizers.comit import ComitTokenizer
+from comit_bench.tokenizers.comit.adapter import ComitTokenizer
+from comit_bench.tokenizers.comit.codec import EncodeStep, locate, noise_from_generators, to_uint8
+from comit_bench.tokenizers.comit.crops import GLOBAL, GRID, CropGeometry, CropPolicy
 
 Box = tuple[int, int, int]  # left, top, side in pixels
 

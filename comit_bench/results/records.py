@@ -13,10 +13,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from comit_bench.errors import BenchError, CorruptFileError, UsageError, did_you_mean
+from comit_bench.errors import BenchError, CorruptFileError, UsageError, did_you_mean, shown
 from comit_bench.files import digest_json, write_atomic
-from comit_bench.reading import parse_json, read_text, shown
-from comit_bench.recipes import recipe_root
+from comit_bench.recipes.reading import parse_json, read_text
+from comit_bench.recipes.specs import recipe_root
 from comit_bench.results.schema import (
     SCHEMA_VERSION,
     Counts,

@@ -43,7 +43,7 @@ from pydantic import (
 
 from comit_bench import __version__
 from comit_bench.files import digest_json
-from comit_bench.sections import Line
+from comit_bench.recipes.kinds import Line
 from comit_bench.seeding import binomial_error, over_seeds
 
 if TYPE_CHECKING:

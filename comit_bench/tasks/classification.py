@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.recipes import TaskSpec
-from comit_bench.sections import AttributesSpec
+from comit_bench.probing.fit import FitTask, ProgressCallback, Split
+from comit_bench.probing.pool import ProbePool, fit_seeds
+from comit_bench.recipes.kinds import AttributesSpec
+from comit_bench.recipes.specs import TaskSpec
+from comit_bench.tasks.base import Inputs, check_main_metric, fit_details, same_for_all
 from comit_bench.tasks.controls import check_control
-from comit_bench.tasks.executor import Inputs, check_main_metric, fit_details, same_for_all
-from comit_bench.tasks.fit import FitTask, ProgressCallback, Split
-from comit_bench.tasks.pool import ProbePool, fit_seeds
 from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
 
 TOP5_FROM = 10  # with fewer classes the top five say little

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comit_bench.recipes import TaskSpec
-from comit_bench.sections import CodebookSpec
+from comit_bench.recipes.kinds import CodebookSpec
+from comit_bench.recipes.specs import TaskSpec
 from comit_bench.seeding import seed_for
-from comit_bench.tasks.executor import Inputs, check_main_metric
+from comit_bench.tasks.base import Inputs, check_main_metric
 from comit_bench.tasks.result import MetricResult, TaskResult, over_set
 from comit_bench.tokenizers.base import Tokenizer
 

@@ -31,9 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.recipes import ProbeSpec
-from comit_bench.tasks.fit import Batches as _Batches
-from comit_bench.tasks.fit import (
+from comit_bench.probing.fit import Batches as _Batches
+from comit_bench.probing.fit import (
     EpochLog,
     FitProgress,
     FitResult,
@@ -44,6 +43,7 @@ from comit_bench.tasks.fit import (
     one_thread,
     unlimited,
 )
+from comit_bench.recipes.specs import ProbeSpec
 from comit_bench.tasks.negatives import Lists, Truth, Words
 
 CHUNK_TOKENS = 32768

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.recipes import CONTROLS
+from comit_bench.probing.fit import MessageSource
+from comit_bench.recipes.specs import CONTROLS
 from comit_bench.seeding import generator_for
-from comit_bench.tasks.fit import MessageSource
 
 SHUFFLE_SEED = 0
 

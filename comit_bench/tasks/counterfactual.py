@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from comit_bench.recipes import TaskSpec
-from comit_bench.sections import CounterfactualSpec
+from comit_bench.recipes.kinds import CounterfactualSpec
+from comit_bench.recipes.specs import TaskSpec
+from comit_bench.tasks.base import Inputs, check_main_metric
 from comit_bench.tasks.changes import (
     Changes,
     Floats,
@@ -37,7 +38,6 @@ from comit_bench.tasks.changes import (
     readout,
     score_groups,
 )
-from comit_bench.tasks.executor import Inputs, check_main_metric
 from comit_bench.tasks.result import MetricResult, TaskResult, over_set
 from comit_bench.tokenizers.base import Tokenizer
 

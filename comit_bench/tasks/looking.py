@@ -23,7 +23,7 @@ from torch import Tensor
 from comit_bench.errors import BenchError
 from comit_bench.files import write_atomic
 from comit_bench.seeding import seed_for
-from comit_bench.tasks.executor import Inputs, Role, Rows
+from comit_bench.tasks.base import Inputs, Role, Rows
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer, Tokens

@@ -33,11 +33,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comit_bench.errors import UsageError
-from comit_bench.recipes import TaskSpec
+from comit_bench.probing.fit import FitTask, Objective, Split
+from comit_bench.probing.pool import fit_seeds
+from comit_bench.recipes.specs import TaskSpec
+from comit_bench.tasks.base import Inputs, Role, check_main_metric, fit_details, same_for_all
 from comit_bench.tasks.controls import check_control
-from comit_bench.tasks.executor import Inputs, Role, check_main_metric, fit_details, same_for_all
-from comit_bench.tasks.fit import FitTask, Objective, Split
-from comit_bench.tasks.pool import fit_seeds
 from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
 
 TOPS = (5, 2)

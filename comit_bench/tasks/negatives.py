@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from comit_bench.errors import CorruptFileError
 from comit_bench.files import atomic_path, digest_json
-from comit_bench.sections import NegativesSpec
+from comit_bench.recipes.kinds import NegativesSpec
 from comit_bench.seeding import generator_for
-from comit_bench.tasks.executor import Role
+from comit_bench.tasks.base import Role
 
 Ints = NDArray[np.int64]
 FORMAT = 1

@@ -27,19 +27,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import BenchError, CorruptFileError, UnsupportedOperation, UsageError
-from comit_bench.models.attention import AttentionRequest
+from comit_bench.metrics.overlap import overlaps, shifted
+from comit_bench.nn.attention import AttentionRequest
 from comit_bench.seeding import generator_for
-from comit_bench.tasks.executor import Inputs, Role, Rows, check_main_metric
+from comit_bench.tasks.base import Inputs, Role, Rows, check_main_metric
 from comit_bench.tasks.looking import Columns, in_shards, joined, noise_seeds, the_tokenizer
-from comit_bench.tasks.overlap import overlaps, shifted
 from comit_bench.tasks.result import MetricResult, TaskResult, over_images
 from comit_bench.tokenizers.base import Attends
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from comit_bench.recipes import TaskSpec
-    from comit_bench.sections import ObjectnessSpec
+    from comit_bench.recipes.kinds import ObjectnessSpec
+    from comit_bench.recipes.specs import TaskSpec
     from comit_bench.tokenizers.base import Tokenizer
 
 LEVELS = ("best", "head", "mean", "null", "null_head", "null_mean", "other_image")

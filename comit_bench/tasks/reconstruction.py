@@ -33,12 +33,12 @@ from torch import Tensor
 from comit_bench.data.images import Step, image_size, output_side, parse_preprocessing
 from comit_bench.errors import MissingError, UnsupportedOperation
 from comit_bench.files import digest_json
-from comit_bench.recipes import TaskSpec
-from comit_bench.sections import ReconstructionSpec
+from comit_bench.metrics import frechet, perceptual, similarity
+from comit_bench.metrics.frechet import Statistics
+from comit_bench.recipes.kinds import ReconstructionSpec
+from comit_bench.recipes.specs import TaskSpec
 from comit_bench.seeding import seed_for
-from comit_bench.tasks import frechet, perceptual, similarity
-from comit_bench.tasks.executor import Inputs, Role, Rows, check_main_metric
-from comit_bench.tasks.frechet import Statistics
+from comit_bench.tasks.base import Inputs, Role, Rows, check_main_metric
 from comit_bench.tasks.looking import (
     Batch,
     Columns,

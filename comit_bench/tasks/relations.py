@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.recipes import TaskSpec
+from comit_bench.probing.fit import Split
+from comit_bench.probing.pool import fit_seeds
+from comit_bench.recipes.specs import TaskSpec
+from comit_bench.tasks.base import Inputs, Role, check_main_metric, fit_details
 from comit_bench.tasks.contrast import ContrastTask, ranked
 from comit_bench.tasks.controls import check_control
-from comit_bench.tasks.executor import Inputs, Role, check_main_metric, fit_details
-from comit_bench.tasks.fit import Split
 from comit_bench.tasks.negatives import Lists, Words, role_table, stored_lists
-from comit_bench.tasks.pool import fit_seeds
 from comit_bench.tasks.result import TaskResult, over_seeds
 from comit_bench.tasks.text import find_text_encoder
 

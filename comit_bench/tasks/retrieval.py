@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.recipes import TaskSpec
+from comit_bench.probing.fit import Split
+from comit_bench.recipes.specs import TaskSpec
+from comit_bench.tasks.base import Inputs, check_main_metric
 from comit_bench.tasks.classification import class_parts
-from comit_bench.tasks.executor import Inputs, check_main_metric
-from comit_bench.tasks.fit import Split
 from comit_bench.tasks.result import MetricResult, TaskResult, over_images
 from comit_bench.tokenizers.base import Tokenizer
 

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.files import atomic_path, digest_json, sha256_file
-from comit_bench.models.plain_files import some
-from comit_bench.models.sizes import DEPTH, HEADS, WIDTH
-from comit_bench.models.text import RANDOM_T5, mean_states, random_t5, word_ids, words_of
-from comit_bench.reading import user_path
-from comit_bench.sections import TextSpec
-from comit_bench.tasks.fit import one_thread
+from comit_bench.files import atomic_path, digest_json, sha256_file, user_path
+from comit_bench.nn.plain_files import some
+from comit_bench.nn.sizes import DEPTH, HEADS, WIDTH
+from comit_bench.nn.text import RANDOM_T5, mean_states, random_t5, word_ids, words_of
+from comit_bench.probing.fit import one_thread
+from comit_bench.recipes.kinds import TextSpec
 from comit_bench.tokenizers.checkpoints import check_float_file, check_values, read_config
 from comit_bench.tokenizers.config_node import Node
 

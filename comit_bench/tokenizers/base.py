@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, UsageError, did_you_mean
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.models.finite import observe, watching
-from comit_bench.models.plain_files import shown
-from comit_bench.models.precision import exact_products, full_precision
-from comit_bench.registry import OFF, ON
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.nn.finite import observe, watching
+from comit_bench.nn.plain_files import shown
+from comit_bench.nn.precision import exact_products, full_precision
+from comit_bench.tokenizers.registry import OFF, ON
 
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
 # image then never depends on how many others were handed over, so ids are the same bits for every
@@ -271,7 +271,7 @@ AttendingTokenizer = Attends  # its earlier name
 def only_finite(name: str) -> Iterator[None]:
     """Refuse latents, codes and pixels that are not finite before the ids or bytes made of them are used.
 
-    Quantizers, ``to_uint8`` and :func:`in_tiles` observe what they handle (``comit_bench.models.finite``);
+    Quantizers, ``to_uint8`` and :func:`in_tiles` observe what they handle (``comit_bench.nn.finite``);
     an adapter of its own wraps its calls in this and calls ``observe("latents", z)``. The device is asked
     once, when the outermost block ends.
 

@@ -4,7 +4,7 @@ safetensors, unless somebody names one pickle, which is then read as plain tenso
 rule for all families: ``comit-bench weights fetch | convert NAME`` may read the released pickle of that
 name, for the command itself names it; a pickle that is to be loaded as a tokenizer must be allowed with
 ``--option allow_pickle=true`` (:func:`require_allowed`).
-What a file is and what of it is taken, ``comit_bench.models.state_dicts`` decides for all networks.
+What a file is and what of it is taken, ``comit_bench.nn.state_dicts`` decides for all networks.
 A checkpoint that does not fit is refused with a list of what is missing, unexpected or of another shape,
 before anything is copied.
 """
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import atomic_path, digest_json, sha256_file
-from comit_bench.models import state_dicts
-from comit_bench.models.plain_files import BadFile, read_json, shown, some
+from comit_bench.nn import state_dicts
+from comit_bench.nn.plain_files import BadFile, read_json, shown, some
 
 WEIGHT_FILES = ("model.safetensors", "weights.safetensors")
 PICKLED = "pytorch_model.bin"

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.models.plain_files import shown
-from comit_bench.models.sizes import LEVEL, LEVELS, VOCABULARY, WIDTH
-from comit_bench.models.vae import KLVaeSpec
+from comit_bench.nn.plain_files import shown
+from comit_bench.nn.sizes import LEVEL, LEVELS, VOCABULARY, WIDTH
+from comit_bench.nn.vae import KLVaeSpec
 
 SIMILAR = 0.84
 

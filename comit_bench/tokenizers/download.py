@@ -16,7 +16,7 @@ from urllib.error import HTTPError, URLError
 
 from comit_bench.errors import BenchError, MissingError
 from comit_bench.files import explain_write_error, open_url, refuse_special, require_folder, write_atomic
-from comit_bench.reading import read_json
+from comit_bench.recipes.reading import read_json
 
 AGENT = "comit_bench"  # a browser's name would be sent a web page by some servers
 BLOCK = 1 << 20

@@ -31,9 +31,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.errors import CorruptFileError, MissingError, UsageError, did_you_mean
+from comit_bench.errors import CorruptFileError, MissingError, UsageError, did_you_mean, shown
 from comit_bench.files import atomic_path, digest_json, locked, sweep
-from comit_bench.reading import shown
 from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images, warn_policy
 from comit_bench.tokenizers.checkpoints import read_config, read_tensors
 from comit_bench.tokenizers.identity import configuration_digest

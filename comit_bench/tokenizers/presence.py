@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from comit_bench.registry import TokenizerEntry
 from comit_bench.tokenizers import releases
+from comit_bench.tokenizers.registry import TokenizerEntry
 from comit_bench.tokenizers.weights import state
 
 HUB, SHIPS, FETCH = "hub ", "ships", "comit-bench weights fetch"
@@ -59,7 +59,9 @@ class Vae:
 
 def vaes() -> tuple[Vae, ...]:
     """VAEs of all families that do not come with the checkpoints."""
-    from comit_bench.tokenizers import comit_files, flextok_files, selftok_files
+    from comit_bench.tokenizers.comit import checkpoint as comit_files
+    from comit_bench.tokenizers.flextok import checkpoint as flextok_files
+    from comit_bench.tokenizers.selftok import checkpoint as selftok_files
 
     files = tuple(f"vae/{name}" for name in selftok_files.VAE_FILES)
     return (

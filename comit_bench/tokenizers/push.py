@@ -75,7 +75,7 @@ def prepare(folder: Path, repository: str) -> Upload:
         MissingError: No such folder, or files that are missing.
         CorruptFileError: A file that cannot be read.
     """
-    from comit_bench.tokenizers.loading import load_tokenizer
+    from comit_bench.tokenizers.load import load_tokenizer
 
     check_repository(repository)
     folder = folder.expanduser()

@@ -56,7 +56,7 @@ def resolve(target: str) -> Callable[..., Any]:
 
 
 _DROPBOX = "https://www.dropbox.com/scl/fi"
-_ALIT = "comit_bench.tokenizers.alit_config"
+_ALIT = "comit_bench.tokenizers.alit.config"
 
 
 def _alit(name: str, file: str, link: str, state: str) -> Release:
@@ -71,7 +71,7 @@ def _alit(name: str, file: str, link: str, state: str) -> Release:
     )
 
 
-_SELFTOK = "comit_bench.tokenizers.selftok_config"
+_SELFTOK = "comit_bench.tokenizers.selftok.config"
 
 
 def _selftok(name: str, file: str) -> Release:

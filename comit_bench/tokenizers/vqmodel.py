@@ -21,10 +21,10 @@ from einops import rearrange
 from torch import Tensor
 
 from comit_bench.errors import MissingError, UsageError
-from comit_bench.models.finite import observe
-from comit_bench.models.plain_files import shown
-from comit_bench.models.sizes import SIDE
-from comit_bench.models.vq import nearest
+from comit_bench.nn.finite import observe
+from comit_bench.nn.plain_files import shown
+from comit_bench.nn.sizes import SIDE
+from comit_bench.nn.vq import nearest
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,

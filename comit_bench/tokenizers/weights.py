@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import cache_root, locked, require_folder, sha256_file, write_atomic
-from comit_bench.models.plain_files import is_safetensors
-from comit_bench.reading import read_json
+from comit_bench.nn.plain_files import is_safetensors
+from comit_bench.recipes.reading import read_json
 from comit_bench.tokenizers.checkpoints import (
     PICKLES,
     WEIGHT_FILES,

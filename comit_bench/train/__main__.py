@@ -1,6 +1,6 @@
 """``python -m comit_bench.train``."""
 
-from comit_bench.train.command import main
+from comit_bench.commands.train import main
 
 if __name__ == "__main__":
     main()

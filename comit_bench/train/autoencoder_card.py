@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 
 from comit_bench import __version__
-from comit_bench.models.titok import Titok
-from comit_bench.models.vq_grid import VqGrid
+from comit_bench.tokenizers.titok.model import Titok
+from comit_bench.tokenizers.vq_grid.model import VqGrid
 from comit_bench.train.config import AutoencoderRun
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from comit_bench import __version__
-from comit_bench.models.comit import Comit
+from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
 
 LIBRARY = "comit-bench"

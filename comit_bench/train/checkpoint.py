@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.files import atomic_path, remove_folder
+from comit_bench.files import atomic_path, remove_folder, user_path
 from comit_bench.files import sweep as sweep_killed
-from comit_bench.reading import read_json, user_path
+from comit_bench.recipes.reading import read_json
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.ema import Ema

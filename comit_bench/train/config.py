@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.files import check_relative
-from comit_bench.models.comit import PRESETS, ComitSpec
-from comit_bench.models.crops import CropGeometry
-from comit_bench.models.teachers import ScenesTeacherSpec
-from comit_bench.reading import parse_yaml, shown, user_path
-from comit_bench.recipes import parse_mapping, validate_mapping
-from comit_bench.sections import SpecModel
+from comit_bench.errors import UsageError, did_you_mean, shown
+from comit_bench.files import check_relative, user_path
+from comit_bench.nn.teachers import ScenesTeacherSpec
+from comit_bench.recipes.kinds import SpecModel
+from comit_bench.recipes.reading import parse_yaml
+from comit_bench.recipes.specs import parse_mapping, validate_mapping
+from comit_bench.tokenizers.comit.crops import CropGeometry
+from comit_bench.tokenizers.comit.model import PRESETS, ComitSpec
 from comit_bench.tokenizers.push import check_repository
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")

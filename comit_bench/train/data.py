@@ -19,14 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.data.datasets import EXTENSIONS, PathList
 from comit_bench.data.folders import walk_images
 from comit_bench.data.images import load_image
+from comit_bench.data.readers.common import EXTENSIONS
+from comit_bench.data.split import PathList
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.models.teachers import TeacherFeatures
-from comit_bench.reading import user_path
-from comit_bench.recipes import GeneratorSpec
+from comit_bench.files import user_path
+from comit_bench.nn.teachers import TeacherFeatures
+from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.sampling import StepPlan, plan_step
@@ -91,7 +92,7 @@ def paint_scenes(split: str, start: int, count: int, side: int) -> MemoryImages:
     Raises:
         UsageError: Scenes of this size cannot be painted, or an unknown split.
     """
-    from comit_bench.data.scenes_painting import paint
+    from comit_bench.data.scenes.painting import paint
 
     if split not in ("train", "val"):
         raise UsageError(f"data.split {split!r}: scenes have the splits train and val")

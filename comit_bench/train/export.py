@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from comit_bench.files import atomic_path
-from comit_bench.models.comit import Comit
-from comit_bench.tokenizers.comit_files import config_from_spec, save
+from comit_bench.tokenizers.comit.checkpoint import config_from_spec, save
+from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.card import CURVES, PICTURE, RunFacts, model_card, training_data
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.curves import save_curves

@@ -2,7 +2,7 @@
 
 ``<cache>/features/<digest[:2]>/<digest>/`` holds the features of one list of images by one teacher. The
 digest is that of ``key.json`` beside the shards (the teacher's weights, its preprocessing and grid, the
-images, the type of the numbers, the device). Shard i is a safetensors file of ``comit_bench.data.shards``:
+images, the type of the numbers, the device). Shard i is a safetensors file of ``data.tokens.shards``:
 ``cls`` [rows, D1] and ``patches`` [rows, X, D2] in float32 or float16, memory-mapped when read, and
 ``valid`` uint8 [rows], 0 where the image was broken. Shards are written whole or not at all, each by one
 process, so a killed run continues with the shards that are missing.
@@ -33,12 +33,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from comit_bench.data.digests import file_digests
-from comit_bench.data.shards import Array, Shard, SharedWork, read_shard, shard_bytes
-from comit_bench.data.store import check_key, remove_stale
+from comit_bench.data.tokens.shards import Array, Shard, SharedWork, read_shard, shard_bytes
+from comit_bench.data.tokens.store import check_key, remove_stale
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
 from comit_bench.files import cache_root, digest_json, write_atomic
-from comit_bench.models.teachers import Teacher, TeacherFeatures
+from comit_bench.nn.teachers import Teacher, TeacherFeatures
 from comit_bench.train.config import TeacherConfig
 from comit_bench.train.data import FolderImages, Images, MemoryImages
 from comit_bench.train.sources import DecodedImages

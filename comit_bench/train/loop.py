@@ -24,10 +24,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, memory_runs_out
-from comit_bench.files import digest_json
-from comit_bench.models.comit import Comit
-from comit_bench.models.teachers import TeacherFeatures
-from comit_bench.reading import user_path
+from comit_bench.files import digest_json, user_path
+from comit_bench.nn.teachers import TeacherFeatures
+from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train import checkpoint, validation
 from comit_bench.train.board import TRAIN, VALIDATION, Board, check_tensorboard
 from comit_bench.train.card import RunFacts

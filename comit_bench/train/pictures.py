@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from comit_bench.files import atomic_path
-from comit_bench.models.comit import Comit
-from comit_bench.models.comit_codec import decode, encode_crops, one_step_decode, to_uint8
-from comit_bench.models.crops import CropPolicy
-from comit_bench.models.flow import Guidance
-from comit_bench.models.vae import LatentCodec
+from comit_bench.nn.flow import Guidance
+from comit_bench.nn.vae import LatentCodec
 from comit_bench.seeding import generator_for
+from comit_bench.tokenizers.comit.codec import decode, encode_crops, one_step_decode, to_uint8
+from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
-from comit_bench.train.objective import crop_locations
+from comit_bench.train.objectives.comit import crop_locations
 from comit_bench.train.sampling import WHOLE
 
 TILE = 160  # pixels of an enlarged image, about

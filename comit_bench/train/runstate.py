@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, CorruptFileError, UsageError
 from comit_bench.files import atomic_path, locked, require_folder, sweep
-from comit_bench.models.teachers import WEIGHTS
-from comit_bench.reading import read_json
+from comit_bench.nn.teachers import WEIGHTS
+from comit_bench.recipes.reading import read_json
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
 
 

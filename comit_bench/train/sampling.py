@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from comit_bench.models.comit import ComitSpec
 from comit_bench.seeding import generator_for
+from comit_bench.tokenizers.comit.model import ComitSpec
 from comit_bench.train.config import CropsConfig, TrainConfig
 
 WHOLE = -1  # both corner values of the global crop

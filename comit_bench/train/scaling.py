@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from comit_bench.models.comit import Comit
-from comit_bench.models.comit_blocks import Block, BlockRunner, BlockState, Rows
-from comit_bench.models.teachers import DinoTeacher, ScenesTeacher
-from comit_bench.models.vae import SDVae
+from comit_bench.nn.teachers import DinoTeacher, ScenesTeacher
+from comit_bench.nn.vae import SDVae
+from comit_bench.tokenizers.comit.blocks import Block, BlockRunner, BlockState, Rows
+from comit_bench.tokenizers.comit.model import Comit
 
 # Kinds of calls: whole image, local crop, decoding; first, middle, last block; with gradient and without.
 VARIANTS = 64

@@ -11,16 +11,16 @@ from accelerate.state import AcceleratorState
 
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.files import shipped_weights
-from comit_bench.models.comit import Comit, ComitSpec
-from comit_bench.models.plain_files import shown
-from comit_bench.models.teachers import Teacher, load_teacher
-from comit_bench.ranks import launched, meeting, without_launcher
+from comit_bench.nn.plain_files import shown
+from comit_bench.nn.ranks import launched, meeting, without_launcher
+from comit_bench.nn.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import load_network
-from comit_bench.tokenizers.comit_files import VAE_HUB, build, sd_vae_tensors
-from comit_bench.tokenizers.loading import resolve_device
+from comit_bench.tokenizers.comit.checkpoint import VAE_HUB, build, sd_vae_tensors
+from comit_bench.tokenizers.comit.model import Comit, ComitSpec
+from comit_bench.tokenizers.load import resolve_device
 from comit_bench.train.config import TrainConfig
-from comit_bench.train.objective import TrainingModule
+from comit_bench.train.objectives.comit import TrainingModule
 
 DEVICES = ("auto", "cpu", "cuda")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comit_bench.models.comit import Comit
+from comit_bench.tokenizers.comit.model import Comit
 
 
 def _is_sharded(tensor: Tensor) -> bool:

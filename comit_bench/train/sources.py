@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.data.hf import ONLY, HfImages, open_splits
 from comit_bench.data.images import decode_image
-from comit_bench.data.tar_shards import TarImages, find_shards
+from comit_bench.data.readers.hub import ONLY, HfImages, open_splits
+from comit_bench.data.readers.tar_shards import TarImages, find_shards
 from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.files import cache_root, inside
-from comit_bench.reading import user_path
+from comit_bench.files import cache_root, inside, user_path
 from comit_bench.seeding import seed_for
 from comit_bench.train.config import DataConfig
 

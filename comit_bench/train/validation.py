@@ -12,12 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from comit_bench.models.comit import Comit
-from comit_bench.models.comit_codec import decode, encode, one_step_decode
-from comit_bench.models.crops import CropPolicy
-from comit_bench.models.flow import Guidance
-from comit_bench.models.vae import LatentCodec
+from comit_bench.nn.flow import Guidance
+from comit_bench.nn.vae import LatentCodec
 from comit_bench.seeding import generator_for
+from comit_bench.tokenizers.comit.codec import decode, encode, one_step_decode
+from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.data import MemoryImages
 from comit_bench.train.pictures import Sheet, make_sheet

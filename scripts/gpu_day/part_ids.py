@@ -56,9 +56,9 @@ def of_case(day: Day, folder: Path, name: str) -> dict[str, Any]:
 
 def of_shipped(day: Day, name: str, how: str, images: Tensor) -> dict[str, Any]:
     """One network with trained weights, scenes, whole images; the CPU's float32 ids are right."""
-    from comit_bench.models.comit_codec import encode
-    from comit_bench.models.crops import CropPolicy
-    from comit_bench.tokenizers.loading import load_tokenizer
+    from comit_bench.tokenizers.comit.codec import encode
+    from comit_bench.tokenizers.comit.crops import CropPolicy
+    from comit_bench.tokenizers.load import load_tokenizer
 
     def ids(device: str) -> Tensor:
         tokenizer: Any = load_tokenizer(name, device=device)
@@ -79,8 +79,8 @@ def run(day: Day) -> None:
     """Cases first: they were recorded from the released programs."""
     from parity import family_of, find_cases
 
-    from comit_bench.data.scenes_painting import paint
-    from comit_bench.recipes import GeneratorSpec
+    from comit_bench.data.scenes.painting import paint
+    from comit_bench.recipes.specs import GeneratorSpec
 
     given = os.environ.get("COMIT_BENCH_PARITY")
     roots = (

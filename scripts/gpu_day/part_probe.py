@@ -15,8 +15,8 @@ SHARE = {"bfloat16": 1.0, "float32": 0.125}  # of the images in the timed epoch
 
 def fit(day: Day, count: int, *, half: bool) -> dict[str, Any]:
     """One epoch of the paper recipe's probe."""
-    from comit_bench.recipes import ProbeSpec, find_tasks
-    from comit_bench.tasks.fit import FitTask, MessageSource, Split
+    from comit_bench.probing.fit import FitTask, MessageSource, Split
+    from comit_bench.recipes.specs import ProbeSpec, find_tasks
 
     g = torch.Generator().manual_seed(0)
     stop = max(2, count // 20)

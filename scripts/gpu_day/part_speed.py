@@ -36,8 +36,8 @@ class WithoutDrawing(TorchFunctionMode):
 
 def load(day: Day, name: str) -> Any:
     """The adapter of a preset with random weights, drawn where they are needed."""
-    from comit_bench.registry import find_tokenizer
-    from comit_bench.tokenizers.loading import load_tokenizer
+    from comit_bench.tokenizers.load import load_tokenizer
+    from comit_bench.tokenizers.registry import find_tokenizer
 
     options = {"compile": "off"} if "compile" in (find_tokenizer(name).known_options() or ()) else {}
     with WithoutDrawing():

@@ -10,8 +10,8 @@ import torch
 from cuda_device import Cuda
 
 from comit_bench import evaluate
-from comit_bench.recipes import ProbeSpec
-from comit_bench.tasks.fit import FitTask, MessageSource, Split, predict
+from comit_bench.probing.fit import FitTask, MessageSource, Split, predict
+from comit_bench.recipes.specs import ProbeSpec
 
 SPEC = ProbeSpec(
     width=32, depth=2, heads=4, batch_size=16, learning_rate=3e-3, max_epochs=8, patience=8, mlp_ratio=1

@@ -9,11 +9,13 @@ import torch
 from cuda_device import Cuda
 from small_tokenizers import ROUNDING, SMALL_TOKENIZERS, pictures, streams
 
-from comit_bench.models import comit_codec, flextok_codec, selftok_codec
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.models.precision import exact_products
-from comit_bench.models.selftok import Schedule
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.nn.precision import exact_products
 from comit_bench.tokenizers.base import AttendingTokenizer, autocast, gather_attention
+from comit_bench.tokenizers.comit import codec as comit_codec
+from comit_bench.tokenizers.flextok import codec as flextok_codec
+from comit_bench.tokenizers.selftok import codec as selftok_codec
+from comit_bench.tokenizers.selftok.model import Schedule
 
 CPU = torch.device("cpu")
 IDS, LEVELS = 0.995, 0.98  # least share of equal ids and of equal bytes on a real device, float32

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from comit_bench import load_tokenizer
 from comit_bench.errors import BenchError, memory_runs_out
-from comit_bench.models.comit import Comit
-from comit_bench.models.vae import DctVae
+from comit_bench.nn.vae import DctVae
+from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train import checkpoint
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.loop import Trainer
-from comit_bench.train.objective import LossParts, TrainingModule
+from comit_bench.train.objectives.comit import LossParts, TrainingModule
 from comit_bench.train.sampling import plan_step
 
 TINY = (

@@ -127,12 +127,12 @@ def test_metadata(archives: tuple[Path, Path]) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("comit-bench", comit_bench.__version__)
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     assert "Apache License" in licence
-    assert "comit-bench = comit_bench.cli:main" in scripts
+    assert "comit-bench = comit_bench.commands.app:main" in scripts
 
 
 def test_the_installed_package_is_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import comit_bench, comit_bench.recipes as r; print(comit_bench.__file__); "
+        "import comit_bench, comit_bench.recipes.specs as r; print(comit_bench.__file__); "
         "print(*[r.recipe_root(kind) for kind in ('probes', 'datasets', 'results')], sep='\\n')"
     )
     for place in run(installed / "python", "-c", code, cwd=tmp_path).split("\n")[:4]:
@@ -141,7 +141,7 @@ def test_the_installed_package_is_the_wheel(installed: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("what", ["tasks", "datasets", "tokenizers"])
 def test_the_wheel_lists_what_the_checkout_lists(installed: Path, tmp_path: Path, what: str) -> None:
-    here = run(sys.executable, "-m", "comit_bench.cli", "ls", what, "--names", cwd=ROOT)
+    here = run(sys.executable, "-m", "comit_bench.commands.app", "ls", what, "--names", cwd=ROOT)
     elsewhere = run(installed / "comit-bench", "ls", what, "--names", cwd=tmp_path)
     assert elsewhere.splitlines() == here.splitlines()
     assert len(here.splitlines()) >= (3 if what == "tokenizers" else 1)

@@ -55,7 +55,7 @@ def test_the_module_is_about_as_long_as_promised() -> None:
 
 
 def test_it_is_listed_with_the_distribution_it_came_from(installed: Path, tmp_path: Path) -> None:
-    command = (sys.executable, "-m", "comit_bench.cli", "ls", "tokenizers")
+    command = (sys.executable, "-m", "comit_bench.commands.app", "ls", "tokenizers")
     assert "mean-colour" not in run(*command, "--names", cwd=tmp_path, path=(ROOT,)).split()
     assert "mean-colour" in run(*command, "--names", cwd=tmp_path, path=(installed, ROOT)).split()
     listing = run(*command, cwd=tmp_path, path=(installed, ROOT))
@@ -66,7 +66,7 @@ def test_it_satisfies_the_contract(installed: Path, tmp_path: Path) -> None:
     code = """
 import torch
 from comit_bench.tokenizers.base import Tokenizer
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 t = load_tokenizer("Mean-Colour", device="cpu")
 assert isinstance(t, Tokenizer)
 x = torch.randint(0, 256, (5, 3, 1, 1), dtype=torch.uint8).expand(-1, -1, 32, 32).contiguous()

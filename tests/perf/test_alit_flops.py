@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from comit_bench.models.alit import Alit, AlitSpec
-from comit_bench.tokenizers.alit_config import VARIANTS
+from comit_bench.tokenizers.alit.config import VARIANTS
+from comit_bench.tokenizers.alit.model import Alit, AlitSpec
 
 BATCH, N = 2, 256
 META = torch.device("meta")
@@ -107,7 +107,7 @@ def test_nearest_neighbours_hold_no_one_hot_matrix() -> None:
     """The search holds a bounded number of distances, whatever the batch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from comit_bench.models.vq import CHUNK_ENTRIES, VectorQuantizer
+    from comit_bench.nn.vq import CHUNK_ENTRIES, VectorQuantizer
 
     largest = 0
 

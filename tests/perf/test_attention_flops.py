@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.models.comit import PRESETS, Comit
-from comit_bench.models.comit_codec import decode
-from comit_bench.models.vae import DctVae, IdentityVae
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.nn.vae import DctVae, IdentityVae
+from comit_bench.tokenizers.comit.codec import decode
+from comit_bench.tokenizers.comit.model import PRESETS, Comit
 
 BATCH = 2
 EVERY = AttentionRequest(layers=tuple(range(12)), times=(0.5, 0.2, 0.8))
@@ -72,7 +72,7 @@ def test_nano_attention_time(benchmark: Any, times: tuple[float, ...]) -> None:
 @pytest.mark.perf
 def test_overlap_time(benchmark: Any) -> None:
     """All 256 maps of one image against its 256 px mask, four shares."""
-    from comit_bench.tasks.overlap import overlaps
+    from comit_bench.metrics.overlap import overlaps
 
     maps = torch.randn(256, 16, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(256, 256, dtype=torch.bool)

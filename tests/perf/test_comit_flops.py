@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from comit_bench.models.comit import PRESETS, Comit
-from comit_bench.models.comit_codec import (
+from comit_bench.nn.flow import Guidance
+from comit_bench.nn.vae import DctVae, IdentityVae
+from comit_bench.tokenizers.comit.codec import (
     decode,
     encode,
     noise_from_tensors,
     one_step_decode,
     update,
 )
-from comit_bench.models.crops import parse_policy
-from comit_bench.models.flow import Guidance
-from comit_bench.models.vae import DctVae, IdentityVae
+from comit_bench.tokenizers.comit.crops import parse_policy
+from comit_bench.tokenizers.comit.model import PRESETS, Comit
 
 BATCH = 2
 META = torch.device("meta")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from comit_bench.models.flextok import PRESETS, FlexTok
-from comit_bench.models.flextok_codec import Sampling, encode_latents, sample
-from comit_bench.tokenizers.flextok import VAE_ENCODE_FLOPS
+from comit_bench.tokenizers.flextok.adapter import VAE_ENCODE_FLOPS
+from comit_bench.tokenizers.flextok.codec import Sampling, encode_latents, sample
+from comit_bench.tokenizers.flextok.model import PRESETS, FlexTok
 
 BATCH = 2
 META = torch.device("meta")
@@ -107,7 +107,7 @@ def test_sampling_pays_for_velocities_and_once_for_times(name: str, guidance: fl
 
 def test_encode_estimate(name: str) -> None:
     """What the plan shows agrees with what is counted, for every length."""
-    from comit_bench.tokenizers.flextok import FlexTokTokenizer, _info
+    from comit_bench.tokenizers.flextok.adapter import FlexTokTokenizer, _info
 
     network = model(name)
     assert pytest.approx(vae_encoder(), rel=0.005) == VAE_ENCODE_FLOPS * 256**2 / 1e9

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from comit_bench.recipes import TaskSpec, parse_recipe
-from comit_bench.tasks.fit import FitTask, MessageSource, Split, build_probe, fit_probe, one_thread
+from comit_bench.probing.fit import FitTask, MessageSource, Split, build_probe, fit_probe, one_thread
+from comit_bench.recipes.specs import TaskSpec, parse_recipe
 
 pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.perf

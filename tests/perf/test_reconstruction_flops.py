@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from comit_bench.models.comit import PRESETS, Comit
-from comit_bench.models.comit_codec import decode
-from comit_bench.models.flow import Guidance
-from comit_bench.models.vae import IdentityVae
-from comit_bench.tokenizers.comit import ComitTokenizer
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.nn.flow import Guidance
+from comit_bench.nn.vae import IdentityVae
+from comit_bench.tokenizers.comit.adapter import ComitTokenizer
+from comit_bench.tokenizers.comit.codec import decode
+from comit_bench.tokenizers.comit.model import PRESETS, Comit
+from comit_bench.tokenizers.load import load_tokenizer
 
 BATCH = 2
 META = torch.device("meta")

@@ -21,9 +21,9 @@ PROGRAM = textwrap.dedent(
     """
     import json, resource, sys, time
     import numpy as np, torch
-    from comit_bench.recipes import find_tasks
+    from comit_bench.recipes.specs import find_tasks
     from comit_bench.tasks import contrast
-    from comit_bench.tasks.fit import MessageSource, Split
+    from comit_bench.probing.fit import MessageSource, Split
     from comit_bench.tasks.negatives import Lists, Words
 
     recipe = find_tasks()["visual-genome"].spec

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from comit_bench.models.selftok import Schedule, Selftok, variant
-from comit_bench.models.selftok_codec import (
+from comit_bench.tokenizers.selftok.adapter import VAE_ENCODE_FLOPS, SelftokTokenizer, _info
+from comit_bench.tokenizers.selftok.codec import (
     constants,
     encode_latents,
     render,
@@ -24,8 +24,8 @@ from comit_bench.models.selftok_codec import (
     time_grid,
     visible_counts,
 )
-from comit_bench.tokenizers.selftok import VAE_ENCODE_FLOPS, SelftokTokenizer, _info
-from comit_bench.tokenizers.selftok_config import ASSUMED_1024
+from comit_bench.tokenizers.selftok.config import ASSUMED_1024
+from comit_bench.tokenizers.selftok.model import Schedule, Selftok, variant
 
 BATCH = 2
 META = torch.device("meta")

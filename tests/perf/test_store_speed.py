@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from comit_bench.data.store import TokenStore
-from comit_bench.tasks.tokenizing import SHARD_SIZE
+from comit_bench.data.tokens.store import TokenStore
+from comit_bench.pipeline.tokenize import SHARD_SIZE
 
 ROWS, LENGTH = 512, 256
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from comit_bench.models.titok import PRESETS, Titok, VitSize
-from comit_bench.models.vq import VectorQuantizer
+from comit_bench.nn.vq import VectorQuantizer
+from comit_bench.tokenizers.titok.model import PRESETS, Titok, VitSize
 
 BATCH = 8  # the tile of the adapters
 # GFLOP per image, encode (with quantizer) and decode; measured by the tests below.

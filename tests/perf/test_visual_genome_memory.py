@@ -22,7 +22,7 @@ READ = """
 import resource, sys, time
 from pathlib import Path
 from comit_bench.data.readers import visual_genome
-from comit_bench.recipes import find_datasets
+from comit_bench.recipes.specs import find_datasets
 recipe = find_datasets()["visual-genome"]
 start = time.perf_counter()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

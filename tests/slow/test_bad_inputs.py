@@ -984,7 +984,7 @@ def test_bad_input(case: Case, commands: Commands, world: Path, tmp_path: Path) 
 def test_the_same_in_a_process_of_its_own(
     case: Case, commands: Commands, world: Path, tmp_path: Path
 ) -> None:
-    program = [sys.executable, "-c", "from comit_bench.cli import main; main()"]
+    program = [sys.executable, "-c", "from comit_bench.commands.app import main; main()"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {name: filled(value, world) for name, value in case.environment if value is not None}
     done = subprocess.run(

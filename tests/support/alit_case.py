@@ -9,9 +9,9 @@ import torch
 from parity import ParityCase, expect
 from torch import Tensor
 
-from comit_bench.models.alit import Alit, Step, select_length
-from comit_bench.models.alit_base import Vae, Vqgan
-from comit_bench.tokenizers.alit_config import build, load_directory, spec_from_config, without_losses
+from comit_bench.tokenizers.alit.base_model import Vae, Vqgan
+from comit_bench.tokenizers.alit.config import build, load_directory, spec_from_config, without_losses
+from comit_bench.tokenizers.alit.model import Alit, Step, select_length
 from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors
 
 FLOAT, CODES, ATTENTION = 1e-4, 1e-5, 1e-5

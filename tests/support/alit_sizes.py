@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from comit_bench.models.alit import AlitSpec
-from comit_bench.models.alit_base import VaeSpec
-from comit_bench.models.maskgit_vqgan import VqganSpec
+from comit_bench.nn.vqgan import VqganSpec
+from comit_bench.tokenizers.alit.base_model import VaeSpec
+from comit_bench.tokenizers.alit.model import AlitSpec
 
 TINY = AlitSpec(
     width=40,

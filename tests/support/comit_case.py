@@ -16,19 +16,19 @@ import torch
 from parity import ParityCase, expect
 from torch import Tensor, nn
 
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.models.comit import Comit
-from comit_bench.models.comit_blocks import AttentionProbe
-from comit_bench.models.comit_codec import (
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.nn.flow import Guidance
+from comit_bench.tokenizers.comit.blocks import AttentionProbe
+from comit_bench.tokenizers.comit.checkpoint import load_directory
+from comit_bench.tokenizers.comit.codec import (
     crop_latents,
     decode,
     encode,
     noise_from_tensors,
     one_step_decode,
 )
-from comit_bench.models.crops import CropPolicy
-from comit_bench.models.flow import Guidance
-from comit_bench.tokenizers.comit_files import load_directory
+from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.model import Comit
 
 FLOAT, SAMPLED = 1e-4, 1e-4  # stricter than the case READMEs, which allow 2e-4 for sampled latents
 INPUTS = {"images", "dec.noise", "adapt.noise", "vel.t", "vel.t_batch"}

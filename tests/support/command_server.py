@@ -22,10 +22,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = {
-    "comit-bench": ("comit_bench.cli", "main"),
-    "run": ("comit_bench.cli", "main_run"),
-    "train": ("comit_bench.train.command", "main"),
-    "weights": ("comit_bench.weights_command", "main"),
+    "comit-bench": ("comit_bench.commands.app", "main"),
+    "run": ("comit_bench.commands.app", "main_run"),
+    "train": ("comit_bench.commands.train", "main"),
+    "weights": ("comit_bench.commands.weights", "main"),
 }
 
 
@@ -150,11 +150,11 @@ def _wait(child: int, timeout: float) -> int | None:
 
 def main() -> None:
     """Serve until the pipe closes."""
-    import comit_bench.cli
-    import comit_bench.evaluation
-    import comit_bench.results.tables
-    import comit_bench.tasks.executor
-    import comit_bench.tokenizers.comit
+    import comit_bench.commands.app
+    import comit_bench.pipeline.evaluate
+    import comit_bench.results.table
+    import comit_bench.tasks.base
+    import comit_bench.tokenizers.comit.adapter
     import comit_bench.train.loop  # noqa: F401
 
     sys.stdout.flush()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from comit_bench.tasks.fit import FitResult
+from comit_bench.probing.fit import FitResult
 from comit_bench.tokenizers.pixels import PixelOracleTokenizer
 
 

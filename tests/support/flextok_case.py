@@ -17,10 +17,10 @@ import torch
 from parity import ParityCase, expect
 from torch import Tensor
 
-from comit_bench.models.flextok import FlexTok, TimeStates
-from comit_bench.models.flextok_codec import Sampling, encode_latents, sample
 from comit_bench.tokenizers.checkpoints import load_checked, weight_file
-from comit_bench.tokenizers.flextok_files import VAE, Checkpoint, load_directory, read_checkpoint
+from comit_bench.tokenizers.flextok.checkpoint import VAE, Checkpoint, load_directory, read_checkpoint
+from comit_bench.tokenizers.flextok.codec import Sampling, encode_latents, sample
+from comit_bench.tokenizers.flextok.model import FlexTok, TimeStates
 
 FLOAT = 1e-4
 SETTINGS = {"vae_arch", "timesteps", "guidance_scale", "perform_norm_guidance", "keep_k", "latent_size"}

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import yaml
 
-from comit_bench.data.opened import OpenData
-from comit_bench.data.opened import Split as DataSplit
-from comit_bench.recipes import TaskSpec
-from comit_bench.tasks.executor import Inputs, Role
-from comit_bench.tasks.fit import MessageSource
+from comit_bench.data.split import OpenData
+from comit_bench.data.split import Split as DataSplit
+from comit_bench.probing.fit import MessageSource
+from comit_bench.recipes.specs import TaskSpec
+from comit_bench.tasks.base import Inputs, Role
 
 
 def spec_of(kind: str, **changes: Any) -> TaskSpec:

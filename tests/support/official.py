@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from comit_bench.data.datasets import OpenData, open_dataset
-from comit_bench.recipes import Recipe, find_datasets
+from comit_bench.data.datasets import open_dataset
+from comit_bench.data.split import OpenData
+from comit_bench.recipes.specs import Recipe, find_datasets
 
 
 def opened(name: str, root: Path, **changes: Any) -> OpenData:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.files import sha256_file
-from comit_bench.models.precision import exact_products
+from comit_bench.nn.precision import exact_products
 from comit_bench.tokenizers.checkpoints import read_tensors
 
 CUDA_SLACK = 5.0  # float32 sums run in another order there; ids must be equal all the same

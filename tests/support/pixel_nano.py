@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from comit_bench.models.comit import PRESETS
+from comit_bench.tokenizers.comit.model import PRESETS
 
 PIXEL_NANO = replace(
     PRESETS["comit-nano"],

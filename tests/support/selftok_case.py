@@ -16,8 +16,9 @@ from parity import ParityCase, expect
 from selftok_plain import plain_encode, plain_render, plain_velocity
 from torch import Tensor
 
-from comit_bench.models.selftok import Selftok
-from comit_bench.models.selftok_codec import (
+from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors
+from comit_bench.tokenizers.selftok.checkpoint import OWN_VAE, build, find_vae, load_directory
+from comit_bench.tokenizers.selftok.codec import (
     constants,
     decode_latents,
     encode,
@@ -27,9 +28,8 @@ from comit_bench.models.selftok_codec import (
     time_grid,
     visible_counts,
 )
-from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors
-from comit_bench.tokenizers.selftok_config import spec_from_config, used
-from comit_bench.tokenizers.selftok_files import OWN_VAE, build, find_vae, load_directory
+from comit_bench.tokenizers.selftok.config import spec_from_config, used
+from comit_bench.tokenizers.selftok.model import Selftok
 
 FLOAT = 2e-5
 SETTINGS = {

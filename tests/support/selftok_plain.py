@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from comit_bench.models.selftok import Selftok
+from comit_bench.tokenizers.selftok.model import Selftok
 
 State = dict[str, Tensor]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from comit_bench.models.selftok import SD3_VAE, DecoderSpec, EncoderSpec, Schedule, SelftokSpec
+from comit_bench.tokenizers.selftok.model import SD3_VAE, DecoderSpec, EncoderSpec, Schedule, SelftokSpec
 
 LATENTS = Schedule(ends=(200, 400, 600, 800, 1000), counts=(4, 3, 2, 2, 1))
 SMALL = SelftokSpec(

@@ -11,24 +11,22 @@ import torch
 from alit_sizes import TINY
 from selftok_sizes import SMALL
 
-from comit_bench.models.comit import PRESETS as COMIT
-from comit_bench.models.flextok import FlexTokSpec, TrunkSpec
-from comit_bench.models.flextok_blocks import TableSpec
-from comit_bench.models.titok import PRESETS as TITOK
-from comit_bench.models.titok import VitSize
-from comit_bench.models.vae import KLVaeSpec
-from comit_bench.models.vq_grid import VqGridSpec
-from comit_bench.tokenizers import (
-    alit,
-    comit_files,
-    flextok,
-    flextok_files,
-    selftok,
-    selftok_files,
-    titok,
-    vq_grid,
-)
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.nn.vae import KLVaeSpec
+from comit_bench.tokenizers.alit import adapter as alit
+from comit_bench.tokenizers.comit import checkpoint as comit_files
+from comit_bench.tokenizers.comit.model import PRESETS as COMIT
+from comit_bench.tokenizers.flextok import adapter as flextok
+from comit_bench.tokenizers.flextok import checkpoint as flextok_files
+from comit_bench.tokenizers.flextok.blocks import TableSpec
+from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.selftok import adapter as selftok
+from comit_bench.tokenizers.selftok import checkpoint as selftok_files
+from comit_bench.tokenizers.titok import adapter as titok
+from comit_bench.tokenizers.titok.model import PRESETS as TITOK
+from comit_bench.tokenizers.titok.model import VitSize
+from comit_bench.tokenizers.vq_grid import adapter as vq_grid
+from comit_bench.tokenizers.vq_grid.model import VqGridSpec
 
 
 def generator() -> torch.Generator:

@@ -16,20 +16,26 @@ from diffusers import VQModel
 from selftok_sizes import RENDERER, SMALL
 from torch import Tensor
 
-from comit_bench.models import vae
-from comit_bench.models.alit import AlitSpec
-from comit_bench.models.comit import PRESETS, Comit, ComitSpec
-from comit_bench.models.crops import CropGeometry
-from comit_bench.models.flextok import FlexTokSpec, TrunkSpec
-from comit_bench.models.flextok_blocks import TableSpec
-from comit_bench.models.maskgit_vqgan import VqganSpec
-from comit_bench.models.selftok import SelftokSpec
-from comit_bench.models.titok import Titok, TitokSpec, VitSize
-from comit_bench.models.vae import KLVaeSpec
-from comit_bench.tokenizers import alit, alit_config, comit, flextok, selftok, titok, vqmodel
+from comit_bench.nn import vae
+from comit_bench.nn.vae import KLVaeSpec
+from comit_bench.nn.vqgan import VqganSpec
+from comit_bench.tokenizers import vqmodel
+from comit_bench.tokenizers.alit import adapter as alit
+from comit_bench.tokenizers.alit import config as alit_config
+from comit_bench.tokenizers.alit.model import AlitSpec
 from comit_bench.tokenizers.base import Tokenizer, TokenizerInfo
+from comit_bench.tokenizers.comit import adapter as comit
+from comit_bench.tokenizers.comit.crops import CropGeometry
+from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
+from comit_bench.tokenizers.flextok import adapter as flextok
+from comit_bench.tokenizers.flextok.blocks import TableSpec
+from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
 from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.selftok import adapter as selftok
+from comit_bench.tokenizers.selftok.model import SelftokSpec
+from comit_bench.tokenizers.titok import adapter as titok
+from comit_bench.tokenizers.titok.model import Titok, TitokSpec, VitSize
 
 GRID = TableSpec(kind="grid", size=(2, 2))
 FLEXTOK = FlexTokSpec(

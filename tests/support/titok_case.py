@@ -8,9 +8,9 @@ import torch
 from parity import ParityCase, expect
 from torch import Tensor, nn
 
-from comit_bench.models.titok import Titok
-from comit_bench.models.vit_blocks import run_blocks
-from comit_bench.tokenizers.titok import load_directory
+from comit_bench.nn.vit import run_blocks
+from comit_bench.tokenizers.titok.adapter import load_directory
+from comit_bench.tokenizers.titok.model import Titok
 
 FLOAT = 1e-4
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from comit_bench.models.comit import Comit
-from comit_bench.models.vae import build_vae
+from comit_bench.nn.vae import build_vae
+from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.ema import Ema
-from comit_bench.train.objective import TrainingModule
+from comit_bench.train.objectives.comit import TrainingModule
 from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.sampling import crop_count, plan_step
 from comit_bench.train.scaling import block_runner

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.models.alit import AlitSpec
-from comit_bench.models.attention import AttentionRequest
+from comit_bench.nn.attention import AttentionRequest
 from comit_bench.seeding import generator_for
-from comit_bench.tokenizers import alit_config
-from comit_bench.tokenizers.alit import AlitTokenizer, save, to_uint8
-from comit_bench.tokenizers.alit_config import VARIANTS, build, load_directory
+from comit_bench.tokenizers.alit import config as alit_config
+from comit_bench.tokenizers.alit.adapter import AlitTokenizer, save, to_uint8
+from comit_bench.tokenizers.alit.config import VARIANTS, build, load_directory
+from comit_bench.tokenizers.alit.model import AlitSpec
 from comit_bench.tokenizers.base import AttendingTokenizer, Tokenizer, Tokens, gather_attention
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 
 CASE = Path(__file__).parents[1] / "parity" / "cases" / "alit" / "vqgan_quantized_slim"
 EAGER = replace(TINY, threshold=0.02)  # drops many tokens, so that halting shows

@@ -10,11 +10,11 @@ from alit_sizes import TINY, TINY_VAE
 from torch import Tensor
 from torch.nn import functional as F
 
-from comit_bench.models.alit import PRESETS, Alit, AlitSpec, select_length, variant
-from comit_bench.models.alit_base import Vae, Vqgan
-from comit_bench.models.maskgit_vqgan import VqganSpec
-from comit_bench.registry import tokenizers
-from comit_bench.tokenizers.alit_config import VARIANTS, config_from_spec, spec_from_config
+from comit_bench.nn.vqgan import VqganSpec
+from comit_bench.tokenizers.alit.base_model import Vae, Vqgan
+from comit_bench.tokenizers.alit.config import VARIANTS, config_from_spec, spec_from_config
+from comit_bench.tokenizers.alit.model import PRESETS, Alit, AlitSpec, select_length, variant
+from comit_bench.tokenizers.registry import tokenizers
 from comit_bench.tokenizers.releases import RELEASES
 
 WIDTH, LAYERS = {"small": 1024, "base": 768, "semilarge": 1024}, {"small": 8, "base": 12, "semilarge": 16}

@@ -10,15 +10,15 @@ from live_memory import LiveMemory
 from pixel_nano import PIXEL_NANO
 from torch import Tensor
 
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.models.comit import PRESETS, Comit
-from comit_bench.models.comit_codec import decode
-from comit_bench.models.flow import Guidance, evaluation_times, integrate
-from comit_bench.models.titok import PRESETS as TITOK
-from comit_bench.models.titok import Titok
-from comit_bench.models.vae import IdentityVae
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.nn.flow import Guidance, evaluation_times, integrate
+from comit_bench.nn.vae import IdentityVae
 from comit_bench.tokenizers.base import AttendingTokenizer, Tokens, gather_attention
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.comit.codec import decode
+from comit_bench.tokenizers.comit.model import PRESETS, Comit
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.titok.model import PRESETS as TITOK
+from comit_bench.tokenizers.titok.model import Titok
 
 EVERY = (0, 1, 2)
 TIMES = (0.7, 0.0, 0.3)
@@ -185,7 +185,7 @@ def test_the_counter_counts() -> None:
 
 def test_only_message_rows_are_formed() -> None:
     """The largest tensor the probe makes is [B, H, M, X] for logits, [B, H, M, N] with the softmax."""
-    from comit_bench.models.comit_blocks import AttentionProbe, Rows
+    from comit_bench.tokenizers.comit.blocks import AttentionProbe, Rows
 
     rows = Rows(image=64, message=16, has_buffer=True, read=slice(1, 65))
     q = torch.empty(BATCH, 2, rows.total, 32, device="meta")

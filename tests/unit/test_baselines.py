@@ -16,7 +16,7 @@ from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperat
 from comit_bench.tokenizers import kmeans
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.pixels import PixelOracleTokenizer, from_codes, from_patches, to_codes, to_patches
 
 

@@ -17,10 +17,10 @@ from tiny import write_images, write_recipes
 from typer.testing import CliRunner
 
 import comit_bench
-from comit_bench.cache_command import MARKS, chosen_kinds, find_items, remove_items
-from comit_bench.cli import app
+from comit_bench.commands.app import app
+from comit_bench.commands.cache import MARKS, chosen_kinds, find_items, remove_items
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.run import evaluate
+from comit_bench.pipeline.evaluate import evaluate
 from comit_bench.tokenizers.base import TokenizerInfo, Tokens
 from comit_bench.train.features import FeatureStore, layout_for
 
@@ -107,7 +107,7 @@ def test_unfinished_work_is_not_continued_by_overwrite_always(
     lines = recipe.read_text().splitlines()
     recipe.write_text("\n".join(line for line in lines if not line.startswith(("probe:", "attributes:"))))
     tokenizer = PixelOracleTokenizer()
-    monkeypatch.setattr("comit_bench.evaluation.save_with_images", _killed)
+    monkeypatch.setattr("comit_bench.pipeline.bench.save_with_images", _killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tokenizer, ["tiny-pixels"], **settings)
     monkeypatch.undo()

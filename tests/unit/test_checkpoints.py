@@ -22,7 +22,7 @@ from small_checkpoints import WRITERS, load, weights_of
 from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.models.state_dicts import INDEX
+from comit_bench.nn.state_dicts import INDEX
 from comit_bench.tokenizers.checkpoints import (
     as_stored,
     load_network,
@@ -31,7 +31,7 @@ from comit_bench.tokenizers.checkpoints import (
     weight_file,
     weights_digest,
 )
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 
 FAMILIES = list(WRITERS)
 Tensors = dict[str, Tensor]
@@ -511,9 +511,10 @@ def test_hub_snapshots_are_called_by_their_path(folder: Path, tmp_path: Path) ->
 
 
 def test_one_file_goes_with_a_name(masters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comit_bench.models import comit, vq_grid
-    from comit_bench.tokenizers import comit as comit_adapter
-    from comit_bench.tokenizers import vq_grid as grid_adapter
+    from comit_bench.tokenizers.comit import adapter as comit_adapter
+    from comit_bench.tokenizers.comit import model as comit
+    from comit_bench.tokenizers.vq_grid import adapter as grid_adapter
+    from comit_bench.tokenizers.vq_grid import model as vq_grid
 
     for family, presets, name in (
         ("comit", comit_adapter.PRESETS, "comit-nano"),
@@ -579,9 +580,9 @@ def test_another_autoencoder_beside_the_same_weights_is_another_tokenizer(
     """Tokens are kept by what made them: the SD-VAE that a COMiT checkpoint does not hold is part of it."""
     from dataclasses import replace
 
-    from comit_bench.models import vae
-    from comit_bench.models.comit import PRESETS
-    from comit_bench.tokenizers import comit_files
+    from comit_bench.nn import vae
+    from comit_bench.tokenizers.comit import checkpoint as comit_files
+    from comit_bench.tokenizers.comit.model import PRESETS
 
     monkeypatch.setitem(vae.SD_CONFIG, "block_out_channels", [32] * 4)
     monkeypatch.setitem(vae.SD_CONFIG, "layers_per_block", 1)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.recipes import ProbeSpec, TaskSpec, find_tasks, parse_recipe
-from comit_bench.sections import AttributesSpec
+from comit_bench.probing.fit import MessageSource, Split
+from comit_bench.recipes.kinds import AttributesSpec
+from comit_bench.recipes.specs import ProbeSpec, TaskSpec, find_tasks, parse_recipe
 from comit_bench.tasks.classification import (
     chance_levels,
     class_parts,
@@ -18,7 +19,6 @@ from comit_bench.tasks.classification import (
     run_classification,
     score_outputs,
 )
-from comit_bench.tasks.fit import MessageSource, Split
 from comit_bench.tasks.result import over_seeds
 
 NAMES = [f"{colour}_{digit}" for colour in ("red", "green", "blue") for digit in range(4)]

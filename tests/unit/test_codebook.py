@@ -15,7 +15,7 @@ from sklearn.metrics import mutual_info_score
 
 import comit_bench
 from comit_bench.errors import UsageError
-from comit_bench.sections import CodebookSpec
+from comit_bench.recipes.kinds import CodebookSpec
 from comit_bench.tasks.codebook import (
     EXECUTOR,
     count_use,

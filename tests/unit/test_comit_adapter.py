@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import comit_bench.models.vae as vae_module
+import comit_bench.nn.vae as vae_module
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.models.comit import PRESETS
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens, in_tiles
-from comit_bench.tokenizers.comit import ComitTokenizer
-from comit_bench.tokenizers.comit_files import (
+from comit_bench.tokenizers.comit.adapter import ComitTokenizer
+from comit_bench.tokenizers.comit.checkpoint import (
     build,
     config_from_spec,
     load_directory,
     save,
     spec_from_config,
 )
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.comit.model import PRESETS
+from comit_bench.tokenizers.load import load_tokenizer
 
 CASE = Path(__file__).parents[1] / "parity" / "cases" / "comit" / "small_d3_b2"
 SMALL_VAE = {

@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from pixel_nano import PIXEL_NANO
 from torch import Tensor
 
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.models.comit import PRESETS, Comit, ComitSpec, Predictor
-from comit_bench.models.comit_blocks import AttentionProbe
-from comit_bench.models.comit_codec import (
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.nn.flow import Guidance, ProjectedGuidance, integrate
+from comit_bench.nn.fsq import FSQ
+from comit_bench.nn.vae import IdentityVae
+from comit_bench.tokenizers.comit.blocks import AttentionProbe
+from comit_bench.tokenizers.comit.codec import (
     decode,
     encode,
     encode_crops,
     noise_from_generators,
     noise_from_tensors,
 )
-from comit_bench.models.crops import CropPolicy, parse_policy
-from comit_bench.models.flow import Guidance, ProjectedGuidance, integrate
-from comit_bench.models.fsq import FSQ
-from comit_bench.models.vae import IdentityVae
+from comit_bench.tokenizers.comit.crops import CropPolicy, parse_policy
+from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec, Predictor
 
 CPU = torch.device("cpu")
 

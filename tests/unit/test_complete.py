@@ -15,11 +15,12 @@ from tiny import write_images, write_recipes
 import comit_bench
 from comit_bench.data.labels import read_class_list
 from comit_bench.errors import UsageError
-from comit_bench.plan import data_state
-from comit_bench.recipes import find_datasets
+from comit_bench.pipeline.plan import data_state
+from comit_bench.recipes.specs import find_datasets
 from comit_bench.results.records import load_record
+from comit_bench.results.render.write import write_tables
 from comit_bench.results.schema import Record
-from comit_bench.results.tables import build_table, write_tables
+from comit_bench.results.table import build_table
 
 OFFICIAL = {"imagenet100", "imagenet1k-val", "mscoco-pairs", "visual-genome", "cssd", "ecssd"}
 
@@ -124,8 +125,8 @@ def test_tables_mark_a_part_and_do_not_rank_it(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_it_before_anything_is_done(tmp_path: Path) -> None:
-    from comit_bench.evaluation import Bench
-    from comit_bench.jobs import Settings
+    from comit_bench.pipeline.bench import Bench
+    from comit_bench.pipeline.jobs import Settings
 
     write(tmp_path, {"train": 40, "val": 4000})
     bench = Bench(Settings(data_root=tmp_path, cache=tmp_path / "cache", include=(tmp_path,), progress=False))

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from comit_bench.console import Bars, Interrupts, set_up_logging
-from comit_bench.plan import human_bytes, human_seconds, matmul_rate
+from comit_bench.commands.console import Bars, Interrupts, set_up_logging
+from comit_bench.pipeline.plan import human_bytes, human_seconds, matmul_rate
 
 
 def test_a_lost_ctrl_c_is_raised_at_the_next_check() -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.models.text import random_t5, word_ids, words_of
-from comit_bench.recipes import ProbeSpec
-from comit_bench.sections import TextSpec
+from comit_bench.nn.text import random_t5, word_ids, words_of
+from comit_bench.probing.fit import FitTask, MessageSource, Split, build_probe, fit_probe
+from comit_bench.recipes.kinds import TextSpec
+from comit_bench.recipes.specs import ProbeSpec
 from comit_bench.tasks.controls import check_control, controlled_messages, token_orders
-from comit_bench.tasks.fit import FitTask, MessageSource, Split, build_probe, fit_probe
 from comit_bench.tasks.text import find_text_encoder
 
 COUNT, LENGTH = 240, 4

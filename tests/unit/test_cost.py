@@ -10,12 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
-from comit_bench.cost import HEAD, count, heading, label, measure, presets, table
+from comit_bench.commands.app import app
+from comit_bench.commands.cost import HEAD, count, heading, label, measure, presets, table
 from comit_bench.errors import UsageError
-from comit_bench.registry import BUILTIN, find_tokenizer
 from comit_bench.tokenizers.base import TILE, tile_rows
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.registry import BUILTIN, find_tokenizer
 
 TABLE = Path(__file__).parents[2] / "results" / "reference" / "cost.md"
 CHEAP = ("comit-nano", "titok-nano", "titok-s-128", "titok-l-32", "vq-grid-nano", "alit-small")
@@ -78,7 +78,7 @@ def test_settings_are_said() -> None:
 
 
 def test_time_is_that_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    from comit_bench.tokenizers.titok import Titok
+    from comit_bench.tokenizers.titok.adapter import Titok
 
     rows: list[int] = []
     plain = Titok.encode

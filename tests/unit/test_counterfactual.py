@@ -15,12 +15,12 @@ import torch
 from message_inputs import inputs_of, spec_of, write_recipe
 
 import comit_bench
-from comit_bench.data.scenes import generate, verify
-from comit_bench.data.scenes_painting import ATTRIBUTES, EDITS, OBJECTS, Scenes, paint
+from comit_bench.data.scenes.generate import generate, verify
+from comit_bench.data.scenes.painting import ATTRIBUTES, EDITS, OBJECTS, Scenes, paint
 from comit_bench.errors import UsageError
-from comit_bench.recipes import GeneratorSpec
+from comit_bench.recipes.kinds import CounterfactualSpec
+from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.results.records import load_records
-from comit_bench.sections import CounterfactualSpec
 from comit_bench.tasks.changes import (
     Changes,
     Patterns,

@@ -20,12 +20,12 @@ from official import write_small_vg
 from PIL import Image
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.data import download as downloads
 from comit_bench.data import pictures
 from comit_bench.data.pieces import missing_pieces
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.recipes import DatasetSpec, DownloadSpec, find_datasets
+from comit_bench.recipes.specs import DatasetSpec, DownloadSpec, find_datasets
 
 # --------------------------------------------------------------------------------------------- a server
 

@@ -18,11 +18,12 @@ from official import COCO, opened, write_small_coco, write_small_vg
 from PIL import Image
 
 from comit_bench.data import digests
-from comit_bench.data.datasets import OpenData, open_dataset
+from comit_bench.data.datasets import open_dataset
 from comit_bench.data.digests import file_digests
 from comit_bench.data.readers.common import find_folder
+from comit_bench.data.split import OpenData
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
-from comit_bench.recipes import DatasetSpec, Recipe, find_datasets
+from comit_bench.recipes.specs import DatasetSpec, Recipe, find_datasets
 
 Write = Callable[[Path], Path]  # a data set below a root; returns one of the files that its numbers depend on
 
@@ -206,7 +207,7 @@ def test_rows_that_hold_no_image_and_files_that_are_none(tmp_path: Path) -> None
     from datasets import Dataset, Features, Value
     from datasets import Image as HubImage
 
-    from comit_bench.data.hf import HfImages
+    from comit_bench.data.readers.hub import HfImages
 
     os.mkfifo(tmp_path / "pipe.png")
     features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}})

@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-from comit_bench.data.datasets import ClassificationData, PathList, holdout, open_dataset
+from comit_bench.data.datasets import open_dataset
 from comit_bench.data.labels import read_class_list, read_devkit_synsets, read_ground_truth
 from comit_bench.data.pieces import missing_pieces
+from comit_bench.data.split import ClassificationData, PathList
+from comit_bench.data.splitting import holdout
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.recipes import DatasetSpec, GeneratorSpec, Recipe, find_datasets
+from comit_bench.recipes.specs import DatasetSpec, GeneratorSpec, Recipe, find_datasets
 
 # Devkit order: deliberately not alphabetical. The class list has a third order and lacks one synset.
 DEVKIT = ("n02119789", "n01440764", "n03000000", "n02100735")
@@ -318,9 +320,9 @@ def generated(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespa
             (folder / split / "red_1" / "0.png").write_bytes(b"abc")
         return "sha256:made"
 
-    module = ModuleType("comit_bench.data.scenes")
+    module = ModuleType("comit_bench.data.scenes.generate")
     module.generate = generate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "comit_bench.data.scenes", module)
+    monkeypatch.setitem(sys.modules, "comit_bench.data.scenes.generate", module)
     return calls
 
 

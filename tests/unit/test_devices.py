@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import UsageError
-from comit_bench.tokenizers.loading import load_tokenizer, resolve_device
+from comit_bench.tokenizers.load import load_tokenizer, resolve_device
 from comit_bench.train.setup import check_device
 
 WRONG = (

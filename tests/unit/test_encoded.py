@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from comit_bench.data.building import build_dataset
-from comit_bench.data.datasets import OpenData, open_dataset
+from comit_bench.data.datasets import open_dataset
 from comit_bench.data.images import iterate_images
 from comit_bench.data.labels import read_class_list
 from comit_bench.data.pieces import missing_pieces
+from comit_bench.data.split import OpenData
 from comit_bench.errors import CorruptFileError, UnsupportedOperation
-from comit_bench.recipes import Recipe, find_datasets
+from comit_bench.recipes.specs import Recipe, find_datasets
 
 CLASSES = ("n02869837", "n01749939", "n02488291")
 VAL = {"ILSVRC2012_val_00000001": 1, "ILSVRC2012_val_00000002": 0, "ILSVRC2012_val_00000003": 2}

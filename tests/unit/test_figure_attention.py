@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
 from comit_bench.figures import attention, style
 from comit_bench.figures.inputs import Inputs, encode, load_inputs, noise_seeds
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.tasks.overlap import binary, overlaps
+from comit_bench.metrics.overlap import binary, overlaps
+from comit_bench.nn.attention import AttentionRequest
 from comit_bench.tokenizers.base import gather_attention
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

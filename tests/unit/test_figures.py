@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
+from comit_bench.commands.figure import FIGURES
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
-from comit_bench.figure_command import FIGURES
 from comit_bench.figures import edit, evolution, policies, reconstruction, style, tracing
 from comit_bench.figures.inputs import Inputs, decode, encode, generators, load_inputs, noise_seeds, psnr
-from comit_bench.models.comit_codec import locate, one_step_decode, to_uint8
-from comit_bench.models.crops import GLOBAL
 from comit_bench.seeding import generator_for, seed_for
 from comit_bench.tokenizers.base import Tokens
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.comit.codec import locate, one_step_decode, to_uint8
+from comit_bench.tokenizers.comit.crops import GLOBAL
+from comit_bench.tokenizers.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +413,7 @@ def test_ls_names_every_command_and_what_it_needs() -> None:
 
 
 def app_commands() -> list[Any]:
-    from comit_bench.figure_command import app as figures
+    from comit_bench.commands.figure import app as figures
 
     return list(figures.registered_commands)
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import UsageError
 from comit_bench.figures import (
     attention,
@@ -30,11 +30,11 @@ from comit_bench.figures import (
 )
 from comit_bench.figures.about import About, describe, joined
 from comit_bench.figures.inputs import Inputs, decode, encode, load_inputs, progress, psnr, psnr_of_flat
-from comit_bench.models.comit_codec import to_uint8
-from comit_bench.sections import ObjectnessSpec
+from comit_bench.metrics.overlap import overlaps, shifted
+from comit_bench.recipes.kinds import ObjectnessSpec
 from comit_bench.seeding import generator_for
-from comit_bench.tasks.overlap import overlaps, shifted
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.comit.codec import to_uint8
+from comit_bench.tokenizers.load import load_tokenizer
 
 FIGURES: dict[str, Callable[[Any, Inputs], Any]] = {
     "attention": lambda t, x: attention.draw(attention.compute(t, x)),
@@ -318,7 +318,7 @@ def test_one_photo_costs_one(nano: Any, scenes: Inputs, monkeypatch: pytest.Monk
         rows["decode"].append(len(codes))
         return whole(model, codes, *rest, **more)
 
-    import comit_bench.tokenizers.comit as adapter
+    import comit_bench.tokenizers.comit.adapter as adapter
 
     whole = adapter.decode
     monkeypatch.setattr(type(nano), "messages", watched_messages)

@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
-from comit_bench.data.scenes_painting import EDITS, paint
+from comit_bench.commands.app import app
+from comit_bench.commands.figure import FIGURES
+from comit_bench.data.scenes.painting import EDITS, paint
 from comit_bench.errors import UnsupportedOperation, UsageError
-from comit_bench.figure_command import FIGURES
 from comit_bench.figures import codebook, counterfactual, neighbours, style
 from comit_bench.figures.inputs import Inputs, encode
-from comit_bench.recipes import GeneratorSpec
-from comit_bench.sections import CounterfactualSpec
+from comit_bench.recipes.kinds import CounterfactualSpec
+from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.tasks.changes import changed_ids, pair_up
 from comit_bench.tasks.counterfactual import assign
 from comit_bench.tasks.retrieval import nearest
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 
 SCENES = 6
 

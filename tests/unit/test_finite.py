@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comit_bench.errors import BenchError
-from comit_bench.models.flextok import FlexTokSpec, TrunkSpec
-from comit_bench.models.flextok_blocks import TableSpec
-from comit_bench.models.fsq import FSQ
-from comit_bench.models.titok import PRESETS as TITOK
-from comit_bench.models.titok import VitSize
-from comit_bench.models.vae import KLVaeSpec
-from comit_bench.models.vq import VectorQuantizer
-from comit_bench.tokenizers import alit, flextok, selftok, titok
+from comit_bench.nn.fsq import FSQ
+from comit_bench.nn.vae import KLVaeSpec
+from comit_bench.nn.vq import VectorQuantizer
+from comit_bench.tokenizers.alit import adapter as alit
 from comit_bench.tokenizers.base import Tokens, check_decoded, in_tiles, only_finite, tile_rows
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.flextok import adapter as flextok
+from comit_bench.tokenizers.flextok.blocks import TableSpec
+from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.selftok import adapter as selftok
+from comit_bench.tokenizers.titok import adapter as titok
+from comit_bench.tokenizers.titok.model import PRESETS as TITOK
+from comit_bench.tokenizers.titok.model import VitSize
 
 CPU = torch.device("cpu")
 
@@ -45,7 +48,7 @@ def titok_nano() -> Any:
 
 
 def titok_legacy() -> Any:
-    from comit_bench.models.maskgit_vqgan import VqganSpec
+    from comit_bench.nn.vqgan import VqganSpec
 
     size = VitSize(width=32, layers=1, heads=2)
     pixels = VqganSpec(hidden=32, multipliers=(1, 1, 1), blocks=1, latent_channels=8, codebook_size=16)
@@ -238,7 +241,7 @@ def test_plugins_that_use_the_shared_tiles_are_watched() -> None:
 
 
 def test_maps_and_inspection_are_watched() -> None:
-    from comit_bench.models.attention import AttentionRequest
+    from comit_bench.nn.attention import AttentionRequest
     from comit_bench.tokenizers.base import gather_attention
 
     for make in (comit_nano, titok_nano, alit_tiny):
@@ -266,8 +269,8 @@ def test_maps_and_inspection_are_watched() -> None:
 def test_nothing_is_stored_of_codes_that_are_not_finite(tmp_path: Path) -> None:
     from PIL import Image
 
-    from comit_bench.data.datasets import Split
-    from comit_bench.tasks.tokenizing import open_store, store_key, tokenize_split
+    from comit_bench.data.split import Split
+    from comit_bench.pipeline.tokenize import open_store, store_key, tokenize_split
 
     class Plugin:
         info = replace(load_tokenizer("pixel-oracle", device="cpu").info, name="plugin")
@@ -288,7 +291,7 @@ def test_nothing_is_stored_of_codes_that_are_not_finite(tmp_path: Path) -> None:
 
 
 def test_judges_that_compute_nan_do_not_judge(tmp_path: Path) -> None:
-    from comit_bench.tasks.perceptual import ScenesTeacherFeatures
+    from comit_bench.metrics.perceptual import ScenesTeacherFeatures
 
     judge = ScenesTeacherFeatures(CPU)
     pictures = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.recipes import ProbeSpec
-from comit_bench.tasks import fit as fit_module
-from comit_bench.tasks import pool as pool_module
-from comit_bench.tasks.fit import (
+from comit_bench.probing import fit as fit_module
+from comit_bench.probing import pool as pool_module
+from comit_bench.probing.fit import (
     FitProgress,
     FitResult,
     FitTask,
@@ -32,7 +31,8 @@ from comit_bench.tasks.fit import (
     permuted,
     predict,
 )
-from comit_bench.tasks.pool import ProbePool, fit_seeds
+from comit_bench.probing.pool import ProbePool, fit_seeds
+from comit_bench.recipes.specs import ProbeSpec
 
 SPEC = ProbeSpec(width=16, depth=1, heads=2, batch_size=32, learning_rate=3e-3, max_epochs=3, patience=3)
 CODEBOOK = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
@@ -292,9 +292,9 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
         textwrap.dedent(
             """
             import multiprocessing, sys, torch
-            from comit_bench.recipes import ProbeSpec
-            from comit_bench.tasks.fit import FitTask, MessageSource, Split
-            from comit_bench.tasks.pool import ProbePool, fit_seeds
+            from comit_bench.recipes.specs import ProbeSpec
+            from comit_bench.probing.fit import FitTask, MessageSource, Split
+            from comit_bench.probing.pool import ProbePool, fit_seeds
             data = Split(MessageSource(codes=torch.ones(64, 4, 3)), torch.zeros(64).long())
             spec = ProbeSpec(width=16, depth=1, heads=2, max_epochs=10**6, patience=10**6)
             def tell(event):
@@ -335,7 +335,7 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
 
 
 def test_ctrl_c_while_a_worker_starts_waits_until_it_has_started() -> None:
-    from comit_bench.tasks.pool import _apart
+    from comit_bench.probing.pool import _apart
 
     steps = []
     with pytest.raises(KeyboardInterrupt):

@@ -17,17 +17,17 @@ from tiny import write_images, write_recipes
 from torch import Tensor
 
 import comit_bench
-import comit_bench.tokenizers.flextok as adapter
+import comit_bench.tokenizers.flextok.adapter as adapter
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.models.flextok import PRESETS, FlexTokSpec, TrunkSpec
-from comit_bench.models.flextok_blocks import TableSpec
-from comit_bench.models.vae import KLVaeSpec
+from comit_bench.nn.vae import KLVaeSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens
-from comit_bench.tokenizers.flextok import FlexTokTokenizer
-from comit_bench.tokenizers.flextok_config import ConfigReader, config_from_spec, spec_from_reader
-from comit_bench.tokenizers.flextok_files import load_directory, read_checkpoint
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.flextok.adapter import FlexTokTokenizer
+from comit_bench.tokenizers.flextok.blocks import TableSpec
+from comit_bench.tokenizers.flextok.checkpoint import load_directory, read_checkpoint
+from comit_bench.tokenizers.flextok.config import ConfigReader, config_from_spec, spec_from_reader
+from comit_bench.tokenizers.flextok.model import PRESETS, FlexTokSpec, TrunkSpec
+from comit_bench.tokenizers.load import load_tokenizer
 
 CASE = Path(__file__).parents[1] / "parity" / "cases" / "flextok" / "truncated_cfg_latents"
 GRID = TableSpec(kind="grid", size=(2, 2))
@@ -230,7 +230,7 @@ def test_wrong_options(options: dict[str, Any], says: str) -> None:
 def test_the_whole_benchmark_runs_untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "data")
     write_recipes(tmp_path / "recipes")
-    monkeypatch.setattr("comit_bench.tasks.pool.usable_cores", lambda: 1)
+    monkeypatch.setattr("comit_bench.probing.pool.usable_cores", lambda: 1)
     (record,) = comit_bench.evaluate(
         "flextok-d12-d12",
         ["tiny-colours"],
@@ -284,7 +284,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", list(SPECS))
 def test_config_round_trip(name: str) -> None:
-    from comit_bench.models.flextok import FlexTok
+    from comit_bench.tokenizers.flextok.model import FlexTok
 
     spec = SPECS[name]
     with torch.device("meta"):

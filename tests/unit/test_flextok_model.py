@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from comit_bench.models.flextok import PRESETS, FlexTok, FlexTokSpec, TrunkSpec
-from comit_bench.models.flextok_blocks import PositionTable, TableSpec, layer_norm, mlp_hidden
-from comit_bench.models.flextok_codec import Sampling, encode, encode_latents, sample, to_uint8
-from comit_bench.models.vae import KLVaeSpec
-from comit_bench.registry import tokenizers
+from comit_bench.nn.vae import KLVaeSpec
+from comit_bench.tokenizers.flextok.blocks import PositionTable, TableSpec, layer_norm, mlp_hidden
+from comit_bench.tokenizers.flextok.codec import Sampling, encode, encode_latents, sample, to_uint8
+from comit_bench.tokenizers.flextok.model import PRESETS, FlexTok, FlexTokSpec, TrunkSpec
+from comit_bench.tokenizers.registry import tokenizers
 
 GRID = TableSpec(kind="grid", size=(2, 2))
 SMALL = FlexTokSpec(

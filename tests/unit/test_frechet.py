@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comit_bench.tasks import frechet
-from comit_bench.tasks.frechet import (
+from comit_bench.metrics import frechet
+from comit_bench.metrics.frechet import (
     Statistics,
     distance_to_point,
     frechet_distance,

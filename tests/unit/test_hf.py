@@ -19,8 +19,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from image_sets import encoded, image_files, write_folder
 
-from comit_bench.data import hf
-from comit_bench.data.hf import ONLY, HfImages, open_splits
+from comit_bench.data.readers import hub as hf
+from comit_bench.data.readers.hub import ONLY, HfImages, open_splits
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
@@ -262,7 +262,7 @@ def test_code_of_a_data_set_is_not_run(tmp_path: Path) -> None:
 
 OFFLINE = """
 import sys
-from comit_bench.data.hf import open_splits
+from comit_bench.data.readers.hub import open_splits
 from comit_bench.errors import MissingError
 try:
     open_splits("someone/somewhere")

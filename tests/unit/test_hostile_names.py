@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from comit_bench.results.layout import heading
 from comit_bench.results.records import Metric, Record, load_record, protocol_digest
-from comit_bench.results.render import tex_escape, to_csv, to_latex, to_markdown
-from comit_bench.results.tables import Table, build_table, one_line, print_table
+from comit_bench.results.render.layout import heading
+from comit_bench.results.render.terminal import print_terminal
+from comit_bench.results.render.text import tex_escape, to_csv, to_latex, to_markdown
+from comit_bench.results.table import Table, build_table, one_line
 
 BASE = load_record(Path(__file__).parents[1] / "fixtures" / "records" / "measured-v1.json")
 NAMES = (
@@ -100,7 +101,7 @@ def check_terminal(table: Table) -> None:
     for encoding in ("utf-8", "ascii"):
         raw = io.BytesIO()
         stream = io.TextIOWrapper(raw, encoding=encoding, write_through=True, newline="\n")
-        print_table(table, Console(file=stream, width=200))
+        print_terminal(table, Console(file=stream, width=200))
         text = raw.getvalue().decode(encoding)
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u200b]", text)
 

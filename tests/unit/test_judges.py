@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comit_bench.errors import BenchError, CorruptFileError, UsageError
-from comit_bench.models.teachers import ScenesTeacherNet, ScenesTeacherSpec, load_teacher
-from comit_bench.models.text import random_t5
-from comit_bench.sections import TextSpec
-from comit_bench.tasks import perceptual
+from comit_bench.metrics import perceptual
+from comit_bench.nn.teachers import ScenesTeacherNet, ScenesTeacherSpec, load_teacher
+from comit_bench.nn.text import random_t5
+from comit_bench.recipes.kinds import TextSpec
 from comit_bench.tasks.text import find_text_encoder
 
 CPU = torch.device("cpu")

@@ -23,20 +23,20 @@ from tiny import write_images, write_recipes
 
 from comit_bench.errors import UsageError
 from comit_bench.files import shipped_weights
-from comit_bench.models.comit import PRESETS as COMIT
-from comit_bench.models.crops import CropGeometry
-from comit_bench.models.flextok import PRESETS as FLEXTOK
-from comit_bench.models.titok import PRESETS as TITOK
-from comit_bench.models.vq_grid import PRESETS as VQ_GRID
-from comit_bench.registry import BUILTIN
+from comit_bench.pipeline.evaluate import evaluate
+from comit_bench.pipeline.folders import check_origin, detokenize_file, tokenize_folder
+from comit_bench.pipeline.tokenize import store_key
 from comit_bench.results.records import load_records
-from comit_bench.results.tables import build_table
-from comit_bench.run import evaluate
-from comit_bench.tasks.folders import check_origin, detokenize_file, tokenize_folder
-from comit_bench.tasks.tokenizing import store_key
+from comit_bench.results.table import build_table
 from comit_bench.tokenizers.base import TokenizerInfo, Tokens
+from comit_bench.tokenizers.comit.crops import CropGeometry
+from comit_bench.tokenizers.comit.model import PRESETS as COMIT
+from comit_bench.tokenizers.flextok.model import PRESETS as FLEXTOK
 from comit_bench.tokenizers.identity import code_version, configuration_digest, source_digest
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.registry import BUILTIN
+from comit_bench.tokenizers.titok.model import PRESETS as TITOK
+from comit_bench.tokenizers.vq_grid.model import PRESETS as VQ_GRID
 
 NANOS = {"comit-nano": ("predictor", "num_heads"), "titok-nano": ("reduced", "encoder", "num_heads")}
 NANOS["vq-grid-nano"] = ("model", "head_dim")
@@ -173,8 +173,8 @@ def test_type_and_device_are_part_of_the_key() -> None:
 
 
 def test_other_weights_of_the_vae_are_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import comit_bench.models.vae as vaes
-    from comit_bench.tokenizers import comit_files
+    import comit_bench.nn.vae as vaes
+    from comit_bench.tokenizers.comit import checkpoint as comit_files
 
     small = {**vaes.SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
     monkeypatch.setattr(vaes, "SD_CONFIG", small)
@@ -205,8 +205,8 @@ def test_other_weights_of_the_vae_are_another_key(tmp_path: Path, monkeypatch: p
 
 
 def test_the_vae_of_an_untrained_comit_is_drawn_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import comit_bench.models.vae as vaes
-    from comit_bench.tokenizers import comit
+    import comit_bench.nn.vae as vaes
+    from comit_bench.tokenizers.comit import adapter as comit
 
     small = {**vaes.SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
     monkeypatch.setattr(vaes, "SD_CONFIG", small)
@@ -373,7 +373,7 @@ def photos(folder: Path) -> Path:
 
 
 def test_a_token_file_knows_its_configuration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from comit_bench.data.token_file import Origin, read_token_file
+    from comit_bench.data.tokens.token_file import Origin, read_token_file
 
     folder, out = photos(tmp_path / "photos"), tmp_path / "t.safetensors"
     nano = load_tokenizer("comit-nano", device="cpu")
@@ -413,7 +413,7 @@ def test_a_folder_of_images_belongs_to_what_made_it(tmp_path: Path, caplog: pyte
 
 
 def test_text_features_of_another_config_are_not_taken_from_the_cache(tmp_path: Path) -> None:
-    from comit_bench.sections import TextSpec
+    from comit_bench.recipes.kinds import TextSpec
     from comit_bench.tasks.text import FILES, find_text_encoder
 
     for name in FILES:

@@ -15,8 +15,8 @@ from kills import CHANGES, RENAMES, die_everywhere
 from torch import nn
 
 from comit_bench.data.download import download
-from comit_bench.data.scenes import generate, verify
-from comit_bench.recipes import DatasetSpec, DownloadSpec, GeneratorSpec
+from comit_bench.data.scenes.generate import generate, verify
+from comit_bench.recipes.specs import DatasetSpec, DownloadSpec, GeneratorSpec
 from comit_bench.tokenizers import weights
 from comit_bench.tokenizers.checkpoints import read_tensors
 from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer

@@ -17,17 +17,19 @@ from failing import Broken, OwnError, Sum
 from tiny import write_images, write_recipes
 
 import comit_bench
-from comit_bench import cli, weights_command
-from comit_bench.console import guarded, unexpected
+from comit_bench.commands import app as cli
+from comit_bench.commands import train as train_command
+from comit_bench.commands import weights as weights_command
+from comit_bench.commands.console import guarded
+from comit_bench.commands.run import finish
 from comit_bench.errors import BenchError
-from comit_bench.evaluation import Bench, do_jobs
-from comit_bench.jobs import Settings, make_jobs
-from comit_bench.ranks import Ranks
+from comit_bench.nn.ranks import Ranks
+from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.failures import unexpected
+from comit_bench.pipeline.jobs import Settings, make_jobs
+from comit_bench.probing.pool import ProbePool
 from comit_bench.results.records import load_records
-from comit_bench.run import finish
-from comit_bench.tasks.pool import ProbePool
 from comit_bench.tokenizers.pixels import PixelOracleTokenizer
-from comit_bench.train import command as train_command
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -38,7 +40,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     write_images(tmp_path / "data", train=6, val=3)
     write_recipes(tmp_path / "recipes")
     monkeypatch.setenv("COMIT_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("comit_bench.tasks.pool.usable_cores", lambda: 1)
+    monkeypatch.setattr("comit_bench.probing.pool.usable_cores", lambda: 1)
     return {
         "data_root": tmp_path / "data",
         "include": (tmp_path / "recipes",),
@@ -110,7 +112,7 @@ def test_a_plugin_that_fails_while_it_works(
     module = SimpleNamespace(load=lambda name, **_: Broken(ZeroDivisionError("by nothing")))
     monkeypatch.setitem(sys.modules, "broken_plugin", module)  # type: ignore[arg-type]
     monkeypatch.setattr(
-        "comit_bench.registry.entry_points", lambda group: [point] if "tokenizers" in group else []
+        "comit_bench.tokenizers.registry.entry_points", lambda group: [point] if "tokenizers" in group else []
     )
     places = ["--data-root", bench["data_root"], "--include-path", bench["include"][0]]
     common = ["--suite", "scenes", "--tasks", "tiny-colours", "--output", bench["output"], "-q"]
@@ -128,7 +130,7 @@ def test_a_loader_that_fails_is_one_line(
     def fail(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("while loading")
 
-    monkeypatch.setattr("comit_bench.tokenizers.comit.load", fail)
+    monkeypatch.setattr("comit_bench.tokenizers.comit.adapter.load", fail)
     for command in (
         ("run", "--dry-run", "-t", "comit-nano"),
         ("sweep", "-q"),
@@ -148,13 +150,13 @@ def test_a_loader_that_fails_is_one_line(
         (cli.main, ("data", "build", "mscoco-pairs"), "comit_bench.data.building.build_dataset"),
         (cli.main, ("weights", "ls"), "comit_bench.tokenizers.presence.parts"),
         (weights_command.main, ("ls",), "comit_bench.tokenizers.presence.parts"),
-        (cli.main_run, ("--dry-run",), "comit_bench.run.make_jobs"),
+        (cli.main_run, ("--dry-run",), "comit_bench.pipeline.jobs.make_jobs"),
         (cli.main, ("train", "--config", "comit-nano"), "comit_bench.train.loop.Trainer"),
         (train_command.main, ("--config", "comit-nano"), "comit_bench.train.loop.Trainer"),
-        (cli.main, ("ls", "tasks"), "comit_bench.listing.find_tasks"),
-        (cli.main, ("doctor",), "comit_bench.listing.tokenizers"),
+        (cli.main, ("ls", "tasks"), "comit_bench.commands.listing.find_tasks"),
+        (cli.main, ("doctor",), "comit_bench.commands.listing.tokenizers"),
         (cli.main, ("table", "."), "comit_bench.results.records.load_records"),
-        (cli.main, ("cost", "comit-nano"), "comit_bench.cost.count"),
+        (cli.main, ("cost", "comit-nano"), "comit_bench.commands.cost.count"),
         (cli.main, ("figure", "sweeps"), "comit_bench.results.records.load_records"),
     ],
 )
@@ -193,12 +195,14 @@ def test_where_the_log_lies_when_folders_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("comit_bench.console.tempfile.gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(
+        "comit_bench.pipeline.failures.tempfile.gettempdir", lambda: str(tmp_path / "temporary")
+    )
     text = str(unexpected(ValueError("x"), "work", tmp_path / "file", tmp_path / "second"))
     assert str(tmp_path / "second" / "logs") in text
     text = str(unexpected(ValueError("x"), "work", tmp_path / "file"))
     assert str(tmp_path / "temporary") in text
-    monkeypatch.setattr("comit_bench.console.tempfile.gettempdir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr("comit_bench.pipeline.failures.tempfile.gettempdir", lambda: str(tmp_path / "file"))
     assert "no log could be written" in str(unexpected(ValueError("x"), "work", tmp_path / "file"))
 
 

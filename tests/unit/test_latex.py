@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from latex import check_latex
 
-from comit_bench.results.layout import DASH
 from comit_bench.results.records import Metric, Record, load_record
-from comit_bench.results.render import tex_escape, to_latex
-from comit_bench.results.tables import build_table
+from comit_bench.results.render.layout import DASH
+from comit_bench.results.render.text import tex_escape, to_latex
+from comit_bench.results.table import build_table
 
 BASE = load_record(Path(__file__).parents[1] / "fixtures" / "records" / "measured-v1.json")
 LIMITED = load_record(Path(__file__).parents[1] / "fixtures" / "records" / "limited-untrained-v1.json")

@@ -15,9 +15,9 @@ from PIL import Image, ImageFilter
 
 from comit_bench.data.images import load_image, load_mask, mask_of, read_mask
 from comit_bench.data.masks import read_levels
-from comit_bench.data.opened import PathList, Split
+from comit_bench.data.split import PathList, Split
 from comit_bench.errors import BenchError, CorruptFileError
-from comit_bench.tasks.executor import Role
+from comit_bench.tasks.base import Role
 from comit_bench.tasks.objectness import examine_masks, read_masks
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]

@@ -14,11 +14,12 @@ from tiny import write_images, write_recipes
 
 import comit_bench
 from comit_bench.data import images
-from comit_bench.data.token_file import read_token_file
+from comit_bench.data.tokens.token_file import read_token_file
 from comit_bench.errors import CorruptFileError
+from comit_bench.pipeline import folders
+from comit_bench.pipeline import tokenize as tokenizing
 from comit_bench.results.schema import Record
-from comit_bench.tasks import folders, tokenizing
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 
 TASK = {
     "name": "copy",

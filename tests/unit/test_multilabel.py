@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from comit_bench.data.datasets import OpenData
-from comit_bench.data.datasets import Split as DataSplit
+from comit_bench.data.split import OpenData
+from comit_bench.data.split import Split as DataSplit
 from comit_bench.errors import UsageError
-from comit_bench.recipes import ProbeSpec, TaskSpec
-from comit_bench.tasks.executor import Inputs, Role
-from comit_bench.tasks.fit import MessageSource
+from comit_bench.probing.fit import MessageSource
+from comit_bench.recipes.specs import ProbeSpec, TaskSpec
+from comit_bench.tasks.base import Inputs, Role
 from comit_bench.tasks.multilabel import (
     EXECUTOR,
     all_within,

@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from comit_bench import cli
+from comit_bench.commands import app as cli
 from comit_bench.data.images import header_size, load_mask
-from comit_bench.data.opened import OpenData, PathList, Split
+from comit_bench.data.split import OpenData, PathList, Split
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.models.attention import AttentionRequest
-from comit_bench.ranks import Ranks
-from comit_bench.recipes import TaskSpec
+from comit_bench.metrics.overlap import enlarge, overlaps, pixels_kept, shifted
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.nn.ranks import Ranks
+from comit_bench.recipes.kinds import ObjectnessSpec
+from comit_bench.recipes.specs import TaskSpec
 from comit_bench.results.records import load_records
-from comit_bench.sections import ObjectnessSpec
 from comit_bench.tasks import looking
-from comit_bench.tasks.executor import Inputs, Role
+from comit_bench.tasks.base import Inputs, Role
 from comit_bench.tasks.objectness import EXECUTOR, resolve_layers
-from comit_bench.tasks.overlap import enlarge, overlaps, pixels_kept, shifted
 from comit_bench.tasks.result import TaskResult
 from comit_bench.tokenizers.base import TileReceiver, TokenizerInfo, Tokens, attention_in_tiles
 
@@ -467,7 +467,7 @@ def test_refusals(tmp_path: Path, tokenizer: Any, spec: dict[str, Any], says: st
 
 
 def test_times_that_decoding_does_not_reach_are_refused(tmp_path: Path) -> None:
-    from comit_bench.tokenizers.loading import load_tokenizer
+    from comit_bench.tokenizers.load import load_tokenizer
 
     task = make_inputs(tmp_path, squares(2), Fake(smooth(2, 2)), {"times": (0.95,)}).spec
     short = load_tokenizer("comit-nano", device="cpu")

@@ -15,11 +15,11 @@ from PIL import Image
 
 from comit_bench.data.folders import list_folder, list_images
 from comit_bench.data.images import load_image
-from comit_bench.data.token_file import read_token_file
+from comit_bench.data.tokens.token_file import read_token_file
 from comit_bench.errors import MissingError
 from comit_bench.figures.inputs import load_inputs
-from comit_bench.tasks.folders import tokenize_folder
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.pipeline.folders import tokenize_folder
+from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.train import data as train_data
 
 ODD = {

@@ -15,7 +15,7 @@ from official import opened, pairs_of, picture
 from pycocotools import mask as rle
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.recipes import find_datasets
+from comit_bench.recipes.specs import find_datasets
 
 NAMES = {1: "person", 3: "car", 18: "dog", 44: "bottle", 90: "toothbrush"}  # with the gaps of the original
 VAL = "annotations/instances_val2017.json"

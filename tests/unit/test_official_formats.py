@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from official import opened, pairs_of, picture
 
-from comit_bench.data.datasets import OpenData
 from comit_bench.data.readers.visual_genome import read_aliases
+from comit_bench.data.split import OpenData
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
-from comit_bench.recipes import find_datasets
+from comit_bench.recipes.specs import find_datasets
 
 # ----------------------------------------------------------------------------------------- Visual Genome
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from comit_bench.commands.tokens import key_values
 from comit_bench.errors import UsageError
-from comit_bench.jobs import Settings, check_options, left_out, make_jobs, options_for
-from comit_bench.plan import make_plan
-from comit_bench.registry import BUILTIN, TokenizerEntry, find_tokenizer
-from comit_bench.resources import Resources
-from comit_bench.token_command import key_values
+from comit_bench.pipeline.jobs import Settings, check_options, left_out, make_jobs, options_for
+from comit_bench.pipeline.plan import make_plan
+from comit_bench.pipeline.resources import Resources
+from comit_bench.tokenizers.registry import BUILTIN, TokenizerEntry, find_tokenizer
 
 EVERYTHING = {
     *("allow_pickle", "base", "compile", "decoder", "guidance", "guidance_mode", "halting", "iterations"),
@@ -106,7 +106,7 @@ def test_an_option_that_nobody_knows_is_refused(tokenizers: list[str], key: str,
 
 
 def test_rows_that_do_not_know_an_option_run_without_it_and_the_plan_says_so() -> None:
-    from comit_bench.plan import describe
+    from comit_bench.pipeline.plan import describe
 
     settings = Settings(options={"posterior": "sample", "comit.steps": 2}, limit=8, seeds=1)
     rows = ["majority", "comit-nano", "titok-nano", "vq-grid-nano"]

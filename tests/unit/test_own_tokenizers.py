@@ -20,11 +20,10 @@ from plugins import install
 from tiny import write_images, write_recipes
 
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.jobs import Settings, make_jobs
-from comit_bench.registry import convert, find_tokenizer, taken_by
+from comit_bench.pipeline.evaluate import evaluate
+from comit_bench.pipeline.jobs import Settings, make_jobs
+from comit_bench.pipeline.tokenize import store_key
 from comit_bench.results.records import load_records
-from comit_bench.run import evaluate
-from comit_bench.tasks.tokenizing import store_key
 from comit_bench.tokenizers.base import (
     AttendingTokenizer,
     Attends,
@@ -35,7 +34,8 @@ from comit_bench.tokenizers.base import (
     Tokens,
     looks_at_crops,
 )
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.registry import convert, find_tokenizer, taken_by
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "tokenizers" / "your-own.md").read_text(encoding="utf-8")
@@ -314,7 +314,7 @@ def test_what_cannot_be_called_is_said(site: Path, tmp_path: Path) -> None:
 
 
 def test_numbers_in_texts_survive_the_command_line() -> None:
-    from comit_bench.token_command import key_values
+    from comit_bench.commands.tokens import key_values
 
     assert key_values(["a=007", "b=1e5", "c=2.50", "d=4", "e=2.5"]) == {
         "a": "007", "b": "1e5", "c": "2.50", "d": 4, "e": 2.5,

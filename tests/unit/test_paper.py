@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from comit_bench import cli
+from comit_bench.commands import app as cli
+from comit_bench.commands.paper import do_parts
+from comit_bench.commands.paper_parts import Part, Step, choose_parts, make_cast, make_parts
+from comit_bench.commands.paper_plan import StepPlan, plan_parts, preset_costs, total_cost
 from comit_bench.errors import BenchError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.jobs import Settings
-from comit_bench.models.crops import GLOBAL, parse_policy
-from comit_bench.paper import Part, Step, choose_parts, make_cast, make_parts
-from comit_bench.paper_command import do_parts
-from comit_bench.paper_plan import StepPlan, plan_parts, preset_costs, total_cost
-from comit_bench.recipes import find_tasks
-from comit_bench.registry import tokenizers
-from comit_bench.results.paper_table import COMPARED, POLICIES, policy_words
+from comit_bench.pipeline.jobs import Settings
+from comit_bench.recipes.specs import find_tasks
 from comit_bench.results.records import load_records
+from comit_bench.results.render.paper import COMPARED, POLICIES, policy_words
+from comit_bench.tokenizers.comit.crops import GLOBAL, parse_policy
+from comit_bench.tokenizers.registry import tokenizers
 from comit_bench.train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run ``comit-bench <arguments>`` in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr("comit_bench.tasks.pool.usable_cores", lambda: 1)
+    monkeypatch.setattr("comit_bench.probing.pool.usable_cores", lambda: 1)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["comit-bench", *(str(a) for a in arguments)])

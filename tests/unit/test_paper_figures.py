@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
 from comit_bench.figures import bottleneck, maps
 from comit_bench.figures.inputs import load_inputs
 from comit_bench.results.records import load_record, load_records
 from comit_bench.results.schema import Metric, Record, protocol_digest
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = load_record(ROOT / "tests" / "fixtures" / "records" / "measured-v1.json")

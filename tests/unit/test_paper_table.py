@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latex import check_latex
 
+from comit_bench.commands.listing import rebuild_table
 from comit_bench.errors import MissingError, UsageError
-from comit_bench.listing import rebuild_table
-from comit_bench.recipes import find_tasks, recipe_root
-from comit_bench.registry import tokenizers
-from comit_bench.results.layout import DASH
-from comit_bench.results.paper_table import (
+from comit_bench.recipes.specs import find_tasks, recipe_root
+from comit_bench.results.records import load_record, load_records, published_records
+from comit_bench.results.render.layout import DASH
+from comit_bench.results.render.paper import (
     COMPARED,
     LAYOUTS,
     POLICIES,
@@ -25,9 +25,10 @@ from comit_bench.results.paper_table import (
     policy_words,
     to_paper_latex,
 )
-from comit_bench.results.records import load_record, load_records, published_records
+from comit_bench.results.render.write import write_tables
 from comit_bench.results.schema import Metric, Record, protocol_digest
-from comit_bench.results.tables import Table, build_table, write_tables
+from comit_bench.results.table import Table, build_table
+from comit_bench.tokenizers.registry import tokenizers
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "records"
 BASE = load_record(FIXTURES / "measured-v1.json")

@@ -30,7 +30,7 @@ from comit_bench.data.datasets import open_dataset
 from comit_bench.data.manifests import rows_from
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import check_url, open_url
-from comit_bench.recipes import DatasetSpec, DownloadSpec, check_paths, find_datasets, parse_recipe
+from comit_bench.recipes.specs import DatasetSpec, DownloadSpec, check_paths, find_datasets, parse_recipe
 from comit_bench.tokenizers.download import download as download_weights
 from comit_bench.train.config import load_run
 from comit_bench.train.data import open_images

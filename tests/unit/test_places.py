@@ -13,10 +13,10 @@ from tiny import write_images, write_recipes
 from typer.testing import CliRunner
 
 from comit_bench import load_tokenizer, run
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.tasks import pool
-from comit_bench.tasks.folders import tokenize_folder
+from comit_bench.pipeline.folders import tokenize_folder
+from comit_bench.probing import pool
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from tiny import write_images, write_recipes
 
-from comit_bench import cli
-from comit_bench.evaluation import Bench, do_jobs
-from comit_bench.jobs import Job, Settings, make_jobs
-from comit_bench.plan import describe, make_plan
-from comit_bench.recording import expected_seconds, images_of, note_seconds
+from comit_bench.commands import app as cli
+from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.jobs import Job, Settings, make_jobs
+from comit_bench.pipeline.plan import describe, make_plan
+from comit_bench.pipeline.record import expected_seconds, images_of, note_seconds
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -130,7 +130,7 @@ def test_validate_knows_the_data_sets_beside_a_recipe(tmp_path: Path, command: C
 
 
 def test_times_are_those_of_this_machine_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("comit_bench.tasks.pool.usable_cores", lambda: 1)
+    monkeypatch.setattr("comit_bench.probing.pool.usable_cores", lambda: 1)
     settings, jobs = tiny(tmp_path, seeds=1)
     before = lines_of(jobs, settings)
     assert "  tiny-colours: pixel-oracle: 36 images, 1 probe seeds, time unknown" in before
@@ -198,7 +198,7 @@ def test_doctor_finds_the_suite_that_lacks_only_the_text_encoder(
 ) -> None:
     """All data are there, T5 is not: this is what doctor once called well."""
     monkeypatch.setattr(
-        "comit_bench.plan.data_state", lambda recipe, bench, dry: ("found", {"train": 5, "val": 5})
+        "comit_bench.pipeline.plan.data_state", lambda recipe, bench, dry: ("found", {"train": 5, "val": 5})
     )
     monkeypatch.setattr("comit_bench.data.pieces.missing_pieces", lambda spec, root: [])
     ran, _, err = command("run", "--data-root", tmp_path, "--offline", "--dry-run")
@@ -215,7 +215,7 @@ def test_doctor_names_extras(command: Command, monkeypatch: pytest.MonkeyPatch) 
             raise PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr("comit_bench.listing.version", without)
+    monkeypatch.setattr("comit_bench.commands.listing.version", without)
     code, out, _ = command("doctor")
     assert code == 0
     assert "  missing  torchmetrics, needed for rFID and LPIPS: pip install 'comit-bench[metrics]'" in out

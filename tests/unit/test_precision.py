@@ -9,12 +9,12 @@ import torch
 from small_tokenizers import ROUNDING, SD_NANO, SMALL_TOKENIZERS, pictures, seeded, small_sd_vae, streams
 from torch import Tensor, nn
 
-from comit_bench.models.comit import PRESETS, Comit
-from comit_bench.models.precision import exact_products
-from comit_bench.models.vae import DctVae
+from comit_bench.nn.precision import exact_products
+from comit_bench.nn.vae import DctVae
 from comit_bench.tokenizers.base import autocast
+from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.train.config import TrainConfig
-from comit_bench.train.objective import TrainingModule
+from comit_bench.train.objectives.comit import TrainingModule
 from comit_bench.train.sampling import plan_step
 
 CPU = torch.device("cpu")

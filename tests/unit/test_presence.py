@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
-from comit_bench.registry import BUILTIN, find_tokenizer
+from comit_bench.commands.app import app
 from comit_bench.tokenizers.presence import hub_state, parts, vaes, weights_state
+from comit_bench.tokenizers.registry import BUILTIN, find_tokenizer
 from comit_bench.tokenizers.releases import RELEASES
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from comit_bench.tasks.probe import Probe
+from comit_bench.probing.network import Probe
 
 
 def make(seed: int = 0, **changes: Any) -> Probe:

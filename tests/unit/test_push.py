@@ -16,12 +16,12 @@ import torch
 from typer.testing import CliRunner
 from versions import needs_muon
 
-from comit_bench.cli import app
+from comit_bench.commands import train as command
+from comit_bench.commands.app import app
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.models.comit import ComitSpec, CropGeometry
 from comit_bench.tokenizers import push as hub
-from comit_bench.tokenizers.comit_files import build, save
-from comit_bench.train import command
+from comit_bench.tokenizers.comit.checkpoint import build, save
+from comit_bench.tokenizers.comit.model import ComitSpec, CropGeometry
 from comit_bench.train.config import load_config
 
 FILES = ("README.md", "config.json", "curves.png", "model.safetensors")

@@ -10,9 +10,9 @@ import pytest
 from processes import free_port, start
 from tiny import write_images, write_recipes
 
-from comit_bench import ranks as module
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.ranks import Launched, Ranks, launched, meeting, without_launcher
+from comit_bench.nn import ranks as module
+from comit_bench.nn.ranks import Launched, Ranks, launched, meeting, without_launcher
 from comit_bench.train.config import load_config
 from comit_bench.train.setup import make_accelerator
 
@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import os, sys
 from pathlib import Path
-import comit_bench.tasks.tokenizing as tokenizing
-from comit_bench.evaluation import Bench, do_jobs
-from comit_bench.jobs import Settings, make_jobs
+import comit_bench.pipeline.tokenize as tokenizing
+from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.jobs import Settings, make_jobs
 
 root, out, fail = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 tokenizing.SHARD_SIZE = 7

@@ -13,9 +13,9 @@ from bad_world import BAD_JSON, BAD_PLACES, BAD_YAML, place_badly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.files import cache_root
-from comit_bench.reading import parse_json, parse_yaml, read_json, read_text, read_yaml, shown, user_path
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, shown
+from comit_bench.files import cache_root, user_path
+from comit_bench.recipes.reading import parse_json, parse_yaml, read_json, read_text, read_yaml
 
 # Broken as a recipe, though they are YAML (or JSON) of plain values.
 GOOD_YAML = {"empty", "only-comment", "list", "text", "number", "date", "wrong-date", "sixties"}

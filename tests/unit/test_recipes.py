@@ -9,9 +9,9 @@ import yaml
 from tiny import write_recipes
 
 from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.models.comit import PRESETS
-from comit_bench.recipes import DatasetSpec, TaskSpec, find_datasets, find_tasks, parse_recipe, pick
-from comit_bench.registry import BUILTIN, find_tokenizer, tokenizers
+from comit_bench.recipes.specs import DatasetSpec, TaskSpec, find_datasets, find_tasks, parse_recipe, pick
+from comit_bench.tokenizers.comit.model import PRESETS
+from comit_bench.tokenizers.registry import BUILTIN, find_tokenizer, tokenizers
 
 
 def edited(path: Path, **changes: object) -> Path:

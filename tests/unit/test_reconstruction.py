@@ -22,16 +22,18 @@ from tiny import VAL, write_images, write_recipes
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from comit_bench import cli, evaluate
+from comit_bench import evaluate
+from comit_bench.commands import app as cli
+from comit_bench.commands.listing import examine
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.evaluation import Bench, do_jobs
-from comit_bench.jobs import Settings, make_jobs
-from comit_bench.listing import examine
-from comit_bench.recipes import TaskSpec, find_tasks
+from comit_bench.metrics import perceptual
+from comit_bench.metrics.similarity import psnr
+from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.jobs import Settings, make_jobs
+from comit_bench.recipes.specs import TaskSpec, find_tasks
 from comit_bench.results.schema import Record
-from comit_bench.results.tables import build_table
-from comit_bench.tasks import looking, perceptual, reconstruction
-from comit_bench.tasks.similarity import psnr
+from comit_bench.results.table import build_table
+from comit_bench.tasks import looking, reconstruction
 from comit_bench.tokenizers.base import Tokens
 from comit_bench.tokenizers.pixels import PixelOracleTokenizer
 
@@ -215,8 +217,8 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 import comit_bench.tasks.looking as looking
-from comit_bench.evaluation import Bench, do_jobs
-from comit_bench.jobs import Settings, make_jobs
+from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.jobs import Settings, make_jobs
 
 root, out, fail = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 looking.SHARD = 6

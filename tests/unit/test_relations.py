@@ -11,17 +11,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from comit_bench.data.datasets import OpenData, Triplets
-from comit_bench.data.datasets import Split as DataSplit
+from comit_bench.data.split import OpenData, Triplets
+from comit_bench.data.split import Split as DataSplit
 from comit_bench.errors import CorruptFileError, UsageError
-from comit_bench.recipes import ProbeSpec, TaskSpec
-from comit_bench.sections import NegativesSpec
+from comit_bench.probing.fit import MessageSource, Split, build_probe
+from comit_bench.probing.pool import ProbePool
+from comit_bench.recipes.kinds import NegativesSpec
+from comit_bench.recipes.specs import ProbeSpec, TaskSpec
 from comit_bench.tasks import contrast
+from comit_bench.tasks.base import Inputs, Role
 from comit_bench.tasks.contrast import ContrastTask, batch_candidates, draw_samples, ranked
-from comit_bench.tasks.executor import Inputs, Role
-from comit_bench.tasks.fit import MessageSource, Split, build_probe
 from comit_bench.tasks.negatives import Truth, Words, draw_lists, role_table, stored_lists
-from comit_bench.tasks.pool import ProbePool
 from comit_bench.tasks.relations import EXECUTOR, chance_levels, majority_outputs, score_outputs, standardised
 
 OBJECTS = ("ant", "bee", "cat", "dog", "elk", "fox")

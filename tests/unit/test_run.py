@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from tiny import TRAIN, VAL, write_images, write_recipes
 
 import comit_bench
-from comit_bench import cli
+from comit_bench.commands import app as cli
 from comit_bench.errors import BenchError, MissingError, UsageError
-from comit_bench.jobs import Settings
+from comit_bench.pipeline.jobs import Settings
+from comit_bench.pipeline.suite import DEFAULT_TOKENIZERS, choose_tasks
 from comit_bench.results.records import load_records
 from comit_bench.results.schema import Record
-from comit_bench.run import DEFAULT_TOKENIZERS, choose_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +63,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     write_images(tmp_path / "data")
     write_recipes(tmp_path / "recipes")
     monkeypatch.setenv("COMIT_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("comit_bench.tasks.pool.usable_cores", lambda: 1)
+    monkeypatch.setattr("comit_bench.probing.pool.usable_cores", lambda: 1)
     return Bench(tmp_path)
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comit_bench.data import scenes, scenes_formats, scenes_painting
-from comit_bench.data.scenes import contact_sheet, generate, verify
-from comit_bench.data.scenes_painting import COLOUR_NAMES, DIGIT_NAMES, Scenes, paint
-from comit_bench.data.scenes_sources import load_sources
+from comit_bench.data.scenes import formats as scenes_formats
+from comit_bench.data.scenes import generate as scenes
+from comit_bench.data.scenes import painting as scenes_painting
+from comit_bench.data.scenes.generate import contact_sheet, generate, verify
+from comit_bench.data.scenes.painting import COLOUR_NAMES, DIGIT_NAMES, Scenes, paint
+from comit_bench.data.scenes.sources import load_sources
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.recipes import DatasetSpec, GeneratorSpec, parse_recipe, recipe_root
+from comit_bench.recipes.specs import DatasetSpec, GeneratorSpec, parse_recipe, recipe_root
 
 LAYOUTS = ("recognition", "pairs", "relations", "objectness")
 NAMES = ("recognition", "recognition-hard", "pairs", "relations", "objectness", "counterfactual")

@@ -17,16 +17,16 @@ from tiny import write_images, write_recipes
 from torch import Tensor
 
 import comit_bench
-import comit_bench.tokenizers.selftok as adapter
+import comit_bench.tokenizers.selftok.adapter as adapter
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.models.selftok import PRESETS, SD3_VAE, Schedule, variant
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers import weights as store
 from comit_bench.tokenizers.base import Tokenizer, Tokens
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.releases import RELEASES
-from comit_bench.tokenizers.selftok import SelftokTokenizer, choose_schedule
-from comit_bench.tokenizers.selftok_config import (
+from comit_bench.tokenizers.selftok.adapter import SelftokTokenizer, choose_schedule
+from comit_bench.tokenizers.selftok.checkpoint import build, find_vae
+from comit_bench.tokenizers.selftok.config import (
     config_from_spec,
     released_config,
     spec_from_config,
@@ -34,7 +34,7 @@ from comit_bench.tokenizers.selftok_config import (
     used,
     vae_spec,
 )
-from comit_bench.tokenizers.selftok_files import build, find_vae
+from comit_bench.tokenizers.selftok.model import PRESETS, SD3_VAE, Schedule, variant
 
 SIDE, K = 64, 12
 JUNK = {
@@ -241,7 +241,7 @@ def test_wrong_options(options: dict[str, Any], says: str) -> None:
 def test_the_whole_benchmark_runs_untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "data")
     write_recipes(tmp_path / "recipes")
-    monkeypatch.setattr("comit_bench.tasks.pool.usable_cores", lambda: 1)
+    monkeypatch.setattr("comit_bench.probing.pool.usable_cores", lambda: 1)
     (record,) = comit_bench.evaluate(
         "selftok-512",
         ["tiny-colours"],

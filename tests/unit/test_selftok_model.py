@@ -12,17 +12,10 @@ from selftok_sizes import LATENTS, RENDERER, SMALL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.models.selftok import (
-    PRESETS,
-    DecoderSpec,
-    EncoderSpec,
-    Schedule,
-    Selftok,
-    SelftokSpec,
-    variant,
-)
-from comit_bench.models.selftok_blocks import ScalarEmbed, central_crop, context_table, token_positions
-from comit_bench.models.selftok_codec import (
+from comit_bench.nn.vq import most_similar
+from comit_bench.tokenizers.registry import tokenizers
+from comit_bench.tokenizers.selftok.blocks import ScalarEmbed, central_crop, context_table, token_positions
+from comit_bench.tokenizers.selftok.codec import (
     constants,
     decode_latents,
     encode,
@@ -33,8 +26,15 @@ from comit_bench.models.selftok_codec import (
     to_uint8,
     visible_counts,
 )
-from comit_bench.models.vq import most_similar
-from comit_bench.registry import tokenizers
+from comit_bench.tokenizers.selftok.model import (
+    PRESETS,
+    DecoderSpec,
+    EncoderSpec,
+    Schedule,
+    Selftok,
+    SelftokSpec,
+    variant,
+)
 
 FLOAT = 2e-5
 
@@ -147,7 +147,7 @@ def ignored_table(k: int, decoder: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("decoder", ["diffusion", "renderer"])
 @pytest.mark.parametrize("k", [512, 1024])
 def test_key_contract_and_published_sizes(k: int, decoder: str) -> None:
-    from comit_bench.tokenizers.selftok_config import used
+    from comit_bench.tokenizers.selftok.config import used
 
     model, ignored = on_meta(f"selftok-{k}", decoder), ignored_table(k, decoder)
     found = {key: tuple(value.shape) for key, value in model.own_state().items()}

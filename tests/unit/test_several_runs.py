@@ -21,15 +21,15 @@ from tiny import write_images, write_recipes
 from typer.testing import CliRunner
 
 from comit_bench import load_tokenizer
-from comit_bench.cli import app
-from comit_bench.data import shards
-from comit_bench.data.shards import SharedWork
+from comit_bench.commands.app import app
+from comit_bench.data.tokens import shards
+from comit_bench.data.tokens.shards import SharedWork
 from comit_bench.errors import BenchError, UsageError
 from comit_bench.files import locked, try_lock, write_atomic
-from comit_bench.tasks.folders import detokenize_file, tokenize_folder
-from comit_bench.train.autoencoder import fit_autoencoder
+from comit_bench.pipeline.folders import detokenize_file, tokenize_folder
 from comit_bench.train.config import AutoencoderRun, load_config, load_run
 from comit_bench.train.loop import Trainer
+from comit_bench.train.objectives.autoencoder import fit_autoencoder
 from comit_bench.train.runstate import only_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_shards_are_divided(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_was_making_is_made_by_another(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from comit_bench.data.shards import SharedWork\n"
+        "import sys, time; from pathlib import Path; from comit_bench.data.tokens.shards import SharedWork\n"
         "work = SharedWork(range(3), lambda n: Path(sys.argv[1]) / f'shard-{n}', 'x')\n"
         "next(work.take()); print('taken', flush=True); time.sleep(60)\n"
     )
@@ -124,9 +124,9 @@ def test_a_lock_that_is_removed_still_excludes(tmp_path: Path) -> None:
 RUN = """
 import os, signal, sys
 from pathlib import Path
-import comit_bench.tasks.tokenizing as tokenizing
+import comit_bench.pipeline.tokenize as tokenizing
 from comit_bench import evaluation
-from comit_bench.cli import main_run
+from comit_bench.commands.app import main_run
 
 notes = Path(os.environ["NOTES"])
 def note(what):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from comit_bench.tasks.similarity import PSNR_CAP, psnr, squared_error, ssim
+from comit_bench.metrics.similarity import PSNR_CAP, psnr, squared_error, ssim
 
 
 def noise(seed: int, count: int = 3, side: int = 24) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comit_bench.jobs import Settings
-from comit_bench.recording import make_record
+from comit_bench.pipeline.jobs import Settings
+from comit_bench.pipeline.record import make_record
 from comit_bench.results.schema import Counts, DatasetRow, Metric, TaskRow, TokenizerRow
 from comit_bench.seeding import binomial_error, over_seeds
-from comit_bench.tasks.executor import same_for_all
+from comit_bench.tasks.base import same_for_all
 from comit_bench.tasks.result import MetricResult, TaskResult, over_images, over_set
 from comit_bench.tasks.result import over_seeds as share_over_seeds
 

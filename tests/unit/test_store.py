@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import comit_bench
-from comit_bench.data.shards import Layout, id_dtype
-from comit_bench.data.store import TokenStore
+from comit_bench.data.tokens.shards import Layout, id_dtype
+from comit_bench.data.tokens.store import TokenStore
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UnsupportedOperation, UsageError
 
 KEY: dict[str, object] = {
@@ -389,7 +389,7 @@ WRITER = """
 import sys, time
 import numpy as np
 from pathlib import Path
-from comit_bench.data.store import TokenStore
+from comit_bench.data.tokens.store import TokenStore
 root, first, step, pause = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 sizes = dict(count=640, message_length=16, vocab_size=1000, code_dim=2, shard_size=16)
 store = TokenStore.open(root, {"a": 1}, **sizes)

@@ -13,13 +13,13 @@ import yaml
 from tiny import write_images, write_recipes
 from torch import Tensor
 
-from comit_bench import cli
+from comit_bench.commands import app as cli
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
+from comit_bench.pipeline.sweep import check_point, sweep, sweep_points
 from comit_bench.results.records import load_records
 from comit_bench.results.schema import Record, protocol_digest
-from comit_bench.results.tables import build_table
-from comit_bench.sweeps import check_point, sweep, sweep_points
-from comit_bench.tokenizers.comit import ComitTokenizer
+from comit_bench.results.table import build_table
+from comit_bench.tokenizers.comit.adapter import ComitTokenizer
 
 
 @pytest.fixture

@@ -14,10 +14,12 @@ import pytest
 from rich.console import Console
 
 from comit_bench.errors import UsageError
-from comit_bench.results.layout import DASH, short_count
 from comit_bench.results.records import Metric, Record, load_record, protocol_digest
-from comit_bench.results.render import to_csv, to_latex, to_markdown
-from comit_bench.results.tables import Table, build_table, format_number, print_table, write_tables
+from comit_bench.results.render.layout import DASH, short_count
+from comit_bench.results.render.terminal import print_terminal
+from comit_bench.results.render.text import to_csv, to_latex, to_markdown
+from comit_bench.results.render.write import write_tables
+from comit_bench.results.table import Table, build_table, format_number
 
 BASE = load_record(Path(__file__).parents[1] / "fixtures" / "records" / "measured-v1.json")
 TRAINED = "sha256:" + "1" * 64
@@ -72,7 +74,7 @@ def ranks(table: Table, column: int = 0) -> dict[str, str | None]:
 
 def plain(table: Table, width: int = 100) -> str:
     stream = io.StringIO()
-    print_table(table, Console(file=stream, width=width))
+    print_terminal(table, Console(file=stream, width=width))
     return stream.getvalue()
 
 
@@ -392,7 +394,7 @@ def test_terminal_sets_ranks_in_bold_and_underlined() -> None:
     console = Console(
         file=stream, width=120, force_terminal=True, color_system="standard", legacy_windows=False
     )
-    print_table(build_table(crowd()), console)
+    print_terminal(build_table(crowd()), console)
     text = stream.getvalue()
     assert re.search(r"\x1b\[1m65\.0 ± 0\.0\x1b\[0m", text)
     assert re.search(r"\x1b\[4m55\.1 ± 1\.0\x1b\[0m", text)
@@ -414,13 +416,13 @@ def test_long_names_are_cut_in_the_middle_but_keep_their_mark() -> None:
 def test_output_survives_an_ascii_terminal() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
-    print_table(build_table(crowd()), Console(file=stream, width=100))
+    print_terminal(build_table(crowd()), Console(file=stream, width=100))
     text = raw.getvalue().decode("ascii")
     assert "65.0 + 0.0" in text and "top1 % ^" in text and "comit-nano+" in text
 
 
 def test_print_table_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table(build_table([make("a")]))
+    print_terminal(build_table([make("a")]))
     captured = capsys.readouterr()
     assert "51.0 ± 1.0" in captured.out
     assert captured.err == ""

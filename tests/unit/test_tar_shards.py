@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_sets import image_files, write_shards, write_tar
 
-from comit_bench.data import tar_shards
-from comit_bench.data.tar_shards import TarImages, expand_braces, find_shards, index_shards, scan_tar
+from comit_bench.data.readers import tar_shards
+from comit_bench.data.readers.tar_shards import TarImages, expand_braces, find_shards, index_shards, scan_tar
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 
 
@@ -298,7 +298,8 @@ def test_changes_during_the_run_stop_it(tmp_path: Path, cache: Path) -> None:
 
 def test_the_standard_library_is_enough() -> None:
     code = (
-        "import sys, comit_bench.data.tar_shards; print('webdataset' in sys.modules, 'torch' in sys.modules)"
+        "import sys, comit_bench.data.readers.tar_shards\n"
+        "print('webdataset' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

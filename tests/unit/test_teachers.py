@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from comit_bench.models import teachers
-from comit_bench.models.teachers import (
+from comit_bench.nn import teachers
+from comit_bench.nn.teachers import (
     DinoTeacher,
     ScenesTeacher,
     ScenesTeacherNet,

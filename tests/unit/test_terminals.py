@@ -21,17 +21,17 @@ from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
-from comit_bench.console import Bars, guarded, say
+from comit_bench.commands.app import app
+from comit_bench.commands.console import Bars, guarded, say
 from comit_bench.errors import UsageError
-from comit_bench.results.layout import measure, shown_rows
 from comit_bench.results.records import load_records
-from comit_bench.results.render import to_latex
-from comit_bench.results.tables import Table, build_table, print_table
-from comit_bench.results.terminal import in_encoding
+from comit_bench.results.render.layout import measure, shown_rows
+from comit_bench.results.render.terminal import in_encoding, print_terminal
+from comit_bench.results.render.text import to_latex
+from comit_bench.results.table import Table, build_table
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "comit_bench.cli"]
+COMMAND = [sys.executable, "-m", "comit_bench.commands.app"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def mixed() -> Table:
 
 def printed(table: Table, width: int) -> list[str]:
     stream = io.StringIO()
-    print_table(table, Console(file=stream, width=width))
+    print_terminal(table, Console(file=stream, width=width))
     return stream.getvalue().splitlines()
 
 
@@ -305,7 +305,7 @@ def test_processes_that_are_started_have_streams_too(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import subprocess, sys\n"
-        "from comit_bench.console import guarded\n"
+        "from comit_bench.commands.console import guarded\n"
         "child = [sys.executable, '-c', 'import os; os.fstat(2)']\n"
         "guarded(lambda: sys.exit(subprocess.run(child).returncode))\n"
     )

@@ -14,15 +14,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.models.maskgit_vqgan import VqganBlock, VqganDecoder, VqganSpec
-from comit_bench.models.titok import PRESETS, Titok, TitokSpec, VitSize
-from comit_bench.models.vit_blocks import PlainBlock, run_blocks
-from comit_bench.models.vq import VectorQuantizer, nearest
-from comit_bench.registry import BUILTIN
-from comit_bench.tokenizers import titok
+from comit_bench.nn.vit import PlainBlock, run_blocks
+from comit_bench.nn.vq import VectorQuantizer, nearest
+from comit_bench.nn.vqgan import VqganBlock, VqganDecoder, VqganSpec
 from comit_bench.tokenizers.base import Tokenizer, Tokens
-from comit_bench.tokenizers.loading import load_tokenizer
-from comit_bench.tokenizers.titok import TitokTokenizer, build, config_from_spec, save, spec_from_config
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.registry import BUILTIN
+from comit_bench.tokenizers.titok import adapter as titok
+from comit_bench.tokenizers.titok.adapter import (
+    TitokTokenizer,
+    build,
+    config_from_spec,
+    save,
+    spec_from_config,
+)
+from comit_bench.tokenizers.titok.model import PRESETS, Titok, TitokSpec, VitSize
 
 CASE = Path(__file__).parents[1] / "parity" / "cases" / "titok" / "pixel_vq_k6"
 SMALL = VitSize(width=32, layers=2, heads=2)

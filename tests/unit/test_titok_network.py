@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 
 COMMIT = "942a96f"
 ASSETS = f"https://raw.githubusercontent.com/bytedance/1d-tokenizer/{COMMIT}/assets"

@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.numpy import load, save
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.data.folders import list_images
 from comit_bench.data.images import load_image
-from comit_bench.data.token_file import (
+from comit_bench.data.tokens.token_file import (
     Origin,
     TokenFile,
     check_name,
@@ -32,10 +32,10 @@ from comit_bench.data.token_file import (
     token_file_bytes,
 )
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
+from comit_bench.pipeline.folders import detokenize_file, tokenize_folder
 from comit_bench.seeding import generator_for, seed_for
-from comit_bench.tasks.folders import detokenize_file, tokenize_folder
 from comit_bench.tokenizers.base import Tokens
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -213,8 +213,8 @@ class Counting:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from comit_bench.tasks.folders import tokenize_folder
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.pipeline.folders import tokenize_folder
+from comit_bench.tokenizers.load import load_tokenizer
 
 nano, left = load_tokenizer("comit-nano", device="cpu"), [3]
 encode = nano.encode

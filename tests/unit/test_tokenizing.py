@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from comit_bench.errors import MissingError
-from comit_bench.tasks.tokenizing import ahead
+from comit_bench.pipeline.tokenize import ahead
 
 
 def threads() -> list[threading.Thread]:

@@ -13,21 +13,21 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 from versions import needs_muon
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import CorruptFileError, UsageError
-from comit_bench.models.titok import Titok
-from comit_bench.models.vq_grid import VqGrid
-from comit_bench.tokenizers.loading import load_tokenizer
-from comit_bench.train import autoencoder
-from comit_bench.train.autoencoder import (
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.titok.model import Titok
+from comit_bench.tokenizers.vq_grid.model import VqGrid
+from comit_bench.train.config import AutoencoderRun, load_config, load_run
+from comit_bench.train.data import paint_scenes
+from comit_bench.train.objectives import autoencoder
+from comit_bench.train.objectives.autoencoder import (
     Objective,
     fit_autoencoder,
     make_network,
     measure,
     straight_through,
 )
-from comit_bench.train.config import AutoencoderRun, load_config, load_run
-from comit_bench.train.data import paint_scenes
 from comit_bench.train.optimizers import make_optimizer
 
 NAMES = ("vq-grid-nano", "titok-nano")

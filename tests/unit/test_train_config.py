@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import MissingError, UsageError
 from comit_bench.train.config import TrainConfig, load_config, presets
 from comit_bench.train.data import Order, list_images, open_images, paint_scenes

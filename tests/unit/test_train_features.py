@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from versions import needs_muon
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
-from comit_bench.models.teachers import (
+from comit_bench.nn.teachers import (
     ScenesTeacher,
     ScenesTeacherNet,
     ScenesTeacherSpec,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from comit_bench import load_tokenizer
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.models.teachers import ScenesTeacherNet, ScenesTeacherSpec
+from comit_bench.nn.teachers import ScenesTeacherNet, ScenesTeacherSpec
 from comit_bench.train import checkpoint
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.data import Batch, Steps, open_images, read_all

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from comit_bench.models.comit import PRESETS, Comit, ComitSpec
-from comit_bench.models.comit_codec import crop_latents, encode_sequence, locate, update
-from comit_bench.models.crops import CropGeometry, encoding_offsets
-from comit_bench.models.teachers import TeacherFeatures
-from comit_bench.models.vae import DctVae, StandInVae
+from comit_bench.nn.teachers import TeacherFeatures
+from comit_bench.nn.vae import DctVae, StandInVae
+from comit_bench.tokenizers.comit.codec import crop_latents, encode_sequence, locate, update
+from comit_bench.tokenizers.comit.crops import CropGeometry, encoding_offsets
+from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.train.config import CropsConfig, TrainConfig
-from comit_bench.train.objective import LossParts, TrainingModule, crop_locations, cut_crops
+from comit_bench.train.objectives.comit import LossParts, TrainingModule, crop_locations, cut_crops
 from comit_bench.train.sampling import StepPlan, crop_count, plan_step
 
 SMALL = {"depth": 2, "width": 32, "representation_layer": 1, "message_length": 8}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from comit_bench.errors import UsageError
-from comit_bench.models.vae import DctVae, build_vae
+from comit_bench.nn.vae import DctVae, build_vae
 from comit_bench.train.config import TrainConfig, load_config
-from comit_bench.train.objective import TrainingModule
+from comit_bench.train.objectives.comit import TrainingModule
 from comit_bench.train.optimizers import Together, is_hidden_matrix, make_optimizer
 from comit_bench.train.schedule import learning_rate
 from comit_bench.train.setup import make_model

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from comit_bench import load_tokenizer
 from comit_bench.errors import UsageError
-from comit_bench.models.comit import PRESETS, Comit
-from comit_bench.models.comit_codec import encode
-from comit_bench.models.crops import CropPolicy
-from comit_bench.models.vae import DctVae
+from comit_bench.nn.vae import DctVae
+from comit_bench.tokenizers.comit.codec import encode
+from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.train.card import RunFacts, model_card
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.data import MemoryImages, Steps
 from comit_bench.train.loop import Trainer
-from comit_bench.train.objective import TrainingModule, crop_locations
+from comit_bench.train.objectives.comit import TrainingModule, crop_locations
 from comit_bench.train.sampling import ABSENT, WHOLE, StepPlan, crop_count, mean_crops, plan_step
 
 SMALL = ("model.depth=2", "model.width=32", "model.heads=2", "model.message_length=4", "optim.name=adam",

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from comit_bench import load_tokenizer
 from comit_bench.errors import BenchError, MissingError, UsageError
-from comit_bench.models.comit import PRESETS
-from comit_bench.models.comit_codec import decode, encode, one_step_decode, to_uint8
-from comit_bench.models.crops import CropPolicy
-from comit_bench.tokenizers.comit_files import build, load_directory, save
+from comit_bench.tokenizers.comit.checkpoint import build, load_directory, save
+from comit_bench.tokenizers.comit.codec import decode, encode, one_step_decode, to_uint8
+from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.model import PRESETS
 from comit_bench.train import board, checkpoint, pictures
 from comit_bench.train.card import RunFacts, front_matter
 from comit_bench.train.config import TrainConfig, load_config

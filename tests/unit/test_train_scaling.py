@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from versions import needs_fsdp2_on_cpu
 
-from comit_bench.models.comit import PRESETS, Comit
-from comit_bench.models.teachers import ScenesTeacher
-from comit_bench.models.vae import DctVae
+from comit_bench.nn.teachers import ScenesTeacher
+from comit_bench.nn.vae import DctVae
+from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.train import scaling
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.data import Batch
 from comit_bench.train.loop import Trainer
-from comit_bench.train.objective import TrainingModule
+from comit_bench.train.objectives.comit import TrainingModule
 from comit_bench.train.sampling import StepPlan, crop_count, plan_step
 from comit_bench.train.scaling import block_runner
 from comit_bench.train.setup import make_model, make_teacher

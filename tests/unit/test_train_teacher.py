@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import CorruptFileError, UsageError
 from comit_bench.files import shipped_weights
-from comit_bench.models.teachers import ScenesTeacher, load_teacher
+from comit_bench.nn.teachers import ScenesTeacher, load_teacher
 from comit_bench.train.config import TeacherRun, load_config, load_run
+from comit_bench.train.objectives.teacher import InverseRendering, fit_teacher, paint_with_targets, read_out
 from comit_bench.train.setup import make_teacher
-from comit_bench.train.teacher import InverseRendering, fit_teacher, paint_with_targets, read_out
 
 SMALL = ("steps=6", "batch=4", "count=100", "val_count=100", "width=8", "depth=0", "dim=8", "save_every=2")
 
@@ -79,7 +79,7 @@ def test_training_continues_bit_for_bit_and_exports(tmp_path: Path) -> None:
 
 def _stop_after(settings: TeacherRun, steps: int) -> None:
     """Train until a checkpoint after ``steps`` exists, then stop as a kill would."""
-    from comit_bench.train import teacher
+    from comit_bench.train.objectives import teacher
 
     class Killed(BaseException):
         pass

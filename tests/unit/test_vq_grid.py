@@ -13,10 +13,10 @@ from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.files import shipped_weights
-from comit_bench.models.vq_grid import PRESETS, VqGrid, VqGridSpec
 from comit_bench.tokenizers.base import Tokenizer, Tokens
-from comit_bench.tokenizers.loading import load_tokenizer
-from comit_bench.tokenizers.vq_grid import build, config_from_spec, save, spec_from_config
+from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.vq_grid.adapter import build, config_from_spec, save, spec_from_config
+from comit_bench.tokenizers.vq_grid.model import PRESETS, VqGrid, VqGridSpec
 from comit_bench.train.data import PROBE_VAL_SCENES, paint_scenes
 
 SMALL = VqGridSpec(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.tokenizers.base import Tokenizer
-from comit_bench.tokenizers.loading import load_tokenizer
+from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.vqmodel import VqModelTokenizer
 
 SIZES: dict[str, Any] = {

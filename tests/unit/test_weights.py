@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from comit_bench.cli import app
+from comit_bench.commands.app import app
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import sha256_file
 from comit_bench.tokenizers import weights

@@ -21,7 +21,7 @@ from comit_bench.data import workers
 from comit_bench.data.images import iterate_images
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError
-from comit_bench.models.teachers import TeacherFeatures
+from comit_bench.nn.teachers import TeacherFeatures
 from comit_bench.train.config import load_config
 from comit_bench.train.data import Batch, Steps, iterate_steps, open_images
 

@@ -35,7 +35,6 @@ from comit_bench.data.labels import (
     read_ground_truth,
     read_solution_csv,
 )
-from comit_bench.data.opened import PathList, Split
 from comit_bench.data.readers.common import (
     EXTENSIONS,
     few,
@@ -46,8 +45,9 @@ from comit_bench.data.readers.common import (
     stem,
 )
 from comit_bench.data.readers.encoded import contents_of, find_encoded, read_encoded
+from comit_bench.data.split import PathList, Split
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation
-from comit_bench.recipes import DatasetSpec, Recipe
+from comit_bench.recipes.specs import DatasetSpec, Recipe
 
 _log = logging.getLogger(__name__)
 

@@ -31,9 +31,9 @@ from comit_bench.data.readers.common import (
     whole_number,
 )
 from comit_bench.data.splitting import Pair, PairSplit, check_pair_disjoint, pair_disjoint
-from comit_bench.errors import CorruptFileError, UsageError
-from comit_bench.reading import read_json, shown
-from comit_bench.recipes import DatasetSpec
+from comit_bench.errors import CorruptFileError, UsageError, shown
+from comit_bench.recipes.reading import read_json
+from comit_bench.recipes.specs import DatasetSpec
 
 _log = logging.getLogger(__name__)
 

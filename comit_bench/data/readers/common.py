@@ -6,13 +6,11 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from comit_bench.errors import MissingError
-from comit_bench.files import check_relative, why_no_file
-from comit_bench.reading import shown
-from comit_bench.recipes import DatasetSpec
+from comit_bench.errors import MissingError, shown
+from comit_bench.files import DATA_VARIABLE, check_relative, why_no_file
+from comit_bench.recipes.specs import DatasetSpec
 
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
-DATA_VARIABLE = "COMIT_BENCH_DATA"
 LONGEST_PART = 255  # bytes of the name of a file
 
 

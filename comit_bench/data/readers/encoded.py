@@ -1,7 +1,6 @@
 """Class-labelled images inside WebDataset shards or a Hugging Face copy, for the reader ``class-folders``.
 
-The archives themselves are read by ``comit_bench.data.tar_shards`` and ``comit_bench.data.hf``. Here an
-image gets the id it has in folders, ``<class>/<file name without suffix>``. Its class is the wnid in its
+The archives themselves are read by ``tar_shards.py`` and ``hub.py``. Here an image gets the id it has in folders, ``<class>/<file name without suffix>``. Its class is the wnid in its
 name; for official validation names it comes from ImageNet's label files; for rows of a hub copy without
 usable names from the ``label`` column, which follows the alphabetical order of the 1,000 wnids.
 """
@@ -16,10 +15,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from comit_bench.data.opened import Split
 from comit_bench.data.readers.common import few, folders, images, stem
+from comit_bench.data.split import Split
 from comit_bench.errors import CorruptFileError, UnsupportedOperation
-from comit_bench.recipes import DatasetSpec
+from comit_bench.recipes.specs import DatasetSpec
 
 _WNID = re.compile(r"(?:^|[/_])(n\d{8})(?=[/_.]|$)")
 _TAIL = re.compile(r"_n\d{8}$")
@@ -112,7 +111,7 @@ def find_encoded(spec: DatasetSpec, folder: Path, cache: Path) -> dict[str, Any]
         if not has_encoded(spec, folder, name):
             continue
         if shards := _shards(spec, folder, name):
-            from comit_bench.data.tar_shards import TarImages
+            from comit_bench.data.readers.tar_shards import TarImages
 
             found[name] = TarImages(shards, cache=cache)
         else:
@@ -124,7 +123,7 @@ class _HubImages:
     """One split of a hub copy, with the ``label`` column beside the images."""
 
     def __init__(self, folder: Path | None, name: str) -> None:
-        from comit_bench.data.hf import HfImages, open_splits
+        from comit_bench.data.readers.hub import HfImages, open_splits
 
         assert folder is not None
         splits = open_splits(str(folder))

@@ -24,7 +24,7 @@ from comit_bench.data.readers.common import (
     suffix,
 )
 from comit_bench.errors import CorruptFileError, MissingError
-from comit_bench.recipes import DatasetSpec
+from comit_bench.recipes.specs import DatasetSpec
 
 MASKS = ("ground_truth_mask", "ground_truth")
 PHOTOS = frozenset({".jpg", ".jpeg"})

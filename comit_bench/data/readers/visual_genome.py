@@ -28,8 +28,8 @@ from comit_bench.data.manifests import Manifest, rows_from
 from comit_bench.data.readers.common import check_file, find_file, whole_number
 from comit_bench.data.splitting import holdout
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
-from comit_bench.reading import parse_json, read_text
-from comit_bench.recipes import DatasetSpec
+from comit_bench.recipes.reading import parse_json, read_text
+from comit_bench.recipes.specs import DatasetSpec
 
 _log = logging.getLogger(__name__)
 

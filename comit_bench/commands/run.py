@@ -1,0 +1,259 @@
+"""``comit-bench run``: plan, do, print.
+
+Nothing heavy is imported at the top, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from comit_bench.commands.options import DataRoot, Include, as_path, comma_separated, data_root_from
+from comit_bench.commands.tokens import key_values
+from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
+from comit_bench.files import locked
+
+if TYPE_CHECKING:
+    from comit_bench.pipeline.bench import Outcome
+    from comit_bench.pipeline.jobs import Job, Settings
+    from comit_bench.tokenizers.base import Tokenizer
+
+Tokenizers = Annotated[
+    list[str] | None,
+    typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory; may be repeated."),
+]
+Suite = Annotated[
+    str | None,
+    typer.Option(help="scenes (embedded) or paper. [default: paper with a data root, else scenes]"),
+]
+Tasks = Annotated[
+    str | None, typer.Option(help="Comma-separated task names, or all. [default: the probes of the suite]")
+]
+Policy = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Cropping policy: global, raster:9, global+adaptive:3 (the number counts the global crop), ...; "
+        "may be repeated, a row each. [default: global]"
+    ),
+]
+Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="KEY=VALUE for the tokenizers that know it, e.g. posterior=sample, or FAMILY.KEY=VALUE for one "
+        "family; may be repeated.",
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="Images per split; records are marked incomplete.")]
+Seeds = Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")]
+BatchSize = Annotated[str, typer.Option(help="Images per encoding call, or auto; no score depends on it.")]
+NumWorkers = Annotated[str, typer.Option(help="Image-reading processes, or auto.")]
+Output = Annotated[Path, typer.Option(callback=as_path, help="Records and tables go here.")]
+Overwrite = Annotated[
+    str,
+    typer.Option(
+        help="Finished records: only-missing keeps them, always replaces them and makes tokens anew, never "
+        "stops there."
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue; the same as --overwrite only-missing.")]
+Control = Annotated[
+    str | None,
+    typer.Option(
+        help="permute-labels: scores must fall to chance; shuffle-tokens, bag-of-tokens: without positions."
+    ),
+]
+References = Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+AllowOverride = Annotated[
+    bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
+]
+Profile = Annotated[bool, typer.Option("--profile", help="Say where the time of tokenization went.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")]
+OVERWRITE = ("always", "never", "only-missing")
+
+
+def run(
+    tokenizer: Tokenizers = None,
+    suite: Suite = None,
+    tasks: Tasks = None,
+    policy: Policy = None,
+    weights: Weights = None,
+    option: Option = None,
+    data_root: DataRoot = None,
+    limit: Limit = None,
+    seeds: Seeds = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = "auto",
+    num_workers: NumWorkers = "auto",
+    output: Output = Path("results"),
+    overwrite: Overwrite = "only-missing",
+    resume: Resume = False,
+    control: Control = None,
+    references: References = True,
+    offline: Offline = False,
+    dry_run: DryRun = False,
+    include_path: Include = None,
+    allow_override: AllowOverride = False,
+    profile: Profile = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tokenize, probe, print a table. Without arguments: the embedded suite, a few minutes on two cores."""
+    from comit_bench.commands.console import set_up_logging, stoppable
+    from comit_bench.pipeline.jobs import Settings
+
+    set_up_logging(verbose=verbose)
+    settings = Settings(
+        output=output,
+        data_root=data_root_from(data_root),
+        policy=policy or None,
+        weights=weights,
+        options=key_values(option or []),
+        limit=limit,
+        seeds=seeds,
+        device=device,
+        dtype=dtype,
+        batch_size=_number_or_auto(batch_size, 64, "--batch-size"),
+        num_workers=_number_or_auto(num_workers, _auto_workers(), "--num-workers"),
+        overwrite=_checked_overwrite(overwrite, resume),
+        control=control,
+        offline=offline,
+        include=tuple(include_path or ()),
+        allow_override=allow_override,
+        progress=not quiet,
+    )
+    names = comma_separated(tasks)
+    plan: dict[str, Any] = {"suite": suite, "dry_run": dry_run, "references": references, "profile": profile}
+    raise typer.Exit(stoppable(lambda: run_command(tokenizer or [], names, settings=settings, **plan)))
+
+
+def _checked_overwrite(value: str, resume: bool) -> Any:
+    if value not in OVERWRITE:
+        raise UsageError(
+            f"--overwrite {value!r}: not one of {', '.join(OVERWRITE)}.{did_you_mean(value, OVERWRITE)}"
+        )
+    if resume and value != "only-missing":
+        raise UsageError(f"--resume continues and --overwrite {value} does not: give one of them")
+    return value
+
+
+def _number_or_auto(value: str, automatic: int, option: str) -> int:
+    if value == "auto":
+        return automatic
+    try:
+        return int(value)
+    except ValueError:
+        raise UsageError(f"{option} {shown(value)}: expected a whole number or auto") from None
+
+
+def _auto_workers() -> int:
+    """Workers cost a torch import each; they pay where there are cores to spare."""
+    import os
+
+    cores = os.cpu_count() or 1
+    return 0 if cores <= 4 else min(8, cores // 2)
+
+
+def run_command(
+    tokenizers: Sequence[str],
+    tasks: Sequence[str] | None,
+    *,
+    suite: str | None,
+    settings: Settings,
+    dry_run: bool,
+    references: bool = True,
+    profile: bool = False,
+) -> int:
+    """Plan, do, print; returns the exit code (0 done, 1 a task failed, 3 data or weights missing)."""
+    from comit_bench.commands.console import Bars, Interrupts, say, say_default
+    from comit_bench.pipeline.bench import Bench, Reporter, do_jobs
+    from comit_bench.pipeline.jobs import make_jobs
+    from comit_bench.pipeline.plan import describe, make_plan
+    from comit_bench.pipeline.suite import DEFAULT_TOKENIZERS, choose_suite, choose_tasks, with_references
+
+    name, why = choose_suite(suite, settings.data_root)
+    chosen: list[str | Tokenizer] = list(tokenizers or DEFAULT_TOKENIZERS)
+    rows = with_references(chosen, name) if references else chosen
+    jobs = make_jobs(rows, choose_tasks(tasks, name, settings), settings)
+    bench = Bench(settings)
+    if not dry_run:
+        bench.require_places()
+    jobs = bench.settle_policies(jobs)
+    plan = make_plan(jobs, bench, dry=dry_run)
+    first = bench.ranks.first
+    if first and not tokenizers and name == "paper":
+        say_default([label for label in DEFAULT_TOKENIZERS if label.endswith("-nano")])
+    if first:
+        say("\n".join(describe(plan, settings, suite=name, why=why)))
+    if plan.missing:
+        if first:
+            say("\n".join(f"missing: {error}" for error in plan.missing))
+        return MissingError.exit_code
+    if dry_run:
+        return 0
+    bars_on = settings.progress and first
+    with Interrupts() as interrupts, Bars(enabled=bars_on, check=interrupts.check) as bars:
+        bench.reporter = Reporter(bars.start, bars.stop, interrupts.check)
+        outcome = do_jobs(jobs, bench)
+    if profile:
+        say(describe_profile(bench.profile, bench.ranks.rank))
+    bench.ranks.leave()
+    return finish(outcome, jobs, settings) if first else 0
+
+
+def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
+    """Where the time of tokenization went, as text."""
+    total = sum(spent.values())
+    if not total:
+        return "profile: no image was tokenized, all tokens were there"
+    names = {
+        "images": "waiting for decoded images",
+        "encode": "encoding (with the way to and from the device)",
+        "write": "writing shards",
+    }
+    lines = [f"profile of tokenization{f', process {rank}' if rank else ''}: {total:.1f} s"]
+    lines += [
+        f"  {seconds / total:6.1%}  {seconds:8.1f} s  {names[name]}"
+        for name, seconds in sorted(spent.items())
+    ]
+    return "\n".join(lines)
+
+
+def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
+    """Write and print the tables of this run's tasks; tell what failed."""
+    from comit_bench.commands.console import say
+    from comit_bench.results.records import load_records, published_records
+    from comit_bench.results.render.terminal import print_terminal
+    from comit_bench.results.render.write import write_tables
+    from comit_bench.results.table import build_table
+
+    tasks = list(dict.fromkeys(job.task.spec.name for job in jobs))
+    table, files = None, []
+    with locked(settings.lock, "writing the tables"):  # else one with fewer records might come last
+        records = load_records(settings.records)
+        records += published_records(records)
+        measured = {record.task.name for record in records}
+        if tasks := [task for task in tasks if task in measured]:
+            table = build_table(records, tasks=tasks)
+            files = write_tables(table, settings.output / "tables", records)
+    if table is not None:
+        print_terminal(table)
+        say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
+    for reason in dict.fromkeys(outcome.refused):
+        say(reason)
+    for job, error in outcome.failures:
+        say(f"failed: {job.label} on {job.task.spec.name}: {error}")
+    if not outcome.failures:
+        return 0
+    missing = all(isinstance(error, MissingError) for _, error in outcome.failures)
+    return MissingError.exit_code if missing and not outcome.records else 1

@@ -1,0 +1,186 @@
+"""The training command: ``python -m comit_bench.train`` and ``comit-bench train``.
+
+Nothing heavy is imported at the top, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from comit_bench.commands.console import guarded
+from comit_bench.errors import BenchError, UsageError
+
+if TYPE_CHECKING:
+    from comit_bench.train.config import AutoencoderRun, TeacherRun, TrainConfig
+
+INTERRUPTED = 130
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. steps=50.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Preset or YAML file.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto (the latest checkpoint), never, or a checkpoint.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the settings and stop.")] = False,
+    list_presets: Annotated[bool, typer.Option("--list", help="List the presets and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a tokenizer and export it as a folder that `comit-bench run --tokenizer` takes.
+
+    On several GPUs or nodes: `torchrun --nproc-per-node N -m comit_bench.train …` or `accelerate launch`.
+    """
+    from comit_bench.commands.console import set_up_logging
+    from comit_bench.train.config import TrainConfig, load_run
+
+    set_up_logging()
+    if list_presets:
+        typer.echo(_listing())
+        return
+    if config is None:
+        raise UsageError("--config is missing: name a preset or file, see --list")
+    settings = load_run(config, tuple(overrides or ()))
+    # for model cards; where the files lie changes nothing
+    told = [text for text in overrides or () if not text.startswith("output=")]
+    command = "python -m comit_bench.train --config " + shlex.join([config, *told])
+    if not isinstance(settings, TrainConfig):
+        if device not in ("auto", "cpu"):
+            raise UsageError(
+                f"--device {device!r:.40}: supported are auto and cpu; {config} is small, the CPU trains it"
+            )
+        raise typer.Exit(_train_small(settings, dry_run, command, progress=not quiet))
+    if dry_run:
+        typer.echo(_plan(settings, device))
+        return
+    raise typer.Exit(_train(settings, device, resume, command, progress=not quiet))
+
+
+def _train(config: TrainConfig, device: str, resume: str, command: str, *, progress: bool) -> int:
+    from comit_bench.train.loop import Trainer
+
+    trainer = Trainer(config, device=device, resume=resume, progress=progress, command=command)
+    if trainer.main and config.push_to_hub is not None:
+        _warn_without_token(config.push_to_hub)
+    try:
+        exported = trainer.fit()
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command continues from the last checkpoint.\n")
+        return INTERRUPTED
+    finally:
+        trainer.close()
+    if trainer.counters.step < config.steps:
+        if trainer.main:
+            sys.stderr.write(
+                f"\nstopped after step {trainer.counters.step}, checkpoint saved; "
+                "the same command continues.\n"
+                f"To export what is there: the same command with steps={trainer.counters.step}.\n"
+            )
+        return INTERRUPTED
+    if exported is None:
+        return 0
+    typer.echo(str(exported))
+    return 0 if config.push_to_hub is None else _push(config, exported)
+
+
+def _warn_without_token(repository: str) -> None:
+    """At the start, when there is time to log in before the end."""
+    from comit_bench.tokenizers.push import has_token
+
+    if not has_token():
+        sys.stderr.write(
+            f"warning: push_to_hub is {repository}, but there is no token for the hub on this machine. Run "
+            "`hf auth login` before the training ends; otherwise only the upload will be missing.\n"
+        )
+
+
+def _push(config: TrainConfig, exported: Path) -> int:
+    """Upload the exported folder; a failure is reported with the command that tries again."""
+    from comit_bench.tokenizers.push import prepare, push, retry_command
+
+    repository = str(config.push_to_hub)
+    try:
+        done = push(prepare(exported, repository), private=config.push_private)
+    except BenchError as error:
+        again = retry_command(exported.resolve(), repository, private=config.push_private)
+        sys.stderr.write(
+            f"\nthe training is finished and exported, only the upload is not:\n{error}\nTo upload: {again}\n"
+        )
+        return error.exit_code
+    sys.stderr.write(f"{done}\n")
+    return 0
+
+
+def _train_small(run: TeacherRun | AutoencoderRun, dry_run: bool, command: str, *, progress: bool) -> int:
+    import yaml
+
+    from comit_bench.train.config import TeacherRun
+
+    if dry_run:
+        text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+        typer.echo(f"{text}# output: {run.output / run.name}")
+        return 0
+    try:
+        if isinstance(run, TeacherRun):
+            from comit_bench.train.objectives.teacher import fit_teacher
+
+            folder = fit_teacher(run, progress=progress, command=command)
+        else:
+            from comit_bench.train.objectives.autoencoder import fit_autoencoder
+
+            folder = fit_autoencoder(run, progress=progress, command=command)
+        typer.echo(str(folder))
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command continues from the last checkpoint.\n")
+        return INTERRUPTED
+    return 0
+
+
+def _listing() -> str:
+    """One line per preset: its name and the first comment of its file."""
+    from comit_bench.train.config import presets
+
+    lines = []
+    for name, path in presets().items():
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        lines.append(f"{name:30} {first.removeprefix('# ')}")
+    return "\n".join(lines)
+
+
+def _plan(config: TrainConfig, device: str) -> str:
+    """The resolved settings as YAML, after all checks that need no data or weights to be loaded."""
+    import yaml
+
+    from comit_bench.nn.ranks import launched
+    from comit_bench.train.board import check_tensorboard
+    from comit_bench.train.data import open_images
+    from comit_bench.train.setup import check_device, check_spec, divide
+
+    check_tensorboard(config.tensorboard)
+    check_spec(config.model.spec())
+    check_device(config, device)
+    ranks = launched().world
+    work = divide(config, ranks)
+    train_images, held = open_images(config)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    output = Path(config.output) / config.name
+    return (
+        f"{text}# {len(train_images.ids)} training and {len(held.ids)} validation images\n"
+        f"# {ranks} processes x {work.pieces} pieces x {work.device_batch} images per step, "
+        f"{config.steps} steps\n"
+        f"# output: {output}"
+    )
+
+
+def main() -> None:
+    """Entry point of ``python -m comit_bench.train``."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command()(train)
+    guarded(lambda: single(prog_name="python -m comit_bench.train"))

@@ -1,0 +1,134 @@
+"""``comit-bench weights fetch | convert | ls``: released weights that do not come as hub checkpoints.
+
+Nothing heavy is imported at the top, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from comit_bench.commands.console import guarded
+from comit_bench.commands.options import as_path
+from comit_bench.errors import UsageError
+
+app = typer.Typer(
+    help="Fetch and convert released weights; they are kept in the cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command(name="fetch")
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="See `comit-bench weights ls`.")],
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the downloaded file beside ours.")] = False,
+    url: Annotated[str | None, typer.Option(help="A mirror of the same file; one NAME only.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Download the weights of tokenizers and convert them to safetensors; continues after a break.
+
+    The checksum of a file is recorded the first time; a file that differs later is refused.
+    """
+    if url and len(names) > 1:
+        raise UsageError("--url names one file: give one NAME with it")
+    for name in names:
+        typer.echo(_fetch(name, keep=keep, url=url, progress=not quiet))
+
+
+def _fetch(name: str, *, keep: bool, url: str | None, progress: bool) -> Path:
+    from comit_bench.tokenizers.releases import RELEASES
+    from comit_bench.tokenizers.weights import fetch as fetch_release
+
+    if name.lower() in {release.name for release in RELEASES}:
+        with _Bar(name, enabled=progress) as bar:
+            return fetch_release(name, keep=keep, url=url, advance=bar.advance)
+    repository, files = _of_hub(name)
+    if url:
+        raise UsageError(f"--url: {name} comes from the hub, with the hub's own client")
+    from comit_bench.tokenizers.hub import fetch as fetch_hub
+
+    return fetch_hub(repository, files, offline=False, hint="or pass --weights DIR")
+
+
+def _of_hub(name: str) -> tuple[str, tuple[str, ...]]:
+    """Repository and files of a tokenizer or a VAE that lies on the hub.
+
+    Raises:
+        UsageError: No such name, or one without released weights.
+    """
+    from comit_bench.tokenizers.presence import CHECKPOINT, HUB, vaes
+    from comit_bench.tokenizers.registry import find_tokenizer
+
+    for vae in vaes():
+        if vae.name == name.lower():
+            return vae.repository, vae.files
+    entry = find_tokenizer(name)
+    if not entry.source.startswith(HUB):
+        raise UsageError(f"{entry.name} has no released weights to fetch ({entry.source or 'none known'})")
+    return entry.source.removeprefix(HUB).split()[0], CHECKPOINT
+
+
+class _Bar:
+    """A bar in bytes."""
+
+    def __init__(self, name: str, *, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            desc=name, unit="B", unit_scale=True, file=sys.stderr, disable=not enabled, leave=False
+        )
+
+    def advance(self, done: int, total: int | None) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+@app.command(name="convert")
+def convert(
+    name: Annotated[str, typer.Argument(help="What the file is, see `comit-bench weights ls`.")],
+    file: Annotated[Path, typer.Argument(callback=as_path, help="A released .pth file.")],
+    output: Annotated[
+        Path | None, typer.Option(callback=as_path, help="Directory. [default: the cache]")
+    ] = None,
+) -> None:
+    """Convert a released pickle to config.json and model.safetensors; nothing in it is run."""
+    from comit_bench.tokenizers.weights import convert as convert_file
+
+    typer.echo(convert_file(name, file, output=output))
+
+
+@app.command(name="ls")
+def ls() -> None:
+    """List everything that can be fetched, whether it is here, and where it comes from."""
+    from comit_bench.tokenizers.presence import SHIPS, parts
+    from comit_bench.tokenizers.registry import tokenizers
+    from comit_bench.tokenizers.weights import weights_root
+
+    words = {"yes": "here", "part": "downloading", "no": "missing"}
+    found = [part for part in parts(list(tokenizers().values())) if not part.source.startswith(SHIPS)]
+    width = max(len(part.name) for part in found)
+    for part in found:
+        note = f"  ({part.note})" if part.note else ""
+        typer.echo(f"{part.name:<{width}}  {words[part.state]:<11}  {part.source}{note}")
+    sys.stderr.write(f"cache: {weights_root()}\n")
+
+
+def main() -> None:
+    """Entry point of ``python -m comit_bench.weights``."""
+    guarded(lambda: app(standalone_mode=True, prog_name="python -m comit_bench.weights"))
+
+
+if __name__ == "__main__":
+    main()

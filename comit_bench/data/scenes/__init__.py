@@ -1,0 +1,1 @@
+"""The embedded world: scenes that are painted from a seed and written in official formats."""

@@ -1,0 +1,1 @@
+"""Messages on disk: the token store of the cache, and token files."""

@@ -1,0 +1,1 @@
+"""Numbers from arrays: similarity, Frechet distance, overlap, perceptual distance."""

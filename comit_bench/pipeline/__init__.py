@@ -1,0 +1,1 @@
+"""From names to records: settings, jobs, plan, evaluation, tokenization, sweeps."""

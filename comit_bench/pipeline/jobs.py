@@ -1,0 +1,263 @@
+"""What can be asked for: settings, and jobs (one tokenizer on one task)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from comit_bench.errors import UsageError, did_you_mean, shown
+from comit_bench.files import cache_root
+from comit_bench.recipes.specs import (
+    CONTROLS,
+    KINDS,
+    DatasetSpec,
+    Recipe,
+    TaskSpec,
+    dataset_of,
+    find_datasets,
+    find_tasks,
+    pick,
+)
+from comit_bench.tokenizers.registry import MAJORITY, TokenizerEntry
+
+if TYPE_CHECKING:
+    from comit_bench.tokenizers.base import Tokenizer
+
+Options = Mapping[str, str | int | float]
+Overwrite = Literal["always", "never", "only-missing"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How to evaluate. Every option of the command line that concerns work, and nothing else.
+
+    Attributes:
+        output: Directory of ``records/`` and ``tables/``.
+        data_root: Where real data sets lie.
+        cache: Token stores, fits and embedded data; None is ``$COMIT_BENCH_CACHE`` or the platform's.
+        policy: Cropping policy of tokenizers that have one, or several, which make a row each; None is
+            theirs.
+        weights: Directory of weights or ``random``, for learned tokenizers.
+        options: Options of tokenizers, e.g. ``{"posterior": "sample"}``. Each goes to the tokenizers that
+            know it; ``"flextok.steps"`` goes to one family, or one tokenizer, alone.
+        limit: Use this many images of each split; marks records incomplete.
+        seeds: Number of probe seeds; None is the recipe's.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: ``float32`` or ``bfloat16``.
+        batch_size: Images per encoding call; no score depends on it.
+        num_workers: Image-reading processes.
+        overwrite: What to do about records that exist: keep them (``only-missing``), stop there (``never``),
+            or measure again from the images on, with new tokens (``always``).
+        control: None, ``permute-labels``, ``shuffle-tokens`` or ``bag-of-tokens``.
+        offline: Never ask a hub.
+        include: Further recipe directories.
+        allow_override: Whether those may replace built-in recipes.
+        progress: Progress bars on stderr.
+    """
+
+    output: Path = Path("results")
+    data_root: Path | None = None
+    cache: Path | None = None
+    policy: str | Sequence[str] | None = None
+    weights: str | None = None
+    options: Options = field(default_factory=dict)
+    limit: int | None = None
+    seeds: int | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    batch_size: int = 64
+    num_workers: int = 0
+    overwrite: Overwrite = "only-missing"
+    control: str | None = None
+    offline: bool = False
+    include: tuple[Path, ...] = ()
+    allow_override: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, least, most in (
+            ("limit", self.limit, 1, None),
+            ("seeds", self.seeds, 1, 10_000),
+            ("batch-size", self.batch_size, 1, None),
+            ("num-workers", self.num_workers, 0, 1_000),
+        ):
+            if value is not None and (value < least or (most is not None and value > most)):
+                bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+                raise UsageError(f"--{name} must be {bounds}, got {shown(value)}")
+        if self.control is not None and self.control not in CONTROLS:
+            raise UsageError(
+                f"unknown control {shown(self.control)}: one of {', '.join(CONTROLS)}."
+                f"{did_you_mean(self.control, CONTROLS)}"
+            )
+        if self.data_root is not None and self.output.absolute() == self.data_root.absolute():
+            raise UsageError(
+                f"--output {self.output} is the data root: records and tables would lie among the data. Name "
+                "another folder."
+            )
+        if self.policy is not None and not self.policies:
+            raise UsageError("--policy: an empty list of cropping policies")
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.cache or cache_root()
+
+    @property
+    def policies(self) -> tuple[str | None, ...]:
+        """Cropping policies in the order asked for, each once; ``(None,)`` when none was asked for."""
+        if self.policy is None:
+            return (None,)
+        return tuple(dict.fromkeys([self.policy] if isinstance(self.policy, str) else self.policy))
+
+    @property
+    def records(self) -> Path:
+        return self.output / "records"
+
+    @property
+    def lock(self) -> Path:
+        """Held for the moment in which a record or the tables are written."""
+        return self.output / ".lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tokenizer on one task. ``tokenizer`` is a name, a directory, a hub id or an object.
+
+    ``policy`` is the cropping policy asked for; None is the tokenizer's own.
+    """
+
+    tokenizer: str | Tokenizer
+    task: Recipe[TaskSpec]
+    dataset: Recipe[DatasetSpec]
+    policy: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.tokenizer if isinstance(self.tokenizer, str) else self.tokenizer.info.name
+
+
+def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], settings: Settings) -> list[Job]:
+    """Resolve names into jobs, task by task.
+
+    Kinds that fit no probe have no majority row, and under a control of probes they are left out.
+
+    Raises:
+        UsageError: An unknown tokenizer, task or data set, with the nearest names; an object that is no
+            tokenizer; or no task is left.
+    """
+    tokenizers = each_once(tokenizers)
+    recipes = find_tasks(settings.include, allow_override=settings.allow_override)
+    datasets = find_datasets(settings.include, allow_override=settings.allow_override)
+    chosen = [pick(name, recipes, "task") for name in dict.fromkeys(tasks)]
+    if settings.control is not None:
+        probed = [task for task in chosen if KINDS[task.spec.kind].probed]
+        if chosen and not probed:
+            raise UsageError(
+                f"--control {settings.control} is about probes, and {', '.join(tasks)} fits none: leave it "
+                "out"
+            )
+        chosen = probed
+    for tokenizer in tokenizers:
+        if not isinstance(tokenizer, str):
+            from comit_bench.tokenizers.contract import check_tokenizer
+
+            check_tokenizer(tokenizer, "the tokenizer that was handed over")
+    check_options(tokenizers, settings.options)
+    policies: list[tuple[str | Tokenizer, str | None]] = []
+    for tokenizer in tokenizers:
+        crops = takes_policies(tokenizer)
+        policies += [(tokenizer, policy) for policy in (settings.policies if crops else (None,))]
+    data = [dataset_of(task, datasets) for task in chosen]
+    jobs = [
+        Job(tokenizer, task, d, policy)
+        for task, d in zip(chosen, data, strict=True)
+        for tokenizer, policy in policies
+        if tokenizer != MAJORITY or KINDS[task.spec.kind].probed
+    ]
+    if not jobs:
+        raise UsageError(f"nothing to do: {MAJORITY} knows labels only, and {', '.join(tasks)} asks for more")
+    return jobs
+
+
+def each_once(tokenizers: Iterable[str | Tokenizer]) -> list[str | Tokenizer]:
+    """Tokenizers in their order, each once; names of the registry in lower case, as it has them."""
+    from comit_bench.tokenizers.registry import tokenizers as known
+
+    names = {*known(), MAJORITY}
+    found: list[str | Tokenizer] = []
+    for tokenizer in tokenizers:
+        if isinstance(tokenizer, str) and tokenizer.lower() in names:
+            tokenizer = tokenizer.lower()
+        if not any(
+            tokenizer is other or (isinstance(tokenizer, str) and tokenizer == other) for other in found
+        ):
+            found.append(tokenizer)
+    return found
+
+
+def takes_policies(tokenizer: str | Tokenizer) -> bool:
+    """Whether a tokenizer looks at crops, so that every policy is a row of its own; or may, as far as known.
+
+    Raises:
+        UsageError: Unknown tokenizer, with the nearest names.
+    """
+    from comit_bench.tokenizers.base import looks_at_crops
+    from comit_bench.tokenizers.load import entry_for
+
+    if not isinstance(tokenizer, str):
+        return looks_at_crops(tokenizer)
+    return tokenizer != MAJORITY and entry_for(tokenizer).looks_at_crops() is not False
+
+
+def _entries(tokenizers: Iterable[str | Tokenizer]) -> dict[str, TokenizerEntry]:
+    """Registry entries of all that are given by name, hub id or directory."""
+    from comit_bench.tokenizers.load import entry_for
+
+    return {t: entry_for(t) for t in tokenizers if isinstance(t, str) and t != MAJORITY}
+
+
+def _own_name(key: str, entry: TokenizerEntry) -> str | None:
+    """What an option is called for a tokenizer; None when it is meant for others or not known."""
+    whose, _, name = key.rpartition(".")
+    if whose not in ("", entry.family, entry.name):
+        return None
+    known = entry.known_options()
+    return name if known is None or name in known else None
+
+
+def options_for(entry: TokenizerEntry, options: Options) -> dict[str, str | int | float]:
+    """The options that a tokenizer knows; one that names its family wins over one that does not."""
+    keys = sorted(options, key=lambda key: "." in key)
+    return {name: options[key] for key in keys if (name := _own_name(key, entry)) is not None}
+
+
+def check_options(tokenizers: Iterable[str | Tokenizer], options: Options) -> None:
+    """Refuse an option that no tokenizer of the run knows, and a value that one of them cannot read.
+
+    Raises:
+        UsageError: Names the option and the nearest that are known, or the value and what is expected.
+    """
+    entries = _entries(tokenizers).values() if options else ()
+    for entry in entries:
+        entry.typed(options_for(entry, options))
+    for key in options:
+        if any(_own_name(key, entry) is not None for entry in entries):
+            continue
+        known = {
+            f"{entry.family}.{name}" if "." in key else name
+            for entry in entries
+            for name in entry.known_options() or ()
+        }
+        raise UsageError(f"--option {key}: no tokenizer of this run has it.{did_you_mean(key, known)}")
+
+
+def left_out(tokenizers: Iterable[str | Tokenizer], options: Options) -> dict[str, list[str]]:
+    """For each option the tokenizers that run without it, when it was not meant for one family alone."""
+    entries = _entries(tokenizers) if options else {}
+    without = {
+        key: [name for name, entry in entries.items() if _own_name(key, entry) is None]
+        for key in options
+        if "." not in key
+    }
+    return {key: names for key, names in without.items() if names}

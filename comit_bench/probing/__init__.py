@@ -1,0 +1,1 @@
+"""The probe network, its fit, and the processes that fit several seeds at once."""

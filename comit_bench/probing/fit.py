@@ -1,0 +1,541 @@
+"""Fits the probe: one seed in this process, or several seeds side by side.
+
+The scores depend on the seed and the data, not on how the work is spread: fits on the CPU use one
+thread each, whether they run in this process or in :class:`ProbePool` (two processes of one thread
+finish sooner than one process of two threads). Random numbers come from generators keyed by (seed,
+epoch), never from the global state. Shape legend: ``N`` messages, ``n`` selected ones, ``K`` message
+length, ``d`` code dimension, ``C`` outputs of the probe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from comit_bench.errors import BenchError, UsageError
+from comit_bench.probing.network import Probe
+from comit_bench.recipes.specs import ProbeSpec
+
+EVAL_TOKENS = 16384  # tokens per evaluation chunk; fixed, so that chunking never moves a score
+IN_MEMORY_BYTES = 2 << 30  # codes up to this size are looked up once instead of once per batch
+_SPLITS = ("train", "early_stop", "report")
+
+
+def slices(rows: Tensor, size: int) -> list[Tensor]:
+    """Consecutive pieces of ``size`` rows; the last may be shorter."""
+    return [rows[start : start + size] for start in range(0, rows.shape[0], size)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MessageSource:
+    """Messages: codes in memory, ids in memory and a way to look their codes up, or a reader.
+
+    Attributes:
+        ids: integer [N, K], or None.
+        codes: float [N, K, d], or None.
+        lookup: ids [n, K] -> float [n, K, d]; needed with ids.
+        read: rows int64 [n] -> float [n, K, d], for messages that stay on the disk; needs ``count``.
+        count: N, with ``read``.
+        orders: int64 [N, K], a permutation of the positions of every message, or None.
+    """
+
+    ids: Tensor | None = None
+    codes: Tensor | None = None
+    lookup: Callable[[Tensor], Tensor] | None = None
+    read: Callable[[Tensor], Tensor] | None = None
+    count: int | None = None
+    orders: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        given = sum(value is not None for value in (self.ids, self.codes, self.read))
+        if given != 1 or (self.ids is not None and self.lookup is None):
+            raise ValueError(
+                "a MessageSource takes either codes [N, K, d], or ids [N, K] with a lookup, or a reader"
+            )
+        if self.read is not None and self.count is None:
+            raise ValueError("a MessageSource with a reader needs the count of messages")
+
+    def __len__(self) -> int:
+        if self.count is not None:
+            return self.count
+        stored = self.codes if self.codes is not None else self.ids
+        assert stored is not None
+        return int(stored.shape[0])
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``codes`` is all there is: float32, nothing to look up, nothing to reorder."""
+        return self.codes is not None and self.codes.dtype == torch.float32 and self.orders is None
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Codes of the selected messages: int64 [n] -> float32 [n, K, d]."""
+        if self.read is not None:
+            picked = self.read(rows)
+        elif self.codes is not None:
+            picked = self.codes[rows.to(self.codes.device)]
+        else:
+            assert self.ids is not None and self.lookup is not None
+            picked = self.lookup(self.ids[rows.to(self.ids.device)].long())
+        if self.orders is not None:
+            order = self.orders[rows.cpu()].to(picked.device)  # [n, K]
+            picked = picked.gather(1, order[:, :, None].expand_as(picked))
+        return picked.float()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Split:
+    """Selected messages with what the probe should answer for each.
+
+    Attributes:
+        messages: N messages; several splits may share them.
+        targets: [N] class numbers or [N, C] vectors, in the order of the messages.
+        rows: int64 [n], the messages that belong to this split; None is all of them.
+    """
+
+    messages: MessageSource
+    targets: Tensor
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.messages) != self.targets.shape[0]:
+            raise ValueError(f"{len(self.messages)} messages but {self.targets.shape[0]} targets")
+
+    @classmethod
+    def of_codes(cls, codes: Tensor) -> Split:
+        """All messages of codes [N, K, d]; their targets are counters."""
+        return cls(MessageSource(codes=codes), torch.arange(len(codes)))
+
+    def __len__(self) -> int:
+        return len(self.messages) if self.rows is None else int(self.rows.shape[0])
+
+    def index(self) -> Tensor:
+        """int64 [n], the selected rows."""
+        return torch.arange(len(self.messages)) if self.rows is None else self.rows.long().cpu()
+
+    def chosen(self) -> Tensor:
+        """Targets of the selected rows, [n] or [n, C]."""
+        return self.targets[self.index().to(self.targets.device)]
+
+    def code_shape(self) -> tuple[int, int]:
+        """(K, d), read off one message."""
+        one = self.messages.take(self.index()[:1])
+        return int(one.shape[1]), int(one.shape[2])
+
+    def in_memory(self, limit: int = IN_MEMORY_BYTES) -> Split | None:
+        """The same split with its codes looked up and its rows gathered; None above ``limit`` bytes."""
+        if self.rows is None and self.messages.plain:
+            return self
+        length, dim = self.code_shape()
+        if len(self) * length * dim * 4 > limit:
+            return None
+        rows = self.index()
+        step = max(1, EVAL_TOKENS // length)
+        codes = torch.cat([self.messages.take(part).cpu() for part in slices(rows, step)])
+        return Split(MessageSource(codes=codes), self.chosen().cpu())
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a fit minimises and what it reports. Both functions must be importable by name.
+
+    Attributes:
+        loss: (outputs [n, C], targets) -> [n], smaller is better.
+        score: (outputs [n, C], targets) -> [n] in 0..1, larger is better.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of each row, [n], against class numbers [n]."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def is_top1(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1.0 where the largest output is the class asked for, else 0.0."""
+    return (outputs.argmax(dim=-1) == targets).float()
+
+
+CLASSIFICATION = Objective(cross_entropy, is_top1)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochLog:
+    """One line of the history; scores are shares in 0..1, the training ones are running means."""
+
+    epoch: int
+    train_loss: float
+    train_score: float
+    stop_loss: float
+    stop_score: float
+
+
+@dataclass(frozen=True, slots=True)
+class FitProgress:
+    """What a progress callback gets: after every epoch, and once more with ``finished``."""
+
+    seed: int
+    log: EpochLog
+    max_epochs: int
+    finished: bool
+
+
+ProgressCallback = Callable[[FitProgress], None]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FitResult:
+    """One fitted probe.
+
+    Attributes:
+        seed: The probe seed.
+        state: Weights of the best epoch, on the CPU.
+        history: One entry per epoch, in order.
+        best_epoch: Number of the best epoch, from 1.
+        seconds: Wall time.
+        outputs: float32 [n, C] on the report split at the best epoch; None without one.
+    """
+
+    seed: int
+    state: dict[str, Tensor]
+    history: tuple[EpochLog, ...]
+    best_epoch: int
+    seconds: float
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class FitTask:
+    """All that one fit needs but its seed.
+
+    Attributes:
+        spec: Network and optimiser.
+        outputs: C.
+        train: Messages to learn from.
+        early_stop: Messages that decide when to stop and which epoch is best.
+        report: Messages whose outputs are returned, or None.
+        objective: Loss and score.
+        permute_targets: The control: targets of ``train`` and ``early_stop`` are shuffled together
+            before the fit, for every seed in another way. No message may belong to both.
+        bf16: Compute in bfloat16 where autocast allows; CUDA only.
+        positions: False is the control ``bag-of-tokens``: the probe gets no positions.
+    """
+
+    spec: ProbeSpec
+    outputs: int
+    train: Split
+    early_stop: Split
+    report: Split | None = None
+    objective: Objective = CLASSIFICATION
+    permute_targets: bool = False
+    bf16: bool = False
+    positions: bool = True
+
+    def check(self) -> None:
+        """Refuse empty splits.
+
+        Raises:
+            UsageError: Says which one and what to do.
+        """
+        for name, split in (
+            ("training", self.train),
+            ("early-stop", self.early_stop),
+            ("report", self.report),
+        ):
+            if split is not None and len(split) == 0:
+                raise UsageError(
+                    f"the {name} set of the probe is empty. Use more images (a larger --limit), or change "
+                    "split.early_stop.fraction in the recipe."
+                )
+
+    def held(self) -> FitTask | None:
+        """The task with all codes in memory, or as many of its splits as fit; None when not all do."""
+        held = {name: split.in_memory() for name in _SPLITS if (split := getattr(self, name)) is not None}
+        return None if None in held.values() else replace(self, **held)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The data of a task in memory as arrays, for a worker process."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in _SPLITS:
+            split: Split | None = getattr(self, name)
+            if split is not None and split.messages.codes is not None:
+                arrays[f"{name}.codes"] = split.messages.codes.contiguous().numpy()
+                arrays[f"{name}.targets"] = split.targets.contiguous().numpy()
+        return arrays
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the data."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _SPLITS}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> FitTask:
+        """The task whose :meth:`arrays` and :meth:`settings` these are."""
+        splits: dict[str, Any] = {
+            name: Split(MessageSource(codes=tensors[f"{name}.codes"]), tensors[f"{name}.targets"])
+            for name in _SPLITS
+            if f"{name}.codes" in tensors
+        }
+        return cls(**splits, **settings)
+
+    def fit(
+        self, seed: int, *, device: str | torch.device = "cpu", progress: ProgressCallback | None = None
+    ) -> FitResult:
+        """See :func:`fit_probe`."""
+        return fit_probe(self, seed=seed, device=device, progress=progress)
+
+
+def keyed_generator(*key: object, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator that depends on the key alone, e.g. ``("order", seed, epoch)``."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def permuted(train: Tensor, early_stop: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Shuffle two sets of targets together; their frequencies stay, their meaning goes.
+
+    Args:
+        train: [n] or [n, C].
+        early_stop: [m] or [m, C].
+        seed: Key of the permutation.
+    """
+    together = torch.cat([train, early_stop])
+    order = torch.randperm(len(together), generator=keyed_generator("permute-targets", seed))
+    shuffled = together[order.to(together.device)]
+    return shuffled[: len(train)], shuffled[len(train) :]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread inside the block, and restore the number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Batches:
+    """A split ready for batches: codes on the device when they fit, else looked up per batch."""
+
+    def __init__(self, split: Split, device: torch.device) -> None:
+        held = split.in_memory()
+        self.split = held or split
+        self.rows = self.split.index()
+        self.targets = self.split.chosen().to(device)
+        self.device = device
+        self.codes = held.messages.codes.to(device) if held and held.messages.codes is not None else None
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+    def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [n, K, d] and targets of positions int64 [n] within the split."""
+        there = chosen.to(self.device, non_blocking=True)
+        if self.codes is not None:
+            return self.codes[there], self.targets[there]
+        return self.split.messages.take(self.rows[chosen]).to(self.device), self.targets[there]
+
+
+def build_probe(
+    spec: ProbeSpec,
+    *,
+    code_shape: tuple[int, int],
+    outputs: int,
+    seed: int,
+    positions: bool = True,
+    extra: tuple[int, int] | None = None,
+) -> Probe:
+    """The untrained probe of a recipe.
+
+    Args:
+        spec: Network settings.
+        code_shape: (K, d).
+        outputs: C.
+        seed: Probe seed; decides the initial weights.
+        positions: Whether it knows where a token stands.
+        extra: Number and length of the vectors appended to the message, or None.
+    """
+    return Probe(
+        message_length=code_shape[0],
+        code_dim=code_shape[1],
+        outputs=outputs,
+        width=spec.width,
+        depth=spec.depth,
+        heads=spec.heads,
+        mlp_ratio=spec.mlp_ratio,
+        dropout=spec.dropout,
+        positions=positions,
+        types=2 + (extra[0] if extra else 0),
+        extra_dim=extra[1] if extra else None,
+        generator=keyed_generator("probe-init", seed),
+    )
+
+
+@torch.inference_mode()
+def _outputs(probe: Probe, data: Batches, bf16: bool) -> Tensor:
+    """float32 [n, C] for the whole split, in chunks of a fixed number of tokens."""
+    probe.eval()
+    step = max(1, EVAL_TOKENS // (probe.message_length + 1))
+    parts = []
+    for chosen in slices(torch.arange(len(data)), step):
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
+            parts.append(probe(data.batch(chosen)[0]).float())
+    return torch.cat(parts)
+
+
+def predict(
+    task: FitTask, state: dict[str, Tensor], split: Split, *, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Outputs of a fitted probe, float32 [n, C] on the CPU.
+
+    Args:
+        task: The task it was fitted for.
+        state: ``FitResult.state``.
+        split: Messages to answer for.
+        device: Where to compute.
+    """
+    place = torch.device(device)
+    probe = build_probe(
+        task.spec, code_shape=split.code_shape(), outputs=task.outputs, seed=0, positions=task.positions
+    )
+    probe.load_state_dict(state)
+    with one_thread() if place.type == "cpu" else unlimited():
+        return _outputs(probe.to(place), Batches(split, place), task.bf16 and place.type == "cuda").cpu()
+
+
+@contextmanager
+def unlimited() -> Iterator[None]:
+    """As many threads as torch likes: the counterpart of :func:`one_thread`."""
+    yield
+
+
+class _Fit:
+    """One fit in progress."""
+
+    def __init__(self, task: FitTask, seed: int, device: torch.device) -> None:
+        self.task = task
+        self.seed = seed
+        self.bf16 = task.bf16 and device.type == "cuda"
+        self.train = Batches(task.train, device)
+        self.stop = Batches(task.early_stop, device)
+        if task.permute_targets:
+            shuffled = permuted(self.train.targets, self.stop.targets, seed)
+            self.train.targets, self.stop.targets = shuffled
+        shape = task.train.code_shape()
+        self.probe = build_probe(
+            task.spec, code_shape=shape, outputs=task.outputs, seed=seed, positions=task.positions
+        ).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.probe.parameters(),
+            lr=task.spec.learning_rate,
+            weight_decay=task.spec.weight_decay,
+            fused=True,
+        )
+
+    def _finite(self, losses: Tensor, epoch: int, where: str) -> None:
+        """Stop at the first loss that is not a number.
+
+        Raises:
+            BenchError: Names epoch and step.
+        """
+        broken = (~torch.isfinite(losses)).nonzero()
+        if len(broken):
+            raise BenchError(
+                f"the probe's loss is not finite in epoch {epoch}, {where} {int(broken[0]) + 1} of "
+                f"{len(losses)} (seed {self.seed}, learning rate {self.task.spec.learning_rate:g}). Lower "
+                "probe.learning_rate in the recipe, or look for NaN or huge values in the codes."
+            )
+
+    def _epoch(self, epoch: int) -> tuple[float, float]:
+        """One pass over the training set: (mean loss, mean score) while training."""
+        task, device = self.task, self.train.device
+        self.probe.train()
+        order = torch.randperm(len(self.train), generator=keyed_generator("probe-order", self.seed, epoch))
+        masks = keyed_generator("probe-dropout", self.seed, epoch, device=device)
+        batches = slices(order, task.spec.batch_size)
+        losses = torch.zeros(len(batches), device=device)  # read once per epoch: no waiting for the device
+        scores = torch.zeros(len(batches), device=device)
+        for step, chosen in enumerate(batches):
+            codes, targets = self.train.batch(chosen)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                outputs = self.probe(codes, generator=masks)
+            each = task.objective.loss(outputs.float(), targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            each.mean().backward()
+            self.optimizer.step()
+            losses[step] = each.detach().sum()
+            scores[step] = task.objective.score(outputs.detach(), targets).sum()
+        self._finite(losses, epoch, "step")
+        count = len(self.train)
+        return float(losses.double().sum()) / count, float(scores.double().sum()) / count
+
+    def _stop_set(self, epoch: int) -> tuple[float, float]:
+        outputs = _outputs(self.probe, self.stop, self.bf16)
+        each = self.task.objective.loss(outputs, self.stop.targets)
+        self._finite(each, epoch, "early-stop message")
+        score = self.task.objective.score(outputs, self.stop.targets)
+        return float(each.double().mean()), float(score.double().mean())
+
+    def run(self, progress: ProgressCallback | None) -> FitResult:
+        start = time.perf_counter()
+        spec = self.task.spec
+        best, best_epoch, state = (-math.inf, -math.inf), 0, {}
+        history: list[EpochLog] = []
+        for epoch in range(1, spec.max_epochs + 1):
+            train_loss, train_score = self._epoch(epoch)
+            stop_loss, stop_score = self._stop_set(epoch)
+            history.append(EpochLog(epoch, train_loss, train_score, stop_loss, stop_score))
+            if (stop_score, -stop_loss) > best:
+                best, best_epoch = (stop_score, -stop_loss), epoch
+                state = {name: value.detach().clone() for name, value in self.probe.state_dict().items()}
+            finished = epoch == spec.max_epochs or epoch - best_epoch >= spec.patience
+            if progress is not None:
+                progress(FitProgress(self.seed, history[-1], spec.max_epochs, finished))
+            if finished:
+                break
+        outputs = None
+        if self.task.report is not None:
+            self.probe.load_state_dict(state)
+            outputs = _outputs(self.probe, Batches(self.task.report, self.train.device), self.bf16).cpu()
+        state = {name: value.cpu() for name, value in state.items()}
+        return FitResult(self.seed, state, tuple(history), best_epoch, time.perf_counter() - start, outputs)
+
+
+def fit_probe(
+    task: FitTask,
+    *,
+    seed: int,
+    device: str | torch.device = "cpu",
+    progress: ProgressCallback | None = None,
+) -> FitResult:
+    """Fit one probe: AdamW at a constant learning rate, early stopping, best epoch restored.
+
+    An epoch is better when the early-stop score is higher, or equal with a lower loss. The fit ends
+    ``patience`` epochs after the best one, or at ``max_epochs``. The last partial batch counts.
+
+    Args:
+        task: Network, data, objective.
+        seed: Decides initial weights, order of the messages and dropout masks.
+        device: Where to compute. On the CPU one thread is used.
+        progress: Called after every epoch.
+
+    Raises:
+        UsageError: A split is empty.
+        BenchError: The loss is not finite; names epoch and step.
+    """
+    task.check()
+    place = torch.device(device)
+    with one_thread() if place.type == "cpu" else unlimited():
+        return _Fit(task, seed, place).run(progress)

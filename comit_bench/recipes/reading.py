@@ -1,0 +1,219 @@
+"""What people and other programs wrote: paths, text, JSON and YAML.
+
+Whatever bytes a file holds, reading it ends in a value or in one of our errors that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comit_bench.errors import SHOWN, BenchError, CorruptFileError, MissingError, UsageError, shown
+
+if TYPE_CHECKING:
+    import yaml
+
+SMALL_TEXT = 1_000_000  # bytes of a file that a person writes
+LARGE_TEXT = 64_000_000  # bytes of a file that a program writes
+DEEPEST = 64  # levels of a YAML file
+
+
+def read_text(path: Path, *, most: int = LARGE_TEXT) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+
+    Raises:
+        MissingError: No such file.
+        CorruptFileError: A folder, a device or a pipe; too large; or not UTF-8.
+        BenchError: The system cannot read it.
+    """
+    try:
+        if not path.is_file():
+            if path.exists() or path.is_symlink():
+                raise CorruptFileError(
+                    f"{path}: cannot be read: not a file, but a folder, a device or a link that leads nowhere"
+                )
+            raise MissingError(f"{path}: no such file")
+        size = path.stat().st_size
+        if size > most:
+            raise CorruptFileError(
+                f"{path}: too large to be what it should be: {size:,} bytes, at most {most:,}"
+            )
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,})") from error
+    except BenchError:
+        raise
+    except (OSError, ValueError) as error:
+        raise BenchError(
+            f"{shown(str(path))}: cannot be read: {getattr(error, 'strerror', error)}"
+        ) from error
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {shown(next(key for key in keys if keys.count(key) > 1))} occurs twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")) or value != value:
+        raise ValueError(f"{shown(text)} is no finite number")
+    return value
+
+
+def parse_json(text: str, where: object, *, strict: bool = True) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: The text.
+        where: File or place, for the message.
+        strict: Also refuse a key that occurs twice, numbers that are not finite, and text that is not Unicode
+            (half of a surrogate pair). Costs time for files of hundreds of megabytes.
+
+    Raises:
+        CorruptFileError: Not JSON, nested too deeply, or with a number of thousands of digits.
+    """
+    hooks: dict[str, Any] = {
+        "object_pairs_hook": _no_repeats,
+        "parse_float": _finite,
+        "parse_constant": _finite,
+    }
+    try:
+        value = json.loads(text, **(hooks if strict else {}))
+        if strict and "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise CorruptFileError(f"{where}: not valid JSON: nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise CorruptFileError(f"{where}: not valid JSON: text with half of a surrogate pair") from error
+    except ValueError as error:
+        reason = "a number of too many digits" if "integer string" in str(error) else str(error)
+        raise CorruptFileError(f"{where}: not valid JSON: {reason}") from error
+    return value
+
+
+def read_json(path: Path, *, most: int = LARGE_TEXT, strict: bool = True) -> Any:
+    """The value of a JSON file; errors are those of :func:`read_text` and :func:`parse_json`."""
+    return parse_json(read_text(path, most=most), path, strict=strict)
+
+
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """A loader of plain values: no anchors, no dates, no tags of other types, no key twice, nothing deep."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        level = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+                raise yaml.MarkedYAMLError(
+                    problem="anchors and aliases (&, *) are not taken: write the value out",
+                    problem_mark=event.start_mark,
+                )
+            if self.level >= DEEPEST:
+                raise yaml.MarkedYAMLError(
+                    problem=f"nested more than {DEEPEST} levels deep", problem_mark=event.start_mark
+                )
+            self.level += 1
+            node = super().compose_node(parent, index)
+            self.level -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                name = self.construct_object(key, deep=True)
+                if not isinstance(name, str):
+                    problem = f"the key {shown(name)} is no text: put it in quotes"
+                elif name in seen:
+                    problem = f"key {shown(name)} occurs twice"
+                else:
+                    seen.add(name)
+                    continue
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    kinds = ("null", "bool", "int", "float", "str", "seq", "map")
+    tags = {f"tag:yaml.org,2002:{kind}" for kind in kinds}
+    Loader.yaml_constructors = {
+        tag: maker for tag, maker in yaml.SafeLoader.yaml_constructors.items() if tag in tags or tag is None
+    }
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if tag in tags]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return Loader
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """The value of a YAML text, made of what JSON has: null, truth, numbers, text, lists and mappings.
+
+    Keys and dates are text. Anchors are refused: they can make a small file endless.
+
+    Args:
+        text: The text.
+        where: File or place, for the message.
+
+    Raises:
+        UsageError: Not such a text; says where in it.
+    """
+    import yaml
+
+    try:
+        value = _yaml_loader()(text).get_single_data()
+        _check_plain(value)
+    except RecursionError as error:
+        raise UsageError(f"{where}: not valid YAML: nested too deeply") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise UsageError(f"{where}: not valid YAML: {error.problem or error.context}{place}") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = "a number of too many digits" if "integer string" in reason else reason
+        raise UsageError(f"{where}: not valid YAML: {reason[:SHOWN]}") from error
+    return value
+
+
+def _check_plain(value: Any) -> None:
+    """Raises ValueError for what JSON does not have, and for numbers that no setting can mean."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_plain(key)
+            _check_plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(inner)
+    elif isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("text with half of a surrogate pair") from None
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    elif isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError("a whole number of more than 64 bits")
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file that a person wrote, see :func:`parse_yaml`.
+
+    Raises:
+        MissingError: No such file.
+        UsageError: Not such a file.
+        BenchError: The system cannot read it.
+    """
+    try:
+        return parse_yaml(read_text(path, most=SMALL_TEXT), path)
+    except CorruptFileError as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,309 @@
+"""The paper's Tables 1 to 4, and objectness, over records: ordinary tables in the paper's layout.
+
+They are made by ``build_table`` and follow its rules: two protocols never share a column, so published
+numbers have columns of their own beside the measured ones, and only complete measured rows of one protocol
+are ranked. What is special:
+
+- which rows and columns there are, their order, and what stands between a label and its scores;
+- a published number stands in the row of the measured tokenizer of the same name, policy and message length,
+  when there is one such row; details that differ from the printed ones are followed by these;
+- two decimals and no spread, as the paper prints.
+
+The same layouts exist for the embedded suite, whose tasks stand for those of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.results.records import Record
+from comit_bench.results.render.layout import DASH, is_reference, short_count
+from comit_bench.results.table import PUBLISHED, Row, Table, build_table, row_key
+
+SOURCE = "COMiT paper"  # ``protocol.source`` of its records; other publications are no part of its tables
+RECOGNITION, PAIRS, RELATIONS, RECONSTRUCTION, OBJECTNESS = (
+    *("recognition", "pairs", "relations"),
+    *("reconstruction", "objectness"),
+)
+# What each suite has for a column: the task, and its metrics in the paper's order.
+TASKS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "paper": {
+        RECONSTRUCTION: ("reconstruction-imagenet1k", ("rfid", "psnr")),
+        RECOGNITION: ("imagenet100", ("top1",)),
+        PAIRS: ("mscoco-pairs", ("top5",)),
+        RELATIONS: ("visual-genome", ("top1",)),
+        OBJECTNESS: ("objectness-cssd", ("miou", "miou_top10", "miou_top20", "miou_top30", "miou_top40")),
+    },
+    "scenes": {
+        RECONSTRUCTION: ("reconstruction-scenes", ("fd_scenes_teacher", "psnr")),
+        RECOGNITION: ("recognition-scenes", ("top1",)),
+        PAIRS: ("pairs-scenes", ("top5",)),
+        RELATIONS: ("relations-scenes", ("top1",)),
+        OBJECTNESS: ("objectness-scenes", ("miou_top10", "miou_top20", "miou_top30", "miou_top40")),
+    },
+}
+PROBES = (RECOGNITION, PAIRS, RELATIONS)
+NO_SREPA, NO_LOCAL_CROPS = "-no-srepa", "-no-local-crops"
+ABLATIONS = (NO_SREPA, NO_LOCAL_CROPS)
+POLICIES = (  # Table 3, in its order; the number counts the global crop
+    *("global", "global+random:10", "random:9", "global+raster:10"),
+    *("raster:9", "global+adaptive:3", "adaptive:3"),
+)
+COMPARED = (  # Table 4, in its order
+    *("titok-l-32", "titok-b-64", "titok-s-128", "alit-base"),
+    *("flextok-d12-d12", "flextok-d18-d18", "flextok-d18-d28"),
+    *("selftok-512", "selftok-1024", "comit-b", "comit-l", "comit-xl"),
+)
+ORDERS = {"raster": "raster-scan"}  # what the paper calls an order, where our name is another
+PAPER_FILE = "table-paper.tex"
+TEX_WIDTH = 118  # characters; a page over two columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """One table of the paper.
+
+    Attributes:
+        name: What the command line calls it.
+        title: Above it.
+        columns: Keys of ``TASKS``, in order.
+        details: Heads of the columns between labels and scores.
+        describe: A record -> one text per detail.
+        choose: Picks the records that have a place, of those with a value for a column.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    details: tuple[str, ...]
+    describe: Callable[[Record], tuple[str, ...]]
+    choose: Callable[[Sequence[Record]], list[Record]]
+
+
+def policy_of(record: Record) -> str:
+    """The cropping policy; a tokenizer without one sees the whole image, which is ``global``."""
+    return str(record.tokenizer_protocol.get("policy") or POLICIES[0])
+
+
+def policy_words(policy: str) -> tuple[str, str, str]:
+    """Whether there is a global crop, how many crops, in which order: ``global+raster:10`` -> yes, 10, ..."""
+    if policy == POLICIES[0]:
+        return ("yes", "1", DASH)
+    name, _, count = policy.removeprefix("global+").partition(":")
+    crops = str(len(count.split(","))) if name == "order" else count
+    return ("yes" if policy.startswith("global+") else "no", crops, ORDERS.get(name, name))
+
+
+def _ablated(suffix: str) -> Callable[[Record], tuple[str, ...]]:
+    return lambda record: ("no" if record.tokenizer.name.endswith(suffix) else "yes",)
+
+
+def _pairs_with(suffix: str) -> Callable[[Sequence[Record]], list[Record]]:
+    """Ablated tokenizers and those that they are ablations of, at the paper's policy."""
+
+    def choose(records: Sequence[Record]) -> list[Record]:
+        names = {r.tokenizer.name for r in records if r.tokenizer.name.endswith(suffix)}
+        names |= {name.removesuffix(suffix) for name in names}
+        return [r for r in records if r.tokenizer.name in names and policy_of(r) == POLICIES[0]]
+
+    return choose
+
+
+def _by_policy(records: Sequence[Record]) -> list[Record]:
+    """Every tokenizer that was run under another policy than the paper's default."""
+    varied = {r.tokenizer.name for r in records if policy_of(r) != POLICIES[0]}
+    return [r for r in records if r.tokenizer.name in varied]
+
+
+def _whole(records: Sequence[Record]) -> list[Record]:
+    return [r for r in records if policy_of(r) == POLICIES[0] and not r.tokenizer.name.endswith(ABLATIONS)]
+
+
+def _size(record: Record) -> tuple[str, ...]:
+    row = record.tokenizer
+    counts = (row.message_length, row.vocab_size)
+    return (short_count(row.parameters), *(DASH if n is None else str(n) for n in counts))
+
+
+SIZE = ("params", "length", "vocab")
+LAYOUTS: Mapping[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            name="table-1",
+            title="Table 1: alignment of the message with a teacher (SREPA).",
+            columns=(RECOGNITION,),
+            details=("SREPA",),
+            describe=_ablated(NO_SREPA),
+            choose=_pairs_with(NO_SREPA),
+        ),
+        Layout(
+            name="table-2",
+            title="Table 2: local crops in training; at test time the global crop alone.",
+            columns=(RECOGNITION,),
+            details=("local crops",),
+            describe=_ablated(NO_LOCAL_CROPS),
+            choose=_pairs_with(NO_LOCAL_CROPS),
+        ),
+        Layout(
+            name="table-3",
+            title="Table 3: cropping policies at test time; crops count the global one.",
+            columns=PROBES,
+            details=("global", "crops", "order"),
+            describe=lambda record: policy_words(policy_of(record)),
+            choose=_by_policy,
+        ),
+        Layout(
+            name="table-4",
+            title="Table 4: reconstruction and semantic probes.",
+            columns=(RECONSTRUCTION, *PROBES),
+            details=SIZE,
+            describe=_size,
+            choose=_whole,
+        ),
+        Layout(
+            name="objectness",
+            title="Objectness of token attention (text, Figures 2 and 8).",
+            columns=(OBJECTNESS,),
+            details=SIZE,
+            describe=_size,
+            choose=list,
+        ),
+    )
+}
+
+
+def find_layouts(names: Sequence[str] | None) -> list[Layout]:
+    """Layouts by name; None is all.
+
+    Raises:
+        UsageError: Unknown name; suggests the nearest.
+    """
+    for name in names or ():
+        if name not in LAYOUTS:
+            raise UsageError(f"the paper has no {name!r} here.{did_you_mean(name, LAYOUTS)}")
+    return [layout for name, layout in LAYOUTS.items() if names is None or name in names]
+
+
+def paper_tables(
+    records: Iterable[Record], *, suite: str = "paper", names: Sequence[str] | None = None
+) -> list[Table]:
+    """The paper's tables as far as there are records for them.
+
+    Args:
+        records: Measured and published ones; controls and published numbers of other sources are left out.
+        suite: Whose tasks are shown.
+        names: Layouts by name; None is all.
+
+    Raises:
+        UsageError: Unknown name, or records that disagree on the direction of a metric.
+    """
+    chosen = [r for r in records if r.control is None]
+    chosen = [r for r in chosen if r.origin != "paper" or r.protocol.get("source") == SOURCE]
+    tables = [_table(layout, chosen, TASKS[suite]) for layout in find_layouts(names)]
+    return [table for table in tables if table is not None]
+
+
+def _table(
+    layout: Layout, records: Sequence[Record], tasks: Mapping[str, tuple[str, tuple[str, ...]]]
+) -> Table | None:
+    metrics = dict(tasks[column] for column in layout.columns)
+    useful = [r for r in records if any(name in r.metrics for name in metrics.get(r.task.name, ()))]
+    chosen = layout.choose(useful)
+    if not chosen:
+        return None
+    present = [name for name in metrics if any(r.task.name == name for r in chosen)]
+    home = _homes(chosen)
+    table = build_table(chosen, metrics=metrics, tasks=present, row_of=lambda r: home[row_key(r)], decimals=2)
+    rows = _in_order([_detailed(layout, row) for row in table.rows])
+    notes = tuple(note for note in table.notes if not note.startswith("\N{PLUS-MINUS SIGN}"))
+    return replace(table, rows=tuple(rows), notes=notes, details=layout.details, title=layout.title)
+
+
+def _homes(records: Sequence[Record]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Key of a record -> key of its row: a published one joins the measured row that it is about."""
+    measured = [r for r in records if r.origin != "paper" and r.tokenizer.trained]
+    homes = {row_key(r): row_key(r) for r in records}
+    for record in records:
+        if record.origin != "paper":
+            continue
+        own = record.tokenizer
+        about = {
+            row_key(other)
+            for other in measured
+            if other.tokenizer.name == own.name
+            and policy_of(other) == policy_of(record)
+            and own.message_length in (None, other.tokenizer.message_length)
+        }
+        if len(about) == 1:
+            homes[row_key(record)] = about.pop()
+    return homes
+
+
+def _detailed(layout: Layout, row: Row) -> Row:
+    """Details of a row: measured ones, and where the paper prints others these too; no spread."""
+    cells = [cell for cell in row.cells if cell is not None]
+    details: list[str] = []
+    for index in range(len(layout.details)):
+        own, printed = (
+            next((text for c in cells if (c.record.origin == "paper") is published
+                  and (text := layout.describe(c.record)[index]) != DASH), "")
+            for published in (False, True)
+        )  # fmt: skip
+        both = own and printed and own != printed
+        details.append(f"{own} ({printed}{PUBLISHED})" if both else own or printed or DASH)
+    plain = tuple(c and replace(c, metric=c.metric.model_copy(update={"std": None})) for c in row.cells)
+    label = row.label
+    if layout.choose is _by_policy and label == row.tokenizer.name:  # has no namesake of its kind
+        label = f"{label} ({policy_of(cells[0].record)})"
+    return replace(row, label=label, details=tuple(details), cells=plain)
+
+
+def _base(row: Row) -> str:
+    """The tokenizer's name without that of an ablation."""
+    return next((row.tokenizer.name.removesuffix(s) for s in ABLATIONS if row.tokenizer.name.endswith(s)),
+                row.tokenizer.name)  # fmt: skip
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """References, the paper's tokenizers in its order, others; ablations and policies below their own."""
+    bases = [_base(row) for row in rows]
+
+    def place(row: Row) -> tuple[int, ...]:
+        base = _base(row)
+        policy = next(policy_of(cell.record) for cell in row.cells if cell is not None)
+        return (
+            not is_reference(row),
+            COMPARED.index(base) if base in COMPARED else len(COMPARED),
+            bases.index(base),
+            base != row.tokenizer.name,
+            POLICIES.index(policy) if policy in POLICIES else len(POLICIES),
+        )
+
+    return sorted(rows, key=place)
+
+
+def to_paper_latex(
+    records: Iterable[Record],
+    *,
+    label: str = "tab:comit-bench-paper",
+    suite: str = "paper",
+    names: Sequence[str] | None = None,
+) -> str | None:
+    r"""The tables as LaTeX, one after the other; None when no record has a place in any.
+
+    Args:
+        records: Measured and published ones.
+        label: For ``\ref``; the layout's name follows, e.g. ``-table-4``.
+        suite: Whose tasks are shown.
+        names: Layouts by name; None is all.
+    """
+    from comit_bench.results.render.text import to_latex
+
+    texts = []
+    for layout in find_layouts(names):
+        for table in paper_tables(records := list(records), suite=suite, names=[layout.name]):
+            texts.append(to_latex(table, label=f"{label}-{layout.name}", width=TEX_WIDTH))
+    return "\n".join(texts) or None

@@ -1,0 +1,284 @@
+"""What a kind of task has to be able to do, and what it gets for it.
+
+A kind is one line in ``comit_bench.recipes.specs.KINDS`` and one module here that defines ``EXECUTOR``.
+``evaluation.py`` opens data and makes tokens; an executor turns them into numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from comit_bench.errors import UsageError
+from comit_bench.nn.ranks import Ranks
+from comit_bench.probing.fit import FitResult, MessageSource, ProgressCallback
+from comit_bench.probing.pool import ProbePool
+from comit_bench.recipes.specs import KINDS, TaskSpec
+from comit_bench.tasks.result import MetricResult, TaskResult
+
+if TYPE_CHECKING:
+    from comit_bench.data.split import OpenData
+    from comit_bench.data.split import Split as DataSplit
+    from comit_bench.data.tokens.store import TokenStore
+    from comit_bench.tokenizers.base import Tokenizer, Tokens
+
+ROLES = ("train", "early_stop", "report")
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Role:
+    """The images that play one role.
+
+    Attributes:
+        split: The split of the data set they are from.
+        kept: int64 [N], the images of that split that were tokenized (all, or some with ``--limit``).
+        rows: int64 [n], positions in ``kept`` of the images that play the role; none of them is broken.
+        messages: N messages in the order of ``kept``; None for a row that sees no image.
+        store: Where they lie, with everything a decoder needs.
+    """
+
+    split: DataSplit
+    kept: Rows
+    rows: Rows
+    messages: MessageSource | None = None
+    store: TokenStore | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def images(self) -> Rows:
+        """int64 [n], positions in the split."""
+        return self.kept[self.rows]
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the images, [n]."""
+        return [self.split.ids[image] for image in self.images]
+
+    def all_ids(self) -> list[str]:
+        """Ids of all tokenized images of the split, [N]."""
+        return [self.split.ids[image] for image in self.kept]
+
+    def source(self) -> MessageSource:
+        """The messages of a row that does see images."""
+        assert self.messages is not None
+        return self.messages
+
+    def row_tensor(self) -> Tensor:
+        """``rows`` for indexing messages."""
+        return torch.from_numpy(np.ascontiguousarray(self.rows))
+
+    def tokens(self, tokenizer: Tokenizer, positions: Rows) -> Tokens:
+        """Messages with everything a decoder needs.
+
+        Args:
+            tokenizer: Looks up codes.
+            positions: int64 [b], positions in ``rows``.
+        """
+        from comit_bench.tokenizers.base import Tokens
+        from comit_bench.tokenizers.contract import check_looked_up
+
+        assert self.store is not None
+        rows = self.rows[positions]
+        offsets = self.store.offsets(rows)
+        if self.store.layout.vocab_size is None:
+            ids, codes = None, torch.from_numpy(self.store.codes(rows))
+        else:
+            ids = torch.from_numpy(self.store.ids(rows)).long()
+            codes = check_looked_up(tokenizer, tokenizer.codes_from_ids(ids), ids)
+        return Tokens(ids, codes, None if offsets is None else torch.from_numpy(offsets))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Inputs:
+    """Everything one tokenizer's run of one task needs.
+
+    Attributes:
+        spec: The recipe.
+        data: The opened data set.
+        roles: One entry per name in ``ROLES``.
+        seeds: Probe seeds.
+        control: Name of the control, or None.
+        cache: Cache directory, for what is computed once per data set (text features, negatives).
+        offline: Never ask a hub.
+        device: Where probes are fitted.
+        pool: Worker processes, or None.
+        workers: Without a pool, the number of processes; None is one per usable core.
+        progress: Called after every epoch of every seed.
+        tokenizer: Who is measured; None for a row that sees no image.
+        batch_size: Images per call of the tokenizer; no number depends on it.
+        num_workers: Image-reading processes.
+        ranks: This process among its siblings. All of them run an executor of a kind that fits no probe.
+        work: Where such an executor keeps what it has finished (``tasks/looking.py``); removed once the
+            record is written.
+        start: Begins a progress bar: what, how many, of what; returns what to call with the number done.
+        whole_roles: The roles with the images that turned out to be broken; None when none is.
+    """
+
+    spec: TaskSpec
+    data: OpenData
+    roles: Mapping[str, Role]
+    seeds: Sequence[int]
+    control: str | None = None
+    cache: Path
+    offline: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pool: ProbePool | None = None
+    workers: int | None = None
+    progress: ProgressCallback | None = None
+    tokenizer: Tokenizer | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
+    work: Path | None = None
+    start: Callable[[str, int, str], Callable[[int], None]] = lambda what, total, unit: lambda done: None
+    whole_roles: Mapping[str, Role] | None = None
+
+    def with_roles(self, roles: Mapping[str, Role]) -> Inputs:
+        """The same with other images."""
+        return replace(self, roles=roles)
+
+    def check(self) -> None:
+        """Refuse empty roles before anything is computed.
+
+        Raises:
+            UsageError: Names the role and what to do.
+        """
+        names = {"train": "training", "early_stop": "early-stop", "report": "report"}
+        for name, role in self.roles.items():
+            if len(role) == 0:
+                raise UsageError(
+                    f"the {names[name]} set of {self.spec.name} is empty. Use more images (larger --limit), "
+                    "or change split.early_stop.fraction in the recipe."
+                )
+
+
+class Executor(Protocol):
+    """One kind of task."""
+
+    def protocol(self, inputs: Inputs) -> dict[str, Any]:
+        """What can change the numbers besides recipe, data and tokenizer (stored in the record)."""
+        ...
+
+    def run(self, inputs: Inputs) -> TaskResult | None:
+        """Measure; None in all processes but the first.
+
+        Raises:
+            UnsupportedOperation: The tokenizer cannot do what is measured (it has no decoder, ...).
+        """
+        ...
+
+    def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
+        """Look for what the task needs besides data and tokenizer, before any work.
+
+        Raises:
+            MissingError: Something is not there; says how to get it.
+        """
+        ...
+
+
+class ProbeExecutor(Executor, Protocol):
+    """One kind of task that fits probes; only the first process runs it."""
+
+    def majority(self, inputs: Inputs) -> TaskResult:
+        """The row of a reader that knows the training labels and never looks at an image."""
+        ...
+
+    def passes(self, spec: TaskSpec, images: int) -> tuple[float, int]:
+        """For the plan: probe passes per epoch over ``images`` training images, tokens appended to each."""
+        ...
+
+
+class LookingExecutor(Executor, Protocol):
+    """One kind of task that fits nothing; all processes run it together."""
+
+    def refuses(self, spec: TaskSpec, tokenizer: Tokenizer) -> str | None:
+        """Why this tokenizer cannot be measured, as far as can be said beforehand; None when it can."""
+        ...
+
+    def decodings(self, spec: TaskSpec) -> float:
+        """For the plan: how often each image is decoded, about."""
+        ...
+
+
+@runtime_checkable
+class ExaminesData(Protocol):
+    """An executor that looks at its data before tokens are made."""
+
+    def examine(self, inputs: Inputs) -> None:
+        """Refuse data that cannot be measured.
+
+        Raises:
+            BenchError: Says what is wrong with which files.
+        """
+        ...
+
+
+def find_executor(spec: TaskSpec) -> Executor:
+    """The executor of a recipe's kind."""
+    executor: Executor = import_module(f"comit_bench.tasks.{KINDS[spec.kind].module}").EXECUTOR
+    return executor
+
+
+def find_probe_executor(spec: TaskSpec) -> ProbeExecutor:
+    """The executor of a kind that fits probes."""
+    assert KINDS[spec.kind].probed
+    return cast(ProbeExecutor, find_executor(spec))
+
+
+def find_looking_executor(spec: TaskSpec) -> LookingExecutor:
+    """The executor of a kind that fits nothing."""
+    assert not KINDS[spec.kind].probed
+    return cast(LookingExecutor, find_executor(spec))
+
+
+def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:
+    """Refuse a main metric that does not exist.
+
+    Raises:
+        UsageError: Names the nearest that does.
+    """
+    from comit_bench.errors import did_you_mean
+
+    if spec.main_metric not in metrics:
+        raise UsageError(
+            f"recipe {spec.name!r}: main_metric {spec.main_metric!r} is not measured by this task."
+            f"{did_you_mean(spec.main_metric, metrics)}"
+        )
+
+
+def same_for_all(seeds: Sequence[int], once: Mapping[str, MetricResult]) -> TaskResult:
+    """A row about which nothing is random: the same value for every seed."""
+    return TaskResult(
+        metrics={name: replace(m, per_seed=(m.value,) * len(seeds)) for name, m in once.items()},
+    )
+
+
+def fit_details(results: Sequence[FitResult], score: str) -> dict[str, Any]:
+    """How the fits went, one entry per seed; scores (in percent) are those of the best epoch.
+
+    The train score is a running mean over the epoch, so it lags behind the weights.
+
+    Args:
+        results: One per seed.
+        score: Name of the score the fits stopped by.
+    """
+    best = [r.history[r.best_epoch - 1] for r in results]
+    return {
+        "seeds": [r.seed for r in results],
+        "best_epoch": [r.best_epoch for r in results],
+        "epochs_run": [len(r.history) for r in results],
+        "seconds": [r.seconds for r in results],
+        f"train_{score}": [100.0 * log.train_score for log in best],
+        f"early_stop_{score}": [100.0 * log.stop_score for log in best],
+    }

@@ -1,0 +1,384 @@
+"""Adapter for FlexTok: uint8 images <-> 256 ordered tokens, or a prefix of them.
+
+Tokenization is deterministic by default: the mean of the VAE's posterior. The released program samples it;
+``posterior=sample`` does so with one generator per image. Reading the files is ``flextok_files.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
+from comit_bench.tokenizers.base import (
+    MOST_STEPS,
+    TokenizerInfo,
+    Tokens,
+    autocast,
+    check_ids,
+    check_images,
+    in_tiles,
+    number,
+    on_device,
+    refuse_unknown,
+    seeded_noise,
+    switch,
+    switch_or_auto,
+    warn_policy,
+)
+from comit_bench.tokenizers.checkpoints import checkpoint_path, described, weights_digest
+from comit_bench.tokenizers.config_node import read_facts
+from comit_bench.tokenizers.flextok.checkpoint import load_directory, save
+from comit_bench.tokenizers.flextok.codec import Sampling, decode, encode, to_uint8
+from comit_bench.tokenizers.flextok.config import config_from_spec
+from comit_bench.tokenizers.flextok.model import PRESETS, FlexTok, FlexTokSpec
+from comit_bench.tokenizers.identity import configuration_digest
+
+HUB = {
+    "flextok-d12-d12": "EPFL-VILAB/flextok_d12_d12_in1k",
+    "flextok-d18-d18": "EPFL-VILAB/flextok_d18_d18_in1k",
+    "flextok-d18-d28": "EPFL-VILAB/flextok_d18_d28_in1k",
+    "flextok-d18-d28-dfn": "EPFL-VILAB/flextok_d18_d28_dfn",
+}
+TRAINING_DATA = {name: "DFN (web images)" if name.endswith("dfn") else "ImageNet-1k" for name in HUB}
+LICENCE = "Apple Machine Learning Research Model licence (research only)"
+GUIDANCE, GUIDANCE_SMALL = 7.5, 15.0  # the authors' choice; the second for flextok-d12-d12
+MODES = ("apg", "cfg")
+# Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_flextok_flops.py)
+VAE_ENCODE_FLOPS = 4.165e6
+VERSION = "1"  # raised when the same weights and configuration may give other ids
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes; see there and :class:`FlexTokTokenizer`."""
+
+    tokens: int | None
+    posterior: Literal["mode", "sample"]
+    steps: int
+    guidance: float
+    guidance_mode: Literal["apg", "cfg"]
+    scaling_factor: float
+    allow_pickle: bool
+    compile: bool | Literal["auto"]
+    dtype: torch.dtype
+
+
+OPTIONS = tuple(Options.__annotations__)
+
+
+def _prefix(tokens: object, most: int) -> int:
+    return int(number(tokens, "FlexTok: tokens", whole=True, low=1, high=most))
+
+
+def _sampling(
+    *,
+    tokens: object = None,
+    posterior: object = "mode",
+    steps: object = 25,
+    guidance: object = GUIDANCE,
+    guidance_mode: object = "apg",
+    compile: object = "auto",
+    **_: object,
+) -> Sampling:
+    """The sampler's settings, after a look at all options: before minutes of drawing or reading weights.
+
+    Raises:
+        UsageError: A value that an option cannot have.
+    """
+    if tokens is not None:
+        _prefix(tokens, max(spec.registers for spec in PRESETS.values()))
+    if posterior not in ("mode", "sample"):
+        raise UsageError(f"posterior must be 'mode' or 'sample', got {shown(posterior)}")
+    if guidance_mode not in MODES:
+        raise UsageError(f"guidance_mode must be 'apg' or 'cfg', got {shown(guidance_mode)}")
+    switch_or_auto(compile, "compile")
+    return Sampling(
+        steps=int(number(steps, "FlexTok: steps", whole=True, low=1, high=MOST_STEPS)),
+        guidance=number(guidance, "FlexTok: guidance", low=0.0),
+        projected=guidance_mode == "apg",
+    )
+
+
+class FlexTokTokenizer:
+    """FlexTok behind the tokenizer contract.
+
+    Args:
+        model: Network in eval mode.
+        info: Its description.
+        device: Where it runs.
+        tokens: Length of the prefix that is encoded; None is all of the model's.
+        posterior: ``mode`` (default) or ``sample`` (released).
+        steps: Euler steps of ``decode``.
+        guidance: Guidance weight of ``decode``; 1 switches guidance off.
+        guidance_mode: ``apg`` (projected, the authors' choice) or ``cfg``.
+        compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; VAE, last layer, quantizer and the sampler's
+            state stay in float32.
+    """
+
+    def __init__(
+        self,
+        model: FlexTok,
+        info: TokenizerInfo,
+        *,
+        device: torch.device,
+        tokens: int | None = None,
+        posterior: Literal["mode", "sample"] = "mode",
+        steps: int = 25,
+        guidance: float = GUIDANCE,
+        guidance_mode: Literal["apg", "cfg"] = "apg",
+        compile: bool | str = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        total = model.spec.registers
+        self.tokens = total if tokens is None else _prefix(tokens, total)
+        self.sampling = _sampling(
+            posterior=posterior, steps=steps, guidance=guidance, guidance_mode=guidance_mode, compile=compile
+        )
+        self.model = model.to(device).requires_grad_(False).eval()
+        self.model.vae.prepare(device, compiled=switch_or_auto(compile, "compile"))
+        self.device, self.dtype, self.posterior = device, dtype, posterior
+        options = {
+            "tokens": str(self.tokens),
+            "posterior": posterior,
+            "scaling_factor": f"{model.vae.scale:g}",
+            "dtype": str(dtype).split(".")[-1],
+        }
+        self.info = replace(info, message_length=self.tokens, options={**info.options, **options})
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        spec = self.model.spec
+        side = spec.image_size // spec.vae.factor
+        return (spec.vae.channels, side, side)
+
+    def encode_flops(self, policy: str | None) -> float:
+        """FLOPs per image of the VAE's encoder and the trunk, for estimates."""
+        spec = self.model.spec
+        trunk, k = spec.encoder, self.tokens
+        patches = spec.latent_size[0] * spec.latent_size[1] // (trunk.patch[0] * trunk.patch[1])
+        rows, width = patches + k, trunk.width
+        block = 24.0 * rows * width**2 + 4.0 * width * (patches**2 + k * rows)
+        last = 4.0 * rows * width**2 + 20.0 * k * width**2 + 4.0 * width * k * rows
+        vae = VAE_ENCODE_FLOPS * (spec.vae.widths[0] / 128) ** 2 * spec.image_size**2
+        return vae + (trunk.depth - 1) * block + last
+
+    @property
+    def decode_options(self) -> dict[str, Any]:
+        """Settings of :meth:`decode`; part of the protocol of tasks that decode."""
+        sampling = self.sampling
+        usual = GUIDANCE_SMALL if self.info.name == "flextok-d12-d12" else GUIDANCE
+        settings = {
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "guidance_mode": "apg" if sampling.projected else "cfg",
+        }
+        return {**settings, "default": settings == {"steps": 25, "guidance": usual, "guidance_mode": "apg"}}
+
+    def encode(
+        self,
+        images_u8: Tensor,
+        *,
+        policy: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tokens:
+        """Tokenize uint8 [B, 3, S, S]; see the contract.
+
+        Raises:
+            ValueError: Wrong shape or type, or ``posterior=sample`` without generators.
+        """
+        check_images(images_u8, self.info)
+        warn_policy(self.info.name, policy)
+        noise = torch.zeros(images_u8.shape[0], 0)
+        sampled = self.posterior == "sample"
+        if sampled:
+            if generators is None:
+                raise ValueError("posterior='sample' needs one generator per image")
+            noise = torch.stack([torch.randn(self._latent_shape, generator=g) for g in generators])
+
+        def tile(images: Tensor, drawn: Tensor) -> Tokens:
+            pixels = on_device(images, self.device).div(255).mul(2).sub(1)
+            eps = drawn.to(self.device) if sampled else None
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                done = encode(self.model, pixels, tokens=self.tokens, noise=eps)
+            return Tokens(done.ids, done.codes)
+
+        return in_tiles(tile, images_u8, noise, name=self.info.name)
+
+    def codes_from_ids(self, ids: Tensor) -> Tensor:
+        """Integers [..., K] -> float32 [..., K, d].
+
+        Raises:
+            ValueError: An id outside the vocabulary.
+        """
+        check_ids(ids, self.model.regularizer.vocab_size)
+        return self.model.regularizer.codes(ids.to(self.device))
+
+    def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """Messages of any length up to the model's -> uint8 [B, 3, S, S], one noise seed per image.
+
+        Raises:
+            ValueError: Codes of another shape, or not one seed per image.
+        """
+        spec, codes = self.model.spec, tokens.codes
+        if codes.ndim != 3 or codes.shape[2] != spec.code_dim or not 1 <= codes.shape[1] <= spec.registers:
+            raise ValueError(
+                f"{self.info.name} decodes codes of shape [B, 1..{spec.registers}, {spec.code_dim}], got "
+                f"{list(codes.shape)}"
+            )
+        noise = seeded_noise(seeds, self._latent_shape, codes.shape[0])
+
+        def tile(codes: Tensor, noise: Tensor) -> Tokens:
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                images = decode(
+                    self.model,
+                    codes.to(self.device),
+                    noise.to(self.device, non_blocking=True),
+                    sampling=self.sampling,
+                )
+                return Tokens(None, to_uint8(images))
+
+        return in_tiles(tile, codes, noise, name=self.info.name).codes
+
+    def save(self, directory: Path) -> None:
+        """Export ``config.json`` and ``model.safetensors`` in the released layout."""
+        save(self.model, directory)
+
+
+def _info(model: FlexTok, name: str, weights: str, **changes: Any) -> TokenizerInfo:
+    spec = model.spec
+    return TokenizerInfo(
+        name=name,
+        family="flextok",
+        kind="learned",
+        weights=weights,
+        parameters=sum(p.numel() for part in (model.encoder, model.decoder) for p in part.parameters()),
+        message_length=spec.registers,
+        vocab_size=model.regularizer.vocab_size,
+        code_dim=spec.code_dim,
+        resolution=spec.image_size,
+        preprocessing=f"resize_short({spec.image_size},bilinear)|center_crop({spec.image_size})",
+        configuration=configuration_digest(spec),
+        version=VERSION,
+        **changes,
+    )
+
+
+def build_random(spec: FlexTokSpec, seed: int, device: torch.device | None = None) -> FlexTok:
+    """An untrained network, VAE included, from a seed. Its latents have the scale 1 unless the spec says.
+
+    On the meta ``device`` it stays without weights.
+    """
+    with torch.device("meta"):
+        model = FlexTok(spec)
+    if device is not None and device.type == "meta":
+        return model
+    model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
+    model.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
+    return model
+
+
+def _locate(name: str, weights: str | None, *, offline: bool, allow: bool) -> Path:
+    """The checkpoint directory: the one given, the one named, or the hub's."""
+    from comit_bench.tokenizers.hub import fetch_checkpoint
+
+    local = checkpoint_path(weights or name)
+    if local.is_dir() or (weights and local.is_file()):
+        return local
+    if weights:
+        raise MissingError(
+            f"--weights {weights}: no such directory or file. Give a directory with config.json and "
+            "model.safetensors, one file of weights, or 'random'."
+        )
+    hint = "or pass --weights DIR"
+    return fetch_checkpoint(HUB.get(name.lower(), name), offline=offline, hint=hint, allow_pickle=allow)
+
+
+def _untrained(
+    preset: str, seed: int, scale: float | None, device: torch.device
+) -> tuple[FlexTok, TokenizerInfo]:
+    if preset not in PRESETS:
+        raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
+    spec = PRESETS[preset]
+    model = build_random(replace(spec, vae=replace(spec.vae, scale=scale or 1.0)), seed, device)
+    nothing = {"training_data": "none", "weights_licence": "none"}
+    return model, _info(model, preset, f"random:{seed}", trained=False, **nothing)
+
+
+def _released(
+    name: str, preset: str, weights: str | None, scale: float | None, *, offline: bool, allow: bool
+) -> tuple[FlexTok, TokenizerInfo]:
+    local = _locate(name, weights, offline=offline, allow=allow)
+    sizes: dict[str, Any] | None = None
+    if local.is_file() and preset in PRESETS:
+        sizes = config_from_spec(PRESETS[preset])
+        del sizes["vae"]["scaling_factor"]
+    loaded = load_directory(local, scaling_factor=scale, offline=offline, allow_pickle=allow, sizes=sizes)
+    extra: dict[str, str] = {}
+    if loaded.assumed:
+        extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
+    if loaded.vae_file is not None:
+        extra["vae"] = weights_digest(loaded.vae_file)
+    facts = read_facts(loaded.config, local / "config.json")
+    label, revision = described(name, local, PRESETS)
+    released = preset in PRESETS and not weights and not checkpoint_path(name).is_dir()
+    info = _info(
+        loaded.model,
+        preset if preset in PRESETS else label,
+        weights_digest(loaded.path),
+        revision=revision,
+        trained=facts.trained,
+        training_data=facts.training_data or (TRAINING_DATA[preset] if released else "unknown"),
+        weights_licence=facts.weights_licence or (LICENCE if released else "unknown"),
+        options=extra,
+    )
+    return loaded.model, info
+
+
+def load(
+    name: str,
+    *,
+    weights: str | None = None,
+    device: torch.device,
+    offline: bool = False,
+    seed: int = 0,
+    **options: Unpack[Options],
+) -> FlexTokTokenizer:
+    """Load a FlexTok tokenizer by preset name, hub id or directory.
+
+    Args:
+        name: ``flextok-d12-d12`` … ``flextok-d18-d28-dfn``, a hub id, or a checkpoint directory.
+        weights: Checkpoint directory, a file of weights, ``random`` (untrained), or None: the directory or
+            the hub.
+        device: Where it runs.
+        offline: Never ask the hub.
+        seed: Of random weights.
+        **options: ``scaling_factor`` of the latents, for checkpoints whose config has none;
+            ``allow_pickle``; the others go to :class:`FlexTokTokenizer`.
+
+    Raises:
+        MissingError: No weights on this machine and the hub is out of reach.
+        UsageError: Unknown name or option, or a checkpoint that does not fit.
+        CorruptFileError: A file that cannot be read.
+    """
+    refuse_unknown(options, OPTIONS, "FlexTok")
+    settings: dict[str, Any] = {**options}
+    if "scaling_factor" in settings:
+        settings["scaling_factor"] = number(settings["scaling_factor"], "FlexTok: scaling_factor", low=1e-6)
+    scale = settings.pop("scaling_factor", None)
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
+    by_hub = {repository.lower(): preset for preset, repository in HUB.items()}
+    preset = by_hub.get(name.lower(), name.lower())
+    if preset == "flextok-d12-d12":
+        settings.setdefault("guidance", GUIDANCE_SMALL)
+    _sampling(**settings)
+    if weights == "random":
+        model, info = _untrained(preset, seed, scale, device)
+    else:
+        model, info = _released(name, preset, weights, scale, offline=offline, allow=allow)
+    return FlexTokTokenizer(model, info, device=device, **settings)

@@ -1,0 +1,183 @@
+"""SelfTok in use: images -> tokens, tokens -> latents -> images. Sections (b), (d) and (e) of the spec.
+
+The sampler never runs the encoder; it cuts the context to the tokens that are visible, embeds the codes
+once, and computes all modulations before the first step.
+
+Unusual: the grid of times is float32 with a definition of its own, because the number of visible tokens
+is cut off to a whole one and would jump with the last bit of a time.
+
+Randomness is explicit: the sampler's noise is handed in. Nothing else is random.
+
+Shape legend: ``B`` batch, ``C h w`` latents, ``K`` tokens, ``d`` code dimension, ``S`` image side, ``N``
+steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from comit_bench.nn.finite import observe
+from comit_bench.tokenizers.selftok.model import TIME_SCALE, Decoder, Schedule, Selftok, TimeStates
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A message.
+
+    Attributes:
+        ids: int64 [B, K].
+        codes: [B, K, d], what enters a decoder.
+        prequant: [B, K, d'] after ``project_in``, before normalisation.
+        queries: [B, K, Q] of the last block.
+    """
+
+    ids: Tensor
+    codes: Tensor
+    prequant: Tensor
+    queries: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What depends on no image: modulations of the encoder, of the context, and of the renderer's time."""
+
+    encoder: list[Tensor]
+    context: list[Tensor]
+    render: TimeStates | None
+
+
+def constants(model: Selftok) -> Constants:
+    """Compute them; they stay right as long as the weights do."""
+    decoder = model.model
+    one = torch.ones(1, device=decoder.context_pos_embed.device)
+    return Constants(
+        model.encoder.states(),
+        decoder.context_states(),
+        decoder.time_states(one) if decoder.renders else None,
+    )
+
+
+def encode_latents(model: Selftok, latents: Tensor, fixed: Constants | None = None) -> Encoded:
+    """Scaled latents [B, C, h, w] -> message."""
+    encoder = model.encoder
+    queries = encoder(latents, None if fixed is None else fixed.encoder)
+    prequant = encoder.quantizer.project(queries)
+    ids = encoder.quantizer.ids(prequant)
+    return Encoded(ids, encoder.codes(ids), prequant, queries)
+
+
+def encode(model: Selftok, images: Tensor, fixed: Constants | None = None) -> Encoded:
+    """Tokenize images.
+
+    Args:
+        model: With a VAE.
+        images: float32 [B, 3, S, S] in [-1, 1].
+        fixed: From :func:`constants`; None computes them.
+
+    Raises:
+        ValueError: The network has no VAE, or images larger than the positions.
+    """
+    if model.vae is None:
+        raise ValueError("this network has no VAE: it takes latents only")
+    return encode_latents(model, model.vae.encode(images).float(), fixed)
+
+
+def time_grid(steps: int) -> Tensor:
+    """Times from 1 to 0, float32 [steps + 1], counted from the nearer end and rounded once.
+
+    Raises:
+        ValueError: Fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"the number of sampling steps must be at least 1, got {steps}")
+    width = torch.tensor(-1.0 / steps, dtype=torch.float32).double()
+    index = torch.arange(steps + 1, dtype=torch.float64)
+    grid = torch.where(index < (steps + 1) // 2, 1.0 + index * width, -(steps - index) * width)
+    return grid.float() + 0.0  # no negative zero at the end
+
+
+def visible_counts(times: Tensor, schedule: Schedule, tokens: int) -> list[int]:
+    """How many leading tokens are visible at each of the times, 1 to ``tokens``."""
+    starts = (0, *schedule.ends[:-1])
+    found = []
+    for t in (TIME_SCALE * times.float()).to(torch.int64).tolist():
+        j = max(index for index, start in enumerate(starts) if start <= t)
+        within = (t - starts[j]) * schedule.counts[j] // (schedule.ends[j] - starts[j])
+        found.append(min(within + sum(schedule.counts[:j]), tokens - 1) + 1)
+    return found
+
+
+class Observer(Protocol):
+    """Sees every step: its number, visible tokens, x before it and the velocity."""
+
+    def __call__(self, step: int, visible: int, x: Tensor, velocity: Tensor) -> None: ...
+
+
+def sample(
+    decoder: Decoder,
+    codes: Tensor,
+    noise: Tensor,
+    *,
+    schedule: Schedule,
+    steps: int = 50,
+    own: Sequence[Tensor] | None = None,
+    observe: Observer | None = None,
+) -> Tensor:
+    """Integrate from noise at time 1 to scaled latents at time 0.
+
+    Args:
+        decoder: The velocity network.
+        codes: [B, K, d].
+        noise: [B, C, h, w].
+        schedule: Which tokens are visible when.
+        steps: Euler steps, N.
+        own: From ``Decoder.context_states``; None computes them.
+        observe: Told about every step.
+
+    Raises:
+        ValueError: Not one step, or latents larger than the positions.
+    """
+    grid = time_grid(steps)
+    counts = visible_counts(grid[:-1], schedule, decoder.tokens)
+    states = decoder.time_states(grid[:-1].to(noise.device))
+    own = decoder.context_states() if own is None else own
+    context = decoder.context(codes)
+    x = noise.float()
+    for step, (visible, width) in enumerate(zip(counts, -grid.diff(), strict=True)):
+        velocity: Tensor = decoder(x, context[:, :visible], own, states.at(step)).float()
+        if observe is not None:
+            observe(step, visible, x, velocity)
+        x = x - width.item() * velocity
+    return x
+
+
+def render(decoder: Decoder, codes: Tensor, fixed: Constants | None = None) -> Tensor:
+    """Codes [B, K, d] -> scaled latents [B, C, h, w], in one step without noise."""
+    if fixed is not None and fixed.render is not None:
+        own, state = fixed.context, fixed.render
+    else:
+        own = decoder.context_states()
+        state = decoder.time_states(torch.ones(1, device=codes.device))
+    return decoder.render(decoder.context(codes), own, state)
+
+
+def decode_latents(model: Selftok, latents: Tensor) -> Tensor:
+    """Scaled latents -> images [B, 3, S, S] in [0, 1], float32.
+
+    Raises:
+        ValueError: The network has no VAE.
+    """
+    if model.vae is None:
+        raise ValueError("this network has no VAE: it makes latents only")
+    pixels = observe("pixels", model.vae.decode(latents))  # clamping would hide an infinity
+    return pixels.clamp(-1, 1).float().add(1).div(2)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] floats -> uint8, the nearest of 256 levels."""
+    return images.mul(255).round().to(torch.uint8)

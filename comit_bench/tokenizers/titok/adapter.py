@@ -1,0 +1,462 @@
+"""Adapter for TiTok: released files <-> model, uint8 images <-> messages.
+
+A checkpoint is a directory with ``config.json`` (nodes ``model.vq_model`` and
+``dataset.preprocessing.crop_size``) and ``model.safetensors`` (or, when allowed, ``pytorch_model.bin``), or a
+single file of weights beside a preset name. Keys of ``config.json`` that older files omit have the defaults
+of the released program; nodes that describe generators are not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.files import shipped_weights, write_atomic
+from comit_bench.nn.attention import AttentionRequest, MapReceiver
+from comit_bench.nn.plain_files import shown
+from comit_bench.nn.sizes import DEPTH, HEADS, SIDE, TOKENS
+from comit_bench.nn.vqgan import VqganSpec
+from comit_bench.tokenizers.base import (
+    TileReceiver,
+    TokenizerInfo,
+    Tokens,
+    attention_in_tiles,
+    autocast,
+    check_ids,
+    decode_pixels,
+    encode_pixels,
+    refuse_unknown,
+    speed_up,
+    switch,
+    switch_or_auto,
+    warn_policy,
+)
+from comit_bench.tokenizers.checkpoints import (
+    WEIGHT_FILES,
+    as_stored,
+    checkpoint_path,
+    described,
+    load_network,
+    read_config,
+    read_weights,
+    single_file_spec,
+    weight_file,
+    weights_digest,
+    write_tensors,
+)
+from comit_bench.tokenizers.config_node import Facts, Node, read_facts
+from comit_bench.tokenizers.identity import configuration_digest
+from comit_bench.tokenizers.titok.model import PRESETS, SIZES, Titok, TitokSpec, VitSize
+
+HUB = {
+    "titok-l-32": "yucornetto/tokenizer_titok_l32_imagenet",
+    "titok-b-64": "yucornetto/tokenizer_titok_b64_imagenet",
+    "titok-s-128": "yucornetto/tokenizer_titok_s128_imagenet",
+    "titok-bl-64": "yucornetto/tokenizer_titok_bl64_vq8k_imagenet",
+    "titok-bl-128": "yucornetto/tokenizer_titok_bl128_vq8k_imagenet",
+    "titok-sl-256": "yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
+}
+SHIPPED = ("titok-nano",)  # weights come with the package
+LANDMARKS = ("latent_tokens", "encoder.transformer", "decoder.transformer", "quantize.embedding")
+IGNORED = ("quantize.embed_prob", "pixel_encoder.")  # never needed to encode or decode
+VERSION = "1"  # raised when the same weights and configuration may give other ids
+
+
+class Options(TypedDict, total=False):
+    """What :func:`load` takes beside what every loader takes; see :class:`TitokTokenizer`."""
+
+    dtype: torch.dtype
+    compile: bool | Literal["auto"]
+    allow_pickle: bool
+
+
+OPTIONS = tuple(Options.__annotations__)
+HINT = "or pass --weights DIR or --weights FILE (a pickled .bin also needs --option allow_pickle=true)"
+VQ_KEYS = (
+    *("codebook_size", "token_size", "use_l2_norm", "vit_enc_model_size", "vit_dec_model_size"),
+    *("vit_enc_patch_size", "vit_dec_patch_size", "num_latent_tokens", "finetune_decoder", "is_legacy"),
+    "quantize_mode",
+)
+PIXEL_KEYS = ("channel_mult", "num_resolutions", "hidden_channels", "num_res_blocks", "z_channels")
+IS_IT = "A TiTok config.json has model.vq_model and dataset.preprocessing."
+_VQ = "model.vq_model."
+# what in config.json decides about a tensor
+SETTINGS = (
+    (r"latent_tokens|.+\.latent_token_positional_embedding", f"{_VQ}num_latent_tokens and the model size"),
+    (
+        r"encoder\.(positional|patch_embed)",
+        f"{_VQ}vit_enc_patch_size, dataset.preprocessing.crop_size, model size",
+    ),
+    (r"decoder\.positional", f"{_VQ}vit_dec_patch_size, dataset.preprocessing.crop_size and the model size"),
+    (r"encoder\.conv_out|decoder\.decoder_embed", f"{_VQ}token_size and the model size"),
+    (r"encoder", f"{_VQ}vit_enc_model_size (or reduced.encoder)"),
+    (r"decoder", f"{_VQ}vit_dec_model_size (or reduced.decoder), is_legacy and vit_dec_patch_size"),
+    (r"quantize", f"{_VQ}codebook_size and token_size"),
+    (r"pixel", f"{_VQ}is_legacy (and reduced.pixel_decoder)"),
+)
+
+
+def _size(node: Node, key: str, reduced: Node, side: str) -> VitSize:
+    """A named size, or the block ``reduced`` that small cases carry instead."""
+    if side in reduced.values:
+        own = reduced.node(side)
+        own.check_keys(("width", "num_layers", "num_heads"))
+        return VitSize(
+            width=own.whole("width"),
+            layers=own.whole("num_layers", high=DEPTH),
+            heads=own.whole("num_heads", high=HEADS),
+        )
+    name = node.values.get(key)
+    if not isinstance(name, str) or name not in SIZES:
+        raise UsageError(
+            f"{node.source}: {side} size {shown(name)} is not one of {', '.join(SIZES)}, and there is no "
+            f"reduced.{side}"
+        )
+    return SIZES[name]
+
+
+def _pixels(reduced: Node) -> VqganSpec:
+    """Sizes of the pixel decoder: the released ones, or those of small cases."""
+    if "pixel_decoder" not in reduced.values:
+        return VqganSpec()
+    node = reduced.node("pixel_decoder")
+    node.check_keys(PIXEL_KEYS, unread=("resolution", "num_channels", "dropout"))
+    count = node.whole("num_resolutions", high=8)
+    return VqganSpec(
+        hidden=node.whole("hidden_channels", high=8192),
+        multipliers=node.wholes("channel_mult", high=64, length=count),
+        blocks=node.whole("num_res_blocks", high=64),
+        latent_channels=node.whole("z_channels", high=4096),
+    )
+
+
+def spec_from_config(config: Mapping[str, Any], source: Path) -> TitokSpec:
+    """Read a released (or our own) ``config.json``.
+
+    Raises:
+        UsageError: A node or value is missing, of another type or out of range, or describes a model that
+            is not discrete.
+    """
+    top = Node(config, source)
+    node, images = top.node("model.vq_model", IS_IT), top.node("dataset.preprocessing", IS_IT)
+    node.check_keys(VQ_KEYS, unread=("commitment_cost",))
+    mode = node.values.get("quantize_mode", "vq")
+    if mode != "vq":
+        raise UsageError(
+            f"{source}: quantize_mode {shown(mode)}: only 'vq' is discrete; the VAE variants are continuous"
+        )
+    legacy, pixels = node.flag("is_legacy", True), node.flag("finetune_decoder", True)
+    if legacy != pixels:
+        raise UsageError(
+            f"{source}: is_legacy {legacy} with finetune_decoder {pixels}: released tokenizers have both "
+            "true (pixels from a VQGAN) or both false (RGB directly); a stage-1 file has no pixel decoder."
+        )
+    reduced = top.maybe("reduced")
+    reduced.check_keys(("encoder", "decoder", "pixel_decoder"))
+    try:
+        return TitokSpec(
+            encoder=_size(node, "vit_enc_model_size", reduced, "encoder"),
+            decoder=_size(node, "vit_dec_model_size", reduced, "decoder"),
+            message_length=node.whole("num_latent_tokens", high=TOKENS),
+            vocab_size=node.whole("codebook_size", high=1 << 24),
+            code_dim=node.whole("token_size", high=4096),
+            l2_norm=node.flag("use_l2_norm", True),
+            image_size=images.whole("crop_size", high=SIDE),
+            encoder_patch=node.whole("vit_enc_patch_size", high=1024),
+            decoder_patch=node.whole("vit_dec_patch_size", high=1024),
+            pixels=_pixels(reduced) if legacy else None,
+        )
+    except ValueError as error:
+        raise error if isinstance(error, UsageError) else UsageError(f"{source}: {error}") from error
+
+
+def config_from_spec(spec: TitokSpec) -> dict[str, Any]:
+    """The inverse of :func:`spec_from_config`, in the released layout."""
+    names = {size: name for name, size in SIZES.items()}
+    node: dict[str, Any] = {
+        "codebook_size": spec.vocab_size,
+        "token_size": spec.code_dim,
+        "use_l2_norm": spec.l2_norm,
+        "commitment_cost": 0.25,
+        "vit_enc_model_size": names.get(spec.encoder, "custom"),
+        "vit_dec_model_size": names.get(spec.decoder, "custom"),
+        "vit_enc_patch_size": spec.encoder_patch,
+        "vit_dec_patch_size": spec.decoder_patch,
+        "num_latent_tokens": spec.message_length,
+        "finetune_decoder": spec.legacy,
+        "is_legacy": spec.legacy,
+        "quantize_mode": "vq",
+    }
+    config: dict[str, Any] = {
+        "model": {"vq_model": node},
+        "dataset": {"preprocessing": {"crop_size": spec.image_size}},
+    }
+    reduced: dict[str, Any] = {}
+    for side, size in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+        if size not in names:
+            sizes = asdict(size)
+            reduced[side] = {k if k == "width" else f"num_{k}": v for k, v in sizes.items()}
+    if spec.pixels is not None and spec.pixels != VqganSpec():
+        reduced["pixel_decoder"] = {
+            "channel_mult": list(spec.pixels.multipliers),
+            "num_resolutions": len(spec.pixels.multipliers),
+            "hidden_channels": spec.pixels.hidden,
+            "num_res_blocks": spec.pixels.blocks,
+            "z_channels": spec.pixels.latent_channels,
+        }
+    return {**config, "reduced": reduced} if reduced else config
+
+
+def save(
+    model: Titok,
+    directory: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write ``config.json`` and ``model.safetensors`` in the released layout.
+
+    Args:
+        model: The network.
+        directory: Made if absent.
+        config: Written verbatim when given (to keep a released config as it was).
+        dtype: Of the stored weights; loading always gives float32.
+
+    Raises:
+        BenchError: A weight is not finite, or too large for ``dtype``.
+    """
+    write_tensors(directory / WEIGHT_FILES[0], as_stored(model.state_dict(), dtype))
+    text = json.dumps(config or config_from_spec(model.spec), indent=1)
+    write_atomic(directory / "config.json", text + "\n")
+
+
+def build(spec: TitokSpec, *, empty: bool = False) -> Titok:
+    """Make the network; ``empty`` leaves the weights on the meta device, to be loaded."""
+    with torch.device("meta") if empty else nullcontext():
+        return Titok(spec)
+
+
+def load_file(spec: TitokSpec, path: Path, *, allow_pickle: bool = False) -> Titok:
+    """Build the network of a spec and load one file of weights into it, strictly.
+
+    Raises:
+        UsageError: The weights do not fit, or are a pickle that was not allowed.
+        CorruptFileError: The file cannot be read, or holds tensors of another type, NaN or infinity.
+    """
+    tensors = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
+    model = build(spec, empty=True)
+    kept = {k: v for k, v in tensors.items() if not k.startswith(IGNORED)}
+    load_network(model, kept, path, settings=SETTINGS)
+    return model.eval()
+
+
+def load_directory(directory: Path, *, allow_pickle: bool = False) -> Titok:
+    """Load a checkpoint directory into an evaluating float32 network on the CPU.
+
+    Raises:
+        MissingError: Files are not here.
+        CorruptFileError: A file cannot be read.
+        UsageError: The config is wrong or the weights do not fit it.
+    """
+    spec = spec_from_config(read_config(directory), directory / "config.json")
+    return load_file(spec, weight_file(directory), allow_pickle=allow_pickle)
+
+
+class TitokTokenizer:
+    """TiTok behind the tokenizer contract.
+
+    Args:
+        model: Network in eval mode.
+        info: Its description.
+        device: Where it runs.
+        dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the quantizer
+            stay in float32.
+        compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
+    """
+
+    def __init__(
+        self,
+        model: Titok,
+        info: TokenizerInfo,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        compile: bool | str = "auto",
+    ) -> None:
+        self.model = model.to(device).requires_grad_(False).eval()
+        self.device = device
+        self.dtype = dtype
+        self.info = info
+        info.options["dtype"] = str(dtype).split(".")[-1]
+        compiled = switch_or_auto(compile, "compile")
+        if model.pixel_decoder is not None:
+            speed_up(model.pixel_decoder, device, compiled=compiled)
+
+    def encode_flops(self, policy: str | None) -> float:
+        """FLOPs per image of the encoder, for estimates (attention and linear layers)."""
+        spec = self.model.spec
+        size, grid = spec.encoder, (spec.image_size // spec.encoder_patch) ** 2
+        n, width = 1 + grid + spec.message_length, size.width
+        return size.layers * (24.0 * n * width**2 + 4.0 * n**2 * width)
+
+    def encode(
+        self,
+        images_u8: Tensor,
+        *,
+        policy: str | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tokens:
+        """Tokenize uint8 [B, 3, S, S]; nothing about it is random.
+
+        Raises:
+            ValueError: Wrong shape or type.
+        """
+        warn_policy(self.info.name, policy)
+        return encode_pixels(self.model.encode, images_u8, self.info, device=self.device, dtype=self.dtype)
+
+    def codes_from_ids(self, ids: Tensor) -> Tensor:
+        """Integers [..., K] -> float32 [..., K, d], the vectors that enter the decoder.
+
+        Raises:
+            ValueError: An id outside the vocabulary.
+        """
+        check_ids(ids, self.model.quantize.size)
+        return self.model.quantize.codes(ids.to(self.device))
+
+    def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """Messages -> uint8 [B, 3, S, S]; the seeds change nothing.
+
+        Raises:
+            ValueError: Codes of another shape.
+        """
+        return decode_pixels(self.model.decode, tokens, self.info, device=self.device, dtype=self.dtype)
+
+    @property
+    def attention_layers(self) -> int:
+        """Blocks whose maps can be read."""
+        return self.model.spec.decoder.layers
+
+    def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
+        """Empty: the decoder is a single pass."""
+        return ()
+
+    def attention(
+        self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
+    ) -> None:
+        """How much every decoded position looks at every token, [b, heads, K, G, G]; see the contract."""
+
+        def tile(codes: Tensor, hand_on: MapReceiver) -> None:
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                self.model.decoder.attention(codes.to(self.device), request, hand_on)
+
+        attention_in_tiles(tile, receive, tokens.codes)
+
+    def save(self, directory: Path) -> None:
+        """Export ``config.json`` and ``model.safetensors`` in the released layout."""
+        save(self.model, directory)
+
+
+def _info(
+    model: Titok,
+    name: str,
+    weights: str,
+    *,
+    released: bool,
+    trained: bool = True,
+    facts: Facts | None = None,
+    revision: str | None = None,
+) -> TokenizerInfo:
+    spec, own = model.spec, facts or Facts(trained=trained)
+    unknown = "unknown" if trained else "none"
+    return TokenizerInfo(
+        name=name,
+        family="titok",
+        kind="learned",
+        revision=revision,
+        weights=weights,
+        parameters=sum(p.numel() for p in model.parameters()),
+        message_length=spec.message_length,
+        vocab_size=spec.vocab_size,
+        code_dim=spec.code_dim,
+        resolution=spec.image_size,
+        preprocessing=f"resize_short({spec.image_size},bicubic)|center_crop({spec.image_size})",
+        trained=own.trained,
+        training_data=own.training_data or ("ImageNet-1k" if released else unknown),
+        weights_licence=own.weights_licence or ("Apache-2.0 (earlier: MIT)" if released else unknown),
+        configuration=configuration_digest(spec),
+        version=VERSION,
+    )
+
+
+def _load_random(preset: str, seed: int, device: torch.device) -> tuple[Titok, TokenizerInfo]:
+    if preset not in PRESETS:
+        raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
+    model = build(PRESETS[preset], empty=True)
+    if device.type != "meta":
+        model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed), spread=True)
+    return model, _info(model, preset, f"random:{seed}", released=False, trained=False)
+
+
+def load(
+    name: str,
+    *,
+    weights: str | None = None,
+    device: torch.device,
+    offline: bool = False,
+    seed: int = 0,
+    **options: Unpack[Options],
+) -> TitokTokenizer:
+    """Load a TiTok tokenizer by preset name, hub id or directory.
+
+    Args:
+        name: ``titok-l-32`` … ``titok-sl-256``, ``titok-nano``, a hub id, or a checkpoint directory.
+        weights: Checkpoint directory, a single file of weights (with a preset name), ``random``
+            (untrained), or None: the directory, what ships, or the hub.
+        device: Where it runs.
+        offline: Never ask the hub.
+        seed: Of random weights.
+        **options: ``dtype``, ``compile`` (true, false) and ``allow_pickle`` (true, false).
+
+    Raises:
+        MissingError: No weights on this machine and the hub is out of reach.
+        UsageError: Unknown name or option, or a checkpoint that does not fit.
+        CorruptFileError: A file that cannot be read.
+    """
+    from comit_bench.tokenizers.hub import fetch_checkpoint
+
+    refuse_unknown(options, OPTIONS, "TiTok")
+    settings: dict[str, Any] = {**options}
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
+    preset = name.lower()
+    if weights == "random":
+        model, info = _load_random(preset, seed, device)
+        return TitokTokenizer(model, info, device=device, **settings)
+    local = checkpoint_path(weights or name)
+    if weights and not local.exists():
+        raise MissingError(
+            f"--weights {weights}: no such file or directory. Give a directory with config.json and "
+            "model.safetensors, one file of weights, or 'random'."
+        )
+    released = weights is None and not local.is_dir() and preset not in SHIPPED
+    if weights is None and preset in SHIPPED and not local.is_dir():
+        local = shipped_weights(preset)
+    if released:
+        local = fetch_checkpoint(HUB.get(preset, name), offline=offline, hint=HINT, allow_pickle=allow)
+    config: dict[str, Any] = {}
+    if local.is_file():
+        path, model = local, load_file(single_file_spec(name, local, PRESETS), local, allow_pickle=allow)
+    else:
+        path, model = weight_file(local), load_directory(local, allow_pickle=allow)
+        config = read_config(local)
+    label, revision = described(name, local, PRESETS)
+    facts = read_facts(config, local / "config.json")
+    info = _info(model, label, weights_digest(path), released=released, facts=facts, revision=revision)
+    return TitokTokenizer(model, info, device=device, **settings)

@@ -1,0 +1,1 @@
+"""``vq-grid``: a small 2D grid autoencoder."""

@@ -1,0 +1,1 @@
+"""What is learned: COMiT, small autoencoders, teachers."""
