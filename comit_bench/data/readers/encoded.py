@@ -1,8 +1,9 @@
 """Class-labelled images inside WebDataset shards or a Hugging Face copy, for the reader ``class-folders``.
 
-The archives themselves are read by ``tar_shards.py`` and ``hub.py``. Here an image gets the id it has in folders, ``<class>/<file name without suffix>``. Its class is the wnid in its
-name; for official validation names it comes from ImageNet's label files; for rows of a hub copy without
-usable names from the ``label`` column, which follows the alphabetical order of the 1,000 wnids.
+The archives themselves are read by ``tar_shards.py`` and ``hub.py``. Here an image gets the id it has in
+folders, ``<class>/<file name without suffix>``. Its class is the wnid in its name; for official validation
+names it comes from ImageNet's label files; for rows of a hub copy without usable names from the ``label``
+column, which follows the alphabetical order of the 1,000 wnids.
 """
 
 from __future__ import annotations

@@ -20,32 +20,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.nn.dit import Modulation
+
 TIME_FEATURES = 256
 Pair = tuple[Tensor, Tensor]
-
-
-def sincos_grid(side: int, width: int) -> Tensor:
-    """Fixed 2D positions, float32 [1, side^2, width]: first half encodes the column, then the row."""
-    quarter = width // 4
-    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, D/2]
-    column = line[None, :, :].expand(side, -1, -1)
-    row = line[:, None, :].expand(-1, side, -1)
-    return torch.cat([column, row], dim=-1).reshape(1, side * side, width).float()
-
-
-class PatchEmbed(nn.Module):
-    """Convolution with kernel = stride = patch, flattened row-major."""
-
-    def __init__(self, channels: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, X, D]."""
-        tokens: Tensor = rearrange(self.proj(x), "b d h w -> b (h w) d")
-        return tokens
 
 
 class TimeEmbed(nn.Module):
@@ -66,19 +44,6 @@ class TimeEmbed(nn.Module):
         angle = 1000.0 * time.float()[:, None] * self.frequencies
         embedded: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
         return embedded
-
-
-class Modulation(nn.Sequential):
-    """SiLU then a Linear to ``parts`` vectors per time; keys ``1.weight``, ``1.bias``."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
-        self.parts = parts
-
-    def forward(self, time_vector: Tensor) -> Tensor:
-        """[T, D] -> [parts, T, 1, D]."""
-        out: Tensor = self[1](self[0](time_vector))
-        return rearrange(out, "t (p d) -> p t 1 d", p=self.parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from comit_bench.nn.dit import PatchEmbed, sincos_grid
 from comit_bench.nn.fsq import FSQ
 from comit_bench.nn.precision import full_precision
 from comit_bench.nn.sizes import (
@@ -50,11 +51,9 @@ from comit_bench.tokenizers.comit.blocks import (
     BlockRunner,
     BlockState,
     FinalLayer,
-    PatchEmbed,
     Rows,
     TimeEmbed,
     TimeState,
-    sincos_grid,
 )
 from comit_bench.tokenizers.comit.crops import CropGeometry
 

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.tokenizers.comit.blocks import Modulation, sincos_grid
+from comit_bench.nn.dit import Modulation, sincos_grid
 
 EPS = 1e-5
 LOGIT_SCALE = 8.0  # divided by the head dimension

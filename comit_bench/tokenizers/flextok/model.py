@@ -29,11 +29,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from comit_bench.nn.dit import Modulation
 from comit_bench.nn.fsq import FSQ
 from comit_bench.nn.precision import full_precision
 from comit_bench.nn.sizes import DEPTH, TOKENS, WIDTH, check_levels, check_ratio, check_sizes
 from comit_bench.nn.vae import KLVae, KLVaeSpec
-from comit_bench.tokenizers.comit.blocks import Modulation
 from comit_bench.tokenizers.flextok.blocks import (
     CausalBlock,
     ModulatedBlock,

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.tokenizers.comit.blocks import Modulation
+from comit_bench.nn.dit import Modulation
 
 EPS = 1e-6
 FEATURES = 256

@@ -30,11 +30,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.nn.dit import Modulation, PatchEmbed, sincos_grid
 from comit_bench.nn.precision import full_precision
 from comit_bench.nn.sizes import CHANNELS, DEPTH, HEADS, PATCH, SIDE, TOKENS, WIDTH, check_sizes
 from comit_bench.nn.vae import KLVae, KLVaeSpec
 from comit_bench.nn.vq import most_similar, unit
-from comit_bench.tokenizers.comit.blocks import Modulation, PatchEmbed, sincos_grid
 from comit_bench.tokenizers.selftok.blocks import (
     EPS,
     DualBlock,
