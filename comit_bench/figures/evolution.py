@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, psnr, psnr_of_flat, require_comit
+from comit_bench.figures.inputs import Inputs, psnr_of_flat, require_comit
 from comit_bench.figures.style import FULL, SEQUENTIAL, VERMILION, decibels, gallery, show, styled
 from comit_bench.figures.tracing import boxes, trace
+from comit_bench.metrics.similarity import psnr
 from comit_bench.tokenizers.base import Tokenizer
 from comit_bench.tokenizers.comit.crops import CELLS, GLOBAL
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from comit_bench.data.images import load_from, upright
 from comit_bench.data.split import PathList
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.files import DATA_VARIABLE, cache_root, user_path
+from comit_bench.metrics.similarity import psnr
 from comit_bench.recipes.specs import find_datasets
 from comit_bench.seeding import generator_for, seed_for
 from comit_bench.tokenizers.base import (
@@ -288,21 +288,7 @@ def require_comit(tokenizer: Tokenizer, figure: str) -> ComitTokenizer:
     return tokenizer
 
 
-def psnr(one: Tensor, two: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Peak signal-to-noise ratio of every image in dB, float64 [n]; infinite for equal images.
-
-    ``10 log10(255^2 / MSE)``, the mean over pixels and channels of one image.
-
-    Args:
-        one: uint8 [n, 3, S, S].
-        two: The same shape.
-    """
-    error = (one.double() - two.double()).square().flatten(1).mean(dim=1).numpy()
-    with np.errstate(divide="ignore"):
-        return cast(np.ndarray[tuple[int], np.dtype[np.float64]], 10 * np.log10(255.0**2 / error))
-
-
-def psnr_of_flat(images: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """PSNR of every image painted in its own mean colour, float64 [n]; needs no tokenizer."""
+def psnr_of_flat(images: Tensor) -> Tensor:
+    """PSNR of every image painted in its own mean colour in dB, float64 [n]; needs no tokenizer."""
     flat = images.double().mean(dim=(2, 3), keepdim=True).round().to(torch.uint8)
     return psnr(images, flat.expand_as(images))

@@ -16,7 +16,6 @@ from comit_bench.figures.inputs import (
     decode,
     encode,
     noise_seeds,
-    psnr,
     psnr_of_flat,
     require_comit,
     together,
@@ -33,6 +32,7 @@ from comit_bench.figures.style import (
     styled,
 )
 from comit_bench.figures.tracing import one_step_images, trace
+from comit_bench.metrics.similarity import psnr
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 from comit_bench.tokenizers.comit.adapter import ComitTokenizer
 from comit_bench.tokenizers.comit.crops import CELLS
@@ -153,7 +153,7 @@ def compute_curves(
         shape = (crops, len(inputs))
         one_step.append(psnr(truth, one_step_images(comit, codes, offsets, seeds)).reshape(shape))
         full.append(psnr(truth, decode(comit, Tokens(None, codes, offsets), seeds)).reshape(shape))
-    flat = psnr_of_flat(inputs.images)
+    flat = psnr_of_flat(inputs.images).numpy()
     said = _about(comit, inputs).plus(
         "bars: standard error over images; mean colour: images painted in it, which needs no tokenizer"
     )

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from comit_bench.figures.about import FLAT, NOTHING, About, describe, joined
-from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr, psnr_of_flat
+from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr_of_flat
 from comit_bench.figures.style import FULL, decibels, gallery, styled
+from comit_bench.metrics.similarity import psnr
 from comit_bench.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comit_bench.files import write_atomic
+from comit_bench.metrics.similarity import PSNR_CAP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -200,8 +201,8 @@ def show(axes: Axes, image: Any) -> None:
 
 
 def decibels(value: float) -> str:
-    """A PSNR as a caption; equal images have no finite one."""
-    return "exact" if np.isinf(value) else f"{value:.1f} dB"
+    """A PSNR as a caption; that of equal images is capped."""
+    return "exact" if value >= PSNR_CAP else f"{value:.1f} dB"
 
 
 def _fitting(texts: Sequence[str], cell: float) -> float:

@@ -29,8 +29,9 @@ from comit_bench.figures import (
     tracing,
 )
 from comit_bench.figures.about import About, describe, joined
-from comit_bench.figures.inputs import Inputs, decode, encode, load_inputs, progress, psnr, psnr_of_flat
+from comit_bench.figures.inputs import Inputs, decode, encode, load_inputs, progress, psnr_of_flat
 from comit_bench.metrics.overlap import overlaps, shifted
+from comit_bench.metrics.similarity import psnr
 from comit_bench.recipes.kinds import ObjectnessSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.codec import to_uint8

@@ -23,7 +23,7 @@ from comit_bench.errors import BenchError, CorruptFileError, MissingError, Usage
 from comit_bench.recipes.specs import DatasetSpec, GeneratorSpec, parse_recipe, recipe_root
 
 LAYOUTS = ("recognition", "pairs", "relations", "objectness")
-NAMES = ("recognition", "recognition-hard", "pairs", "relations", "objectness", "counterfactual")
+NAMES = ("recognition", "pairs", "relations", "objectness", "counterfactual")
 INVERSE = {
     "left of": "right of", "right of": "left of", "above": "below",
     "below": "above", "larger than": "smaller than", "smaller than": "larger than",
