@@ -601,6 +601,19 @@ def require_folder(folder: Path) -> None:
         raise explain_write_error(error, folder) from error
 
 
+def check_folder(folder: Path) -> None:
+    """The part of :func:`require_folder` that writes nothing.
+
+    Raises:
+        UsageError: Something that is no folder is in its place, or in the way.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UsageError(f"{folder}: {there} is a file, where a folder is expected. Choose another name.")
+
+
 def require_file(path: Path) -> None:
     """The same for one file that is to be written, or replaced.
 
@@ -635,9 +648,19 @@ def require_room(folder: Path, need: int, what: str, *, advice: str = "") -> Non
 
 
 def sha256_file(path: Path) -> str:
-    """``sha256:<hex>`` of a file's bytes, read in blocks."""
-    with open_plain(path) as stream:
-        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+    """``sha256:<hex>`` of a file's bytes, read in blocks.
+
+    Raises:
+        FileNotFoundError: Absent.
+        BenchError: No file, or the system cannot read it.
+    """
+    try:
+        with open_plain(path) as stream:
+            return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def digest_json(value: object) -> str:
@@ -657,13 +680,16 @@ def user_path(text: str | Path, what: str = "path") -> Path:
 
     Raises:
         UsageError: It is empty, names a home that does not exist, or cannot be a path of this system (too
-            long, with a NUL).
+            long, with a NUL) or is not valid UTF-8.
     """
     if not str(text) or "\0" in str(text):
         raise UsageError(f"{what} {shown(str(text))}: {'empty' if not str(text) else 'a NUL in it'}, no path")
     try:
+        str(text).encode("utf-8")
         path = Path(text).expanduser()
         path.stat()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} {shown(str(text))}: not valid UTF-8. Rename it.") from error
     except RuntimeError as error:
         raise UsageError(f"{what} {shown(str(text))}: there is no such home directory ({error})") from error
     except OSError as error:

@@ -217,6 +217,9 @@ def examine(data_root: Path | None) -> int:
     Returns:
         0, or 3 when a required package is missing, or something that ``comit-bench run`` with the same data
         root would wait for.
+
+    Raises:
+        MissingError: At the end, when the data root is no folder.
     """
     import torch
 
@@ -235,6 +238,10 @@ def examine(data_root: Path | None) -> int:
     lines, ready = _suites(data_root)
     _out("suites")
     _out("\n".join(lines))
+    if data_root is not None and not data_root.is_dir():
+        raise MissingError(
+            f"the data root {data_root} is no folder: give --data-root DIR, where data sets lie"
+        )
     if any("MISSING" in line for line in packages) or not ready:
         return MissingError.exit_code
     return 0

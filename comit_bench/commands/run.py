@@ -14,7 +14,7 @@ import typer
 from comit_bench.commands.options import DataRoot, Include, as_path, comma_separated, data_root_from
 from comit_bench.commands.tokens import key_values
 from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
-from comit_bench.files import locked
+from comit_bench.files import check_folder, locked
 
 if TYPE_CHECKING:
     from comit_bench.pipeline.bench import Outcome
@@ -186,7 +186,10 @@ def run_command(
     rows = with_references(chosen, name) if references else chosen
     jobs = make_jobs(rows, choose_tasks(tasks, name, settings), settings)
     bench = Bench(settings)
-    if not dry_run:
+    if dry_run:
+        check_folder(settings.output)
+        check_folder(settings.cache_dir)
+    else:
         bench.require_places()
     jobs = bench.settle_policies(jobs)
     plan = make_plan(jobs, bench, dry=dry_run)

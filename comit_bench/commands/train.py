@@ -14,6 +14,7 @@ import typer
 
 from comit_bench.commands.console import guarded
 from comit_bench.errors import BenchError, UsageError
+from comit_bench.files import check_folder
 
 if TYPE_CHECKING:
     from comit_bench.train.config import AutoencoderRun, TeacherRun, TrainConfig
@@ -50,6 +51,7 @@ def train(
     settings = load_run(config, tuple(overrides or ()))
     # for model cards; where the files lie changes nothing
     told = [text for text in overrides or () if not text.startswith("output=")]
+    check_folder(Path(settings.output))
     command = "python -m comit_bench.train --config " + shlex.join([config, *told])
     if not isinstance(settings, TrainConfig):
         if device not in ("auto", "cpu"):

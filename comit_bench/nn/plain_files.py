@@ -39,12 +39,14 @@ def head_of(path: Path, size: int = 512) -> bytes:
 
     Raises:
         FileNotFoundError: Nothing there, or a link to nothing.
-        BadFile: A directory, or not readable.
+        BadFile: A directory, a pipe or a device, or not readable.
     """
     if path.is_dir():
         raise BadFile(f"{path}: this is a directory, where a file is expected")
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path}: a link to a file that is not there. Download it again.")
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise BadFile(f"{path}: this is a pipe or a device, where a file is expected")
     try:
         with path.open("rb") as stream:
             return stream.read(size)
@@ -96,7 +98,7 @@ def foreign(path: Path) -> str | None:
 
     Raises:
         FileNotFoundError: Nothing there.
-        BadFile: A directory, or not readable.
+        BadFile: A directory, a pipe or a device, or not readable.
     """
     head = head_of(path)
     if not head:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from comit_bench.errors import BenchError, UsageError
+from comit_bench.errors import BenchError, UsageError, shown
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # the others wait as long as the first one's probes take
@@ -58,16 +58,16 @@ def launched() -> Launched:
 
 
 def _number(name: str) -> int | None:
-    """A whole number from 0 in the environment; None when it is not set, or empty.
+    """A whole number from 0 in the environment; None when it is not set.
 
     Raises:
-        UsageError: Something else.
+        UsageError: Something else, or empty.
     """
-    text = os.environ.get(name, "").strip()
-    if not text:
+    text = os.environ.get(name)
+    if text is None:
         return None
-    if not (text.isascii() and text.isdigit()):
-        raise UsageError(f"{name}={text}: expected a whole number from 0: {_STARTED_BY}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(f"{name}={shown(text)}: expected a whole number from 0: {_STARTED_BY}")
     return int(text)
 
 

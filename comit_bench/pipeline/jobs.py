@@ -88,7 +88,7 @@ class Settings:
                 raise UsageError(f"--{name} must be {bounds}, got {shown(value)}")
         if self.control is not None and self.control not in CONTROLS:
             raise UsageError(
-                f"unknown control {shown(self.control)}: one of {', '.join(CONTROLS)}."
+                f"--control {shown(self.control)}: unknown control; one of {', '.join(CONTROLS)}."
                 f"{did_you_mean(self.control, CONTROLS)}"
             )
         if self.data_root is not None and self.output.absolute() == self.data_root.absolute():

@@ -156,7 +156,6 @@ PAIRS = {
     "negative": "steps=-3",
     "digits": f"steps={DIGITS}",
     "infinite": "guidance=1e999",
-    "negative-guidance": "guidance=-1",
     "truth": "steps=true",
     "long-key": f"{LONG}=1",
     "long-value": f"posterior={LONG}",
@@ -234,7 +233,6 @@ for policy in (
     *(
         "order:99",
         "order:",
-        "order:1,1,1,1,1,1,1,1,1,1",
         "order:a",
         "order:-1",
         "global:3",
@@ -262,7 +260,7 @@ for name in (
     shown = (
         ""
         if name in ("", " ", LONG, RAW, "a\nb", "~", "majority")
-        else name.replace("{w}/", "").replace("\\", "")[:7]
+        else name.replace("{w}/", "").partition("\\")[0][:7]
     )
     if name != "majority":
         add("name", f"run-{tag}", *RUN, "-t", name, names=shown)

@@ -199,5 +199,5 @@ def test_scenes_that_are_painted(tmp_path: Path) -> None:
         lambda root: verify(root / "set"),
         tmp_path,
         changes=RENAMES,
-        least=10,
+        least=9,
     )
