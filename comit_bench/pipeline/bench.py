@@ -67,9 +67,8 @@ class Bench(Resources):
         return list(range((self.settings.seeds if KINDS[spec.kind].probed else None) or spec.seeds))
 
     def control(self, job: Job) -> str | None:
-        """The control of a job: that of the command line, else the recipe's own."""
-        spec = job.task.spec
-        return (self.settings.control or spec.control) if KINDS[spec.kind].probed else None
+        """The control of a job; it means nothing where no probe is fitted."""
+        return self.settings.control if KINDS[job.task.spec.kind].probed else None
 
     def roles(self, job: Job) -> dict[str, Role]:
         """For train, early_stop and report: the images that play this role, broken ones included.

@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -109,11 +109,6 @@ class Split:
     def __post_init__(self) -> None:
         if len(self.messages) != self.targets.shape[0]:
             raise ValueError(f"{len(self.messages)} messages but {self.targets.shape[0]} targets")
-
-    @classmethod
-    def of_codes(cls, codes: Tensor) -> Split:
-        """All messages of codes [N, K, d]; their targets are counters."""
-        return cls(MessageSource(codes=codes), torch.arange(len(codes)))
 
     def __len__(self) -> int:
         return len(self.messages) if self.rows is None else int(self.rows.shape[0])
@@ -228,18 +223,16 @@ class FitTask:
         objective: Loss and score.
         permute_targets: The control: targets of ``train`` and ``early_stop`` are shuffled together
             before the fit, for every seed in another way. No message may belong to both.
-        bf16: Compute in bfloat16 where autocast allows; CUDA only.
         positions: False is the control ``bag-of-tokens``: the probe gets no positions.
     """
 
     spec: ProbeSpec
-    outputs: int
+    outputs: int = 1
     train: Split
     early_stop: Split
     report: Split | None = None
     objective: Objective = CLASSIFICATION
     permute_targets: bool = False
-    bf16: bool = False
     positions: bool = True
 
     def check(self) -> None:
@@ -259,46 +252,43 @@ class FitTask:
                     "split.early_stop.fraction in the recipe."
                 )
 
-    def held(self) -> FitTask | None:
-        """The task with all codes in memory, or as many of its splits as fit; None when not all do."""
-        held = {name: split.in_memory() for name in _SPLITS if (split := getattr(self, name)) is not None}
+    def held(self) -> Self | None:
+        """The task with all codes in memory; None when they do not fit."""
+        given = {name: split for name in _SPLITS if (split := getattr(self, name)) is not None}
+        held = {name: split.in_memory() for name, split in given.items()}
         return None if None in held.values() else replace(self, **held)
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The data of a task in memory as arrays, for a worker process."""
-        arrays: dict[str, NDArray[Any]] = {}
-        for name in _SPLITS:
-            split: Split | None = getattr(self, name)
-            if split is not None and split.messages.codes is not None:
-                arrays[f"{name}.codes"] = split.messages.codes.contiguous().numpy()
-                arrays[f"{name}.targets"] = split.targets.contiguous().numpy()
-        return arrays
-
-    def settings(self) -> dict[str, Any]:
-        """Everything but the data."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _SPLITS}
-
-    @classmethod
-    def restore(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> FitTask:
-        """The task whose :meth:`arrays` and :meth:`settings` these are."""
-        splits: dict[str, Any] = {
-            name: Split(MessageSource(codes=tensors[f"{name}.codes"]), tensors[f"{name}.targets"])
-            for name in _SPLITS
-            if f"{name}.codes" in tensors
-        }
-        return cls(**splits, **settings)
+    def begin(self, seed: int, device: torch.device) -> Fit:
+        """A fit of which no epoch has been done."""
+        return _LabelFit(self, seed, device)
 
     def fit(
         self, seed: int, *, device: str | torch.device = "cpu", progress: ProgressCallback | None = None
     ) -> FitResult:
-        """See :func:`fit_probe`."""
-        return fit_probe(self, seed=seed, device=device, progress=progress)
+        """Fit one probe: AdamW at a constant learning rate, early stopping, best epoch restored.
+
+        An epoch is better when the early-stop score is higher, or equal with a lower loss. The fit ends
+        ``patience`` epochs after the best one, or at ``max_epochs``. The last partial batch counts.
+
+        Args:
+            seed: Decides initial weights and order of the messages.
+            device: Where to compute. On the CPU one thread is used.
+            progress: Called after every epoch.
+
+        Raises:
+            UsageError: A split is empty.
+            BenchError: The loss is not finite; names epoch and step.
+        """
+        self.check()
+        place = torch.device(device)
+        with one_thread() if place.type == "cpu" else nullcontext():
+            return self.begin(seed, place).run(progress)
 
 
-def keyed_generator(*key: object, device: str | torch.device = "cpu") -> torch.Generator:
+def keyed_generator(*key: object) -> torch.Generator:
     """A generator that depends on the key alone, e.g. ``("order", seed, epoch)``."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def permuted(train: Tensor, early_stop: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -375,7 +365,6 @@ def build_probe(
         depth=spec.depth,
         heads=spec.heads,
         mlp_ratio=spec.mlp_ratio,
-        dropout=spec.dropout,
         positions=positions,
         types=2 + (extra[0] if extra else 0),
         extra_dim=extra[1] if extra else None,
@@ -383,68 +372,38 @@ def build_probe(
     )
 
 
-@torch.inference_mode()
-def _outputs(probe: Probe, data: Batches, bf16: bool) -> Tensor:
-    """float32 [n, C] for the whole split, in chunks of a fixed number of tokens."""
-    probe.eval()
-    step = max(1, EVAL_TOKENS // (probe.message_length + 1))
-    parts = []
-    for chosen in slices(torch.arange(len(data)), step):
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
-            parts.append(probe(data.batch(chosen)[0]).float())
-    return torch.cat(parts)
-
-
-def predict(
-    task: FitTask, state: dict[str, Tensor], split: Split, *, device: str | torch.device = "cpu"
-) -> Tensor:
-    """Outputs of a fitted probe, float32 [n, C] on the CPU.
+class Fit(ABC):
+    """A fit in progress: what a kind of task computes in an epoch, and the loop around it.
 
     Args:
-        task: The task it was fitted for.
-        state: ``FitResult.state``.
-        split: Messages to answer for.
+        task: Settings.
+        probe: Untrained.
+        seed: For messages and results.
         device: Where to compute.
     """
-    place = torch.device(device)
-    probe = build_probe(
-        task.spec, code_shape=split.code_shape(), outputs=task.outputs, seed=0, positions=task.positions
-    )
-    probe.load_state_dict(state)
-    with one_thread() if place.type == "cpu" else unlimited():
-        return _outputs(probe.to(place), Batches(split, place), task.bf16 and place.type == "cuda").cpu()
 
-
-@contextmanager
-def unlimited() -> Iterator[None]:
-    """As many threads as torch likes: the counterpart of :func:`one_thread`."""
-    yield
-
-
-class _Fit:
-    """One fit in progress."""
-
-    def __init__(self, task: FitTask, seed: int, device: torch.device) -> None:
-        self.task = task
-        self.seed = seed
-        self.bf16 = task.bf16 and device.type == "cuda"
-        self.train = Batches(task.train, device)
-        self.stop = Batches(task.early_stop, device)
-        if task.permute_targets:
-            shuffled = permuted(self.train.targets, self.stop.targets, seed)
-            self.train.targets, self.stop.targets = shuffled
-        shape = task.train.code_shape()
-        self.probe = build_probe(
-            task.spec, code_shape=shape, outputs=task.outputs, seed=seed, positions=task.positions
-        ).to(device)
+    def __init__(self, task: FitTask, probe: Probe, seed: int, device: torch.device) -> None:
+        self.spec, self.probe, self.seed, self.device = task.spec, probe.to(device), seed, device
         self.optimizer = torch.optim.AdamW(
             self.probe.parameters(),
-            lr=task.spec.learning_rate,
-            weight_decay=task.spec.weight_decay,
+            lr=self.spec.learning_rate,
+            weight_decay=self.spec.weight_decay,
             fused=True,
         )
 
-    def _finite(self, losses: Tensor, epoch: int, where: str) -> None:
+    @abstractmethod
+    def epoch(self, number: int) -> tuple[Tensor, Tensor, int]:
+        """One pass over the training set: sums of losses and of scores by step, and of how many messages."""
+
+    @abstractmethod
+    def stop_set(self) -> tuple[Tensor, Tensor]:
+        """Loss and score of every early-stop message."""
+
+    @abstractmethod
+    def answers(self) -> Tensor | None:
+        """Outputs on the report split."""
+
+    def _check(self, losses: Tensor, epoch: int, where: str) -> None:
         """Stop at the first loss that is not a number.
 
         Raises:
@@ -454,88 +413,86 @@ class _Fit:
         if len(broken):
             raise BenchError(
                 f"the probe's loss is not finite in epoch {epoch}, {where} {int(broken[0]) + 1} of "
-                f"{len(losses)} (seed {self.seed}, learning rate {self.task.spec.learning_rate:g}). Lower "
+                f"{len(losses)} (seed {self.seed}, learning rate {self.spec.learning_rate:g}). Lower "
                 "probe.learning_rate in the recipe, or look for NaN or huge values in the codes."
             )
 
-    def _epoch(self, epoch: int) -> tuple[float, float]:
-        """One pass over the training set: (mean loss, mean score) while training."""
-        task, device = self.task, self.train.device
-        self.probe.train()
-        order = torch.randperm(len(self.train), generator=keyed_generator("probe-order", self.seed, epoch))
-        masks = keyed_generator("probe-dropout", self.seed, epoch, device=device)
-        batches = slices(order, task.spec.batch_size)
-        losses = torch.zeros(len(batches), device=device)  # read once per epoch: no waiting for the device
-        scores = torch.zeros(len(batches), device=device)
-        for step, chosen in enumerate(batches):
-            codes, targets = self.train.batch(chosen)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                outputs = self.probe(codes, generator=masks)
-            each = task.objective.loss(outputs.float(), targets)
-            self.optimizer.zero_grad(set_to_none=True)
-            each.mean().backward()
-            self.optimizer.step()
-            losses[step] = each.detach().sum()
-            scores[step] = task.objective.score(outputs.detach(), targets).sum()
-        self._finite(losses, epoch, "step")
-        count = len(self.train)
-        return float(losses.double().sum()) / count, float(scores.double().sum()) / count
-
-    def _stop_set(self, epoch: int) -> tuple[float, float]:
-        outputs = _outputs(self.probe, self.stop, self.bf16)
-        each = self.task.objective.loss(outputs, self.stop.targets)
-        self._finite(each, epoch, "early-stop message")
-        score = self.task.objective.score(outputs, self.stop.targets)
-        return float(each.double().mean()), float(score.double().mean())
-
-    def run(self, progress: ProgressCallback | None) -> FitResult:
-        start = time.perf_counter()
-        spec = self.task.spec
+    def run(self, progress: ProgressCallback | None = None) -> FitResult:
+        """Train until the early-stop score no longer rises, and answer with the best epoch's weights."""
+        start, spec = time.perf_counter(), self.spec
         best, best_epoch, state = (-math.inf, -math.inf), 0, {}
         history: list[EpochLog] = []
-        for epoch in range(1, spec.max_epochs + 1):
-            train_loss, train_score = self._epoch(epoch)
-            stop_loss, stop_score = self._stop_set(epoch)
-            history.append(EpochLog(epoch, train_loss, train_score, stop_loss, stop_score))
+        for number in range(1, spec.max_epochs + 1):
+            self.probe.train()
+            losses, scores, count = self.epoch(number)
+            self._check(losses, number, "step")
+            train = float(losses.double().sum()) / count, float(scores.double().sum()) / count
+            self.probe.eval()
+            losses, scores = self.stop_set()
+            self._check(losses, number, "early-stop message")
+            stop_loss, stop_score = float(losses.double().mean()), float(scores.double().mean())
+            history.append(EpochLog(number, *train, stop_loss, stop_score))
             if (stop_score, -stop_loss) > best:
-                best, best_epoch = (stop_score, -stop_loss), epoch
+                best, best_epoch = (stop_score, -stop_loss), number
                 state = {name: value.detach().clone() for name, value in self.probe.state_dict().items()}
-            finished = epoch == spec.max_epochs or epoch - best_epoch >= spec.patience
+            finished = number == spec.max_epochs or number - best_epoch >= spec.patience
             if progress is not None:
                 progress(FitProgress(self.seed, history[-1], spec.max_epochs, finished))
             if finished:
                 break
-        outputs = None
-        if self.task.report is not None:
-            self.probe.load_state_dict(state)
-            outputs = _outputs(self.probe, Batches(self.task.report, self.train.device), self.bf16).cpu()
-        state = {name: value.cpu() for name, value in state.items()}
-        return FitResult(self.seed, state, tuple(history), best_epoch, time.perf_counter() - start, outputs)
+        self.probe.load_state_dict(state)
+        outputs = self.answers()
+        return FitResult(
+            self.seed,
+            {name: value.cpu() for name, value in state.items()},
+            tuple(history),
+            best_epoch,
+            time.perf_counter() - start,
+            None if outputs is None else outputs.cpu(),
+        )
 
 
-def fit_probe(
-    task: FitTask,
-    *,
-    seed: int,
-    device: str | torch.device = "cpu",
-    progress: ProgressCallback | None = None,
-) -> FitResult:
-    """Fit one probe: AdamW at a constant learning rate, early stopping, best epoch restored.
+class _LabelFit(Fit):
+    """Messages with a target each."""
 
-    An epoch is better when the early-stop score is higher, or equal with a lower loss. The fit ends
-    ``patience`` epochs after the best one, or at ``max_epochs``. The last partial batch counts.
+    def __init__(self, task: FitTask, seed: int, device: torch.device) -> None:
+        self.task = task
+        self.train, self.stop = Batches(task.train, device), Batches(task.early_stop, device)
+        if task.permute_targets:
+            shuffled = permuted(self.train.targets, self.stop.targets, seed)
+            self.train.targets, self.stop.targets = shuffled
+        shape = task.train.code_shape()
+        probe = build_probe(
+            task.spec, code_shape=shape, outputs=task.outputs, seed=seed, positions=task.positions
+        )
+        super().__init__(task, probe, seed, device)
 
-    Args:
-        task: Network, data, objective.
-        seed: Decides initial weights, order of the messages and dropout masks.
-        device: Where to compute. On the CPU one thread is used.
-        progress: Called after every epoch.
+    def epoch(self, number: int) -> tuple[Tensor, Tensor, int]:
+        order = torch.randperm(len(self.train), generator=keyed_generator("probe-order", self.seed, number))
+        batches = slices(order, self.spec.batch_size)
+        losses = torch.zeros(len(batches), device=self.device)  # read once per epoch: no waiting for it
+        scores = torch.zeros(len(batches), device=self.device)
+        for step, chosen in enumerate(batches):
+            codes, targets = self.train.batch(chosen)
+            outputs = self.probe(codes)
+            each = self.task.objective.loss(outputs, targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            each.mean().backward()
+            self.optimizer.step()
+            losses[step] = each.detach().sum()
+            scores[step] = self.task.objective.score(outputs.detach(), targets).sum()
+        return losses, scores, len(self.train)
 
-    Raises:
-        UsageError: A split is empty.
-        BenchError: The loss is not finite; names epoch and step.
-    """
-    task.check()
-    place = torch.device(device)
-    with one_thread() if place.type == "cpu" else unlimited():
-        return _Fit(task, seed, place).run(progress)
+    @torch.inference_mode()
+    def _outputs(self, data: Batches) -> Tensor:
+        """float32 [n, C] for the whole split, in chunks of a fixed number of tokens."""
+        step = max(1, EVAL_TOKENS // (self.probe.message_length + 1))
+        return torch.cat([self.probe(data.batch(part)[0]) for part in slices(torch.arange(len(data)), step)])
+
+    def stop_set(self) -> tuple[Tensor, Tensor]:
+        outputs, objective = self._outputs(self.stop), self.task.objective
+        return objective.loss(outputs, self.stop.targets), objective.score(outputs, self.stop.targets)
+
+    def answers(self) -> Tensor | None:
+        report = self.task.report
+        return None if report is None else self._outputs(Batches(report, self.device))

@@ -9,8 +9,7 @@ What is unusual:
 - Types beyond two announce tokens appended after the message, one type each (a relation task adds
   subject, predicate and object as text vectors: ``types=5``). Each has a projection of its own and no
   position.
-- Nothing draws from the global random state: weights come from ``generator``, dropout masks from
-  the generator given to ``forward``.
+- Nothing draws from the global random state: weights come from ``generator``.
 
 Shape legend: ``B`` batch, ``K`` message length, ``d`` code dimension, ``E`` appended tokens,
 ``N`` = 1 + K + E tokens, ``D`` width, ``H`` heads, ``C`` outputs.
@@ -26,18 +25,6 @@ CLS_TYPE = 0
 MESSAGE_TYPE = 1
 
 
-def _dropout(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
-    """Zero a share of the entries with an explicit generator; nothing happens at share 0."""
-    if share == 0.0:
-        return x
-    if generator is None:
-        raise ValueError(
-            "a probe with dropout needs a generator while it is trained: forward(..., generator=)"
-        )
-    keep = torch.empty_like(x).bernoulli_(1.0 - share, generator=generator)
-    return x * keep.div_(1.0 - share)
-
-
 class ProbeBlock(nn.Module):
     """Pre-norm attention and MLP, each with a residual.
 
@@ -45,14 +32,12 @@ class ProbeBlock(nn.Module):
         width: D, a multiple of ``heads``.
         heads: H.
         mlp_ratio: Hidden width of the MLP as a multiple of D.
-        dropout: Share of each residual branch that is zeroed in training, in [0, 1).
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
         hidden = max(1, round(width * mlp_ratio))
         self.heads = heads
-        self.dropout = dropout
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -64,15 +49,12 @@ class ProbeBlock(nn.Module):
         """[B, N, D] -> [B, H, N, D / H]."""
         return x.reshape(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
 
-    def forward(
-        self, x: Tensor, *, rows: int | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, rows: int | None = None) -> Tensor:
         """Map [B, N, D] to [B, N, D], or to the first ``rows`` rows of it, [B, rows, D].
 
         Args:
             x: Token states.
             rows: How many leading rows are wanted; None is all.
-            generator: Source of the dropout masks, needed only in training with dropout.
         """
         states = self.norm1(x)  # [B, N, D]
         width = x.shape[-1]
@@ -83,26 +65,23 @@ class ProbeBlock(nn.Module):
             q = F.linear(states[:, :rows], weight[:width], bias[:width])
             k, v = F.linear(states, weight[width:], bias[width:]).chunk(2, dim=-1)
             x = x[:, :rows]
-        return self._rest(x, q, k, v, generator)
+        return self._rest(x, q, k, v)
 
-    def _rest(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _rest(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What follows the projections: x and q [B, rows, D], k and v [B, N, D] -> [B, rows, D]."""
-        share = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(self._split(q), self._split(k), self._split(v))
-        x = x + _dropout(self.proj(mixed.transpose(1, 2).flatten(2)), share, generator)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         hidden = F.gelu(self.fc1(self.norm2(x)))  # [B, rows, hidden]
-        return x + _dropout(self.fc2(hidden), share, generator)
+        answer: Tensor = x + self.fc2(hidden)
+        return answer
 
-    def forward_groups(
-        self, x: Tensor, tail: Tensor, *, rows: int | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward_groups(self, x: Tensor, tail: Tensor, *, rows: int | None = None) -> Tensor:
         """The same for sequences that begin alike: their common part is normalised and projected once.
 
         Args:
             x: The common part, [B, M, D].
             tail: The G different rests of each, [B, G, E, D].
             rows: How many leading rows are wanted; None is all M + E.
-            generator: Source of the dropout masks.
 
         Returns:
             [B * G, M + E, D] or [B * G, rows, D]; the groups of an image stand together.
@@ -117,7 +96,7 @@ class ProbeBlock(nn.Module):
         q, k, v = join(self.qkv(self.norm1(x)), self.qkv(self.norm1(tail))).chunk(3, dim=-1)
         if rows is not None:
             whole, q = whole[:, :rows], q[:, :rows]
-        return self._rest(whole, q, k, v, generator)
+        return self._rest(whole, q, k, v)
 
 
 class Probe(nn.Module):
@@ -131,7 +110,6 @@ class Probe(nn.Module):
         depth: Number of blocks.
         heads: H, a divisor of ``width``.
         mlp_ratio: Hidden width of each MLP as a multiple of D.
-        dropout: Share of each residual branch zeroed in training, in [0, 1).
         types: 2 ([CLS] and message) plus one per appended token.
         extra_dim: Length of an appended vector; needed exactly when ``types`` exceeds 2.
         positions: False leaves the positions out: the probe reads a message as an unordered bag.
@@ -152,7 +130,6 @@ class Probe(nn.Module):
         heads: int,
         generator: torch.Generator,
         mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
         types: int = 2,
         extra_dim: int | None = None,
         positions: bool = True,
@@ -177,7 +154,7 @@ class Probe(nn.Module):
                 nn.Parameter(torch.empty(1, message_length + 1, width)) if positions else None
             )
             self.type_embed = nn.Parameter(torch.empty(types, width))
-            self.blocks = nn.ModuleList(ProbeBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))
+            self.blocks = nn.ModuleList(ProbeBlock(width, heads, mlp_ratio) for _ in range(depth))
             self.norm = nn.LayerNorm(width)
             self.head = nn.Linear(width, outputs)
         self.to_empty(device="cpu")
@@ -239,26 +216,21 @@ class Probe(nn.Module):
         roles = [project(extra[:, role]) for role, project in enumerate(self.project_extra)]
         return torch.stack(roles, dim=1) + self.type_embed[2:]
 
-    def forward(
-        self, codes: Tensor, extra: Tensor | None = None, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, codes: Tensor, extra: Tensor | None = None) -> Tensor:
         """Answer for every message: float [B, C].
 
         Args:
             codes: float [B, K, d].
             extra: float [B, E, extra_dim], or None when nothing is appended.
-            generator: Source of the dropout masks, needed only in training with dropout.
         """
         x = self.embed(codes, extra)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            x = block(x, rows=1 if index == last else None, generator=generator)
+            x = block(x, rows=1 if index == last else None)
         answer: Tensor = self.head(self.norm(x[:, 0]))
         return answer
 
-    def forward_groups(
-        self, codes: Tensor, extra: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward_groups(self, codes: Tensor, extra: Tensor) -> Tensor:
         """Answer for every message with each of G groups of appended tokens: float [B, G, C].
 
         Equal to repeating the messages G times and calling :meth:`forward`, at less cost.
@@ -266,7 +238,6 @@ class Probe(nn.Module):
         Args:
             codes: float [B, K, d].
             extra: float [B, G, E, extra_dim].
-            generator: Source of the dropout masks, needed only in training with dropout.
         """
         count, groups = extra.shape[:2]
         states = self.embed(codes, extra[:, 0])[:, : self.message_length + 1]  # [B, K + 1, D]
@@ -275,9 +246,9 @@ class Probe(nn.Module):
         for index, block in enumerate(self.blocks):
             rows = 1 if index == last else None
             if isinstance(block, ProbeBlock) and index == 0:
-                x = block.forward_groups(x, tails, rows=rows, generator=generator)
+                x = block.forward_groups(x, tails, rows=rows)
             else:
-                x = block(x, rows=rows, generator=generator)
+                x = block(x, rows=rows)
         answer: Tensor = self.head(self.norm(x[:, 0]))
         grouped: Tensor = answer.unflatten(0, (count, groups))
         return grouped

@@ -1,40 +1,34 @@
 """Fits of several seeds, side by side in processes that are started once and used for many tasks.
 
-A worker is a spawned process with one torch thread. Data travel in a safetensors file, small messages
-through a pipe. Workers neither run the caller's script again nor hear Ctrl-C: whoever started them
-ends them, also when this process is killed (the pipe breaks, and the worker leaves).
+A worker (:mod:`comit_bench.probing.worker`) is a Python process of its own, in a session of its own: it
+runs nothing of the caller's script and does not hear Ctrl-C. Whoever started it ends it, also when this
+process is killed: the pipe breaks, and the worker leaves.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-import signal
+import subprocess
 import sys
 import tempfile
-import threading
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Protocol, Self
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
-from numpy.typing import NDArray
-from safetensors.numpy import save_file
-from safetensors.torch import load_file
-from torch import Tensor
 
 from comit_bench.errors import BenchError
-from comit_bench.files import atomic_path, private_folder
+from comit_bench.files import private_folder
 from comit_bench.probing.fit import FitProgress, FitResult, ProgressCallback
+from comit_bench.probing.worker import pack
 
 _PATIENCE = 5.0  # seconds a worker gets to end before it is killed
+T = TypeVar("T")
 
 
 def usable_cores() -> int:
@@ -45,40 +39,15 @@ def usable_cores() -> int:
 
 
 class Fittable(Protocol):
-    """A task that a worker can fit: its data travel as arrays, the rest as plain values."""
+    """A task that a worker can fit: it can be pickled (tensors and arrays travel beside it)."""
 
     def check(self) -> None: ...
 
     def held(self) -> Self | None: ...
 
-    def arrays(self) -> dict[str, NDArray[Any]]: ...
-
-    def settings(self) -> dict[str, Any]: ...
-
-    @classmethod
-    def restore(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Self: ...
-
     def fit(
         self, seed: int, *, device: str | torch.device = "cpu", progress: ProgressCallback | None = None
     ) -> FitResult: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """One seed of one task; the data of the task lie in ``path``."""
-
-    path: Path
-    kind: type[Any]
-    settings: dict[str, Any]
-    seed: int
-
-
-def _save(task: Fittable, path: Path) -> None:
-    """Write the data of a task that is in memory."""
-    with atomic_path(
-        path, durable=False
-    ) as temporary:  # as NumPy arrays: they may share memory, which tensors must not
-        save_file(task.arrays(), temporary)
 
 
 @contextmanager
@@ -98,60 +67,6 @@ def _exchange() -> Iterator[Path]:
         yield place
 
 
-def _load(job: _Job) -> Any:
-    return job.kind.restore(load_file(job.path), job.settings)
-
-
-def _serve(pipe: Connection) -> None:
-    """Life of a worker: take a job, report epochs, answer; leave when the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def send(kind: str, value: object) -> None:
-        # Plain pickle copies tensors; Connection.send would hand over file descriptors instead.
-        pipe.send_bytes(pickle.dumps((kind, value)))
-
-    while True:
-        try:
-            message = pipe.recv_bytes()
-            try:
-                job = pickle.loads(message)
-                send("done", _load(job).fit(job.seed, progress=lambda event: send("epoch", event)))
-            except BenchError as error:
-                send("refused", error)
-            except (EOFError, BrokenPipeError, ConnectionResetError):
-                return
-            except Exception as error:
-                send("failed", (f"{type(error).__name__}: {error}", traceback.format_exc()))
-        except (EOFError, OSError):
-            return
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Processes started inside the block do not import the caller's script and do not get SIGINT.
-
-    A Ctrl-C of the caller waits until the block ends: a process that is left half-started complains.
-    Blocking the signal is not enough, since it may reach Python through another thread.
-    """
-    script = sys.modules["__main__"]
-    held: list[int] = []
-    ours = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number)) if ours else None
-    block = hasattr(signal, "pthread_sigmask")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if block else set()
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-        if block:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if ours:
-            signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
-
-
 def _worker_error(text: str, trace: str) -> RuntimeError:
     """An error of a worker that is none of ours, with the worker's own traceback as a note."""
     error = RuntimeError(f"in a probe worker: {text}")
@@ -161,28 +76,53 @@ def _worker_error(text: str, trace: str) -> RuntimeError:
 
 class _Worker:
     def __init__(self) -> None:
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _apart():
-            self.process.start()
-        theirs.close()
+        self.pipe, theirs = Pipe()
+        places = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)
+        with ExitStack() as broken, theirs:
+            broken.callback(self.pipe.close)  # a process that Ctrl-C left half-started sees it and leaves
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "comit_bench.probing.worker", str(theirs.fileno())],
+                env={**os.environ, "PYTHONPATH": places},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # out of reach of the terminal's Ctrl-C
+            )
+            broken.pop_all()
         self.job: int | None = None
 
-    def give(self, number: int, job: _Job) -> None:
+    def talk(self, exchange: Callable[[], T]) -> T:
+        """Send or receive.
+
+        Raises:
+            BenchError: The worker is gone; says how it ended and what to do.
+        """
+        try:
+            return exchange()
+        except (EOFError, OSError) as error:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_PATIENCE)
+            raise BenchError(
+                f"a probe worker process ended before its fit was done (exit code {self.process.returncode}; "
+                "-9 usually means that memory ran out). Finished tasks are kept: run the same command again, "
+                "with fewer workers if it happens twice."
+            ) from error
+
+    def give(self, number: int, job: bytes) -> None:
         self.job = number
-        self.pipe.send_bytes(pickle.dumps(job))
+        self.talk(lambda: self.pipe.send_bytes(job))
 
     def hear(self) -> tuple[str, Any]:
-        kind, value = pickle.loads(self.pipe.recv_bytes())
+        kind, value = pickle.loads(self.talk(self.pipe.recv_bytes))
         return kind, value
 
     def end(self) -> None:
         self.process.terminate()
-        self.process.join(_PATIENCE)
-        if self.process.is_alive():
+        try:
+            self.process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.join()
+            self.process.wait()
         self.pipe.close()
 
 
@@ -191,13 +131,15 @@ class ProbePool:
 
     Args:
         workers: Number of processes; None is one more than usable cores, so that three seeds share two
-            cores evenly. With 1, fits run in this process.
+            cores evenly. With 1, and on Windows, fits run in this process.
     """
 
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.workers = workers if workers is not None else usable_cores() + 1
+        if os.name != "posix":
+            self.workers = 1
         self._running: list[_Worker] = []
 
     def __enter__(self) -> ProbePool:
@@ -210,9 +152,9 @@ class ProbePool:
 
     def close(self) -> None:
         """End all workers; the next use starts new ones."""
-        running, self._running = self._running, []
-        for worker in running:
-            worker.end()
+        while self._running:  # a Ctrl-C in between loses none of them
+            self._running[-1].end()
+            self._running.pop()
 
     def start(self, count: int | None = None) -> None:
         """Start workers without waiting for them: importing torch takes seconds, best beside other work.
@@ -236,8 +178,8 @@ class ProbePool:
         task.check()
         with _exchange() as folder:
             path = folder / "data.safetensors"
-            _save(task, path)
-            jobs = [_Job(path, type(task), task.settings(), seed) for seed in seeds]
+            rest = pack(task, path)
+            jobs = [pickle.dumps((path, rest, seed)) for seed in seeds]
             try:
                 self.start(len(jobs))
                 return self._work(jobs, progress)
@@ -245,18 +187,17 @@ class ProbePool:
                 self.close()
                 raise
 
-    def _work(self, jobs: Sequence[_Job], progress: ProgressCallback | None) -> list[FitResult]:
+    def _work(self, jobs: Sequence[bytes], progress: ProgressCallback | None) -> list[FitResult]:
         results: dict[int, FitResult] = {}
         todo = list(range(len(jobs)))
         while len(results) < len(jobs):
             for worker in self._running:
                 if worker.job is None and todo:
-                    number = todo.pop(0)
-                    self._guard(worker, lambda w=worker, n=number: w.give(n, jobs[n]))
+                    worker.give(todo[0], jobs[todo.pop(0)])
             busy = {worker.pipe: worker for worker in self._running if worker.job is not None}
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
-                kind, value = self._guard(worker, worker.hear)
+                kind, value = worker.hear()
                 if kind == "epoch":
                     assert isinstance(value, FitProgress)
                     if progress is not None:
@@ -269,23 +210,6 @@ class ProbePool:
                 else:
                     raise _worker_error(*value)
         return [results[number] for number in range(len(jobs))]
-
-    @staticmethod
-    def _guard(worker: _Worker, talk: Any) -> Any:
-        """Talk to a worker.
-
-        Raises:
-            BenchError: It is gone; says how it ended and what to do.
-        """
-        try:
-            return talk()
-        except (EOFError, OSError) as error:
-            worker.process.join(_PATIENCE)
-            raise BenchError(
-                f"a probe worker process ended before its fit was done (exit code {worker.process.exitcode}; "
-                "-9 usually means that memory ran out). Finished tasks are kept: run the same command again, "
-                "with fewer workers if it happens twice."
-            ) from error
 
 
 def fit_seeds(
@@ -311,17 +235,16 @@ def fit_seeds(
         progress: Called in this process after every epoch of every seed.
 
     Raises:
-        UsageError: A split is empty, or there are no seeds.
+        UsageError: A split is empty.
         BenchError: A loss is not finite, or a worker was killed.
     """
     if not seeds:
         raise ValueError("fit_seeds needs at least one seed")
     task.check()
     held = task.held()
-    count = min(len(seeds), pool.workers if pool else (workers or usable_cores()))
-    if torch.device(device).type != "cpu" or count == 1 or held is None:
-        return [(held or task).fit(seed, device=device, progress=progress) for seed in seeds]
-    if pool is not None:
-        return pool.fit(held, seeds, progress=progress)
-    with ProbePool(count) as own:
-        return own.fit(held, seeds, progress=progress)
+    with ExitStack() as stack:
+        count = min(len(seeds), workers or usable_cores())
+        used = pool if pool is not None else stack.enter_context(ProbePool(count))
+        if torch.device(device).type != "cpu" or min(len(seeds), used.workers) == 1 or held is None:
+            return [(held or task).fit(seed, device=device, progress=progress) for seed in seeds]
+        return used.fit(held, seeds, progress=progress)

@@ -68,11 +68,10 @@ class TextSpec(SpecModel):
     """The frozen text encoder of kind ``relations``.
 
     ``encoder`` is ``random-t5`` (a small T5 encoder with weights drawn from ``seed`` and one vector per
-    word), a hub id, or a local directory. Words are averaged into one vector (``mean``).
+    word), a hub id, or a local directory. The vectors of a text's words are averaged.
     """
 
     encoder: str = "random-t5"
-    pooling: Literal["mean"] = "mean"
     seed: Annotated[int, Field(ge=0)] = 0
     revision: str | None = None
 
@@ -144,7 +143,6 @@ class RetrievalSpec(SpecModel):
     """Nearest neighbours by message (kind ``retrieval``); ``k`` are the depths of recall@k."""
 
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 5, 10)
-    distance: Literal["cosine"] = "cosine"
 
 
 class CodebookSpec(SpecModel):

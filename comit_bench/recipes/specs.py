@@ -57,7 +57,6 @@ class ProbeSpec(SpecModel):
     depth: Annotated[int, Field(gt=0)] = 2
     heads: Annotated[int, Field(gt=0)] = 8
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Annotated[int, Field(gt=0)] = 256
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -146,8 +145,7 @@ CONTROLS = ("permute-labels", "shuffle-tokens", "bag-of-tokens")
 class TaskSpec(SpecModel):
     """One ``probes/<name>/task.yaml``. Bump ``version`` whenever a score may change.
 
-    ``control`` makes every run of the recipe a control (see ``comit_bench.tasks.controls``); the command
-    line can ask for one too. Tasks with ``by_default: false`` are done only when they are named, or with
+    Tasks with ``by_default: false`` are done only when they are named, or with
     ``--tasks all``. ``seeds`` are probe seeds, or where nothing is fitted seeds of the decoder's noise.
     """
 
@@ -161,7 +159,6 @@ class TaskSpec(SpecModel):
     probe: ProbeSpec = ProbeSpec()
     seeds: Annotated[int, Field(ge=1, le=10_000)] = 3
     main_metric: str = ""
-    control: Literal["permute-labels", "shuffle-tokens", "bag-of-tokens"] | None = None
     by_default: bool = True
     attributes: AttributesSpec | None = None
     negatives: NegativesSpec = NegativesSpec()
@@ -205,8 +202,6 @@ class TaskSpec(SpecModel):
         foreign = set().union(*(kind.sections for kind in KINDS.values())) - KINDS[self.kind].sections
         if not KINDS[self.kind].probed:
             foreign.add("probe")
-        if self.control is None:
-            foreign.add("control")
         foreign.add("by_default")  # no number depends on it
         return {key: value for key, value in values.items() if key not in foreign}
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from comit_bench.errors import UsageError
 from comit_bench.nn.ranks import Ranks
 from comit_bench.probing.fit import FitResult, MessageSource, ProgressCallback
-from comit_bench.probing.pool import ProbePool
+from comit_bench.probing.pool import Fittable, ProbePool, fit_seeds
 from comit_bench.recipes.specs import KINDS, TaskSpec
+from comit_bench.tasks.controls import check_control
 from comit_bench.tasks.result import MetricResult, TaskResult
 
 if TYPE_CHECKING:
@@ -147,6 +148,27 @@ class Inputs:
     def with_roles(self, roles: Mapping[str, Role]) -> Inputs:
         """The same with other images."""
         return replace(self, roles=roles)
+
+    @property
+    def probing(self) -> dict[str, Any]:
+        """Fields of a ``FitTask`` that recipe and control decide."""
+        check_control(self.control)
+        return {
+            "spec": self.spec.probe,
+            "permute_targets": self.control == "permute-labels",
+            "positions": self.control != "bag-of-tokens",
+        }
+
+    def fit(self, task: Fittable) -> list[FitResult]:
+        """One probe per seed; see :func:`~comit_bench.probing.pool.fit_seeds`."""
+        return fit_seeds(
+            task,
+            self.seeds,
+            device=self.device,
+            pool=self.pool,
+            workers=self.workers,
+            progress=self.progress,
+        )
 
     def check(self) -> None:
         """Refuse empty roles before anything is computed.

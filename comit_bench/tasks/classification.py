@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.probing.fit import FitTask, ProgressCallback, Split
-from comit_bench.probing.pool import ProbePool, fit_seeds
+from comit_bench.probing.fit import FitTask, Split
 from comit_bench.recipes.kinds import AttributesSpec
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.tasks.base import Inputs, check_main_metric, fit_details, same_for_all
-from comit_bench.tasks.controls import check_control
 from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
 
 TOP5_FROM = 10  # with fewer classes the top five say little
@@ -158,66 +156,13 @@ def _checked(name: str, labels: Tensor, classes: int) -> Tensor:
     return labels.long().cpu()
 
 
-def run_classification(
-    spec: TaskSpec,
-    class_names: Sequence[str],
-    *,
-    train: Split,
-    early_stop: Split,
-    report: Split,
-    seeds: Sequence[int],
-    control: str | None = None,
-    device: str | torch.device = "cpu",
-    bf16: bool = False,
-    pool: ProbePool | None = None,
-    workers: int | None = None,
-    progress: ProgressCallback | None = None,
-) -> TaskResult:
-    """Fit one probe per seed and measure it on the report split.
-
-    Args:
-        spec: The recipe.
-        class_names: C names in the order of the class numbers.
-        train: Messages and class numbers to learn from.
-        early_stop, report: The same for early stopping and for the reported numbers.
-        seeds: Probe seeds.
-        control: Name of a control (``tasks/controls.py``), or None.
-        device: Where the probes are fitted.
-        bf16: Autocast to bfloat16; CUDA only.
-        pool: Worker processes, started once for many tasks.
-        workers: Without ``pool``: number of processes, None for all cores.
-        progress: Called after every epoch of every seed.
-
-    Returns:
-        Metrics with chance levels; ``extra`` tells per seed how the fit went.
-
-    Raises:
-        UsageError: An empty split, or a name that does not fit.
-        BenchError: A loss is not finite, or a worker was killed.
-    """
-    classes, parts = len(class_names), class_parts(class_names, spec.attributes)
-    labels = _checked("report", report.chosen(), classes)
-    _checked("training", train.chosen(), classes)
-    _checked("early-stop", early_stop.chosen(), classes)
-    levels = chance_levels(labels, classes, parts)
-    check_main_metric(spec, levels)
-    check_control(control)
-    task = FitTask(
-        spec=spec.probe,
-        outputs=classes,
-        train=train,
-        early_stop=early_stop,
-        report=report,
-        permute_targets=control == "permute-labels",
-        positions=control != "bag-of-tokens",
-        bf16=bf16,
-    )
-    results = fit_seeds(task, seeds, device=device, pool=pool, workers=workers, progress=progress)
-    scores = [score_outputs(r.outputs, labels, parts) for r in results if r.outputs is not None]
-    assert len(scores) == len(seeds)
-    found = {k: [one[k] for one in scores] for k in levels}
-    metrics = {k: over_seeds(found[k], len(labels), chance=level) for k, level in levels.items()}
-    return TaskResult(metrics=metrics, extra=fit_details(results, "top1"))
+def _labels(inputs: Inputs) -> dict[str, Tensor]:
+    """Class numbers of every role, int64 [n]; raises as :func:`_checked`."""
+    said = {"train": "training", "early_stop": "early-stop", "report": "report"}
+    return {
+        name: _checked(said[name], torch.from_numpy(role.split.labels[role.images]), len(inputs.data.classes))
+        for name, role in inputs.roles.items()
+    }
 
 
 class Classification:
@@ -236,17 +181,24 @@ class Classification:
 
     def majority(self, inputs: Inputs) -> TaskResult:
         """See :func:`majority_metrics`."""
-        train, report = inputs.roles["train"], inputs.roles["report"]
+        labels = _labels(inputs)
         once = majority_metrics(
-            torch.from_numpy(train.split.labels[train.images]),
-            torch.from_numpy(report.split.labels[report.images]),
-            inputs.data.classes,
-            inputs.spec.attributes,
+            labels["train"], labels["report"], inputs.data.classes, inputs.spec.attributes
         )
         return same_for_all(inputs.seeds, once)
 
     def run(self, inputs: Inputs) -> TaskResult:
-        """See :func:`run_classification`."""
+        """Fit one probe per seed and measure it on the report split.
+
+        Raises:
+            UsageError: An empty split, or a name that does not fit.
+            BenchError: A loss is not finite, or a worker was killed.
+        """
+        names, attributes, probing = inputs.data.classes, inputs.spec.attributes, inputs.probing
+        parts, chosen = class_parts(names, attributes), _labels(inputs)
+        labels = chosen["report"]
+        levels = chance_levels(labels, len(names), parts)
+        check_main_metric(inputs.spec, levels)
         splits: dict[str, Any] = {
             name: Split(
                 role.source(),
@@ -255,17 +207,14 @@ class Classification:
             )
             for name, role in inputs.roles.items()
         }
-        return run_classification(
-            inputs.spec,
-            inputs.data.classes,
-            **splits,
-            seeds=inputs.seeds,
-            control=inputs.control,
-            device=inputs.device,
-            pool=inputs.pool,
-            workers=inputs.workers,
-            progress=inputs.progress,
-        )
+        results = inputs.fit(FitTask(**probing, **splits, outputs=len(names)))
+        scores = [score_outputs(r.outputs, labels, parts) for r in results if r.outputs is not None]
+        assert len(scores) == len(inputs.seeds)
+        metrics = {
+            name: over_seeds([one[name] for one in scores], len(labels), chance=level)
+            for name, level in levels.items()
+        }
+        return TaskResult(metrics=metrics, extra=fit_details(results, "top1"))
 
 
 EXECUTOR = Classification()

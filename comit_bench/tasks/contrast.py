@@ -19,10 +19,8 @@ dimension, ``T`` length of a text vector.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,48 +28,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from comit_bench.errors import BenchError, UsageError
-from comit_bench.probing.fit import Batches as _Batches
-from comit_bench.probing.fit import (
-    EpochLog,
-    FitProgress,
-    FitResult,
-    ProgressCallback,
-    Split,
-    build_probe,
-    keyed_generator,
-    one_thread,
-    unlimited,
-)
-from comit_bench.recipes.specs import ProbeSpec
+from comit_bench.errors import UsageError
+from comit_bench.probing.fit import Batches, Fit, FitTask, Split, build_probe, keyed_generator
 from comit_bench.tasks.negatives import Lists, Truth, Words
 
 CHUNK_TOKENS = 32768
-_DATA = (
-    "train",
-    "early_stop",
-    "report",
-    "table",
-    "known",
-    "stop_lists",
-    "report_lists",
-    "objects",
-    "predicates",
-)
-_ROLES = ("train", "early_stop", "report")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class ContrastTask:
+class ContrastTask(FitTask):
     """All that one fit needs but its seed.
 
+    The targets of the splits and ``objective`` mean nothing; ``spec.batch_size`` counts images.
+
     Attributes:
-        spec: Network and optimiser; ``batch_size`` counts images.
         negatives: In-batch negatives per image.
         words: Sizes of the vocabularies.
-        train: Messages to learn from; the targets of all three splits mean nothing.
-        early_stop: Messages that decide when to stop.
-        report: Messages whose logits are returned.
         table: int64 [m, 4], samples (position in ``train``, subject, predicate, object), sorted.
         known: int64 [k, 4], all that is known to be true of the training images.
         stop_lists: Candidates of the early-stop images.
@@ -80,15 +52,10 @@ class ContrastTask:
         predicates: float32 [words.predicates, T].
         permute_targets: The control: messages of ``train`` and ``early_stop`` change places with each
             other, for every seed in another way, while triplets stay.
-        positions: False is the control ``bag-of-tokens``.
-        bf16: Compute in bfloat16 where autocast allows; CUDA only.
     """
 
-    spec: ProbeSpec
     negatives: int
     words: Words
-    train: Split
-    early_stop: Split
     report: Split
     table: NDArray[np.int64]
     known: NDArray[np.int64]
@@ -96,9 +63,6 @@ class ContrastTask:
     report_lists: Lists
     objects: Tensor
     predicates: Tensor
-    permute_targets: bool = False
-    positions: bool = True
-    bf16: bool = False
 
     def check(self) -> None:
         """Refuse sets without a sample.
@@ -118,55 +82,9 @@ class ContrastTask:
                     "or change split.early_stop.fraction in the recipe."
                 )
 
-    def held(self) -> ContrastTask | None:
-        """The task with all codes in memory, None when they do not fit."""
-        held = {name: getattr(self, name).in_memory() for name in _ROLES}
-        return None if None in held.values() else replace(self, **held)
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The data as arrays, for a worker process."""
-        arrays: dict[str, NDArray[Any]] = {"table": self.table, "known": self.known}
-        for name in _ROLES:
-            codes = getattr(self, name).messages.codes
-            assert codes is not None
-            arrays[f"{name}.codes"] = codes.contiguous().numpy()
-        for name in ("stop_lists", "report_lists"):
-            lists: Lists = getattr(self, name)
-            arrays |= {f"{name}.images": lists.images, f"{name}.triplets": lists.triplets}
-            arrays[f"{name}.valid"] = lists.valid.astype(np.uint8)
-        arrays |= {"objects": self.objects.numpy(), "predicates": self.predicates.numpy()}
-        return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-
-    def settings(self) -> dict[str, Any]:
-        """Everything but the data."""
-        kinds = {"kinds": self.report_lists.kinds}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _DATA} | kinds
-
-    @classmethod
-    def restore(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> ContrastTask:
-        """The task whose :meth:`arrays` and :meth:`settings` these are."""
-        rest = {name: value for name, value in settings.items() if name != "kinds"}
-        data: dict[str, Any] = {name: Split.of_codes(tensors[f"{name}.codes"]) for name in _ROLES}
-        for name in ("stop_lists", "report_lists"):
-            parts = [tensors[f"{name}.{part}"].numpy() for part in ("images", "triplets", "valid")]
-            data[name] = Lists(parts[0], parts[1], parts[2].astype(np.bool_), settings["kinds"])
-        data |= {name: tensors[name].numpy() for name in ("table", "known")}
-        data |= {name: tensors[name] for name in ("objects", "predicates")}
-        return cls(**data, **rest)
-
-    def fit(
-        self, seed: int, *, device: str | torch.device = "cpu", progress: ProgressCallback | None = None
-    ) -> FitResult:
-        """Fit one probe; ``FitResult.outputs`` are the logits [q, C] of ``report_lists``.
-
-        Raises:
-            UsageError: A set without samples.
-            BenchError: The loss is not finite; names epoch and step.
-        """
-        self.check()
-        place = torch.device(device)
-        with one_thread() if place.type == "cpu" else unlimited():
-            return _Fit(self, seed, place).run(progress)
+    def begin(self, seed: int, device: torch.device) -> Fit:
+        """A fit whose outputs are the logits [q, C] of ``report_lists``."""
+        return _Fit(self, seed, device)
 
 
 def draw_samples(table: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
@@ -205,35 +123,29 @@ def batch_candidates(
     return batch[chosen, 1:], valid
 
 
-class _Fit:
+class _Fit(Fit):
     """One fit in progress."""
 
     def __init__(self, task: ContrastTask, seed: int, device: torch.device) -> None:
-        self.task, self.seed, self.device = task, seed, device
-        self.bf16 = task.bf16 and device.type == "cuda"
-        self.train, self.stop = _Batches(task.train, device), _Batches(task.early_stop, device)
+        self.task = task
+        self.train, self.stop = Batches(task.train, device), Batches(task.early_stop, device)
         self.truth = Truth(task.known, task.words)
         self.texts = (task.objects.to(device), task.predicates.to(device))
         both = len(self.train) + len(self.stop)
         self.place = torch.arange(both)
         if task.permute_targets:
             self.place = torch.randperm(both, generator=keyed_generator("permute-targets", seed))
-        self.probe = build_probe(
+        probe = build_probe(
             task.spec,
             code_shape=task.train.code_shape(),
             outputs=1,
             seed=seed,
             positions=task.positions,
             extra=(3, int(task.objects.shape[1])),
-        ).to(device)
-        # The same for all candidates: it has no gradient but rounding, which Adam would blow up.
-        self.probe.head.bias.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.probe.parameters(),
-            lr=task.spec.learning_rate,
-            weight_decay=task.spec.weight_decay,
-            fused=True,
         )
+        # The same for all candidates: it has no gradient but rounding, which Adam would blow up.
+        probe.head.bias.requires_grad_(False)
+        super().__init__(task, probe, seed, device)
 
     def _codes(self, role: str, images: Tensor) -> Tensor:
         """Codes [b, K, d] of images, given by their position in the role."""
@@ -261,87 +173,50 @@ class _Fit:
         size = max(1, CHUNK_TOKENS // (groups * (self.probe.message_length + 4)))
         return [slice(start, start + size) for start in range(0, count, size)]
 
-    def _logits(
-        self, role: str, images: Tensor, triplets: NDArray[np.int64], masks: torch.Generator | None = None
-    ) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            answer = self.probe.forward_groups(
-                self._codes(role, images), self._vectors(triplets), generator=masks
-            )
-        return answer[..., 0].float()  # [b, G]
+    def _logits(self, role: str, images: Tensor, triplets: NDArray[np.int64]) -> Tensor:
+        answer: Tensor = self.probe.forward_groups(self._codes(role, images), self._vectors(triplets))
+        return answer[..., 0]  # [b, G]
 
-    def _epoch(self, epoch: int) -> tuple[float, float]:
-        """One pass over the training images: (mean loss, mean score) while training."""
+    def epoch(self, number: int) -> tuple[Tensor, Tensor, int]:
         task = self.task
-        self.probe.train()
-        masks = keyed_generator("probe-dropout", self.seed, epoch, device=self.device)
-        pick = keyed_generator("contrast-negatives", self.seed, epoch)
-        samples = draw_samples(task.table, self.seed, epoch)
-        sums: list[Tensor] = []  # loss and score of every part, read once per epoch: no waiting in between
-        steps: list[int] = []
-        starts = range(0, len(samples), task.spec.batch_size)
+        pick = keyed_generator("contrast-negatives", self.seed, number)
+        samples = draw_samples(task.table, self.seed, number)
+        starts = range(0, len(samples), self.spec.batch_size)
+        losses = torch.zeros(len(starts), dtype=torch.float64, device=self.device)
+        scores = torch.zeros(len(starts), dtype=torch.float64, device=self.device)
         for step, start in enumerate(starts):
-            batch = samples[start : start + task.spec.batch_size]
+            batch = samples[start : start + self.spec.batch_size]
             if len(batch) < 2:  # one image alone has nothing to be told from
                 continue
             triplets, valid = batch_candidates(batch, self.truth, task.negatives, pick)
             self.optimizer.zero_grad(set_to_none=True)
             for part in self._chunks(len(batch), triplets.shape[1]):
-                logits = self._logits("train", torch.from_numpy(batch[part, 0]), triplets[part], masks)
+                logits = self._logits("train", torch.from_numpy(batch[part, 0]), triplets[part])
                 there = torch.from_numpy(valid[part]).to(self.device, non_blocking=True)
                 each, right = ranked(logits, there)
                 (each.sum() / len(batch)).backward()
-                sums.append(torch.stack([each.detach().double().sum(), right.sum().double()]))
-                steps.append(step)
+                losses[step] += each.detach().double().sum()
+                scores[step] += right.sum().double()
             self.optimizer.step()
-        loss = score = 0.0
-        for step, part_sums in zip(steps, torch.stack(sums).tolist() if sums else [], strict=True):
-            loss, score = loss + part_sums[0], score + part_sums[1]
-            if not math.isfinite(loss):
-                raise BenchError(
-                    f"the probe's loss is not finite in epoch {epoch}, step {step + 1} of {len(starts)} "
-                    f"(seed {self.seed}, learning rate {task.spec.learning_rate:g}). Lower "
-                    "probe.learning_rate in the recipe, or look for NaN or huge values in the codes."
-                )
-        return loss / len(samples), score / len(samples)
+        return losses, scores, len(samples)
 
     @torch.inference_mode()
     def _answers(self, role: str, lists: Lists, columns: int) -> Tensor:
         """Logits of the first ``columns`` candidates of every sample, float32 [q, columns]."""
-        self.probe.eval()
         images, triplets = torch.from_numpy(lists.images), lists.triplets[:, :columns]
         parts = [self._logits(role, images[p], triplets[p]) for p in self._chunks(len(images), columns)]
         return torch.cat(parts)
 
-    def _stop_set(self) -> tuple[float, float]:
+    def stop_set(self) -> tuple[Tensor, Tensor]:
         lists = self.task.stop_lists
         columns = lists.kinds["random"].stop
         logits = self._answers("early_stop", lists, columns)
-        each, right = ranked(logits, torch.from_numpy(lists.valid[:, :columns]).to(self.device))
-        return float(each.double().mean()), float(right.double().mean())
+        return ranked(logits, torch.from_numpy(lists.valid[:, :columns]).to(self.device))
 
-    def run(self, progress: ProgressCallback | None) -> FitResult:
-        start, spec = time.perf_counter(), self.task.spec
-        best, best_epoch, state = (-math.inf, -math.inf), 0, {}
-        history: list[EpochLog] = []
-        for epoch in range(1, spec.max_epochs + 1):
-            train_loss, train_score = self._epoch(epoch)
-            stop_loss, stop_score = self._stop_set()
-            history.append(EpochLog(epoch, train_loss, train_score, stop_loss, stop_score))
-            if (stop_score, -stop_loss) > best:
-                best, best_epoch = (stop_score, -stop_loss), epoch
-                state = {name: value.detach().clone() for name, value in self.probe.state_dict().items()}
-            finished = epoch == spec.max_epochs or epoch - best_epoch >= spec.patience
-            if progress is not None:
-                progress(FitProgress(self.seed, history[-1], spec.max_epochs, finished))
-            if finished:
-                break
-        self.probe.load_state_dict(state)
-        self.report = _Batches(self.task.report, self.device)
+    def answers(self) -> Tensor:
+        self.report = Batches(self.task.report, self.device)
         lists = self.task.report_lists
-        outputs = self._answers("report", lists, lists.triplets.shape[1]).cpu()
-        state = {name: value.cpu() for name, value in state.items()}
-        return FitResult(self.seed, state, tuple(history), best_epoch, time.perf_counter() - start, outputs)
+        return self._answers("report", lists, lists.triplets.shape[1])
 
 
 def ranked(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,10 +34,8 @@ from torch.nn import functional as F
 
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import FitTask, Objective, Split
-from comit_bench.probing.pool import fit_seeds
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.tasks.base import Inputs, Role, check_main_metric, fit_details, same_for_all
-from comit_bench.tasks.controls import check_control
 from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
 
 TOPS = (5, 2)
@@ -176,7 +174,7 @@ class Multilabel:
             UsageError: An empty split or label, or a metric or control that does not exist.
             BenchError: A loss is not finite, or a worker was killed.
         """
-        check_control(inputs.control)
+        probing = inputs.probing
         targets = self._report(inputs)
         levels = chance_levels(targets, _categories(inputs), targets.shape[1])
         check_main_metric(inputs.spec, levels)
@@ -186,21 +184,12 @@ class Multilabel:
             for name, role in inputs.roles.items()
         }
         task = FitTask(
-            spec=inputs.spec.probe,
-            outputs=targets.shape[1],
+            **probing,
             **splits,
+            outputs=targets.shape[1],
             objective=Objective(binary_cross_entropy, partial(all_within, k=int(stop.removeprefix("top")))),
-            permute_targets=inputs.control == "permute-labels",
-            positions=inputs.control != "bag-of-tokens",
         )
-        results = fit_seeds(
-            task,
-            inputs.seeds,
-            device=inputs.device,
-            pool=inputs.pool,
-            workers=inputs.workers,
-            progress=inputs.progress,
-        )
+        results = inputs.fit(task)
         scores = [score_outputs(r.outputs, targets) for r in results if r.outputs is not None]
         assert len(scores) == len(inputs.seeds)
         metrics = {

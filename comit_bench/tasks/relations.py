@@ -24,11 +24,9 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import Split
-from comit_bench.probing.pool import fit_seeds
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.tasks.base import Inputs, Role, check_main_metric, fit_details
 from comit_bench.tasks.contrast import ContrastTask, ranked
-from comit_bench.tasks.controls import check_control
 from comit_bench.tasks.negatives import Lists, Words, role_table, stored_lists
 from comit_bench.tasks.result import TaskResult, over_seeds
 from comit_bench.tasks.text import find_text_encoder
@@ -164,7 +162,7 @@ class Relations:
             UsageError: A split without relations, or a metric or control that does not exist.
             BenchError: A loss is not finite, or a worker was killed.
         """
-        check_control(inputs.control)
+        probing = inputs.probing
         inputs.check()
         lists = {name: self._lists(inputs, name) for name in ("early_stop", "report")}
         check_main_metric(inputs.spec, chance_levels(lists["report"]))
@@ -173,7 +171,7 @@ class Relations:
         texts = standardised(encoder.features([*data.classes, *data.predicates], inputs.cache))
         messages: dict[str, Any] = {name: _messages(role) for name, role in inputs.roles.items()}
         task = ContrastTask(
-            spec=inputs.spec.probe,
+            **probing,
             negatives=inputs.spec.negatives.train,
             words=vocabulary(inputs),
             **messages,
@@ -183,17 +181,8 @@ class Relations:
             report_lists=lists["report"],
             objects=texts[: len(data.classes)],
             predicates=texts[len(data.classes) :],
-            permute_targets=inputs.control == "permute-labels",
-            positions=inputs.control != "bag-of-tokens",
         )
-        results = fit_seeds(
-            task,
-            inputs.seeds,
-            device=inputs.device,
-            pool=inputs.pool,
-            workers=inputs.workers,
-            progress=inputs.progress,
-        )
+        results = inputs.fit(task)
         outputs = [result.outputs for result in results if result.outputs is not None]
         found = self._result(inputs, outputs, lists["report"])
         return TaskResult(metrics=found.metrics, extra=fit_details(results, "top1"), details=found.details)

@@ -153,9 +153,8 @@ def find_text_encoder(spec: TextSpec, *, offline: bool) -> TextEncoder:
         MissingError: Not here and not to be had; says how to get it.
         UsageError: Neither a directory nor a hub id.
     """
-    pooling = {"pooling": spec.pooling}
     if spec.encoder == RANDOM:
-        identity = {"name": RANDOM, "seed": spec.seed, "words": "whole", "size": dict(RANDOM_T5), **pooling}
+        identity = {"name": RANDOM, "seed": spec.seed, "words": "whole", "size": dict(RANDOM_T5)}
         return TextEncoder(spec, None, identity)
     directory = user_path(spec.encoder, "text.encoder")
     if spec.encoder.startswith((".", "/", "~")) or directory.is_dir():
@@ -165,12 +164,12 @@ def find_text_encoder(spec: TextSpec, *, offline: bool) -> TextEncoder:
                 f"text encoder {spec.encoder}: {', '.join(missing)} not there. Point text.encoder of the "
                 f"recipe to a directory with {', '.join(FILES)}, or to a hub id."
             )
-        return TextEncoder(spec, directory, {"name": directory.name, **_files_identity(directory), **pooling})
+        return TextEncoder(spec, directory, {"name": directory.name, **_files_identity(directory)})
     from comit_bench.tokenizers.hub import fetch
 
     hint = "or put a local directory into text.encoder of the recipe"
     folder = fetch(spec.encoder, FILES, offline=offline, hint=hint)
-    return TextEncoder(spec, folder, {"name": spec.encoder, **_files_identity(folder), **pooling})
+    return TextEncoder(spec, folder, {"name": spec.encoder, **_files_identity(folder)})
 
 
 def _files_identity(folder: Path) -> dict[str, str]:

@@ -10,10 +10,9 @@ import torch
 from common import Day
 
 IMAGES, STOP, CLASSES, LENGTH, DIM = 126_689, 6_334, 100, 256, 6  # a twentieth is held out for early stopping
-SHARE = {"bfloat16": 1.0, "float32": 0.125}  # of the images in the timed epoch
 
 
-def fit(day: Day, count: int, *, half: bool) -> dict[str, Any]:
+def fit(day: Day, count: int) -> dict[str, Any]:
     """One epoch of the paper recipe's probe."""
     from comit_bench.probing.fit import FitTask, MessageSource, Split
     from comit_bench.recipes.specs import ProbeSpec, find_tasks
@@ -30,7 +29,6 @@ def fit(day: Day, count: int, *, half: bool) -> dict[str, Any]:
         outputs=CLASSES,
         train=Split(MessageSource(codes=codes[:count]), targets[:count]),
         early_stop=Split(MessageSource(codes=codes[count:]), targets[count:]),
-        bf16=half,
     )
     if day.on_gpu:
         torch.cuda.reset_peak_memory_stats(day.device)
@@ -49,11 +47,6 @@ def fit(day: Day, count: int, *, half: bool) -> dict[str, Any]:
 
 
 def run(day: Day) -> None:
-    """bfloat16 with all images, float32 with an eighth of them; a first small fit warms the device up."""
-    day.attempt({"dtype": "warm-up", "images": 64}, partial(fit, day, 64, half=day.on_gpu))
-    for name, share in SHARE.items():
-        count = 64 if day.tiny else int(IMAGES * share)
-        if name == "bfloat16" and not day.on_gpu:
-            continue
-        half = name == "bfloat16"
-        day.attempt({"dtype": name, "images": count}, partial(fit, day, count, half=half))
+    """All images; a first small fit warms the device up."""
+    for name, count in (("warm-up", 64), ("float32", 64 if day.tiny else IMAGES)):
+        day.attempt({"dtype": name, "images": count}, partial(fit, day, count))

@@ -1,4 +1,4 @@
-"""Probes on CUDA: codes, targets, dropout masks and texts on one device, and no waiting per batch."""
+"""Probes on CUDA: codes, targets and texts on one device, and no waiting per batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from cuda_device import Cuda
 
 from comit_bench import evaluate
-from comit_bench.probing.fit import FitTask, MessageSource, Split, predict
+from comit_bench.probing.fit import FitTask, MessageSource, Split
 from comit_bench.recipes.specs import ProbeSpec
 
 SPEC = ProbeSpec(
@@ -31,15 +31,12 @@ def task(count: int, **changes: object) -> FitTask:
     return FitTask(spec=spec, outputs=4, **parts, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_probe_is_fitted(cuda: Cuda, bf16: bool) -> None:
-    job = task(120, bf16=bf16, dropout=0.1, permute_targets=False)
+def test_a_probe_is_fitted(cuda: Cuda) -> None:
+    job = task(120)
     done = job.fit(0, device=cuda.device)
     assert done.outputs is not None and done.outputs.device.type == "cpu"
     assert all(math.isfinite(entry.train_loss) for entry in done.history)
     assert {value.device.type for value in done.state.values()} == {"cpu"}
-    again = predict(job, done.state, job.report, device=cuda.device)  # type: ignore[arg-type]
-    assert torch.allclose(again, done.outputs, atol=1e-2 if bf16 else 1e-4)
     if cuda.real:  # a pretended device has no gradients
         right = done.outputs.argmax(1) == job.report.targets  # type: ignore[union-attr]
         assert float(right.float().mean()) > 0.9
@@ -47,7 +44,7 @@ def test_a_probe_is_fitted(cuda: Cuda, bf16: bool) -> None:
 
 @pytest.mark.parametrize("cuda", [pytest.param("real", marks=pytest.mark.gpu)], indirect=True)
 def test_a_fit_is_that_of_the_cpu(cuda: Cuda) -> None:
-    """Order, initial weights and early stopping are keyed; only rounding differs (and dropout would).
+    """Order, initial weights and early stopping are keyed; only rounding differs.
 
     A pretended device has no gradients.
     """

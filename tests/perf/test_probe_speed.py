@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from comit_bench.probing.fit import FitTask, MessageSource, Split, build_probe, fit_probe, one_thread
+from comit_bench.probing.fit import FitTask, MessageSource, Split, build_probe, one_thread
 from comit_bench.recipes.specs import TaskSpec, parse_recipe
 
 pytest.importorskip("pytest_benchmark")
@@ -26,7 +26,7 @@ def data(count: int, code_dim: int) -> Split:
 def test_one_epoch_of_3600_messages(benchmark, code_dim: int) -> None:  # type: ignore[no-untyped-def]
     spec = parse_recipe(RECIPE, TaskSpec).probe.model_copy(update={"max_epochs": 1})
     task = FitTask(spec=spec, outputs=100, train=data(3600, code_dim), early_stop=data(400, code_dim))
-    result = benchmark.pedantic(fit_probe, args=(task,), kwargs={"seed": 0}, rounds=3, warmup_rounds=1)
+    result = benchmark.pedantic(task.fit, args=(0,), rounds=3, warmup_rounds=1)
     assert len(result.history) == 1
 
 

@@ -50,7 +50,7 @@ PROGRAM = textwrap.dedent(
         return every(images, groups)[: int(sys.argv[1])]
     fit._chunks = some
     started = time.perf_counter()
-    fit._epoch(1)
+    fit.epoch(1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"chunks": seen[0], "before": before / 2**20, "peak": peak / 2**20,
                       "seconds": time.perf_counter() - started}))

@@ -1,4 +1,4 @@
-"""Processes that a test starts as ``torchrun`` would."""
+"""Processes that a test starts as ``torchrun`` would, and those that this process has started."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +37,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def children() -> list[int]:
+    """Processes of this one that it has not waited for."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if int(place.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(place.parent.name))
+    return found

@@ -1,22 +1,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from comit_bench.data.split import OpenData
+from comit_bench.data.split import Split as DataSplit
 from comit_bench.errors import UsageError
-from comit_bench.probing.fit import MessageSource, Split
+from comit_bench.probing.fit import MessageSource
 from comit_bench.recipes.kinds import AttributesSpec
 from comit_bench.recipes.specs import ProbeSpec, TaskSpec, find_tasks, parse_recipe
+from comit_bench.tasks.base import Inputs, Role
 from comit_bench.tasks.classification import (
+    EXECUTOR,
     chance_levels,
     class_parts,
     majority_metrics,
-    run_classification,
     score_outputs,
 )
 from comit_bench.tasks.result import over_seeds
@@ -34,18 +39,27 @@ def recipe(**changes: Any) -> TaskSpec:
     return TaskSpec(**(settings | {"dataset": "d", "probe": probe, "attributes": PARTS} | changes))
 
 
-def split(count: int, seed: int) -> Split:
+def role(count: int, seed: int, name: str) -> Role:
     """Codes show colour and digit plainly, in noise."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(12, (count,), generator=generator)
     codes = 0.2 * torch.randn(count, 3, 4, generator=generator)
     codes[:, 0, :3] += torch.nn.functional.one_hot(labels // 4, 3)
     codes[:, 1] += torch.nn.functional.one_hot(labels % 4, 4)
-    return Split(MessageSource(codes=codes), labels)
+    split = DataSplit(
+        name, tuple(f"{name}/{i:05d}" for i in range(count)), [Path("x")] * count, labels.numpy()
+    )
+    rows = np.arange(count)
+    return Role(split, rows, rows, MessageSource(codes=codes))
 
 
-def splits() -> dict[str, Split]:
-    return {"train": split(700, 0), "early_stop": split(100, 1), "report": split(400, 2)}
+def inputs(names: list[str] = NAMES, **changes: Any) -> Inputs:
+    sizes = {"train": 700, "early_stop": 100, "report": 400}
+    roles = {name: role(count, seed, name) for seed, (name, count) in enumerate(sizes.items())}
+    splits = {name: role.split for name, role in roles.items()}
+    data = OpenData("d", 1, tuple(names), splits, "sha256:0", {}, Path("x"))
+    given: dict[str, Any] = dict(spec=recipe(), data=data, roles=roles, seeds=[0], cache=Path("x"), workers=1)
+    return Inputs(**(given | changes))
 
 
 def logits(guesses: list[int], classes: int) -> Tensor:
@@ -53,7 +67,7 @@ def logits(guesses: list[int], classes: int) -> Tensor:
 
 
 def test_learnable_labels_are_learnt_and_permuted_ones_land_at_chance() -> None:
-    plain = run_classification(recipe(), NAMES, **splits(), seeds=[0, 1], workers=1)
+    plain = EXECUTOR.run(inputs(seeds=[0, 1]))
     assert list(plain.metrics) == ["top1", "top5", "colour", "digit"]
     for metric in plain.metrics.values():
         assert metric.value > 95 and metric.n == 400 and len(metric.per_seed) == 2
@@ -63,9 +77,7 @@ def test_learnable_labels_are_learnt_and_permuted_ones_land_at_chance() -> None:
         b <= e <= 12 for b, e in zip(plain.extra["best_epoch"], plain.extra["epochs_run"], strict=True)
     )
 
-    control = run_classification(
-        recipe(), NAMES, **splits(), seeds=[0, 1, 2, 3, 4], control="permute-labels", workers=1
-    )
+    control = EXECUTOR.run(inputs(seeds=[0, 1, 2, 3, 4], control="permute-labels"))
     for name, metric in control.metrics.items():
         assert metric.chance is not None
         assert abs(metric.value - metric.chance) < 3 * metric.stderr, name
@@ -123,16 +135,17 @@ def test_mean_deviation_and_standard_error_over_seeds() -> None:
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(UsageError, match=r"class 'red' has 1 parts between '_'.*colour, digit"):
-        run_classification(recipe(), ["red", *NAMES[1:]], **splits(), seeds=[0])
+        EXECUTOR.run(inputs(["red", *NAMES[1:]]))
     with pytest.raises(UsageError, match=r"main_metric 'top2' is not measured.*top1"):
-        run_classification(recipe(main_metric="top2"), NAMES, **splits(), seeds=[0])
-    with pytest.raises(ValueError, match=r"report labels must lie in 0..10, found 0..11"):
-        run_classification(recipe(), NAMES[:11], **splits(), seeds=[0])
-    empty = Split(split(4, 0).messages, torch.zeros(4).long(), torch.zeros(0).long())
+        EXECUTOR.run(inputs(spec=recipe(main_metric="top2")))
+    with pytest.raises(ValueError, match=r"labels must lie in 0..10, found 0..11"):
+        EXECUTOR.run(inputs(NAMES[:11]))
+    roles = inputs().roles
+    empty = replace(roles["early_stop"], rows=np.arange(0))
     with pytest.raises(UsageError, match="early-stop set is empty"):
-        run_classification(recipe(), NAMES, **(splits() | {"early_stop": empty}), seeds=[0])
+        EXECUTOR.run(inputs(roles={**roles, "early_stop": empty}))
     with pytest.raises(UsageError, match=r"unknown control 'permute'.*permute-labels"):
-        run_classification(recipe(), NAMES, **splits(), seeds=[0], control="permute")  # type: ignore[arg-type]
+        EXECUTOR.run(inputs(control="permute"))
 
 
 @pytest.mark.parametrize("name", ["recognition-scenes", "imagenet100"])

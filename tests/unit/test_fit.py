@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, children
 from torch import Tensor
 
 from comit_bench.errors import BenchError, UsageError
@@ -26,10 +25,8 @@ from comit_bench.probing.fit import (
     MessageSource,
     Objective,
     Split,
-    fit_probe,
     one_thread,
     permuted,
-    predict,
 )
 from comit_bench.probing.pool import ProbePool, fit_seeds
 from comit_bench.recipes.specs import ProbeSpec
@@ -69,36 +66,36 @@ def pool() -> Iterator[ProbePool]:
     with ProbePool(2) as running:
         running.start()
         yield running
-    assert not multiprocessing.active_children()
+    assert not children()
 
 
 def test_learns_what_can_be_learnt() -> None:
     long = with_spec(max_epochs=15, patience=15, learning_rate=1e-2)
-    result = fit_probe(task(spec=long, train=split(600, 0)), seed=0)
+    result = task(spec=long, train=split(600, 0)).fit(0)
     assert result.outputs is not None
     assert (result.outputs.argmax(1) == split(60, 2).targets).float().mean() > 0.95
     assert result.history[-1].train_loss < result.history[0].train_loss / 3
 
 
 def test_same_seed_same_bits_whatever_the_global_state_and_threads() -> None:
-    first = fit_probe(task(), seed=3)
+    first = task().fit(3)
     torch.manual_seed(99)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        second = fit_probe(task(), seed=3)
+        second = task().fit(3)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
     same(first, second)
     assert torch.equal(state, torch.get_rng_state())
-    assert fit_probe(task(), seed=4).history != first.history
+    assert task().fit(4).history != first.history
 
 
 def test_ids_looked_up_per_batch_give_the_same_bits_as_codes_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = fit_probe(task(), seed=0)
+    held = task().fit(0)
     shared = split(150, 0)
     rows = torch.arange(150)
     padded = Split(
@@ -106,7 +103,7 @@ def test_ids_looked_up_per_batch_give_the_same_bits_as_codes_in_memory(
         torch.cat([torch.zeros(9, dtype=torch.long), shared.targets]),
         rows + 9,
     )
-    same(held, fit_probe(task(train=padded), seed=0))
+    same(held, task(train=padded).fit(0))
     largest = 0
 
     def watched(ids: Tensor) -> Tensor:
@@ -116,7 +113,7 @@ def test_ids_looked_up_per_batch_give_the_same_bits_as_codes_in_memory(
 
     monkeypatch.setattr(Split, "in_memory", lambda self, limit=0: None)
     streamed = Split(MessageSource(ids=shared.messages.ids, lookup=watched), shared.targets)
-    same(held, fit_probe(task(train=streamed), seed=0))
+    same(held, task(train=streamed).fit(0))
     assert 0 < largest <= SPEC.batch_size
 
 
@@ -141,7 +138,7 @@ def test_every_row_counts_once_per_epoch_in_an_order_of_its_own() -> None:
 
     score = Objective(record, lambda outputs, targets: torch.zeros(len(targets)))
     numbered = Split(split(70, 0).messages, torch.arange(70))
-    fit_probe(task(train=numbered, objective=score, spec=with_spec(max_epochs=2)), seed=0)
+    task(train=numbered, objective=score, spec=with_spec(max_epochs=2)).fit(0)
     assert [len(t) for t in seen] == [32, 32, 6, 32, 32, 6]
     first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
     assert torch.equal(first.sort().values, torch.arange(70)) and torch.equal(
@@ -155,25 +152,28 @@ def test_stops_after_patience_and_returns_the_best_epoch(monkeypatch: pytest.Mon
     losses = iter([1.0, 0.9, 0.9, 0.1, 0.1])
     states: list[Tensor] = []
 
-    def judge(self: fit_module._Fit, epoch: int) -> tuple[float, float]:
+    def judge(self: fit_module.Fit) -> tuple[Tensor, Tensor]:
         states.append(self.probe.head.weight.detach().clone())
-        return next(losses), next(scores)
+        return torch.tensor([next(losses)]), torch.tensor([next(scores)])
 
-    monkeypatch.setattr(fit_module._Fit, "_stop_set", judge)
+    monkeypatch.setattr(fit_module._LabelFit, "stop_set", judge)
     events: list[FitProgress] = []
-    result = fit_probe(task(spec=with_spec(max_epochs=50, patience=3)), seed=0, progress=events.append)
+    result = task(spec=with_spec(max_epochs=50, patience=3)).fit(0, progress=events.append)
     assert result.best_epoch == 2 and len(result.history) == 5
     assert torch.equal(result.state["head.weight"], states[1])
     assert result.outputs is not None
-    assert torch.equal(predict(task(), result.state, split(60, 2)), result.outputs)
+    again = task().begin(0, torch.device("cpu"))
+    again.probe.load_state_dict(result.state)
+    with one_thread():
+        assert torch.equal(again.answers(), result.outputs)  # type: ignore[arg-type]
     assert [e.finished for e in events] == [False] * 4 + [True]
     assert [e.log.epoch for e in events] == [1, 2, 3, 4, 5] and events[0].max_epochs == 50
 
 
 def test_equal_scores_are_decided_by_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([(1.0, 0.5), (0.8, 0.5), (0.9, 0.5)])
-    monkeypatch.setattr(fit_module._Fit, "_stop_set", lambda self, epoch: next(answers))
-    assert fit_probe(task(), seed=0).best_epoch == 2
+    monkeypatch.setattr(fit_module._LabelFit, "stop_set", lambda self: torch.tensor(next(answers))[:, None])
+    assert task().fit(0).best_epoch == 2
 
 
 def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
@@ -183,11 +183,11 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
     with pytest.raises(
         BenchError, match=r"not finite in epoch 1, step \d of 5 \(seed 0, learning rate 0.003\)"
     ):
-        fit_probe(task(train=Split(MessageSource(codes=codes), bad.targets)), seed=0)
+        task(train=Split(MessageSource(codes=codes), bad.targets)).fit(0)
     stop = split(40, 1).messages.take(torch.arange(40)).clone()
     stop[11] = float("inf")
     with pytest.raises(BenchError, match="epoch 1, early-stop message 12 of 40"):
-        fit_probe(task(early_stop=Split(MessageSource(codes=stop), torch.zeros(40).long())), seed=0)
+        task(early_stop=Split(MessageSource(codes=stop), torch.zeros(40).long())).fit(0)
 
 
 def test_vectors_as_targets() -> None:
@@ -202,15 +202,12 @@ def test_vectors_as_targets() -> None:
     def hot(part: Split) -> Split:
         return Split(part.messages, torch.nn.functional.one_hot(part.targets, 4).float())
 
-    result = fit_probe(
-        task(
-            train=hot(split(600, 0)),
-            early_stop=hot(split(40, 1)),
-            objective=Objective(multilabel, exact),
-            spec=with_spec(max_epochs=15, patience=15, learning_rate=1e-2),
-        ),
-        seed=0,
-    )
+    result = task(
+        train=hot(split(600, 0)),
+        early_stop=hot(split(40, 1)),
+        objective=Objective(multilabel, exact),
+        spec=with_spec(max_epochs=15, patience=15, learning_rate=1e-2),
+    ).fit(0)
     assert result.history[result.best_epoch - 1].stop_score > 0.9
 
 
@@ -226,14 +223,14 @@ def test_the_control_shuffles_what_the_fit_sees() -> None:
     long = with_spec(max_epochs=15, patience=15, learning_rate=1e-2)
     base = task(spec=long, train=split(600, 0), permute_targets=True)
     before = base.train.targets.clone()
-    result = fit_probe(base, seed=0)
+    result = base.fit(0)
     assert result.outputs is not None and torch.equal(base.train.targets, before)
     assert (result.outputs.argmax(1) == split(60, 2).targets).float().mean() < 0.5
 
 
 def test_mistakes_in_the_data_are_named() -> None:
     with pytest.raises(UsageError, match="early-stop set of the probe is empty"):
-        fit_probe(task(early_stop=Split(split(40, 1).messages, torch.zeros(40), torch.zeros(0))), seed=0)
+        task(early_stop=Split(split(40, 1).messages, torch.zeros(40), torch.zeros(0))).fit(0)
     with pytest.raises(ValueError, match="either codes"):
         MessageSource(ids=torch.zeros(3, 2))
     with pytest.raises(ValueError, match="3 messages but 2 targets"):
@@ -266,18 +263,18 @@ def test_the_pool_survives_a_refused_fit_and_a_killed_worker(pool: ProbePool) ->
     broken = Split(MessageSource(codes=torch.full((40, 4, 3), float("nan"))), torch.zeros(40).long())
     with pytest.raises(BenchError, match="not finite in epoch 1"):
         fit_seeds(task(train=broken), [0, 1], pool=pool)
-    assert not multiprocessing.active_children()
+    assert not children()
     victims: list[int] = []
 
     def kill_once(event: FitProgress) -> None:
         if not victims:
-            victims.extend(process.pid or 0 for process in multiprocessing.active_children())
+            victims.extend(children())
             for victim in victims:
                 os.kill(victim, signal.SIGKILL)
 
     with pytest.raises(BenchError, match=r"ended before its fit was done \(exit code -9"):
         fit_seeds(task(spec=with_spec(max_epochs=5000, patience=5000)), [0, 1], pool=pool, progress=kill_once)
-    assert len(victims) == 2 and not multiprocessing.active_children()
+    assert len(victims) == 2 and not children()
 
 
 def test_large_sets_stay_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +288,8 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
     script.write_text(
         textwrap.dedent(
             """
-            import multiprocessing, sys, torch
+            import torch
+            from processes import children
             from comit_bench.recipes.specs import ProbeSpec
             from comit_bench.probing.fit import FitTask, MessageSource, Split
             from comit_bench.probing.pool import ProbePool, fit_seeds
@@ -299,13 +297,13 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
             spec = ProbeSpec(width=16, depth=1, heads=2, max_epochs=10**6, patience=10**6)
             def tell(event):
                 if event.log.epoch == 1:
-                    print("pids", *[p.pid for p in multiprocessing.active_children()], flush=True)
+                    print("pids", *children(), flush=True)
             try:
                 with ProbePool(2) as pool:
                     task = FitTask(spec=spec, outputs=4, train=data, early_stop=data)
                     fit_seeds(task, [0, 1], pool=pool, progress=tell)
             except KeyboardInterrupt:
-                print("stopped", len(multiprocessing.active_children()), flush=True)
+                print("stopped", len(children()), flush=True)
             """
         )
     )
@@ -315,7 +313,7 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a process group of its own, as a terminal gives
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"},
     ) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -334,15 +332,71 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_ctrl_c_while_a_worker_starts_waits_until_it_has_started() -> None:
-    from comit_bench.probing.pool import _apart
+def test_ctrl_c_while_workers_start_leaves_one_message_and_no_children(tmp_path: Path) -> None:
+    script = tmp_path / "starting.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, time
+            from processes import children
+            from comit_bench.probing.pool import ProbePool
+            print("ready", flush=True)
+            try:
+                while True:
+                    with ProbePool(2) as pool:
+                        pool.start()
+            except KeyboardInterrupt:
+                pool.close()
+                end = time.monotonic() + 30
+                while children() and time.monotonic() < end:  # one that had just begun leaves by itself
+                    os.waitpid(-1, os.WNOHANG)
+                    time.sleep(0.05)
+                print("stopped", len(children()), flush=True)
+            """
+        )
+    )
+    for delay in (0.0, 0.03, 0.1):
+        with subprocess.Popen(
+            [sys.executable, str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"},
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGINT)
+            output, errors = process.communicate(timeout=60)
+        assert output == "stopped 0\n" and errors == "", (output, errors)
 
-    steps = []
-    with pytest.raises(KeyboardInterrupt):
-        with _apart():
-            # as a kernel does that hands the signal to another thread than the one that blocks it
-            threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-            time.sleep(0.2)
-            steps.append("started")
-        steps.append("never")
-    assert steps == ["started"]
+
+def test_workers_leave_when_their_owner_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import time
+            from processes import children
+            from comit_bench.probing.pool import ProbePool
+            with ProbePool(2) as pool:
+                pool.start()
+                print(*children(), flush=True)
+                time.sleep(60)
+            """
+        )
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"},
+    ) as process:
+        assert process.stdout is not None
+        workers = [Path(f"/proc/{pid}") for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(place.exists() for place in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(place.exists() for place in workers)

@@ -41,7 +41,7 @@ HEAVY = {
     "safetensors", "scipy", "sklearn", "timm", "torch", "torchvision", "transformers",
 }  # fmt: skip
 # Messages through a pipe to processes that the module itself starts; no file is ever read that way.
-PICKLES = {"comit_bench/probing/pool.py"}
+PICKLES = {"comit_bench/probing/pool.py", "comit_bench/probing/worker.py"}
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 

@@ -103,19 +103,6 @@ def test_shape_mistakes_are_named() -> None:
         make(heads=3)
 
 
-def test_dropout_acts_in_training_only_and_needs_its_generator() -> None:
-    probe = make(dropout=0.5)
-    quiet = probe.eval()(codes())
-    assert torch.equal(quiet, probe(codes()))
-    probe.train()
-    with pytest.raises(ValueError, match="generator"):
-        probe(codes())
-    first = probe(codes(), generator=torch.Generator().manual_seed(1))
-    again = probe(codes(), generator=torch.Generator().manual_seed(1))
-    other = probe(codes(), generator=torch.Generator().manual_seed(2))
-    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, quiet)
-
-
 def test_state_dict_keys_are_a_contract() -> None:
     block = ["norm1", "qkv", "proj", "norm2", "fc1", "fc2"]
     expected = {"cls", "position_embed", "type_embed"}

@@ -211,7 +211,7 @@ def test_gradients_of_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
             replace(task, spec=task.spec.model_copy(update={"batch_size": 64})), 0, torch.device("cpu")
         )
         monkeypatch.setattr(fit.optimizer, "step", lambda: None)
-        fit._epoch(1)
+        fit.epoch(1)
         found.append([p.grad.clone() for p in fit.probe.parameters() if p.grad is not None])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
