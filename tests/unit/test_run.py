@@ -228,10 +228,11 @@ def test_records_say_where_both_recipes_came_from(bench: Bench) -> None:
     assert task.origin == task.dataset.origin == str(bench.root / "recipes")
 
 
-def test_a_recipe_may_be_a_control(bench: Bench, command: Command) -> None:
+def test_a_control_is_asked_for_by_the_command_not_by_a_recipe(bench: Bench, command: Command) -> None:
     path = bench.root / "recipes" / "probes" / "tiny-colours" / "task.yaml"
     path.write_text(path.read_text() + "control: permute-labels\n")
-    assert bench.evaluate("pixel-oracle", references=False)["pixel-oracle"].control == "permute-labels"
+    with pytest.raises(UsageError, match="control: unknown key"):
+        bench.evaluate("pixel-oracle", references=False)
 
 
 @pytest.mark.parametrize(
