@@ -1,13 +1,18 @@
-"""Pieces that the diffusion transformers share: positions of a grid, patches, modulation by the time.
+"""Pieces that the diffusion transformers share: positions, patches, the time and its modulation, the MLP.
 
 Shape legend: ``B`` batch, ``D`` width, ``X`` image tokens, ``T`` = 1 or B times.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+FEATURES = 256
 
 
 def sincos_grid(side: int, width: int) -> Tensor:
@@ -45,3 +50,42 @@ class Modulation(nn.Sequential):
         """[T, D] -> [parts, T, 1, D]."""
         out: Tensor = self[1](self[0](time_vector))
         return rearrange(out, "t (p d) -> p t 1 d", p=self.parts)
+
+
+class ScalarEmbed(nn.Module):
+    """256 features of ``scale`` times a scalar, cosines first, then a two-layer MLP.
+
+    Scalars reach thousands, where the last bit of a frequency shows: everything up to the features is
+    float32, in this order.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.mlp = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        half = FEATURES // 2
+        steps = torch.arange(half, dtype=torch.float32, device="cpu")  # real even on the meta device
+        frequencies = torch.exp(-math.log(10000.0) * steps / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        """[T] -> [T, D]."""
+        angle = self.scale * scalars.float()[:, None] * self.frequencies
+        embedded: Tensor = self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        return embedded
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out

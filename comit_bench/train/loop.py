@@ -137,9 +137,7 @@ class Trainer:
         self.raw = make_module(config, self.teacher)
         self.raw.to(self.device)
         self.model = self.raw.model
-        self.model.predictor.runner = block_runner(
-            compile=config.compile, recompute=config.activation_checkpointing
-        )
+        self.raw.runner = block_runner(compile=config.compile, recompute=config.activation_checkpointing)
         if config.compile:
             compile_frozen(self.model, self.teacher)
         self.sharded = config.sharding == "fsdp2" and self.work.ranks > 1

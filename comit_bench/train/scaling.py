@@ -20,19 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from comit_bench.nn.teachers import DinoTeacher, ScenesTeacher
 from comit_bench.nn.vae import SDVae
-from comit_bench.tokenizers.comit.blocks import Block, BlockRunner, BlockState, Rows
-from comit_bench.tokenizers.comit.model import Comit
+from comit_bench.tokenizers.comit.fast import BlockRunner, BlockState, run_block
+from comit_bench.tokenizers.comit.model import Block, Comit
 
 # Kinds of calls: whole image, local crop, decoding; first, middle, last block; with gradient and without.
 VARIANTS = 64
-
-
-def run_block(
-    block: Block, u: Tensor, state: BlockState, rows: Rows, read: slice, bias: Tensor | None
-) -> Tensor:
-    """Call a block without a probe."""
-    out: Tensor = block(u, state, rows, read, bias, None)
-    return out
 
 
 def compiled(backend: str = "inductor") -> BlockRunner:
@@ -47,12 +39,12 @@ def compiled(backend: str = "inductor") -> BlockRunner:
     call: Callable[..., Tensor] = torch.compile(run_block, dynamic=False, backend=backend)
 
     def run(
-        block: Block, u: Tensor, state: BlockState, rows: Rows, read: slice, bias: Tensor | None
+        block: Block, u: Tensor, state: BlockState, image: int, read: slice, bias: Tensor | None
     ) -> Tensor:
         for tensor, axis in ((u, 0), (state.image, 1), (state.message, 1)):
             if tensor.shape[axis] > 1:
                 dynamo.maybe_mark_dynamic(tensor, axis)
-        return call(block, u, state, rows, read, bias)
+        return call(block, u, state, image, read, bias)
 
     return run
 
@@ -61,12 +53,12 @@ def recomputed(run: BlockRunner) -> BlockRunner:
     """Keep only the input of a block; the rest is computed again in the backward pass."""
 
     def again(
-        block: Block, u: Tensor, state: BlockState, rows: Rows, read: slice, bias: Tensor | None
+        block: Block, u: Tensor, state: BlockState, image: int, read: slice, bias: Tensor | None
     ) -> Tensor:
         if not torch.is_grad_enabled():
-            return run(block, u, state, rows, read, bias)
+            return run(block, u, state, image, read, bias)
         out: Tensor = checkpoint(
-            run, block, u, state, rows, read, bias, use_reentrant=False, preserve_rng_state=False
+            run, block, u, state, image, read, bias, use_reentrant=False, preserve_rng_state=False
         )
         return out
 

@@ -7,16 +7,15 @@ times are keyed by the image's id, so two checkpoints are compared on the same d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from comit_bench.nn.flow import Guidance
-from comit_bench.nn.vae import LatentCodec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.codec import decode, encode, one_step_decode
 from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.data import MemoryImages
@@ -68,23 +67,22 @@ def _draws(config: TrainConfig, model: Comit, ids: tuple[str, ...]) -> tuple[Ten
 
 
 def _measure(model: Comit, config: TrainConfig, images: Tensor, ids: tuple[str, ...]) -> _Seen:
-    codec = cast(LatentCodec, model.vae)
+    codec, network = model.codec, FastPredictor(model.predictor)
     times, noise = (part.to(images.device) for part in _draws(config, model, ids))
-    message = encode(model, images, CropPolicy(global_crop=True, num_crops=1))
+    message = encode(model, images, CropPolicy(global_crop=True, num_crops=1), network=network)
     latents = codec.encode(images)
     t = times[:, None, None, None]
-    condition = model.predictor.condition(message.codes, message.offset)
-    state = model.predictor.time_state(times)
-    velocity = model.predictor((1 - t) * noise + t * latents, condition, state, read="velocity").velocity
-    flow = (cast(Tensor, velocity) - (latents - noise)).square().flatten(1).mean(dim=1)
-    one = codec.decode(one_step_decode(model, message.codes, message.offset, noise))
-    other = codec.decode(one_step_decode(model, message.codes.roll(1, 0), message.offset, noise))
+    condition = network.condition(message.codes, message.offset)
+    velocity = network.velocity((1 - t) * noise + t * latents, condition, network.time_state(times))
+    flow = (velocity - (latents - noise)).square().flatten(1).mean(dim=1)
+    one = codec.decode(one_step_decode(model, message.codes, message.offset, noise, network=network))
+    mixed = one_step_decode(model, message.codes.roll(1, 0), message.offset, noise, network=network)
+    other = codec.decode(mixed)
     settings = config.validation
     guidance = Guidance(weight=settings.guidance)
-    sampled = decode(
-        model, message.codes, message.offset, noise, steps=settings.steps, guidance=guidance
-    ).latents
-    guided = codec.decode(sampled)
+    given = message.codes, message.offset, noise
+    sampled = decode(model, *given, steps=settings.steps, guidance=guidance, network=network)
+    guided = codec.decode(sampled.latents)
     flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
     quality = psnr(images, one)
     values = torch.stack(

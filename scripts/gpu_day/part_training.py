@@ -55,11 +55,10 @@ def measure(
 
     config = load_config(name, (*OFF, f"global_batch={images}", *extra))
     step = Step(config, day.device, crops=crops, half=day.on_gpu)
-    predictor = step.module.model.predictor
-    runner, predictor.runner = predictor.runner, None  # what is computed again is no work of the network
+    runner, step.module.runner = step.module.runner, None  # what is computed again is no work of the network
     with FlopCounterMode(display=False) as counter:
         step()
-    predictor.runner = runner
+    step.module.runner = runner
     step()
     if day.on_gpu:
         torch.cuda.reset_peak_memory_stats(day.device)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.vae import DctVae, IdentityVae
 from comit_bench.tokenizers.comit.codec import decode
+from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
 
 BATCH = 2
@@ -26,10 +27,13 @@ def gflop(model: Comit, attention: AttentionRequest | None) -> float:
     """GFLOP per image of the second run."""
     codes = torch.empty(BATCH, 256, 6, device="meta")
     offset = torch.zeros(BATCH, 2, device="meta")
-    noise = torch.empty(BATCH, 4, 32, 32, device="meta")
+    noise, network = torch.empty(BATCH, 4, 32, 32, device="meta"), FastPredictor(model.predictor)
 
     def run() -> None:
-        decode(model, codes, offset, noise, attention=attention, receive=lambda *_: None, finish=False)
+        decode(
+            model, codes, offset, noise, attention=attention, receive=lambda *_: None, finish=False,
+            network=network,
+        )  # fmt: skip
 
     with torch.no_grad():
         run()

@@ -26,6 +26,7 @@ from comit_bench.tokenizers.comit.codec import (
     update,
 )
 from comit_bench.tokenizers.comit.crops import parse_policy
+from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
 
 BATCH = 2
@@ -52,13 +53,15 @@ def encode_call(model: Comit, side: int, *, prior: bool) -> float:
     latents = {side: (images, torch.empty(BATCH, 4, side, side, device=META))}
     message = model.prior(BATCH, META)
     message = message[:1, :1] if prior else message
-    return gflop(lambda: update(model, latents, message, torch.zeros(BATCH, 2, device=META)))
+    network = FastPredictor(model.predictor)
+    return gflop(lambda: update(network, latents, message, torch.zeros(BATCH, 2, device=META)))
 
 
 def onestep_call(model: Comit) -> float:
     codes = torch.empty(BATCH, 256, 6, device=META)
     y = torch.empty(BATCH, 4, 32, 32, device=META)
-    return gflop(lambda: one_step_decode(model, codes, torch.zeros(BATCH, 2, device=META), y))
+    offset, network = torch.zeros(BATCH, 2, device=META), FastPredictor(model.predictor)
+    return gflop(lambda: one_step_decode(model, codes, offset, y, network=network))
 
 
 def test_global_encode() -> None:
@@ -73,7 +76,7 @@ def test_global_and_two_adaptive_crops_need_five_calls_of_640_gflop() -> None:
     nano = Comit(PRESETS["comit-nano"], DctVae(4)).requires_grad_(False)
     nano.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
     calls: list[Any] = []
-    nano.predictor.register_forward_hook(lambda *_: calls.append(1))
+    nano.predictor.x_embedder.register_forward_hook(lambda *_: calls.append(1))
     noise = noise_from_tensors(adaptive=torch.randn(3, 2, 12, 8, 8))
     encode(nano, torch.rand(2, 3, 32, 32), parse_policy("global+adaptive:3"), noise=noise)
     assert len(calls) == 5
@@ -86,9 +89,11 @@ def test_decode_evaluation(mask_mode: str, limit: float, weight: float, passes: 
     codes = torch.empty(BATCH, 256, 6, device=META)
     y = torch.empty(BATCH, 4, 32, 32, device=META)
 
+    offset, network = torch.zeros(BATCH, 2, device=META), FastPredictor(model.predictor)
+
     def run() -> Tensor:
         settings = Guidance(weight=weight)
-        return decode(model, codes, torch.zeros(BATCH, 2, device=META), y, steps=4, guidance=settings).latents
+        return decode(model, codes, offset, y, steps=4, guidance=settings, network=network).latents
 
     per_evaluation = gflop(run) / passes / 4
     assert 0.6 * limit < per_evaluation <= limit
@@ -102,4 +107,5 @@ def test_nano_encode_time(benchmark: Any, policy: str) -> None:
     images = torch.rand(8, 3, 32, 32)
     noise = noise_from_tensors(adaptive=torch.randn(3, 8, 12, 8, 8))
     with torch.inference_mode():
-        benchmark(lambda: encode(model, images, parse_policy(policy), noise=noise))
+        network = FastPredictor(model.predictor)
+        benchmark(lambda: encode(model, images, parse_policy(policy), noise=noise, network=network))

@@ -16,6 +16,7 @@ from comit_bench.nn.flow import Guidance
 from comit_bench.nn.vae import IdentityVae
 from comit_bench.tokenizers.comit.adapter import ComitTokenizer
 from comit_bench.tokenizers.comit.codec import decode
+from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.tokenizers.load import load_tokenizer
 
@@ -30,11 +31,10 @@ def guided_gflop(steps: int, weight: float) -> float:
     model = model.to(META).requires_grad_(False)
     codes = torch.empty(BATCH, 256, 6, device=META)
     y = torch.empty(BATCH, 4, 32, 32, device=META)
+    offset, network = torch.zeros(BATCH, 2, device=META), FastPredictor(model.predictor)
 
     def run() -> None:
-        decode(
-            model, codes, torch.zeros(BATCH, 2, device=META), y, steps=steps, guidance=Guidance(weight=weight)
-        )
+        decode(model, codes, offset, y, steps=steps, guidance=Guidance(weight=weight), network=network)
 
     with torch.no_grad():
         run()

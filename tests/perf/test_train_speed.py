@@ -28,11 +28,10 @@ CPU = torch.device("cpu")
 
 
 def measure(benchmark: Any, step: Step, rate: float, rounds: int) -> None:
-    predictor = step.module.model.predictor
-    runner, predictor.runner = predictor.runner, None  # recomputed blocks are no work of the model
+    runner, step.module.runner = step.module.runner, None  # recomputed blocks are no work of the model
     with FlopCounterMode(display=False) as counter:
         step()
-    predictor.runner = runner
+    step.module.runner = runner
     step()
     step.seconds.clear()
     benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from parity import ParityCase, expect
-from torch import Tensor, nn
+from torch import Tensor
 
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.flow import Guidance
-from comit_bench.tokenizers.comit.blocks import AttentionProbe
 from comit_bench.tokenizers.comit.checkpoint import load_directory
 from comit_bench.tokenizers.comit.codec import (
     crop_latents,
@@ -28,6 +27,7 @@ from comit_bench.tokenizers.comit.codec import (
     one_step_decode,
 )
 from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import Comit
 
 FLOAT, SAMPLED = 1e-4, 1e-4  # stricter than the case READMEs, which allow 2e-4 for sampled latents
@@ -185,31 +185,31 @@ class Case(ParityCase):
         return (1 - t) * self.io["dec.noise"] + t * self.io["latents.global"]
 
     def velocity(self) -> list[str]:
-        io, predictor = self.io, self.model.predictor
-        batch = self.images.shape[0]
-        given = predictor.condition(io["dec.msgs"], io["dec.offsets"])
-        prior = predictor.condition(self.model.prior(batch, self.device)[:1, :1], io["dec.offsets"])
-        v, u, m, short = [], [], [], []
+        """Both forms: the plain network and the one that computes only what is read."""
+        io, predictor, network = self.io, self.model.predictor, FastPredictor(self.model.predictor)
+        batch, msgs, offsets = self.images.shape[0], io["dec.msgs"], io["dec.offsets"]
+        empty = self.model.prior(batch, self.device)[:1, :1]
+        given, prior = network.condition(msgs, offsets), network.condition(empty, offsets)
+        found: dict[str, list[Tensor]] = {"cond": [], "plain": [], "bounded_msg": [], "uncond": []}
         for t in io["vel.t"].tolist():
-            state, x = (
-                predictor.state_at(t, self.device),
-                self._at(torch.full((batch,), t, device=self.device)),
-            )
-            full = predictor(x, given, state, read="both")
-            v.append(full.velocity)
-            m.append(self.model.quantizer.relaxed(full.message))
-            u.append(predictor(x, prior, state, read="velocity").velocity)
-            short.append(predictor(x, given, state, read="velocity").velocity)
+            state, times = network.state_at(t, self.device), torch.full((batch,), t, device=self.device)
+            full = predictor(self._at(times), msgs, offsets, times[:1])
+            found["plain"].append(full.velocity)
+            found["bounded_msg"].append(self.model.quantizer.relaxed(full.message))
+            found["uncond"].append(network.velocity(self._at(times), prior, state))
+            found["cond"].append(network.velocity(self._at(times), given, state))
         seen = [
-            expect("vel.cond", torch.stack(v, 1), io["vel.cond"], tolerance=FLOAT),
-            expect("vel.cond", torch.stack(short, 1), io["vel.cond"], tolerance=FLOAT),
-            expect("vel.uncond", torch.stack(u, 1), io["vel.uncond"], tolerance=FLOAT),
-            expect("vel.bounded_msg", torch.stack(m, 1), io["vel.bounded_msg"], tolerance=FLOAT),
+            expect(name, torch.stack(found[part], 1), io[name], tolerance=FLOAT)
+            for part in found
+            for name in [f"vel.{part.replace('plain', 'cond')}"]
         ]
         if "vel.cond_t_batch" in io:
             t = io["vel.t_batch"]
-            out = predictor(self._at(t), given, predictor.time_state(t), read="velocity").velocity
-            seen.append(expect("vel.cond_t_batch", out, io["vel.cond_t_batch"], tolerance=FLOAT))
+            for out in (
+                network.velocity(self._at(t), given, network.time_state(t)),
+                predictor(self._at(t), msgs, offsets, t).velocity,
+            ):
+                seen.append(expect("vel.cond_t_batch", out, io["vel.cond_t_batch"], tolerance=FLOAT))
         return seen
 
     def detokenize(self, name: str, arguments: dict[str, Any]) -> list[str]:
@@ -237,15 +237,19 @@ class Case(ParityCase):
         known = {"layer_zero_based", "t", "row_step", "detok"}
         assert set(arguments) <= known, f"attn: unknown arguments {set(arguments) - known}"
         io, model, step = self.io, self.model, arguments["row_step"]
-        predictor, layer, batch = model.predictor, arguments["layer_zero_based"], self.images.shape[0]
-        given = predictor.condition(io["dec.msgs"], io["dec.offsets"])
-        state = predictor.state_at(arguments["t"], self.device)
-        x = self._at(torch.full((batch,), float(arguments["t"]), device=self.device))
-        probe = AttentionProbe(layer, "all")
-        hard = predictor(x, given, state, read="both", mask_mode="hard", probe=probe)
-        logits = probe.maps[layer]
-        lean = predictor(x, given, state, read="velocity", mask_mode="hard").velocity  # no buffer at all
-        soft = predictor(x, given, state, read="velocity").velocity
+        network, layer, batch = (
+            FastPredictor(model.predictor),
+            arguments["layer_zero_based"],
+            len(self.images),
+        )
+        given = network.condition(io["dec.msgs"], io["dec.offsets"])
+        state = network.state_at(arguments["t"], self.device)
+        times = torch.full((batch,), float(arguments["t"]), device=self.device)
+        x = self._at(times)
+        hard = model.predictor(x, io["dec.msgs"], io["dec.offsets"], times[:1], "hard")
+        logits = hard.logits[layer]
+        lean = network.velocity(x, given, state, mask_mode="hard")  # no buffer at all
+        soft = network.velocity(x, given, state)
         want = io["attn.velocity_hard_mask"]
         relaxed = model.quantizer.relaxed(hard.message)
         seen = [
@@ -298,47 +302,33 @@ class Case(ParityCase):
 
     def internals(self) -> list[str]:
         """Token embeddings and block outputs of one encoding and one decoding call, first image."""
-        io, predictor = self.io, self.model.predictor
+        io = self.io
         crop = crop_latents(self.model, self.images, torch.full((1, self.images.shape[0]), 5))[0]
         x = next(iter(crop.values()))[1][:1]
-        prior = predictor.condition(
-            self.model.prior(1, self.device)[:, :1], torch.tensor([[0.625, -0.625]], device=self.device)
-        )
-        seen = self._internal("dbg.encode", x, prior, torch.ones(1, device=self.device))
+        prior = self.model.prior(1, self.device), torch.tensor([[0.625, -0.625]], device=self.device)
+        seen = self._internal("dbg.encode", x, *prior, torch.ones(1, device=self.device))
         t = io["vel.t"][2:3]
-        given = predictor.condition(io["dec.msgs"][:1], io["dec.offsets"][:1])
-        return seen + self._internal("dbg.decode", self._at(t)[:1], given, t)
+        return seen + self._internal(
+            "dbg.decode", self._at(t)[:1], io["dec.msgs"][:1], io["dec.offsets"][:1], t
+        )
 
-    def _internal(self, prefix: str, x: Tensor, condition: Any, t: Tensor) -> list[str]:
+    def _internal(self, prefix: str, x: Tensor, codes: Tensor, offset: Tensor, t: Tensor) -> list[str]:
         predictor, io = self.model.predictor, self.io
-        image = predictor.image_tokens(x)
         groups = {
-            "offset": condition.offset,
-            "image": image,
-            "message": condition.message,
+            "offset": predictor.offset_token(offset),
+            "image": predictor.image_tokens(x),
+            "message": predictor.message_tokens(codes),
             "buffer": predictor.buffer_tokens(),
         }
+        inputs = {**groups, "temb": predictor.t_embedder(t)}
         seen = [
-            expect(f"{prefix}.in.{k}", v, io[f"{prefix}.in.{k}"], tolerance=FLOAT) for k, v in groups.items()
+            expect(f"{prefix}.in.{k}", v, io[f"{prefix}.in.{k}"], tolerance=FLOAT) for k, v in inputs.items()
         ]
-        seen.append(
-            expect(f"{prefix}.in.temb", predictor.t_embedder(t), io[f"{prefix}.in.temb"], tolerance=FLOAT)
-        )
-        caught: dict[int, Tensor] = {}
-
-        def keep(index: int) -> Callable[[nn.Module, Any, Tensor], None]:
-            return lambda module, inputs, output: caught.__setitem__(index, output)
-
-        hooks = [b.register_forward_hook(keep(i)) for i, b in enumerate(predictor.blocks)]
-        try:
-            predictor(x, condition, predictor.time_state(t), read="both")
-        finally:
-            for hook in hooks:
-                hook.remove()
-        sizes = [1, image.shape[1], self.model.spec.message_length, self.model.spec.message_length]
+        states = predictor(x, codes, offset, t).states
+        sizes = [group.shape[1] for group in groups.values()]
         for name in io:
             match = re.fullmatch(re.escape(prefix) + r"\.block(\d+)\.(\w+)", name)
             if match:
-                part = caught[int(match[1])].split(sizes, dim=1)[list(groups).index(match[2])]
+                part = states[int(match[1])].split(sizes, dim=1)[list(groups).index(match[2])]
                 seen.append(expect(name, part, io[name], tolerance=FLOAT))
         return seen

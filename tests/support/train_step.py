@@ -51,9 +51,7 @@ class Step:
         model = Comit(spec, build_vae("sd" if spec.vae.startswith("sd") else spec.vae, spec.vae_factor))
         model.predictor.init_weights(torch.Generator().manual_seed(0))
         self.module = TrainingModule(model.to(device), config, None).train()
-        model.predictor.runner = block_runner(
-            compile=config.compile, recompute=config.activation_checkpointing
-        )
+        self.module.runner = block_runner(compile=config.compile, recompute=config.activation_checkpointing)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.module, config, device)
         self.ema = Ema(model.predictor, config.optim.ema)

@@ -33,7 +33,7 @@ ARROWS = {
     "pipeline": LOW | {"data", "tokenizers", "metrics", "probing", "results", "tasks", "figures"},
 }
 SHIMS = {"run", "train.__main__"}  # `python -m` of these runs a command
-NETWORKS = {"model", "base_model", "blocks", "codec", "crops"}  # of a family: mathematics only
+NETWORKS = {"model", "base_model", "blocks", "fast", "codec", "crops"}  # of a family: mathematics only
 
 
 def name_of(path: Path) -> str:

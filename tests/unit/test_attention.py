@@ -15,6 +15,7 @@ from comit_bench.nn.flow import Guidance, evaluation_times, integrate
 from comit_bench.nn.vae import IdentityVae
 from comit_bench.tokenizers.base import AttendingTokenizer, Tokens, gather_attention
 from comit_bench.tokenizers.comit.codec import decode
+from comit_bench.tokenizers.comit.fast import AttentionProbe
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.titok.model import PRESETS as TITOK
@@ -42,7 +43,7 @@ def test_one_pass_gives_what_single_requests_give(path: str, softmax: bool) -> N
     model = additive()
     request = AttentionRequest(layers=EVERY, times=TIMES, path=path, softmax=softmax)  # type: ignore[arg-type]
     calls: list[int] = []
-    hook = model.predictor.register_forward_hook(lambda *_: calls.append(1))
+    hook = model.predictor.x_embedder.register_forward_hook(lambda *_: calls.append(1))
     maps = decode(model, *given(model), attention=request, finish=False).attention
     hook.remove()
     assert sorted(maps) == [(a, b) for a in range(3) for b in range(3)]
@@ -185,14 +186,11 @@ def test_the_counter_counts() -> None:
 
 def test_only_message_rows_are_formed() -> None:
     """The largest tensor the probe makes is [B, H, M, X] for logits, [B, H, M, N] with the softmax."""
-    from comit_bench.tokenizers.comit.blocks import AttentionProbe, Rows
-
-    rows = Rows(image=64, message=16, has_buffer=True, read=slice(1, 65))
-    q = torch.empty(BATCH, 2, rows.total, 32, device="meta")
-    for softmax, columns in ((False, 64), (True, rows.total)):
-        probe = AttentionProbe(0, softmax=softmax, receive=lambda *_: None)
+    q = torch.empty(BATCH, 2, 1 + 64 + 16 + 16, 32, device="meta")
+    for softmax, columns in ((False, 64), (True, 97)):
+        probe = AttentionProbe((0,), softmax=softmax, receive=lambda *_: None)
         with LiveMemory() as memory:
-            probe.at(0)(q, q, None, rows)  # type: ignore[misc]
+            probe.record(0, slice(1, 65), slice(65, 81), q, q, None)
         assert memory.largest == 4 * BATCH * 2 * 16 * columns
 
 

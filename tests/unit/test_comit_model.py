@@ -17,7 +17,6 @@ from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.flow import Guidance, ProjectedGuidance, integrate
 from comit_bench.nn.fsq import FSQ
 from comit_bench.nn.vae import IdentityVae
-from comit_bench.tokenizers.comit.blocks import AttentionProbe
 from comit_bench.tokenizers.comit.codec import (
     decode,
     encode,
@@ -26,7 +25,8 @@ from comit_bench.tokenizers.comit.codec import (
     noise_from_tensors,
 )
 from comit_bench.tokenizers.comit.crops import CropPolicy, parse_policy
-from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec, Predictor
+from comit_bench.tokenizers.comit.fast import FastPredictor
+from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec, Predictor, attention_bias
 
 CPU = torch.device("cpu")
 
@@ -133,47 +133,14 @@ def test_fsq_refuses_impossible_levels(levels: list[int]) -> None:
         FSQ(levels)
 
 
-@pytest.mark.parametrize("mode", ["additive", "hard"])
-def test_reading_fewer_rows_changes_nothing(mode: str) -> None:
-    model = nano(mask_mode=mode)
-    predictor = model.predictor
-    condition = predictor.condition(model.prior(3, CPU), torch.zeros(3, 2))
-    state = predictor.time_state(torch.tensor([0.3]))
-    both = predictor(images(), condition, state, read="both")
-    velocity = predictor(images(), condition, state, read="velocity").velocity
-    message = predictor(images(), condition, state, read="message").message
-    torch.testing.assert_close(velocity, both.velocity, atol=1e-5, rtol=0)
-    torch.testing.assert_close(message, both.message, atol=1e-5, rtol=0)
-
-
-def test_one_block_network_works_with_shared_buffer_projection() -> None:
-    model = nano(depth=1)
-    condition = model.predictor.condition(model.prior(3, CPU), torch.zeros(3, 2))
-    shared = model.predictor.time_state(torch.tensor([1.0]))
-    each = model.predictor.time_state(torch.ones(3))
-    assert shared.blocks[0].buffer_qkv is not None and each.blocks[0].buffer_qkv is None
-    a = model.predictor(images(), condition, shared, read="message").message
-    b = model.predictor(images(), condition, each, read="message").message
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
 def test_dropping_the_buffer_is_exact_only_with_the_hard_mask() -> None:
     soft = nano(mask_mode="additive")
-    condition = soft.predictor.condition(soft.prior(3, CPU), torch.zeros(3, 2))
-    state = soft.predictor.time_state(torch.tensor([0.5]))
-    with_buffer = soft.predictor(images(), condition, state, read="velocity").velocity
-    without = soft.predictor(images(), condition, state, read="velocity", mask_mode="hard").velocity
+    network = FastPredictor(soft.predictor)
+    condition = network.condition(soft.prior(3, CPU), torch.zeros(3, 2))
+    state = network.time_state(torch.tensor([0.5]))
+    with_buffer = network.velocity(images(), condition, state)
+    without = network.velocity(images(), condition, state, mask_mode="hard")
     assert (with_buffer - without).abs().max() > 1e-3
-
-
-def test_time_cache_forgets_changed_weights() -> None:
-    model = nano()
-    with torch.no_grad():
-        before = model.predictor.state_at(0.5, CPU).final.clone()
-        assert model.predictor.state_at(0.5, CPU) is model.predictor.state_at(0.5, CPU)
-        model.predictor.t_embedder.mlp[2].bias.add_(1.0)  # type: ignore[operator]
-        after = model.predictor.state_at(0.5, CPU).final
-    assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize(
@@ -331,27 +298,33 @@ def test_attention_maps_of_both_paths() -> None:
 
 
 def test_full_attention_rows_sum_to_one() -> None:
+    """With the image's columns and all others, of which the maps that are handed out show a part."""
     model = nano(mask_mode="additive")
-    condition = model.predictor.condition(model.prior(3, CPU), torch.zeros(3, 2))
-    probe = AttentionProbe(0, "all", softmax=True)
-    model.predictor(
-        images(), condition, model.predictor.time_state(torch.tensor([0.5])), read="both", probe=probe
-    )
-    torch.testing.assert_close(probe.maps[0].sum(-1), torch.ones(3, 4, 97), atol=1e-5, rtol=0)
+    out = model.predictor(images(), model.prior(3, CPU), torch.zeros(3, 2), torch.tensor([0.5]))
+    weights = (out.logits[0] + attention_bias(64, 16, "additive")).softmax(-1)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 97), atol=1e-5, rtol=0)
+    request = AttentionRequest(layers=(0,), times=(0.0,), path="model", softmax=True)
+    codes = model.prior(3, CPU)
+    maps = decode(model, codes, torch.zeros(3, 2), images(), steps=1, attention=request).attention[0, 0]
+    assert (maps.flatten(-2).sum(-1) < 1).all()
+
+
+def test_masks() -> None:
+    """Offset, image and message are seen by all; the buffer by itself, backwards."""
+    added, hard = attention_bias(1, 2, "additive"), attention_bias(1, 2, "hard")
+    assert added.tolist() == [[1, 1, 1, 1, 0, 0]] * 4 + [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert torch.equal(hard == 0, added == 1) and torch.equal(hard.isneginf(), added == 0)
 
 
 def test_training_gradients_reach_every_used_parameter() -> None:
     model = Comit(replace(PIXEL_NANO, depth=2, width=32), IdentityVae()).train()
     model.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
     z = encode(model, images(), parse_policy("raster:2")).codes
-    predictor = model.predictor
-    out = predictor(
-        images(),
-        predictor.condition(z, torch.zeros(3, 2)),
-        predictor.time_state(torch.rand(3)),
-        read="velocity",
+    predictor, network = model.predictor, FastPredictor(model.predictor)
+    velocity = network.velocity(
+        images(), network.condition(z, torch.zeros(3, 2)), network.time_state(torch.rand(3))
     )
-    out.velocity.square().sum().backward()
+    velocity.square().sum().backward()
     idle = {n for n, p in predictor.named_parameters() if p.grad is None}
     assert idle == {"pos_embed", "y_pos_offset", "c_final_layer.linear.weight", "c_final_layer.linear.bias"}
 
@@ -363,14 +336,6 @@ def test_inference_leaves_nothing_that_breaks_training() -> None:
         encode(model, images(), parse_policy("global"))
     encode(model, images(), parse_policy("global")).steps[-1].prequant.sum().backward()
     assert model.predictor.blocks[0].attn.qkv.weight.grad is not None  # type: ignore[union-attr]
-
-
-def test_kept_times_can_be_forgotten() -> None:
-    model = nano()
-    with torch.no_grad():
-        kept = model.predictor.state_at(0.5, CPU)
-        model.predictor.forget_times()
-        assert model.predictor.state_at(0.5, CPU) is not kept
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from comit_bench.nn.teachers import TeacherFeatures
 from comit_bench.nn.vae import DctVae, StandInVae
 from comit_bench.tokenizers.comit.codec import crop_latents, encode_sequence, locate, update
 from comit_bench.tokenizers.comit.crops import CropGeometry, encoding_offsets
+from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.train.config import CropsConfig, TrainConfig
 from comit_bench.train.objectives.comit import LossParts, TrainingModule, crop_locations, cut_crops
@@ -210,7 +211,9 @@ def test_only_the_last_updates_get_gradient(kept: int) -> None:
     full = encode_sequence(model, latents, plan.corners, places)
     message = model.prior(1, x.device)[:, :1] if kept == 3 else full.steps[2 - kept].codes.detach()
     for k in range(3 - kept, 3):
-        message = model.quantizer(update(model, latents[k], message, encoding_offsets(places)[k]))
+        message = model.quantizer(
+            update(FastPredictor(model.predictor), latents[k], message, encoding_offsets(places)[k])
+        )
     want = grads((message * weight).sum(), parameters)
     codes = train._message(x, train._latents(x), places, plan)
     got = grads((codes * weight).sum(), parameters)
@@ -253,20 +256,18 @@ def test_flow_loss_and_alignment_are_the_formulas() -> None:
     train, x, teacher = module(run), images(3), features(3)
     plan = plan_of(run, 3, crops=2)
     parts = train(x, plan, teacher, 0.25)
-    predictor = train.model.predictor
+    network = FastPredictor(train.model.predictor)
     places = crop_locations(train.model.spec.geometry, plan.corners)
     codes = train._message(x, train._latents(x), places, plan)
     t, clean = plan.times[:, None, None, None], train._latents(x)
-    out = predictor(
+    velocity, (image, message) = network.velocity_and_hidden(
         (1 - t) * plan.noise + t * clean,
-        predictor.condition(codes, -places[-1]),
-        predictor.time_state(plan.times),
-        read="both",
-        hidden_layer=1,
+        network.condition(codes, -places[-1]),
+        network.time_state(plan.times),
+        layer=1,
     )
-    flow = ((out.velocity - (clean - plan.noise)) ** 2).mean(dim=(1, 2, 3)).mean()
+    flow = ((velocity - (clean - plan.noise)) ** 2).mean(dim=(1, 2, 3)).mean()
     assert torch.allclose(parts.flow, flow, atol=1e-5)
-    image, message = out.hidden
     a = train.heads["repa"](image)
     b = train.heads["srepa"](message).mean(1)
     unit = F.normalize

@@ -347,13 +347,8 @@ def test_training_with_additive_masks_predicts_what_the_released_path_predicts()
         t = plan.times[:, None, None, None]
         velocities = {}
         for mode in ("additive", "hard"):
-            found = model.predictor(
-                (1 - t) * plan.noise + t * clean,
-                model.predictor.condition(sent.codes, sent.offset),
-                model.predictor.time_state(plan.times),
-                read="both",
-                mask_mode=mode,
-            ).velocity
+            noisy = (1 - t) * plan.noise + t * clean
+            found = model.predictor(noisy, sent.codes, sent.offset, plan.times, mode).velocity
             velocities[mode] = float((found - (clean - plan.noise)).square().mean())
     loss = float(train.train()(x, plan, None, 1.0).flow.detach())
     assert loss == pytest.approx(velocities["additive"], rel=1e-5)

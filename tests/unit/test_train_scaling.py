@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from versions import needs_fsdp2_on_cpu
 
 from comit_bench.nn.teachers import ScenesTeacher
 from comit_bench.nn.vae import DctVae
+from comit_bench.tokenizers.comit.codec import encode
+from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.fast import FastPredictor, run_block
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.train import scaling
 from comit_bench.train.config import TrainConfig, load_config
@@ -81,7 +85,7 @@ def test_recomputed_blocks_give_the_same_bits_and_keep_less() -> None:
         return x
 
     plain = run()
-    train.model.predictor.runner = block_runner(compile=False, recompute=True)
+    train.runner = block_runner(compile=False, recompute=True)
     again = run()
     assert torch.equal(plain[0], again[0])
     assert plain[1].keys() == again[1].keys()
@@ -106,7 +110,7 @@ def check_compiled(backend: str, *, recompute: bool) -> None:
     names = list(train.state_dict())
     batches = [(6, 1), (5, 1), (4, 2), (6, 2)]
     plain = [gradients(train, *batch) for batch in batches]
-    train.model.predictor.runner = block_runner(compile=True, recompute=recompute, backend=backend)
+    train.runner = block_runner(compile=True, recompute=recompute, backend=backend)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for batch, (loss, wanted) in zip(batches, plain, strict=True):
@@ -137,7 +141,7 @@ def test_compiled_blocks_equal_plain_ones() -> None:
     check_compiled("inductor", recompute=False)
 
 
-def test_the_runner_is_for_training_only() -> None:
+def test_a_traced_runner_calls_every_block() -> None:
     """Decoding calls of one traced kind: quick enough for every run."""
     model = Comit(replace(PRESETS["comit-nano"], depth=1, width=16, heads=2), DctVae(4))
     model.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
@@ -149,21 +153,30 @@ def test_the_runner_is_for_training_only() -> None:
         calls.append(1)
         return traced(*args)  # type: ignore[arg-type]
 
-    def velocity() -> Tensor:
-        condition = model.predictor.condition(model.prior(3, torch.device("cpu")), torch.zeros(3, 2))
-        state = model.predictor.time_state(torch.tensor([0.1, 0.5, 0.9]))
-        out = model.predictor(torch.ones(3, 12, 8, 8), condition, state, read="velocity").velocity
-        assert out is not None
-        return out
+    def velocity(network: FastPredictor) -> Tensor:
+        condition = network.condition(model.prior(3, torch.device("cpu")), torch.zeros(3, 2))
+        state = network.time_state(torch.tensor([0.1, 0.5, 0.9]))
+        return network.velocity(torch.ones(3, 12, 8, 8), condition, state)
 
-    plain = velocity()
-    model.predictor.runner = counted
-    model.eval()
-    assert torch.equal(velocity(), plain)
-    assert not calls
-    model.train()
-    assert torch.allclose(velocity(), plain, atol=1e-6)
+    plain = velocity(FastPredictor(model.predictor))
+    assert torch.allclose(velocity(FastPredictor(model.predictor, counted)), plain, atol=1e-6)
     assert len(calls) == 1
+
+
+def test_the_runner_is_for_training_only() -> None:
+    train, calls = module(settings("objective.skip=0")), []
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(1)
+        return run_block(*args)
+
+    train.runner = counted
+    images = torch.zeros(2, 3, 32, 32)
+    with torch.no_grad():
+        encode(train.model, images, CropPolicy(global_crop=True, num_crops=1))
+        assert not calls
+        train(images, plan(train.config, 2, 1), None, 1.0)
+    assert len(calls) == 2 * 2  # one crop and one velocity, two blocks each
 
 
 def last(output: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""Adapter for COMiT: uint8 images <-> messages. Reading and writing the files is ``comit_files.py``."""
+"""Adapter for COMiT: uint8 images <-> messages. Reading and writing the files is ``checkpoint.py``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ from comit_bench.tokenizers.comit.codec import (
     to_uint8,
 )
 from comit_bench.tokenizers.comit.crops import CropPolicy, parse_policy
+from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.tokenizers.config_node import read_facts
 from comit_bench.tokenizers.identity import configuration_digest
@@ -119,6 +120,7 @@ class ComitTokenizer:
         steps = int(number(steps, "steps", whole=True, low=1, high=MOST_STEPS))
         weight, pull = number(guidance, "guidance"), number(momentum, "momentum")
         self.model = model.to(device).requires_grad_(False).eval()
+        self.network = FastPredictor(self.model.predictor)  # for good: these weights do not change
         self.device = device
         self.posterior = posterior
         self.steps, self.solver = steps, solver
@@ -199,6 +201,7 @@ class ComitTokenizer:
                 generators=generators,
                 noise=noise,
                 posterior=self.posterior,
+                network=self.network,
             )
 
     def one_step(self, codes: Tensor, offsets: Tensor, noise: Tensor) -> Tensor:
@@ -213,10 +216,9 @@ class ComitTokenizer:
             float32 [B, 3, S, S], about [-1, 1], as adaptive policies compare it with the image.
         """
         with only_finite(self.info.name), torch.inference_mode(), self._autocast():
-            latents = one_step_decode(
-                self.model, codes.to(self.device), offsets.to(self.device), noise.to(self.device)
-            )
-            return observe("pixels", cast(Tensor, cast(Any, self.model.vae).decode(latents)))
+            given = codes.to(self.device), offsets.to(self.device), noise.to(self.device)
+            latents = one_step_decode(self.model, *given, network=self.network)
+            return observe("pixels", self.model.codec.decode(latents))
 
     def encode(
         self,
@@ -268,8 +270,9 @@ class ComitTokenizer:
                     steps=self.steps,
                     solver=self.solver,
                     guidance=self.guidance,
+                    network=self.network,
                 ).latents
-                return Tokens(None, to_uint8(cast(Any, self.model.vae).decode(latents)))
+                return Tokens(None, to_uint8(self.model.codec.decode(latents)))
 
         return in_tiles(tile, tokens.codes, tokens.offsets, noise, name=self.info.name).codes
 
@@ -313,6 +316,7 @@ class ComitTokenizer:
                     attention=request,
                     receive=hand_on,
                     finish=False,
+                    network=self.network,
                 )
 
         attention_in_tiles(tile, receive, tokens.codes, tokens.offsets, noise)

@@ -1,11 +1,12 @@
-"""COMiT in use: images -> crops -> message, and message -> image. Sections (b), (d), (e) of the spec.
+"""COMiT in use: images -> crops -> message, and message -> image.
 
-Results are those of the released program; the work is not. A fixed policy sends all its crops through
-the VAE in one batch; an adaptive policy continues from the message it already has instead of encoding
-the sequence again after every choice; the conditional and unconditional velocities of guidance share
-one batch; nothing is embedded twice in a sampling run.
+A fixed policy sends all its crops through the VAE in one batch; an adaptive policy continues from the
+message it already has instead of encoding the sequence again after every choice; the conditional and
+unconditional velocities of guidance share one batch.
 
-Randomness is explicit everywhere: a :data:`NoiseSource` is asked for every Gaussian tensor.
+Randomness is explicit everywhere: a :data:`NoiseSource` is asked for every Gaussian tensor. ``network`` is
+what computes; None makes one for the call, and a :class:`FastPredictor` that is handed in keeps what it
+derived from the weights until the next.
 
 Shape legend: ``B`` batch, ``M`` message length, ``d`` code dimension, ``C h w`` latent, ``S`` image
 side, ``K`` crops.
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -25,8 +26,6 @@ from torch import Tensor
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.finite import observe
 from comit_bench.nn.flow import Guidance, ProjectedGuidance, integrate, reached
-from comit_bench.nn.vae import LatentCodec
-from comit_bench.tokenizers.comit.blocks import AttentionProbe
 from comit_bench.tokenizers.comit.crops import (
     CELLS,
     GLOBAL,
@@ -34,7 +33,8 @@ from comit_bench.tokenizers.comit.crops import (
     encoding_offsets,
     select_cells,
 )
-from comit_bench.tokenizers.comit.model import Comit, Condition
+from comit_bench.tokenizers.comit.fast import AttentionProbe, Condition, FastPredictor
+from comit_bench.tokenizers.comit.model import Comit, MaskMode
 
 # (what, crop step, image indices in the batch, shape of one image's noise) -> [len(images), *shape]
 NoiseSource = Callable[[Literal["latent", "adaptive"], int, Sequence[int], tuple[int, ...]], Tensor]
@@ -103,20 +103,10 @@ class Encoded:
     steps: list[EncodeStep]
 
 
-def _codec(model: Comit) -> LatentCodec:
-    return cast(LatentCodec, model.vae)
-
-
 def locate(model: Comit, cells: Tensor, side: int) -> Tensor:
     """Locations of cells int64 [...] -> [..., 2]; the global crop sits at (0, 0)."""
     table = torch.cat([torch.zeros(1, 2), model.spec.geometry.locations(side)])
     return table.to(cells.device, non_blocking=True)[cells + 1]
-
-
-def _sample_posterior(posterior: str, model: Comit) -> bool:
-    if posterior not in ("mode", "sample"):
-        raise ValueError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
-    return posterior == "sample" and _codec(model).stochastic
 
 
 def crop_latents(
@@ -138,7 +128,7 @@ def crop_latents(
     Returns:
         One :data:`Latents` per step.
     """
-    codec = _codec(model)
+    codec = model.codec
     steps: list[Latents] = [{} for _ in range(table.shape[0])]
     table = table.cpu()  # which crop goes where is counted on the host, whatever computes the latents
     for is_global in (True, False):
@@ -172,21 +162,20 @@ def crop_latents(
     return steps
 
 
-def update(model: Comit, latents: Latents, message: Tensor, offsets: Tensor) -> Tensor:
+def update(network: FastPredictor, latents: Latents, message: Tensor, offsets: Tensor) -> Tensor:
     """One encoding step: pre-quantization message [B, M, d] after a crop.
 
     ``message`` is codes [B, M, d], or [1, 1, d] for the prior, whose positions are all equal.
     """
-    predictor = model.predictor
-    time = predictor.state_at(1.0, offsets.device)
+    time = network.state_at(1.0, offsets.device)
     out: Tensor | None = None
     for images, x in latents.values():
         everything = images.shape[0] == offsets.shape[0]
         r = message if everything or message.shape[0] == 1 else message[images]
         o = offsets if everything else offsets[images]
-        z = predictor(x, predictor.condition(r, o), time, read="message").message
+        z = network.message(x, network.condition(r, o), time)
         if everything:
-            return cast(Tensor, z)
+            return z
         out = z.new_zeros(offsets.shape[0], *z.shape[1:]) if out is None else out
         out[images] = z
     assert out is not None
@@ -216,6 +205,7 @@ def encode_sequence(
     locations: Tensor,
     *,
     backprop_updates: int | None = None,
+    network: FastPredictor | None = None,
 ) -> Encoded:
     """Run the message through crops whose latents are known.
 
@@ -224,7 +214,9 @@ def encode_sequence(
         cells: int64 [K, B], kept in the trace.
         locations: [K, B, 2].
         backprop_updates: Updates before the last this many run without gradient; None keeps all.
+        network: See above.
     """
+    network = network or FastPredictor(model.predictor)
     message = model.prior(1, locations.device)[:, :1]
     steps = []
     fixed = 0 if backprop_updates is None else max(len(latents) - backprop_updates, 0)
@@ -232,7 +224,7 @@ def encode_sequence(
         if 0 < k == fixed:  # autocast may have kept weights that it cast without gradient
             torch.clear_autocast_cache()
         with torch.no_grad() if k < fixed else nullcontext():
-            prequant = update(model, x, message, offset)
+            prequant = update(network, x, message, offset)
             message = _changed(model, x, prequant, message)
         steps.append(EncodeStep(cell, offset, prequant, message))
     return _result(model, steps, locations[-1])
@@ -246,6 +238,7 @@ def encode(
     generators: Sequence[torch.Generator] | None = None,
     noise: NoiseSource | None = None,
     posterior: Literal["mode", "sample"] = "mode",
+    network: FastPredictor | None = None,
 ) -> Encoded:
     """Tokenize images under a cropping policy.
 
@@ -255,24 +248,28 @@ def encode(
         generators: One CPU generator per image for random orders, and for noise unless ``noise`` is given.
         noise: Explicit noise for adaptive policies and posterior sampling.
         posterior: ``mode`` (deterministic) or ``sample`` (released) VAE latents.
+        network: See above.
 
     Raises:
         ValueError: A random or adaptive policy without a source of randomness, or a bad order.
     """
     if noise is None and generators is not None:
         noise = noise_from_generators(generators)
-    sampled = _sample_posterior(posterior, model)
+    if posterior not in ("mode", "sample"):
+        raise ValueError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
+    sampled = posterior == "sample" and model.codec.stochastic
     if sampled and noise is None:
         raise ValueError("posterior='sample' needs generators or explicit noise")
     latent_noise = noise if sampled else None
+    network = network or FastPredictor(model.predictor)
     if policy.adaptive:
         if noise is None:
             raise ValueError("an adaptive policy needs generators or explicit noise")
-        return _encode_adaptive(model, images, policy, noise, latent_noise)
+        return _encode_adaptive(model, network, images, policy, noise, latent_noise)
     cells = policy.indices(images.shape[0], generators)
     latents = crop_latents(model, images, cells, noise=latent_noise)
     cells = cells.to(images.device, non_blocking=True)
-    return encode_sequence(model, latents, cells, locate(model, cells, images.shape[-1]))
+    return encode_sequence(model, latents, cells, locate(model, cells, images.shape[-1]), network=network)
 
 
 def encode_crops(
@@ -309,7 +306,7 @@ def encode_crops(
         order = policy.indices(batch) + int(policy.global_crop)
     if int(order.max()) >= len(crops):
         raise ValueError(f"the order names crop {int(order.max())}, but only {len(crops)} were given")
-    codec, places = _codec(model), torch.stack(list(locations))
+    codec, places = model.codec, torch.stack(list(locations))
     encoded: dict[int, Tensor] = {}
     for index in torch.unique(order).tolist():
         shape = (model.spec.in_channels, *(n // codec.factor for n in crops[index].shape[-2:]))
@@ -330,16 +327,18 @@ def encode_crops(
     return encode_sequence(model, latents, order, places[order, torch.arange(batch)])
 
 
-def one_step_decode(model: Comit, codes: Tensor, offset: Tensor, noise: Tensor) -> Tensor:
+def one_step_decode(
+    model: Comit, codes: Tensor, offset: Tensor, noise: Tensor, *, network: FastPredictor | None = None
+) -> Tensor:
     """One Euler step from noise without guidance: the latent y + v(0, y), [B, C, h, w]."""
-    predictor = model.predictor
-    time = predictor.state_at(0.0, codes.device)
-    v = predictor(noise, predictor.condition(codes, offset), time, read="velocity").velocity
-    return noise + cast(Tensor, v)
+    network = network or FastPredictor(model.predictor)
+    time = network.state_at(0.0, codes.device)
+    return noise + network.velocity(noise, network.condition(codes, offset), time)
 
 
 def _encode_adaptive(
     model: Comit,
+    network: FastPredictor,
     images: Tensor,
     policy: CropPolicy,
     noise: NoiseSource,
@@ -362,13 +361,13 @@ def _encode_adaptive(
     steps: list[EncodeStep] = []
     for k in range(cast(int, policy.num_crops)):
         latents = crop_latents(model, images, cells[None], first_step=k, noise=latent_noise)[0]
-        prequant = update(model, latents, message, offsets)
+        prequant = update(network, latents, message, offsets)
         message = model.quantizer(prequant)
         if k + 1 == policy.num_crops:
             steps.append(EncodeStep(cells, offsets, prequant, message))
             break
         y = noise("adaptive", k, range(batch), shape).to(images, non_blocking=True)
-        decoded = _codec(model).decode(one_step_decode(model, message, -location, y))
+        decoded = model.codec.decode(one_step_decode(model, message, -location, y, network=network))
         scores = model.spec.geometry.error_map(decoded, images)
         steps.append(EncodeStep(cells, offsets, prequant, message, scores))
         cells, forbidden = select_cells(scores, forbidden, shared=policy.shared)
@@ -402,6 +401,7 @@ def decode(
     attention: AttentionRequest | None = None,
     receive: MapReceiver | None = None,
     finish: bool = True,
+    network: FastPredictor | None = None,
 ) -> Decoded:
     """Sample a latent from a message.
 
@@ -416,38 +416,38 @@ def decode(
         receive: Gets them as they are computed; None keeps them all in the result. Times that no
             evaluation reaches are left out.
         finish: Go on after the last map; else the latent is that of this time and nothing else is computed.
+        network: See above.
 
     Raises:
         ValueError: Unknown solver, steps below 1, or a layer that does not exist.
     """
     settings = guidance or Guidance()
-    predictor = model.predictor
+    network = network or FastPredictor(model.predictor)
     if attention is not None:
         attention.check(model.spec.depth)
-    conditional = predictor.condition(codes, offset)
+    conditional = network.condition(codes, offset)
     both = prior = None
     if settings.active:
-        prior = predictor.condition(model.prior(1, codes.device)[:, :1], offset)
+        prior = network.condition(model.prior(1, codes.device)[:, :1], offset)
         message = torch.cat([conditional.message, prior.message.expand_as(conditional.message)])
         both = Condition(message, torch.cat([conditional.offset, prior.offset]))
     combine = ProjectedGuidance(settings)
     kept: dict[tuple[int, int], Tensor] = {}
     keep: MapReceiver = receive or (lambda layer, time, maps: kept.__setitem__((layer, time), maps))
     reader = None if attention is None else _MapReader(attention, keep)
-    hard: dict[str, Any] = {"mask_mode": "hard"} if attention and attention.path == "hard" else {}
+    mode: MaskMode | None = "hard" if attention and attention.path == "hard" else None
 
     def velocity(time: float, y: Tensor) -> Tensor | None:
-        state = predictor.state_at(time, y.device)
+        state = network.state_at(time, y.device)
         if reader is None and both is not None:
-            joint = predictor(torch.cat([y, y]), both, state, read="velocity").velocity
-            return combine(*cast(Tensor, joint).chunk(2))
-        probe = reader and reader.probe(time, y.shape[-2] // model.spec.patch_size)
-        v = cast(Tensor, predictor(y, conditional, state, read="velocity", probe=probe, **hard).velocity)
+            return combine(*network.velocity(torch.cat([y, y]), both, state).chunk(2))
+        probe = None if reader is None else reader.probe(time, y.shape[-2] // model.spec.patch_size)
+        v = network.velocity(y, conditional, state, probe=probe, mask_mode=mode)
         if reader is not None and not reader.left and not finish:
             return None
         if prior is None:
             return v
-        return combine(v, cast(Tensor, predictor(y, prior, state, read="velocity").velocity))
+        return combine(v, network.velocity(y, prior, state))
 
     return Decoded(integrate(velocity, noise, steps=steps, solver=solver), kept)
 

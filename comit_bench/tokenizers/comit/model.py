@@ -1,36 +1,23 @@
-"""COMiT: communication-inspired tokenization. One transformer encodes and decodes.
+"""COMiT's network, equation by equation: one transformer that rewrites a message and predicts a velocity.
 
-Sections of the specification: variants (a) -> ``PRESETS``; backbone (c) -> ``Predictor``, its blocks in
-``comit_blocks.py``; quantizer (d) -> ``fsq.py``; cropping policies (b), messages (d) and sampling (e) ->
-``comit_codec.py`` with ``crops.py`` and ``flow.py``; released names (f) -> the parameter names here.
-
-What is unusual:
-
-- The causal mask of the buffer is *added* to the logits as 0/1 in the released program, so nothing is
-  masked (``mask_mode="additive"``). ``"hard"`` is the mask of the paper's text; then decoding can drop
-  the buffer altogether, exactly.
-- Image tokens and message+buffer tokens have their own modulations; the offset token has none.
-- The message is read from the *buffer* rows, the velocity from the image rows, so the last block
-  computes only those rows.
-- Modulations depend on the time alone, and so do the buffer's queries, keys and values in the first
-  block: both are computed once per time and kept (``TimeState``) while the weights stay the same.
+``README.md`` says what it is for. This file computes every row of every block, with every mask written out;
+``fast.py`` gives the same numbers with less work, and is what tokenizing and training run.
 
 Shape legend: ``B`` batch, ``D`` width, ``H`` heads, ``M`` message length, ``d`` code dimension,
-``X`` image tokens, ``N`` = 1 + X + 2M (order: offset, image, message, buffer), ``T`` = 1 or B times.
+``X`` image tokens, ``N`` = 1 + X + 2M rows (order: offset, image, message, buffer), ``T`` = 1 or B times.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from comit_bench.nn.dit import PatchEmbed, sincos_grid
+from comit_bench.nn.dit import Mlp, Modulation, PatchEmbed, ScalarEmbed, sincos_grid
 from comit_bench.nn.fsq import FSQ
 from comit_bench.nn.precision import full_precision
 from comit_bench.nn.sizes import (
@@ -45,21 +32,11 @@ from comit_bench.nn.sizes import (
     check_ratio,
     check_sizes,
 )
-from comit_bench.tokenizers.comit.blocks import (
-    AttentionProbe,
-    Block,
-    BlockRunner,
-    BlockState,
-    FinalLayer,
-    Rows,
-    TimeEmbed,
-    TimeState,
-)
+from comit_bench.nn.vae import LatentCodec
 from comit_bench.tokenizers.comit.crops import CropGeometry
 
 MaskMode = Literal["additive", "hard"]
-Read = Literal["velocity", "message", "both"]
-TIMES_KEPT = 16  # at COMiT-XL about 10 MB each
+Sizes = tuple[int, int, int]  # rows of the offset, of the image, of message and buffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,25 +107,107 @@ PRESETS: dict[str, ComitSpec] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """Embedded message [B or 1, M, D] and offset [B, 1, D]: the same for every solver step."""
+def modulate(u: Tensor, sizes: Sizes, image: tuple[Tensor, ...], message: tuple[Tensor, ...]) -> Tensor:
+    """Scale and shift image rows by one (shift, scale), [T, 1, D] each, message and buffer by another."""
+    offset, x, r = u.split(sizes, dim=1)
+    return torch.cat([offset, x * (1 + image[1]) + image[0], r * (1 + message[1]) + message[0]], dim=1)
 
+
+def gate(u: Tensor, sizes: Sizes, image: Tensor, message: Tensor) -> Tensor:
+    """Scale a residual branch by its gates [T, 1, D]; the offset has none."""
+    offset, x, r = u.split(sizes, dim=1)
+    return torch.cat([offset, x * image, r * message], dim=1)
+
+
+def attention_bias(image: int, message: int, mode: MaskMode) -> Tensor:
+    """What is added to the logits, float32 [N, N].
+
+    Every row may look at offset, image and message, and a buffer row at the buffer up to itself. Unusual:
+    ``additive``, the released arithmetic, adds 1 where a row may look and 0 elsewhere, so nothing is hidden.
+    """
+    edge = 1 + image + message
+    allowed = torch.zeros(edge + message, edge + message, dtype=torch.bool)
+    allowed[:, :edge] = True
+    allowed[edge:, edge:] = torch.ones(message, message, dtype=torch.bool).tril()
+    return allowed.float() if mode == "additive" else allowed.float().log()  # 0 or minus infinity
+
+
+class Attention(nn.Module):
+    """Multi-head attention over all rows."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N, D] -> [B, N, D], and the logits before bias and softmax [B, H, N, N]."""
+        q, k, v = rearrange(self.qkv(h), "b n (three h c) -> three b h n c", three=3, h=self.heads)
+        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        mixed = (logits + bias).softmax(dim=-1) @ v
+        return self.proj(rearrange(mixed, "b h n c -> b n (h c)")), logits
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. Image rows and message rows have modulations of their own."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.x_adaLN_modulation = Modulation(width, 6)
+        self.r_adaLN_modulation = Modulation(width, 6)
+
+    def forward(self, u: Tensor, vector: Tensor, sizes: Sizes, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B, N, D] at the embedded time [T, D] -> [B, N, D] and attention logits [B, H, N, N]."""
+        x = self.x_adaLN_modulation(vector).unbind(0)  # shift, scale, gate of attention; then of the MLP
+        r = self.r_adaLN_modulation(vector).unbind(0)
+        mixed, logits = self.attn(modulate(self.norm(u), sizes, x[:2], r[:2]), bias)
+        u = u + gate(mixed, sizes, x[2], r[2])
+        h = self.mlp(modulate(self.norm(u), sizes, x[3:5], r[3:5]))
+        return u + gate(h, sizes, x[5], r[5]), logits
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm and Linear; the velocity head also has a modulation."""
+
+    def __init__(self, width: int, out: int, *, modulated: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out)
+        if modulated:
+            self.adaLN_modulation = Modulation(width, 2)
+
+    def forward(self, u: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """[B, rows, D] -> [B, rows, out]."""
+        h = self.norm(u)
+        if modulation is not None:
+            h = h * (1 + modulation[1]) + modulation[0]
+        out: Tensor = self.linear(h)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Everything that one call of the network computes.
+
+    Attributes:
+        velocity: [B, C, h, w].
+        message: [B, M, d] before quantization.
+        states: Rows [B, N, D] after every block.
+        logits: Of every block's attention, before bias and softmax, [B, H, N, N].
+    """
+
+    velocity: Tensor
     message: Tensor
-    offset: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Output of one backbone call; parts that were not asked for are None."""
-
-    velocity: Tensor | None = None  # [B, C, h, w]
-    message: Tensor | None = None  # [B, M, d] before quantization
-    hidden: tuple[Tensor, Tensor] | None = None  # image [B, X, D] and message [B, M, D] tokens
+    states: list[Tensor]
+    logits: list[Tensor]
 
 
 class Predictor(nn.Module):
-    """The backbone (released class ``RuledDiT``); parameter names are those of the released files."""
+    """The network (released class ``RuledDiT``); parameter names are those of the released files."""
 
     def __init__(self, spec: ComitSpec) -> None:
         super().__init__()
@@ -164,23 +223,84 @@ class Predictor(nn.Module):
         self.x_embedder = PatchEmbed(spec.in_channels, width, spec.patch_size)
         self.r_embedder = self._embedder(spec.code_dim, width)
         self.c_embedder = self._embedder(2, width)
-        self.t_embedder = TimeEmbed(width)
+        self.t_embedder = ScalarEmbed(width, scale=1000.0)
         self.blocks = nn.ModuleList(Block(width, spec.heads, spec.mlp_ratio) for _ in range(spec.depth))
         self.final_layer = FinalLayer(width, spec.out_channels * spec.patch_size**2, modulated=True)
         self.r_final_layer = FinalLayer(width, spec.code_dim, modulated=False)
         self.c_final_layer = FinalLayer(width, 2, modulated=False)  # in the files, never used
-        self.runner: BlockRunner | None = None  # how training calls a block; set by train/scaling.py
-        self._times: OrderedDict[float, TimeState] = OrderedDict()
-        self._times_stamp: tuple[object, ...] = ()
-        self._masks: dict[tuple[object, ...], Tensor] = {}
 
     @staticmethod
     def _embedder(inputs: int, width: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
+    def image_tokens(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, X, D] with the top-left part of the position grid."""
+        side = self.spec.max_input_size // self.spec.patch_size
+        rows, columns = (n // self.spec.patch_size for n in latents.shape[-2:])
+        grid = self.pos_embed.view(1, side, side, -1)[:, :rows, :columns].flatten(1, 2)
+        tokens: Tensor = self.x_embedder(latents) + grid
+        return tokens
+
+    def message_tokens(self, codes: Tensor) -> Tensor:
+        """Codes [B, M, d], or [1, 1, d] when all are equal -> [B or 1, M, D]."""
+        tokens: Tensor = self.r_embedder(codes) + self.r_pos_embed
+        return tokens
+
+    def offset_token(self, offset: Tensor) -> Tensor:
+        """[B, 2] -> [B, 1, D]."""
+        token: Tensor = self.c_embedder(offset)[:, None] + self.c_pos_embed
+        return token
+
+    def buffer_tokens(self) -> Tensor:
+        """[1, M, D]; they do not depend on the input."""
+        return self.r_to_token + self.r_to_pos_embed
+
+    def forward(
+        self, latents: Tensor, codes: Tensor, offset: Tensor, time: Tensor, mask_mode: MaskMode | None = None
+    ) -> Output:
+        """One call.
+
+        Args:
+            latents: [B, C, h, w] of an image or a crop, or noisy ones; h = w, multiples of the patch size.
+            codes: The message so far, [B, M, d], or [1, 1, d] when all are equal.
+            offset: [B, 2].
+            time: [T] in 0..1; 1 is data, so also an encoding.
+            mask_mode: Overrides the spec's.
+        """
+        image, message = self.image_tokens(latents), self.message_tokens(codes)
+        batch, tokens, length = image.shape[0], image.shape[1], message.shape[1]
+        parts = [self.offset_token(offset), image, message, self.buffer_tokens()]
+        u = torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+        bias = attention_bias(tokens, length, mask_mode or self.spec.mask_mode).to(u)
+        vector = self.t_embedder(time)
+        states, logits = [], []
+        for block in self.blocks:
+            u, seen = block(u, vector, (1, tokens, 2 * length), bias)
+            states.append(u)
+            logits.append(seen)
+        return Output(
+            self.velocity_head(u[:, 1 : 1 + tokens], self.final_layer.adaLN_modulation(vector), latents),
+            self.message_head(u[:, -length:]),
+            states,
+            logits,
+        )
+
+    def velocity_head(self, image: Tensor, modulation: Tensor, latents: Tensor) -> Tensor:
+        """Image rows [B, X, D] -> [B, C, h, w] like ``latents``; feature index = (p*P + q)*C + channel."""
+        p = self.spec.patch_size
+        patches, rows = self.final_layer(image, modulation), latents.shape[-2] // p
+        out: Tensor = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
+        return out
+
+    def message_head(self, buffer: Tensor) -> Tensor:
+        """Buffer rows [B, M, D] -> [B, M, d], in float32: a flipped rounding is a flipped token."""
+        with full_precision(buffer.device):
+            message: Tensor = self.r_final_layer(buffer.float())
+        return message
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, *, zero_gates: bool = True) -> None:
-        """Initialise as the spec's section (c) says, from an explicit generator.
+        """Initialise for training, from an explicit generator.
 
         Args:
             generator: CPU generator.
@@ -218,158 +338,6 @@ class Predictor(nn.Module):
         self.get_parameter("r_embedder.2.weight").mul_(2.0)
         self.r_pos_embed.mul_(0.3)
 
-    # ------------------------------------------------------------------ time
-
-    def time_state(self, time: Tensor) -> TimeState:
-        """Modulations for times [T], T = 1 or the batch size; not cached."""
-        vector = self.t_embedder(time)
-        states = [
-            BlockState(b.x_adaLN_modulation(vector), b.r_adaLN_modulation(vector)) for b in self._blocks()
-        ]
-        if time.shape[0] == 1:
-            first, block = states[0], self._blocks()[0]
-            h = block.norm(self.buffer_tokens())
-            h = h * (1 + first.message[1]) + first.message[0]
-            states[0] = BlockState(first.image, first.message, block.attn.qkv(h))
-        return TimeState(states, self.final_layer.adaLN_modulation(vector))
-
-    def state_at(self, time: float, device: torch.device) -> TimeState:
-        """Modulations for one time, kept for the next call as long as no weight changes."""
-        if torch.is_grad_enabled():
-            return self.time_state(torch.full((1,), time, device=device))
-        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
-        stamp = (weights, torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"))
-        if stamp != self._times_stamp:
-            self._times.clear()
-            self._times_stamp = stamp
-        if time in self._times:
-            self._times.move_to_end(time)
-            return self._times[time]
-        with torch.no_grad():
-            state = self.time_state(torch.full((1,), time, device=device))
-        self._times[time] = state
-        while len(self._times) > TIMES_KEPT:
-            self._times.popitem(last=False)
-        return state
-
-    def forget_times(self) -> None:
-        """Drop what is kept per time. Needed after a fused optimizer step, which leaves no trace."""
-        self._times.clear()
-
-    def _blocks(self) -> list[Block]:
-        return [b for b in self.blocks if isinstance(b, Block)]
-
-    # ---------------------------------------------------------------- tokens
-
-    def image_tokens(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, X, D] with the top-left part of the position grid."""
-        side = self.spec.max_input_size // self.spec.patch_size
-        rows, columns = (n // self.spec.patch_size for n in latents.shape[-2:])
-        grid = self.pos_embed.view(1, side, side, -1)[:, :rows, :columns].flatten(1, 2)
-        tokens: Tensor = self.x_embedder(latents) + grid
-        return tokens
-
-    def condition(self, message: Tensor, offset: Tensor) -> Condition:
-        """Embed codes [B, M, d] (or [1, 1, d], one code for all) and offsets [B, 2]."""
-        embedded = self.r_embedder(message) + self.r_pos_embed
-        place = self.c_embedder(offset)[:, None] + self.c_pos_embed
-        return Condition(embedded, place)
-
-    def buffer_tokens(self) -> Tensor:
-        """[1, M, D]; they do not depend on the input."""
-        return self.r_to_token + self.r_to_pos_embed
-
-    def mask(self, rows: Rows, mode: MaskMode, read: slice, like: Tensor) -> Tensor | None:
-        """The bias on the attention logits for the rows that are computed, [rows, N]; built once."""
-        if not rows.has_buffer:
-            if mode == "additive":
-                raise ValueError("additive masks need the buffer tokens")
-            return None
-        key = (rows.image, mode, read.start, read.stop, like.device, like.dtype)
-        if key not in self._masks:
-            total, edge = rows.total, rows.conditioned
-            allowed = torch.zeros(total, total, dtype=torch.bool)
-            allowed[:, :edge] = True
-            allowed[edge:, edge:] = torch.ones(total - edge, total - edge, dtype=torch.bool).tril()
-            bias = allowed.float() if mode == "additive" else torch.zeros(total, total)
-            if mode == "hard":
-                bias = bias.masked_fill(~allowed, float("-inf"))
-            with torch.inference_mode(False):  # kept for later calls, which may be training
-                self._masks[key] = torch.empty(bias[read].shape, device=like.device, dtype=like.dtype)
-                self._masks[key].copy_(bias[read])
-        return self._masks[key]
-
-    # --------------------------------------------------------------- forward
-
-    def forward(
-        self,
-        latents: Tensor,
-        condition: Condition,
-        time: TimeState,
-        *,
-        read: Read,
-        mask_mode: MaskMode | None = None,
-        probe: AttentionProbe | None = None,
-        hidden_layer: int | None = None,
-    ) -> Prediction:
-        """One call of the backbone.
-
-        Args:
-            latents: [B, C, h, w], h = w, multiples of the patch size.
-            condition: From :meth:`condition`.
-            time: From :meth:`time_state` or :meth:`state_at`.
-            read: Which heads are wanted; the others are not computed.
-            mask_mode: Overrides the spec's.
-            probe: Records attention of some blocks (which then compute all rows, even the last).
-            hidden_layer: Zero-based block after which image and message tokens are returned.
-        """
-        mode = mask_mode or self.spec.mask_mode
-        x = self.image_tokens(latents)
-        batch, length = x.shape[0], self.spec.message_length
-        needs_buffer = read != "velocity" or mode == "additive" or (probe is not None and probe.rows == "all")
-        rows = self._rows(x.shape[1], needs_buffer, read)
-        u = torch.cat([condition.offset, x, condition.message.expand(batch, -1, -1)], dim=1)
-        if needs_buffer:
-            u = torch.cat([u, self.buffer_tokens().expand(batch, -1, -1)], dim=1)
-        hidden = None
-        blocks = self._blocks()
-        for index, (block, state) in enumerate(zip(blocks, time.blocks, strict=True)):
-            asked = None if probe is None else probe.at(index)
-            last = index == len(blocks) - 1 and asked is None and hidden_layer != index
-            part = rows.read if last else slice(0, rows.total)
-            if not needs_buffer and state.buffer_qkv is not None:
-                state = BlockState(state.image, state.message)
-            bias = self.mask(rows, mode, part, u)
-            if self.runner is None or asked is not None or not self.training:
-                u = block(u, state, rows, part, bias, asked)
-            else:
-                u = self.runner(block, u, state, rows, part, bias)
-            if index == hidden_layer:
-                hidden = (u[:, 1 : 1 + rows.image], u[:, 1 + rows.image : rows.conditioned])
-        if u.shape[1] == rows.total:
-            u = u[:, rows.read]
-        velocity = message = None
-        if read != "message":
-            start = 1 if read == "both" else 0
-            patches = self.final_layer(u[:, start : start + rows.image], time.final)
-            velocity = self.unpatchify(patches, latents.shape[-2], latents.shape[-1])
-        if read != "velocity":
-            with full_precision(u.device):  # a flipped rounding is a flipped token
-                message = self.r_final_layer(u[:, -length:].float())
-        return Prediction(velocity, message, hidden)
-
-    def _rows(self, image: int, has_buffer: bool, read: Read) -> Rows:
-        length = self.spec.message_length
-        edge = 1 + image + length
-        total = edge + (length if has_buffer else 0)
-        chosen = {"velocity": slice(1, 1 + image), "message": slice(edge, total), "both": slice(0, total)}
-        return Rows(image, length, has_buffer, chosen[read])
-
-    def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
-        """[B, X, P*P*C] -> [B, C, h, w]; feature index = (p*P + q)*C + channel."""
-        p = self.spec.patch_size
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height // p, w=width // p, p=p, q=p)
-
 
 class Comit(nn.Module):
     """Predictor, quantizer and VAE under the released top-level names.
@@ -383,6 +351,11 @@ class Comit(nn.Module):
         self.predictor = Predictor(spec)
         self.quantizer = FSQ(spec.fsq_levels)
         self.vae = vae
+
+    @property
+    def codec(self) -> LatentCodec:
+        """The VAE, for encoding and decoding."""
+        return cast(LatentCodec, self.vae)
 
     def prior(self, batch: int, device: torch.device) -> Tensor:
         """The empty message: codes [B, M, d] of id vocabulary // 2 everywhere."""

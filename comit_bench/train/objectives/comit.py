@@ -1,4 +1,4 @@
-"""The training loss of COMiT (spec, "Training as the paper describes it").
+"""The training loss of COMiT.
 
 One step: the planned crops go through the message, one update each; the full image is noised and the
 same network predicts the velocity from the message. Gradients reach the message through the last
@@ -37,6 +37,7 @@ from comit_bench.nn.vae import LatentCodec, SDVae
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.codec import Latents, encode_sequence
 from comit_bench.tokenizers.comit.crops import CropGeometry
+from comit_bench.tokenizers.comit.fast import BlockRunner, FastPredictor
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.sampling import ABSENT, WHOLE, StepPlan, idle_steps
@@ -126,6 +127,7 @@ class TrainingModule(nn.Module):
             )
         self.model = model
         self.config = config
+        self.runner: BlockRunner | None = None  # how blocks are called; see train/scaling.py
         self.heads = nn.ModuleDict()
         dims = {"srepa": 0, "repa": 1}
         for name, weight in (("repa", objective.repa_weight), ("srepa", objective.srepa_weight)):
@@ -170,24 +172,21 @@ class TrainingModule(nn.Module):
         clean, samples = self._image_latents(images, plan)
         skip = plan.skip.to(images.device, non_blocking=True)
         places = crop_locations(spec.geometry, plan.corners.cpu()).to(images.device, non_blocking=True)
-        codes = self._message(images, clean, places, plan, samples)
-        # A fused optimizer changes weights without raising their version, which the network would not
-        # notice: let nothing that it derived from them outlive this step.
-        model.predictor.forget_times()
+        network = FastPredictor(model.predictor, self.runner)  # for this step: its weights change after it
+        codes = self._message(images, clean, places, plan, samples, network)
         offset = -places[-1]
         if objective.skipped_offset == "zero":
             offset = offset.masked_fill(skip[:, None], 0.0)
         times, noise = plan.times.to(images.device), plan.noise.to(images.device)
         t = times[:, None, None, None]
-        out = model.predictor(
+        velocity, hidden = network.velocity_and_hidden(
             (1 - t) * noise + t * clean,
-            model.predictor.condition(codes, offset),
-            model.predictor.time_state(times),
-            read="velocity",
-            hidden_layer=spec.representation_layer if len(self.heads) else None,
+            network.condition(codes, offset),
+            network.time_state(times),
+            layer=spec.representation_layer if len(self.heads) else None,
         )
-        flow = (out.velocity.float() - (clean - noise)).square().mean()
-        repa, srepa = self._alignment(out.hidden, features, skip, flow)
+        flow = (velocity.float() - (clean - noise)).square().mean()
+        repa, srepa = self._alignment(hidden, features, skip, flow)
         alignment = objective.repa_weight * repa + objective.srepa_weight * srepa
         return LossParts(flow + ramp * alignment, flow, repa, srepa)
 
@@ -224,7 +223,13 @@ class TrainingModule(nn.Module):
         return samples[0], samples[1:]
 
     def _message(
-        self, images: Tensor, clean: Tensor, places: Tensor, plan: StepPlan, samples: Tensor | None = None
+        self,
+        images: Tensor,
+        clean: Tensor,
+        places: Tensor,
+        plan: StepPlan,
+        samples: Tensor | None = None,
+        network: FastPredictor | None = None,
     ) -> Tensor:
         """Codes [B, M, d]: after the last crop, or the prior for skipped images."""
         model = self.model
@@ -243,6 +248,7 @@ class TrainingModule(nn.Module):
             corners[idle:],  # kept in the trace, which nobody reads here
             places[idle:, index],
             backprop_updates=self.config.objective.backprop_updates,
+            network=network,
         )
         codes = encoded.codes
         if self.config.objective.message_dropout > 0:
@@ -302,14 +308,14 @@ class TrainingModule(nn.Module):
 
     def _alignment(
         self,
-        hidden: tuple[Tensor, Tensor] | None,
+        hidden: tuple[Tensor, Tensor],
         features: TeacherFeatures | None,
         skip: Tensor,
         like: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """REPA and SREPA, 1 - cosine each; 0 for a head that is switched off."""
         zero = torch.zeros_like(like)
-        if hidden is None or features is None:
+        if features is None:
             return zero, zero
         repa = srepa = zero
         if "repa" in self.heads:
