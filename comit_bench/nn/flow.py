@@ -1,4 +1,4 @@
-"""Rectified-flow sampling on a fixed grid and adaptive projected guidance, section (e) of the spec.
+"""Rectified-flow sampling on a fixed grid and adaptive projected guidance.
 
 t = 0 is noise, t = 1 is data. Unusual: guidance weight 0 means "off" (conditional, one network call),
 1 equals off exactly, and the running average of the guidance direction has a *negative* momentum.

@@ -1,4 +1,4 @@
-"""Finite scalar quantization (Mentzer et al., 2023) as COMiT uses it, section (d) of the spec.
+"""Finite scalar quantization (Mentzer et al., 2023) as COMiT uses it.
 
 Unusual here: rounding is half-to-even, levels are bounded by ``(L-1) * (1 + 1e-3) / 2`` so the outer
 levels stay reachable, and everything runs in float32 even under autocast: a flipped rounding is a

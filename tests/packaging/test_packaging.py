@@ -108,7 +108,10 @@ def test_the_wheel_carries_every_recipe_and_nothing_private(
     assert tops == {"comit_bench", f"comit_bench-{comit_bench.__version__}.dist-info"}
     sources = {path.relative_to(source).as_posix() for path in (source / "comit_bench").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
-    assert "comit_bench/py.typed" in names
+    methods = {
+        path.relative_to(source).as_posix() for path in source.glob("comit_bench/tokenizers/*/README.md")
+    }
+    assert "comit_bench/tokenizers/comit/README.md" in methods and methods | {"comit_bench/py.typed"} <= names
 
 
 def test_the_sdist_is_complete_and_holds_nothing_private(source: Path, archives: tuple[Path, Path]) -> None:

@@ -57,7 +57,7 @@ def test_published_sizes_on_the_meta_device(name: str, millions: float) -> None:
 
 
 def test_key_contract() -> None:
-    """The keys of the spec's section (f), expanded for one depth, are exactly ours."""
+    """The keys of the released files, for one depth, are exactly ours."""
     spec = replace(PRESETS["comit-b"], depth=1)
     with torch.device("meta"):
         keys = {k: list(v.shape) for k, v in Predictor(spec).state_dict().items()}

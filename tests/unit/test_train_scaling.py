@@ -164,7 +164,7 @@ def test_a_traced_runner_calls_every_block() -> None:
 
 
 def test_the_runner_is_for_training_only() -> None:
-    train, calls = module(settings("objective.skip=0")), []
+    train, calls = module(settings("objective.skip=0", "crops.global_first=1")), []
 
     def counted(*args: Any) -> Tensor:
         calls.append(1)

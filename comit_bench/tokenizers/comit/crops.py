@@ -1,4 +1,4 @@
-"""Crops, locations and cropping policies of COMiT, section (b) of the spec.
+"""Crops, locations and cropping policies of COMiT; ``README.md`` says what they are for.
 
 A global crop is the whole image at location (0, 0); local crops lie on a 3 x 3 grid in raster
 order. Locations are crop centres in [-1, 1]^2, **x first**. Unusual: the released geometry (96 px
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 GRID = 3
 CELLS = GRID * GRID
-GLOBAL = -1  # index of the global crop in the functions below; policies number it 0 as the spec does
+GLOBAL = -1  # the global crop in the functions below; policies number it 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
