@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from comit_bench.data.datasets import open_dataset
+from comit_bench.data.images import load_from, load_image, read_mask
 from comit_bench.data.split import OpenData
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError
@@ -79,8 +82,6 @@ def build_dataset(
 
 def _decode_all(paths: list[str]) -> list[str | None]:
     """For every file why it cannot be read, or None."""
-    from comit_bench.data.images import load_image
-
     messages: list[str | None] = []
     for path in paths:
         try:
@@ -93,8 +94,6 @@ def _decode_all(paths: list[str]) -> list[str | None]:
 
 def _check_masks(paths: list[str]) -> list[str | None]:
     """For every mask why it is of no use, or None."""
-    from comit_bench.data.images import read_mask
-
     messages: list[str | None] = []
     for path in paths:
         try:
@@ -113,8 +112,6 @@ def _broken(
     check: Callable[[list[str]], list[str | None]] = _decode_all,
 ) -> list[tuple[int, str]]:
     """Row and message of every file in which ``check`` finds something."""
-    from tqdm import tqdm
-
     if hasattr(paths, "read"):  # in an archive: not worth sending to other processes
         return _broken_encoded(paths)
     starts = range(0, len(paths), CHUNK)
@@ -130,8 +127,6 @@ def _broken(
 
 
 def _broken_encoded(paths: Any) -> list[tuple[int, str]]:
-    from comit_bench.data.images import load_from
-
     found = []
     for row in range(len(paths)):
         try:

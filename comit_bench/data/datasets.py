@@ -32,6 +32,7 @@ from comit_bench.data.manifests import FORMAT, Manifest, Rows, read_manifest, wr
 from comit_bench.data.readers import coco, saliency, visual_genome
 from comit_bench.data.readers.class_folders import read_class_folders
 from comit_bench.data.readers.common import few, files_in, find_folder, how_to_get
+from comit_bench.data.scenes.generate import generate
 from comit_bench.data.split import OpenData, PathList, Split, Triplets
 from comit_bench.data.splitting import check_pair_disjoint
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
@@ -75,8 +76,6 @@ def open_dataset(
     own_classes = class_list is not None  # then the official counts say nothing
     made: str | None = None
     if spec.generator is not None:
-        from comit_bench.data.scenes.generate import generate
-
         folder = cache / "datasets" / spec.folder
         made = generate(spec.generator, folder, progress=progress)
     else:

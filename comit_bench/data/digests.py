@@ -27,6 +27,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from comit_bench.errors import BenchError, MissingError
 from comit_bench.files import special_file, write_atomic
@@ -144,8 +145,6 @@ def _in_threads(
     threads: int,
 ) -> Iterator[tuple[bytes, bytes | None]]:
     """Results for ``unknown`` in order; what is finished is saved now and then, and when something fails."""
-    from tqdm import tqdm
-
     parts = [unknown[start : start + AT_ONCE] for start in range(0, len(unknown), AT_ONCE)]
     saved = time.monotonic()
     bar = tqdm(total=len(unknown), desc=title, unit=" files", delay=1.0, leave=False, disable=not progress)

@@ -30,7 +30,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError, URLError
 
-from comit_bench.errors import BenchError, CorruptFileError, MissingError
+from tqdm import tqdm
+
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UnsupportedOperation
 from comit_bench.files import (
     atomic_path,
     check_relative,
@@ -87,8 +89,6 @@ def download(
         CorruptFileError: What arrived is not what was announced.
         BenchError: Disk full or not writable.
     """
-    from comit_bench.errors import UnsupportedOperation
-
     check_paths(spec)
     if not spec.downloads:
         raise UnsupportedOperation(
@@ -189,8 +189,6 @@ class _Short(Exception):
 
 def _continue(item: DownloadSpec, part: Path, progress: bool) -> None:
     """Append what is missing of ``part``; raises when the connection breaks."""
-    from tqdm import tqdm
-
     mark = part.with_name(f"{part.name.removesuffix('.part')}.validator")
     have = part.stat().st_size if part.is_file() else 0
     headers = {"User-Agent": "comit_bench"}

@@ -37,6 +37,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Resampling, Transpose
 
 from comit_bench.data.masks import Mask, read_levels
 from comit_bench.data.workers import read_ahead
@@ -44,7 +46,6 @@ from comit_bench.errors import BenchError, CorruptFileError, MissingError, Usage
 from comit_bench.files import special_file
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 STEPS = ("center_crop", "resize", "resize_short", "exif")
@@ -138,30 +139,26 @@ def output_side(recipe: str) -> int:
     return side
 
 
-def _to_rgb(image: Image) -> Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB, as the module's docstring says."""
-    from PIL import Image as pil
-
     if image.mode.startswith("I"):  # I;16, I;16B, or I, as which Pillow opens some 16-bit files
         values = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
-        return pil.fromarray(np.rint(values / 257.0).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(np.rint(values / 257.0).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise UsageError("floating-point images have no declared range: convert them to 8 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return pil.alpha_composite(pil.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _resize(image: Image, size: tuple[int, int], name: str) -> Image:
-    from PIL.Image import Resampling
-
+def _resize(image: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
     if size[0] * size[1] > MAX_PIXELS:
         raise UsageError(f"a {image.size[0]} x {image.size[1]} image is too elongated to resize to {size}")
     return image.resize(size, Resampling[name.upper()])
 
 
-def _center_crop(image: Image, side: int) -> Image:
+def _center_crop(image: Image.Image, side: int) -> Image.Image:
     def offset(length: int) -> int:  # torchvision rounds one way when cropping, another when padding
         return round((length - side) / 2) if length >= side else -((side - length) // 2)
 
@@ -169,7 +166,7 @@ def _center_crop(image: Image, side: int) -> Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _orientation(image: Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8 of a loaded image; 1 where there is none or the EXIF block is damaged."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
@@ -178,10 +175,8 @@ def _orientation(image: Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _turn(image: Image, orientation: int) -> Image:
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
     """Turn and mirror an image as its orientation says."""
-    from PIL.Image import Transpose
-
     how = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
@@ -194,7 +189,7 @@ def _turn(image: Image, orientation: int) -> Image:
     return image.transpose(how[orientation]) if orientation in how else image
 
 
-def _apply(image: Image, step: Step) -> Image:
+def _apply(image: Image.Image, step: Step) -> Image.Image:
     width, height = image.size
     if step.name == "center_crop":
         return _center_crop(image, step.size or min(width, height))
@@ -206,7 +201,7 @@ def _apply(image: Image, step: Step) -> Image:
     return _resize(image, size, step.filter)
 
 
-def preprocess(image: Image, recipe: str) -> NDArray[np.uint8]:
+def preprocess(image: Image.Image, recipe: str) -> NDArray[np.uint8]:
     """Turn one PIL image into uint8 [3, S, S] (RGB) as ``recipe`` says.
 
     Raises:
@@ -217,7 +212,7 @@ def preprocess(image: Image, recipe: str) -> NDArray[np.uint8]:
     return _through(_turn(_to_rgb(image), orientation), steps)
 
 
-def _through(image: Image, steps: Sequence[Step]) -> NDArray[np.uint8]:
+def _through(image: Image.Image, steps: Sequence[Step]) -> NDArray[np.uint8]:
     for step in steps:
         if step.name != "exif":
             image = _apply(image, step)
@@ -360,8 +355,6 @@ def _cropped(
     path: Path, mask: Mask, own: int, steps: Sequence[Step], size: tuple[int, int], orientation: int
 ) -> NDArray[np.bool_]:
     """A mask through the steps of its photograph, which has ``size`` as stored and this orientation."""
-    from PIL import Image
-
     pixels = Image.fromarray(mask.pixels.astype(np.uint8) * np.uint8(255))
     if any(step.name == "exif" for step in steps):
         upright_size = (size[1], size[0]) if orientation >= 5 else size
@@ -416,7 +409,7 @@ def orientation_of(path: Path) -> int:
 
 
 @contextmanager
-def _decoder(source: BinaryIO, name: str, *, header: bool = False) -> Iterator[Image]:
+def _decoder(source: BinaryIO, name: str, *, header: bool = False) -> Iterator[Image.Image]:
     """An opened (and unless told otherwise decoded) image; what goes wrong with it is the file's fault.
 
     Decoders raise all kinds of errors for damaged files: SyntaxError, struct.error, MemoryError, whatever a
@@ -425,8 +418,6 @@ def _decoder(source: BinaryIO, name: str, *, header: bool = False) -> Iterator[I
     Raises:
         CorruptFileError: Names the file and says what the decoder said.
     """
-    from PIL import Image, UnidentifiedImageError
-
     advice = "Replace the file by an intact copy."
     try:
         with Image.open(source, formats=FORMATS) as image:

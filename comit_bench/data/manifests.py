@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pyarrow import parquet
 
 from comit_bench.data.split import Kind
 from comit_bench.errors import CorruptFileError, MissingError
@@ -134,9 +137,6 @@ def write_manifest(path: Path, manifest: Manifest, key: dict[str, Any]) -> str:
     Raises:
         BenchError: The disk is full or not writable.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
     digest = manifest.digest
     columns: dict[str, Any] = {"split": [], "id": [], "file": [], "mask": []}
     for name, rows in manifest.splits.items():
@@ -175,9 +175,6 @@ def read_manifest(path: Path, key: dict[str, Any]) -> tuple[Manifest, str]:
         MissingError: No such file, or it was made from something else.
         CorruptFileError: Not a manifest, or its content is not what its digest says.
     """
-    import pyarrow as pa
-    from pyarrow import parquet
-
     if not path.is_file():
         raise MissingError(f"{path}: no manifest there")
     try:
@@ -208,9 +205,6 @@ def read_manifest(path: Path, key: dict[str, Any]) -> tuple[Manifest, str]:
 
 
 def _rows(table: Any, split: str, kind: str) -> Rows:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     part = table.filter(pc.equal(table["split"], split)).combine_chunks()
 
     def column(name: str) -> Any:

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
 
+from comit_bench.data.images import read_mask, whole_image, whole_mask
 from comit_bench.data.split import OpenData, Split
 from comit_bench.errors import BenchError, CorruptFileError
 from comit_bench.files import write_atomic
@@ -46,8 +50,6 @@ def counts_of(data: OpenData, split: Split) -> dict[str, Counter[str]]:
 
 def _coverage(split: Split) -> list[str]:
     """For every mask, the tenth of the image that is salient, e.g. ``10-20 %``."""
-    from comit_bench.data.images import read_mask
-
     names = []
     for path in split.labels:
         try:
@@ -64,8 +66,6 @@ def write_histograms(data: OpenData, target: Path) -> Path:
     Raises:
         BenchError: The picture cannot be written.
     """
-    from matplotlib.figure import Figure
-
     counted = {name: counts_of(data, split) for name, split in data.splits.items() if len(split)}
     headings = list(dict.fromkeys(h for counts in counted.values() for h in counts))
     figure = Figure(figsize=(15, 1.2 + 4.6 * len(headings)), layout="constrained")
@@ -163,8 +163,6 @@ def write_samples(
     Raises:
         BenchError: The picture cannot be written.
     """
-    from matplotlib.figure import Figure
-
     chosen = data.splits[split if split is not None else list(data.splits)[-1]]
     rows = choose(chosen, seed=seed)
     figure = Figure(figsize=(16, 8.2), layout="constrained")
@@ -193,8 +191,6 @@ def write_samples(
 
 def _draw(axes: Any, regions: Sequence[Region], shape: tuple[int, ...]) -> None:
     """Boxes of subjects (full lines) and objects (broken lines) with their words, a colour per relation."""
-    from matplotlib.patches import Rectangle
-
     height, width = shape[:2]
     for number, region in enumerate(regions):
         colour = COLOURS[number % len(COLOURS)]
@@ -212,10 +208,6 @@ def _draw(axes: Any, regions: Sequence[Region], shape: tuple[int, ...]) -> None:
 
 def _picture(data: OpenData, split: Split, row: int) -> Any:
     """uint8 [H, W, 3], or why there is none; a mask stands beside its image."""
-    from PIL import Image
-
-    from comit_bench.data.images import whole_image, whole_mask
-
     try:
         picture = Image.fromarray(whole_image(split.paths, row, exif=split.exif))
         if max(picture.size) > SAMPLE_SIDE:

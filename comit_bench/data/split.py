@@ -10,6 +10,8 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from comit_bench.data.images import upright
+
 Kind = Literal["classes", "multilabel", "relations", "masks"]
 
 
@@ -98,8 +100,6 @@ class Split:
 
     def preprocessing(self, recipe: str) -> str:
         """What a tokenizer that declares ``recipe`` gets of these images."""
-        from comit_bench.data.images import upright
-
         return upright(recipe) if self.exif else recipe
 
     def take(self, rows: Sequence[int]) -> Split:

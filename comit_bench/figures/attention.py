@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -372,8 +373,6 @@ def make_spec(**settings: Any) -> ObjectnessSpec:
 
 def tint(image: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """The image [3, S, S], dimmed where a token does not look and orange where it does."""
-    from matplotlib.colors import to_rgb
-
     grey = image.mean(axis=0, keepdims=True) / 255
     colour = np.array(to_rgb(ORANGE))[:, None, None]
     mixed = np.where(kept[None], 0.45 * grey + 0.55 * colour, 0.4 * image / 255)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 from comit_bench.errors import UnsupportedOperation
 from comit_bench.figures.about import NOTHING, About, describe
@@ -136,8 +137,6 @@ def _entropy(axes: Axes, use: CodebookUse) -> None:
 
 
 def _ranks(axes: Axes, use: CodebookUse) -> None:
-    from scipy.stats import binom
-
     ranked = np.sort(use.counts)[::-1]
     ranks = np.arange(1, use.vocab + 1)
     even = binom.ppf(1 - (ranks - 0.5) / use.vocab, use.draws, 1 / use.vocab)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
 
 from comit_bench.errors import UsageError
@@ -161,8 +162,6 @@ def _row(length: int) -> int:
 
 def _strip(axes: Axes, change: NDArray[np.float64]) -> None:
     """One cell per position, in reading order; the darker, the more it changed."""
-    from matplotlib.colors import LinearSegmentedColormap
-
     row = _row(len(change))
     cells = np.full(-(-len(change) // row) * row, np.nan)
     cells[: len(change)] = np.minimum(change, 1.0)

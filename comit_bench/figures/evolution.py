@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, withStroke
 from numpy.typing import NDArray
 
 from comit_bench.figures.about import NOTHING, About, describe
@@ -132,9 +134,6 @@ def draw(data: Evolution, *, width: float = FULL) -> Figure:
 
 
 def _frame(axes: Axes, box: NDArray[np.int64], *, latest: bool) -> None:
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import Normal, withStroke
-
     left, top, side = (int(v) for v in box)
     style: dict[str, Any] = {"linewidth": 1.4} if latest else {"linewidth": 0.6, "linestyle": (0, (3, 2))}
     patch = Rectangle(
@@ -148,8 +147,6 @@ def _frame(axes: Axes, box: NDArray[np.int64], *, latest: bool) -> None:
 
 def _error_map(axes: Axes, errors: NDArray[np.float32], top: float, following: int | None) -> None:
     """Regions overlap in the image; here each is one square, with its number."""
-    from matplotlib.patches import Rectangle
-
     show(axes, errors)
     axes.images[0].set(cmap=SEQUENTIAL, clim=(0.0, max(top, 1e-12)))
     side = errors.shape[0]

@@ -16,7 +16,9 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comit_bench.files import write_atomic
@@ -66,8 +68,6 @@ P = ParamSpec("P")
 @contextmanager
 def _own_settings() -> Iterator[None]:
     """Our settings on top of matplotlib's defaults, whatever the reader's session has changed."""
-    import matplotlib
-
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC)
@@ -126,8 +126,6 @@ def sign(figure: Figure, *, top: Sequence[str] = (), bottom: Sequence[str] = ())
 
 def new_figure(width: float, height: float, **options: Any) -> Figure:
     """An empty figure of a size in inches."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), **options)
 
 

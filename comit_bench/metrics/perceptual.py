@@ -21,6 +21,8 @@ from torch import Tensor
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
 from comit_bench.files import sha256_file, shipped_weights, user_path
 from comit_bench.nn.precision import exact_products
+from comit_bench.nn.teachers import load_teacher
+from comit_bench.tokenizers.checkpoints import check_values, read_floats, read_weights
 
 FeatureName = Literal["inception", "scenes-teacher"]
 LpipsName = Literal["alex", "vgg", "squeeze"]
@@ -50,8 +52,6 @@ class ScenesTeacherFeatures:
     """Image vectors of the scenes-teacher that comes with the package."""
 
     def __init__(self, device: torch.device) -> None:
-        from comit_bench.nn.teachers import load_teacher
-
         self.device = device
         self._teacher: Any = load_teacher(
             SCENES_TEACHER, path=shipped_weights(SCENES_TEACHER), grid=1, device=device
@@ -67,8 +67,6 @@ class InceptionFeatures:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        from comit_bench.tokenizers.checkpoints import check_values
 
         self.device = device
         again = BytesIO()  # the extractor reads a pickle: it is handed one that we wrote
@@ -122,8 +120,6 @@ def read_plain_tensors(path: Path, landmarks: Sequence[str] = ()) -> dict[str, T
         MissingError: No such file.
         CorruptFileError: Not such a file.
     """
-    from comit_bench.tokenizers.checkpoints import read_weights
-
     return read_weights(path, landmarks, allow_pickle=True)
 
 
@@ -233,8 +229,6 @@ def load_lpips(name: LpipsName, device: torch.device) -> Callable[[Tensor, Tenso
     if reason is not None:
         raise MissingError(f"LPIPS: {reason}")
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    from comit_bench.tokenizers.checkpoints import read_floats
 
     path = _hub_folder() / LPIPS_BACKBONES[name]
     read_floats(path, ("features",), allow_pickle=True)

@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
@@ -258,8 +261,6 @@ class Environment(_Model):
             dtype: Type the tokenizer computed in.
             argv: Command line; default ``sys.argv``, the program without its folder.
         """
-        import platform
-
         return cls(
             comit_bench=__version__,
             python=platform.python_version(),
@@ -400,8 +401,6 @@ def protocol_digest(protocol: dict[str, Any]) -> str:
 
 
 def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(package)
     except PackageNotFoundError:
@@ -410,8 +409,6 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the checkout this package runs from; None when installed or without git."""
-    import subprocess
-
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -27,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from comit_bench.data.digests import file_digests
 from comit_bench.data.labels import (
@@ -132,8 +133,6 @@ def _as_splits(
 
 def _list_unlabelled(places: dict[str, Path], progress: bool) -> dict[str, Listing]:
     """All images of a split, flat or in class folders; ids are file names, so that both layouts agree."""
-    from tqdm import tqdm
-
     listed: dict[str, Listing] = {}
     for name, place in places.items():
         inner = folders(place)
@@ -213,8 +212,6 @@ class _ClassFolders:
                 f"{place}: {len(absent)} of {len(self.classes)} class folders are missing: {few(absent)}."
                 f"{how_to_get(self.spec)}"
             )
-        from tqdm import tqdm
-
         labels = {c: label for label, c in enumerate(self.classes)}
         samples: list[_Sample] = []
         odd: dict[str, str] = {}

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools.coco import COCO
 
 from comit_bench.data.manifests import Manifest, rows_from
 from comit_bench.data.readers.common import (
@@ -129,8 +130,6 @@ def _pairs_of(manifest: Manifest, split: str) -> list[Pair]:
 
 
 def _open_coco(path: Path) -> Any:
-    from pycocotools.coco import COCO
-
     try:
         content = read_json(path, most=sys.maxsize, strict=False)
     except CorruptFileError as error:

@@ -17,6 +17,8 @@ from typing import Any, overload
 import numpy as np
 
 from comit_bench.data.readers.common import few, folders, images, stem
+from comit_bench.data.readers.hub import HfImages, open_splits
+from comit_bench.data.readers.tar_shards import TarImages
 from comit_bench.data.split import Split
 from comit_bench.errors import CorruptFileError, UnsupportedOperation
 from comit_bench.recipes.specs import DatasetSpec
@@ -112,8 +114,6 @@ def find_encoded(spec: DatasetSpec, folder: Path, cache: Path) -> dict[str, Any]
         if not has_encoded(spec, folder, name):
             continue
         if shards := _shards(spec, folder, name):
-            from comit_bench.data.readers.tar_shards import TarImages
-
             found[name] = TarImages(shards, cache=cache)
         else:
             found[name] = _HubImages(_hub_copy(spec, folder), name)
@@ -124,8 +124,6 @@ class _HubImages:
     """One split of a hub copy, with the ``label`` column beside the images."""
 
     def __init__(self, folder: Path | None, name: str) -> None:
-        from comit_bench.data.readers.hub import HfImages, open_splits
-
         assert folder is not None
         splits = open_splits(str(folder))
         split = next((s for s in HUB_SPLITS.get(name, (name,)) if s in splits), None)

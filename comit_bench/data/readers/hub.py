@@ -20,6 +20,7 @@ differ; else ``<split>/<row number>``. Images are sorted by id, so neither files
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import os
 import re
@@ -117,8 +118,6 @@ def open_splits(source: str, *, subset: str | None = None, revision: str | None 
         BenchError: Disk full or not readable.
     """
     require_datasets()
-    import inspect
-
     from datasets.load import load_dataset, load_from_disk
 
     path = user_path(source, "source")

@@ -39,6 +39,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
 
 from comit_bench.data.digests import part_digests, state_of_files
 from comit_bench.data.readers.common import EXTENSIONS
@@ -262,8 +264,6 @@ def _cached(path: Path, cache: Path) -> TarIndex | None:
 @contextmanager
 def _alone(folder: Path, shards: Sequence[Path]) -> Iterator[bool]:
     """One process lists these shards, the others wait for it. False: the cache cannot be written."""
-    from filelock import FileLock
-
     key = sha256("\0".join(map(str, shards)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,8 +304,6 @@ def index_shards(shards: Sequence[Path], cache: Path) -> list[TarIndex]:
         CorruptFileError: A shard is truncated or no tar.
         BenchError: A shard cannot be read, or the disk of the cache is full.
     """
-    from tqdm import tqdm
-
     known = [_cached(path, cache) for path in shards]
     stale = [path for path, index in zip(shards, known, strict=True) if index is None]
     if stale:

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ijson
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from comit_bench.data.manifests import Manifest, rows_from
 from comit_bench.data.readers.common import check_file, find_file, whole_number
@@ -185,8 +187,6 @@ def _items(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         CorruptFileError: Not such a list, or cut short.
     """
-    import ijson
-
     try:
         with path.open("rb") as stream:
             count = 0
@@ -335,8 +335,6 @@ def _stream(
     progress: bool,
 ) -> tuple[_Relations, dict[str, int]]:
     """Read ``relationships.json`` entry by entry."""
-    from tqdm import tqdm
-
     table = _Relations()
     rule = all if spec.relations.area_of == "both" else any
     counts = dict.fromkeys(("entries", "relations", "unnamed", "unknown_images"), 0)

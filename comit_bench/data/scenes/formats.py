@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from comit_bench.data.scenes.painting import COLOUR_NAMES, EDITS, Scenes, Split, paint
 from comit_bench.files import write_atomic
@@ -211,8 +212,6 @@ def contact_sheet(target: Path, *, image_size: int = 32, seed: int = 0, columns:
     Raises:
         BenchError: The picture cannot be written.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     rows: list[tuple[str, str, Literal["default", "hard"], bool]] = [
         ("recognition", "recognition", "default", False),
         ("recognition\n(hard)", "recognition", "hard", False),

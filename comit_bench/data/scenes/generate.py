@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from comit_bench.data.digests import file_digests
 from comit_bench.data.scenes.formats import FORMAT, Pixels, contact_sheet, label_files, paint_files
@@ -44,8 +46,6 @@ _log = logging.getLogger(__name__)
 
 
 def _png(pixels: Pixels) -> bytes:
-    from PIL import Image
-
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
@@ -180,8 +180,6 @@ def _collect(
     spec: GeneratorSpec, directory: Path, progress: bool
 ) -> tuple[dict[str, str], dict[str, list[dict[str, Any]]]]:
     """Pixel digests and label records of all chunks, painting those that are not finished."""
-    from tqdm import tqdm
-
     pixels: dict[str, str] = {}
     records: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     with tqdm(
@@ -253,8 +251,6 @@ def _generate(spec: GeneratorSpec, directory: Path, progress: bool) -> str:
 
 
 def _decode(path: Path) -> Pixels:
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             return np.asarray(image, dtype=np.uint8)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from comit_bench.errors import UsageError
 from comit_bench.files import SAY_AFTER, try_lock
@@ -134,8 +135,6 @@ def shard_bytes(tensors: dict[str, Array], broken: Mapping[int, str], *, store: 
         store: Digest of the store it belongs to.
         shard: Its number there.
     """
-    from safetensors.numpy import save
-
     metadata = {
         "store": store,
         "shard": str(shard),

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from comit_bench.data.folders import SUFFIXES
 from comit_bench.data.tokens.shards import Array, checksum, id_dtype, sorted_header
@@ -117,8 +119,6 @@ def token_file_bytes(content: TokenFile) -> bytes:
     Raises:
         UsageError: Sizes, types or names that contradict each other.
     """
-    from safetensors.numpy import save
-
     try:
         _check(content)
     except ValueError as error:
@@ -153,8 +153,6 @@ def read_token_file(path: Path) -> TokenFile:
         UsageError: Written by a later version in a format this one does not know.
         BenchError: The system cannot read it.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         raise MissingError(f"{path}: no such file. `comit-bench tokenize DIR --out {path.name}` makes one.")
     if not path.is_file():

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
+
 from comit_bench.results.table import format_number
 
 if TYPE_CHECKING:
@@ -176,8 +178,6 @@ def measure(table: Table, width: int | None = None) -> Layout:
         table: What is printed.
         width: Of the terminal: where it is narrow, labels and titles are cut rather than numbers.
     """
-    from rich.cells import cell_len
-
     labels = [LABEL, CHANCE, *(row.label + row.marks for row in table.rows)]
     details = [
         max(map(cell_len, texts)) for texts in zip(table.details, *map(detail_texts, table.rows), strict=True)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.results.records import Record
 from comit_bench.results.render.layout import DASH, is_reference, short_count
+from comit_bench.results.render.text import to_latex
 from comit_bench.results.table import PUBLISHED, Row, Table, build_table, row_key
 
 SOURCE = "COMiT paper"  # ``protocol.source`` of its records; other publications are no part of its tables
@@ -300,8 +301,6 @@ def to_paper_latex(
         suite: Whose tasks are shown.
         names: Layouts by name; None is all.
     """
-    from comit_bench.results.render.text import to_latex
-
     texts = []
     for layout in find_layouts(names):
         for table in paper_tables(records := list(records), suite=suite, names=[layout.name]):

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
+from textwrap import wrap
 from typing import TYPE_CHECKING
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
 
 from comit_bench.results.render.layout import (
     CHANCE,
@@ -34,10 +41,6 @@ PIPE_WIDTH = 120
 
 def stdout_console(width: int) -> Console:
     """Standard output; a pipe or a file has no width of its own: ``COLUMNS``, else ``width``."""
-    import os
-
-    from rich.console import Console
-
     console = Console(markup=False, emoji=False)
     if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
         return console
@@ -63,8 +66,6 @@ def in_encoding(text: str, encoding: str) -> str:
 
     The signs of tables and bars become ASCII; of other letters the accents are lost, or they become ``?``.
     """
-    import unicodedata
-
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -92,10 +93,6 @@ def terminal_lines(table: Table, width: int, *, styled: bool = True) -> list[Tex
         width: Columns available; a table that is wider continues in further blocks below.
         styled: Whether the reader will see bold and underlined.
     """
-    from textwrap import wrap
-
-    from rich.text import Text
-
     layout = measure(table, width)
     lines: list[Text] = [Text(part, "bold") for part in wrap(table.title, max(20, width))]
     for number, block in enumerate(layout.blocks(width)):
@@ -110,8 +107,6 @@ def terminal_lines(table: Table, width: int, *, styled: bool = True) -> list[Tex
 
 
 def _terminal_block(table: Table, layout: Layout, block: Block) -> list[Text]:
-    from rich.text import Text
-
     details = layout.details if block.details else ()
     total = layout.label + sum(d + GAP for d in details) + layout.span(list(block.columns))
     lines = _titles(layout, block, total)
@@ -142,9 +137,6 @@ def _terminal_block(table: Table, layout: Layout, block: Block) -> list[Text]:
 
 def _titles(layout: Layout, block: Block, total: int) -> list[Text]:
     """Task over its columns, what tells it from others below, a rule under both."""
-    from rich.cells import cell_len
-    from rich.text import Text
-
     table = layout.table
     groups = list(dict.fromkeys(table.columns[index].group for index in block.columns))
     spans = [
@@ -164,8 +156,6 @@ def _titles(layout: Layout, block: Block, total: int) -> list[Text]:
 
 
 def _terminal_row(table: Table, layout: Layout, block: Block, row: Row) -> Text:
-    from rich.text import Text
-
     line = Text(_fit(row.label + row.marks, layout.label, keep=len(row.marks)))
     if block.details:
         for text, size in zip(detail_texts(row), layout.details, strict=True):
@@ -191,8 +181,6 @@ def _terminal_row(table: Table, layout: Layout, block: Block, row: Row) -> Text:
 
 def _terminal_number(value: str, spread: str, marks: str, layout: Layout, index: int) -> Text:
     """Right-aligned so that decimal points and ± stand above each other."""
-    from rich.text import Text
-
     value_width, spread_width, marks_width = layout.parts[index]
     text = value.rjust(value_width)
     if spread_width:
@@ -203,14 +191,10 @@ def _terminal_number(value: str, spread: str, marks: str, layout: Layout, index:
 
 
 def _right(text: str, width: int) -> str:
-    from rich.cells import cell_len
-
     return " " * (width - cell_len(text)) + text
 
 
 def _center(text: str, width: int) -> str:
-    from rich.cells import cell_len, set_cell_size
-
     free = width - cell_len(text)
     if free < 0:
         return set_cell_size(text, width - 1) + "…"
@@ -219,8 +203,6 @@ def _center(text: str, width: int) -> str:
 
 def _fit(text: str, width: int, keep: int = 0) -> str:
     """Pad to ``width``, or cut the middle out; the last ``keep`` characters always stay."""
-    from rich.cells import cell_len, set_cell_size
-
     if cell_len(text) <= width:
         return text + " " * (width - cell_len(text))
     tail = text[-max(keep, (width - 1) // 2) :]
