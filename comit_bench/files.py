@@ -66,11 +66,7 @@ def cache_root() -> Path:
 
 
 def shipped_weights(name: str) -> Path:
-    """The directory of trained weights that come with the package.
-
-    Raises:
-        FileNotFoundError: No weights of that name come with it.
-    """
+    """The directory of trained weights that come with the package."""
     from importlib.resources import files
 
     directory = Path(str(files("comit_bench"))) / "weights" / name
@@ -122,11 +118,7 @@ def special_file(mode: int) -> str | None:
 
 
 def why_no_file(path: str | os.PathLike[str]) -> str | None:
-    """What stands at a path in words when it is no ordinary file, else None. Links are followed.
-
-    Raises:
-        BenchError: The system does not say.
-    """
+    """What stands at a path in words when it is no ordinary file, else None. Links are followed."""
     try:
         return special_file(os.stat(path).st_mode)  # noqa: PTH116 (called for every file)
     except FileNotFoundError:
@@ -138,11 +130,7 @@ def why_no_file(path: str | os.PathLike[str]) -> str | None:
 
 
 def refuse_special(path: Path) -> None:
-    """Devices, named pipes and sockets are never replaced.
-
-    Raises:
-        UsageError: ``path`` is one.
-    """
+    """Devices, named pipes and sockets are never replaced."""
     with suppress(OSError):
         mode = path.stat().st_mode
         if not stat.S_ISDIR(mode) and (what := special_file(mode)) is not None:
@@ -173,9 +161,6 @@ def check_relative(name: object, *, windows: bool = True, here: bool = False) ->
         name: With forward slashes.
         windows: Whether backslashes and drive letters count as they do there, on every system.
         here: Whether ``.``, the folder itself, will do.
-
-    Raises:
-        ValueError: Not a text, empty, ``.``, absolute, with a drive letter or NUL, or leading out.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file or folder")
@@ -234,9 +219,6 @@ def check_url(url: str, *, checked: bool = False) -> None:
     Args:
         url: ``https``; ``http`` only from this machine or for content that is compared with a checksum.
         checked: Whether it is.
-
-    Raises:
-        UsageError: Another kind of address, e.g. ``file:``.
     """
     from urllib.parse import urlsplit
 
@@ -602,11 +584,7 @@ def require_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """The part of :func:`require_folder` that writes nothing.
-
-    Raises:
-        UsageError: Something that is no folder is in its place, or in the way.
-    """
+    """The part of :func:`require_folder` that writes nothing."""
     there = folder.absolute()
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
@@ -635,9 +613,6 @@ def require_room(folder: Path, need: int, what: str, *, advice: str = "") -> Non
         need: Bytes.
         what: Begins the message, e.g. "the tokens of 1000 images need".
         advice: What else could be done, ends it.
-
-    Raises:
-        BenchError: Says how much is needed and how much is free.
     """
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -677,10 +652,6 @@ def user_path(text: str | Path, what: str = "path") -> Path:
     Args:
         text: The path.
         what: What it is, for the message, e.g. ``--output``.
-
-    Raises:
-        UsageError: It is empty, names a home that does not exist, or cannot be a path of this system (too
-            long, with a NUL) or is not valid UTF-8.
     """
     if not str(text) or "\0" in str(text):
         raise UsageError(f"{what} {shown(str(text))}: {'empty' if not str(text) else 'a NUL in it'}, no path")

@@ -69,11 +69,7 @@ class Item:
 
 
 def chosen_kinds(kinds: Sequence[str]) -> list[str]:
-    """The kinds that were named, ``all`` for each of them.
-
-    Raises:
-        UsageError: Another word, with the nearest kinds.
-    """
+    """The kinds that were named, ``all`` for each of them."""
     for kind in kinds:
         if kind not in (*MARKS, ALL):
             raise UsageError(f"the cache holds no {kind!r}.{did_you_mean(kind, [*MARKS, ALL])}")
@@ -200,11 +196,7 @@ def _locks(folder: Path) -> Iterator[Path]:
 
 
 def _take(path: Path, held: ExitStack) -> None:
-    """Take a lock until the end of the block.
-
-    Raises:
-        BenchError: Another process has it.
-    """
+    """Take a lock until the end of the block."""
     try:
         lock = try_lock(path)
     except OSError:  # gone meanwhile, or no locks on this disk

@@ -112,9 +112,6 @@ def guarded(command: Callable[[], object]) -> NoReturn:
     goes into a log file. Letters that an encoding does not have are replaced.
     A stream that is closed (``2>&-``), or whose reader has gone (``| head -1``), swallows what is written,
     and the work goes on; only output that a full disk swallowed is an error at the end.
-
-    Raises:
-        SystemExit: Always.
     """
     _open_closed()
     before = sys.stdout, sys.stderr
@@ -167,11 +164,7 @@ def stoppable(command: Callable[[], int]) -> int:
 
 
 def _check_arguments() -> None:
-    """Refuse an argument that is no text (records keep the command line) or empty (an unset variable).
-
-    Raises:
-        UsageError: Names the argument.
-    """
+    """Refuse an argument that is no text (records keep the command line) or empty (an unset variable)."""
     for before, argument in pairwise(["", *sys.argv[1:]]):
         name, sign, value = argument.partition("=")
         option = argument.startswith("--") and sign

@@ -233,11 +233,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def chosen(names: Sequence[str]) -> list[tuple[TokenizerEntry, dict[str, Any]]]:
-    """The rows of these presets; no name means all.
-
-    Raises:
-        UsageError: A name of no preset with a network.
-    """
+    """The rows of these presets; no name means all."""
     rows = presets()
     known = {entry.name for entry, _ in rows}
     for name in names:

@@ -65,11 +65,7 @@ def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...] = ()) -> None:
-    """Print tokenizers, tasks or datasets.
-
-    Raises:
-        UsageError: Something else was asked for.
-    """
+    """Print tokenizers, tasks or datasets."""
     if what not in THINGS:
         raise UsageError(
             f"cannot list {shown(what)}: one of {', '.join(THINGS)}.{did_you_mean(what, THINGS)}"
@@ -217,9 +213,6 @@ def examine(data_root: Path | None) -> int:
     Returns:
         0, or 3 when a required package is missing, or something that ``comit-bench run`` with the same data
         root would wait for.
-
-    Raises:
-        MissingError: At the end, when the data root is no folder.
     """
     import torch
 
@@ -299,9 +292,6 @@ def rebuild_table(
     With ``published``, the published numbers of the same tasks (of the whole suite, when one is named)
     stand in it too. ``layouts`` names tables of the paper to print instead, ``all`` for every one; with the
     suite ``paper`` and no other filter they all follow the plain table.
-
-    Raises:
-        MissingError: There are no records.
     """
     from comit_bench.results.records import load_records, published_records
     from comit_bench.results.render.paper import find_layouts
@@ -336,11 +326,7 @@ def rebuild_table(
 def print_paper_tables(
     records: Sequence[Record], *, suite: str, names: Sequence[str] | None = None, output: Path | None = None
 ) -> None:
-    """Print the paper's tables, and write them when ``output`` is given, see ``results/paper_table.py``.
-
-    Raises:
-        MissingError: No record has a place in them.
-    """
+    """Print the paper's tables, and write them when ``output`` is given, see ``results/paper_table.py``."""
     from comit_bench.files import write_atomic
     from comit_bench.results.render.paper import PAPER_FILE, paper_tables, to_paper_latex
     from comit_bench.results.render.terminal import print_terminal

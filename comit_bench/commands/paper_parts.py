@@ -394,11 +394,7 @@ def _crops(name: str) -> bool:
 
 
 def choose_parts(parts: Sequence[Part], only: Sequence[str] | None) -> list[Part]:
-    """Parts by name, in the paper's order; None is all.
-
-    Raises:
-        UsageError: No such part; suggests the nearest.
-    """
+    """Parts by name, in the paper's order; None is all."""
     names = [part.name for part in parts]
     for name in only or ():
         if name not in names:

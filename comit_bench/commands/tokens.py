@@ -36,11 +36,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exist
 
 
 def key_values(pairs: list[str]) -> dict[str, str | int | float]:
-    """KEY=VALUE texts as a mapping; values that are written as numbers are become numbers.
-
-    Raises:
-        UsageError: A text of another form, a key that is given twice, or one that has an option of its own.
-    """
+    """KEY=VALUE texts as a mapping; values that are written as numbers are become numbers."""
     options: dict[str, str | int | float] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")

@@ -57,11 +57,7 @@ def _fetch(name: str, *, keep: bool, url: str | None, progress: bool) -> Path:
 
 
 def _of_hub(name: str) -> tuple[str, tuple[str, ...]]:
-    """Repository and files of a tokenizer or a VAE that lies on the hub.
-
-    Raises:
-        UsageError: No such name, or one without released weights.
-    """
+    """Repository and files of a tokenizer or a VAE that lies on the hub."""
     from comit_bench.tokenizers.presence import CHECKPOINT, HUB, vaes
     from comit_bench.tokenizers.registry import find_tokenizer
 

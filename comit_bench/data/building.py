@@ -42,10 +42,6 @@ def build_dataset(
 
     Returns:
         The data, the report's file, and id -> message of every broken image.
-
-    Raises:
-        BenchError: The share of missing and broken images is above the recipe's ``max_broken``; the report
-            has been written. And everything that ``open_dataset`` raises.
     """
     data = open_dataset(recipe, data_root=data_root, cache=cache, progress=progress)
     broken: dict[str, str] = {}

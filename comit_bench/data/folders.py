@@ -59,9 +59,6 @@ def walk_images(root: Path, suffixes: Collection[str], *, follow: bool) -> tuple
         root: Where to begin.
         suffixes: In lower case, with their dots.
         follow: Whether links to folders are followed; one that leads back above itself is not.
-
-    Raises:
-        BenchError: A folder cannot be listed.
     """
     names: list[str] = []
     odd: dict[str, str] = {}

@@ -98,11 +98,7 @@ def _parse_step(text: str, recipe: str) -> Step:
 
 @lru_cache(maxsize=128)
 def parse_preprocessing(recipe: str) -> tuple[Step, ...]:
-    """Parse a recipe and check that it ends in a square of known side.
-
-    Raises:
-        UsageError: Unknown step or filter (the nearest is named), wrong arguments, not a square.
-    """
+    """Parse a recipe and check that it ends in a square of known side."""
     steps = tuple(_parse_step(part.strip(), recipe) for part in recipe.split("|"))
     if any(step.name == "exif" for step in steps[1:]):
         raise UsageError(f"preprocessing {recipe!r}: exif can only be the first step")
@@ -414,9 +410,6 @@ def _decoder(source: BinaryIO, name: str, *, header: bool = False) -> Iterator[I
 
     Decoders raise all kinds of errors for damaged files: SyntaxError, struct.error, MemoryError, whatever a
     plugin comes across.
-
-    Raises:
-        CorruptFileError: Names the file and says what the decoder said.
     """
     advice = "Replace the file by an intact copy."
     try:

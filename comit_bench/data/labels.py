@@ -19,10 +19,6 @@ def read_class_list(path: Path) -> tuple[str, ...]:
 
     Blank lines and lines that start with ``#`` are skipped; after an ImageNet id (``n01440764``) the rest
     of the line is a remark.
-
-    Raises:
-        MissingError: No such file.
-        UsageError: Empty, not text, or a name twice.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -43,11 +39,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
 
 
 def read_solution_csv(path: Path) -> dict[str, str]:
-    """Kaggle's ``LOC_val_solution.csv``: file stem -> class name (the first word of the second column).
-
-    Raises:
-        CorruptFileError: Another kind of table, or a row without a class.
-    """
+    """Kaggle's ``LOC_val_solution.csv``: file stem -> class name (the first word of the second column)."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             rows = list(csv.DictReader(stream))
@@ -59,11 +51,7 @@ def read_solution_csv(path: Path) -> dict[str, str]:
 
 
 def read_ground_truth(path: Path, synsets: Sequence[str]) -> list[str]:
-    """The devkit's ground truth, one 1-based id per line -> class names in image order.
-
-    Raises:
-        CorruptFileError: A line that is no id of ``synsets``.
-    """
+    """The devkit's ground truth, one 1-based id per line -> class names in image order."""
     names = []
     for number, line in enumerate(path.read_text(encoding="ascii", errors="replace").split(), start=1):
         if not re.fullmatch(r"[0-9]+", line) or not 1 <= int(line) <= len(synsets):
@@ -75,11 +63,7 @@ def read_ground_truth(path: Path, synsets: Sequence[str]) -> list[str]:
 
 
 def read_devkit_synsets(path: Path) -> tuple[str, ...]:
-    """Class names by ILSVRC2012 id (the first one has id 1), from ``meta.mat`` or a text file.
-
-    Raises:
-        CorruptFileError: Not such a file, or a text file in alphabetical order.
-    """
+    """Class names by ILSVRC2012 id (the first one has id 1), from ``meta.mat`` or a text file."""
     if path.suffix.lower() != ".mat":
         names = read_class_list(path)
         if len(names) > 2 and list(names) == sorted(names):

@@ -100,11 +100,7 @@ class Manifest:
 def rows_from(
     samples: Sequence[tuple[str, str, NDArray[np.int32]]], width: int, masks: Sequence[str] = ()
 ) -> Rows:
-    """Rows from (id, file, labels int32 [k, width]) in any order.
-
-    Raises:
-        CorruptFileError: Two samples with one id, or a file that does not lie below its place.
-    """
+    """Rows from (id, file, labels int32 [k, width]) in any order."""
     for name in (*(sample[1] for sample in samples), *masks):
         try:
             check_relative(name.partition("/")[2], windows=os.name == "nt")
@@ -169,12 +165,7 @@ def _joined(manifest: Manifest) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
 
 
 def read_manifest(path: Path, key: dict[str, Any]) -> tuple[Manifest, str]:
-    """Read a manifest and compute its digest again.
-
-    Raises:
-        MissingError: No such file, or it was made from something else.
-        CorruptFileError: Not a manifest, or its content is not what its digest says.
-    """
+    """Read a manifest and compute its digest again."""
     if not path.is_file():
         raise MissingError(f"{path}: no manifest there")
     try:

@@ -68,9 +68,6 @@ def read_levels(image: Image, *, lossy: bool, name: str) -> Mask:
         image: Of any mode.
         lossy: Whether its format changes values a little (JPEG).
         name: What messages call it.
-
-    Raises:
-        CorruptFileError: No mask: a photograph, values that are not finite, or two masks in one file.
     """
     alpha = _alpha(image)
     levels, form = _colours(image)

@@ -57,9 +57,6 @@ def holdout(ids: Sequence[str], fraction: float, salt: str) -> NDArray[np.bool_]
 
     Returns:
         bool [n], True for the chosen ones.
-
-    Raises:
-        UsageError: ``fraction`` is outside 0..1.
     """
     if not 0.0 <= fraction <= 1.0:
         raise UsageError(f"holdout fraction {fraction} must be between 0 and 1")
@@ -100,9 +97,6 @@ def pair_disjoint(counts: Mapping[Pair, int], share: float, *, seed: int = 0) ->
         counts: Images per pair of two different categories; pairs without images are passed over.
         share: Share of images that val is to have, between 0 and 1.
         seed: Another seed makes another split.
-
-    Raises:
-        UsageError: A share outside 0..1, or a "pair" of one category.
     """
     if not 0.0 < share < 1.0:
         raise UsageError(f"val share {share} must be between 0 and 1")
@@ -153,11 +147,7 @@ def _nearest(images: Mapping[Pair, int], share: float, seed: int) -> frozenset[P
 
 
 def check_pair_disjoint(train: Sequence[Pair], val: Sequence[Pair], where: str) -> None:
-    """Verify a split from its samples alone.
-
-    Raises:
-        CorruptFileError: A pair is on both sides, or a category on one side only.
-    """
+    """Verify a split from its samples alone."""
     shared = sorted(set(train) & set(val))
     if shared:
         raise CorruptFileError(f"{where}: {len(shared)} pairs are in train and in val: {shared[:3]}")

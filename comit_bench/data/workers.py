@@ -26,9 +26,6 @@ def read_ahead(source: Any, keys: Iterable[Any], workers: int, *, pin: bool = Fa
         keys: Asked for as they are needed, a few ahead of the item that comes out.
         workers: Processes; 0 makes every item in this one, when it is asked for.
         pin: Put tensors into memory that a GPU reads fast; items of other types need a method ``pin_memory``.
-
-    Raises:
-        BenchError: A worker was killed, does not answer, or cannot be started.
     """
     if workers == 0 and not pin:
         yield from (source[key] for key in keys)

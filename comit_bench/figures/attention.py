@@ -128,9 +128,6 @@ def find_masks(inputs: Inputs) -> tuple[Path, ...]:
 
     They have the image's name and lie in ``ground_truth_mask/`` or ``ground_truth/``, as in CSSD and ECSSD,
     or in the same folder with another suffix.
-
-    Raises:
-        MissingError: An image has none.
     """
     if inputs.masks is not None:
         return inputs.masks
@@ -189,11 +186,7 @@ def read_masks(inputs: Inputs, preprocessing: str) -> tuple[Inputs, NDArray[np.b
 def each_map(
     tokenizer: Tokenizer, inputs: Inputs, spec: ObjectnessSpec, policy: str | None, seed: int
 ) -> tuple[AttentionRequest, tuple[float, ...], dict[tuple[int, int], list[Tensor]]]:
-    """What was read, when, and per (layer, time) the maps [K, h, w] of every image, means over heads.
-
-    Raises:
-        UnsupportedOperation: The tokenizer has no such maps; the message names it.
-    """
+    """What was read, when, and per (layer, time) the maps [K, h, w] of every image, means over heads."""
     try:
         plan = make_plan(spec, tokenizer)
     except UnsupportedOperation as error:
@@ -360,11 +353,7 @@ def _readable(tokenizer: Tokenizer, times: Sequence[float]) -> tuple[float, ...]
 
 
 def make_spec(**settings: Any) -> ObjectnessSpec:
-    """A recipe's section from settings of the command line.
-
-    Raises:
-        UsageError: They are out of range.
-    """
+    """A recipe's section from settings of the command line."""
     try:
         return ObjectnessSpec(**settings)
     except ValueError as error:

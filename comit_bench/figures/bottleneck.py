@@ -56,9 +56,6 @@ def compute(records: Sequence[Record]) -> Bottleneck:
 
     Args:
         records: Of any tasks, measured ones count.
-
-    Raises:
-        MissingError: Fewer than two tokenizers with a vocabulary have a record.
     """
     found = {kind: _of_one_protocol(kind, records) for kind in KINDS}
     members = {key: record for column in found.values() for key, record in column.items()}

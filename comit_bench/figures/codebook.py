@@ -71,9 +71,6 @@ def compute(
         positions: Most positions of the matrix, evenly spaced.
         policy: Cropping policy; None is the tokenizer's default.
         seed: Of all noise and shuffles.
-
-    Raises:
-        UnsupportedOperation: Continuous codes.
     """
     vocab = tokenizer.info.vocab_size
     if vocab is None:

@@ -70,9 +70,6 @@ def compute(
         policy: Cropping policy; None is the tokenizer's default.
         seed: Of the choice and of all noise.
         spec: Of the null.
-
-    Raises:
-        UsageError: The images are no such pairs.
     """
     if count < 1:
         raise UsageError(f"--count {count}: at least one scene is needed")

@@ -104,10 +104,6 @@ def load_inputs(
         seed: Another seed, another choice.
         cache: Where the embedded scenes are made; None: the cache directory.
         dataset: Which embedded scenes; salient objects with masks when nothing is said.
-
-    Raises:
-        MissingError: No such folder, no image in it, or none that can be read.
-        UsageError: ``count`` is below 1.
     """
     if count is not None and count < 1:
         raise UsageError(f"--count {count}: at least one image is needed")
@@ -234,9 +230,6 @@ def decode(tokenizer: Tokenizer, tokens: Tokens, seeds: Sequence[int], *, batch:
 
     More than ``FEW`` messages are decoded in whole tiles, so that pixels are those of a run; fewer without
     padding, where a few of ten thousand values may be one level off.
-
-    Raises:
-        UnsupportedOperation: The tokenizer has no decoder; the message names it.
     """
     parts = []
     advance = progress.get()(f"{tokenizer.info.name}: decoding", len(tokens), "images")
@@ -275,11 +268,7 @@ def _join(parts: Sequence[Tokens]) -> Tokens:
 
 
 def require_comit(tokenizer: Tokenizer, figure: str) -> ComitTokenizer:
-    """The tokenizer, when it looks at crops.
-
-    Raises:
-        UnsupportedOperation: It is of another family.
-    """
+    """The tokenizer, when it looks at crops."""
     if not isinstance(tokenizer, ComitTokenizer):
         raise UnsupportedOperation(
             f"{tokenizer.info.name} does not build its message crop by crop, which figure {figure!r} shows: "

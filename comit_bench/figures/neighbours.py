@@ -76,9 +76,6 @@ def compute(
         k: Neighbours of each.
         policy: Cropping policy; None is the tokenizer's default.
         seed: Of the choice and of all noise.
-
-    Raises:
-        UsageError: There are no k others.
     """
     if queries < 1:
         raise UsageError(f"--count {queries}: at least one query is needed")

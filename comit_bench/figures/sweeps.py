@@ -94,9 +94,6 @@ def compute(records: Sequence[Record]) -> list[Sweeps]:
 
     Args:
         records: Of any tasks; only measured records of kind ``reconstruction`` count, the newest of each.
-
-    Raises:
-        MissingError: There is no such record, or no two of them make a curve.
     """
     columns: dict[str, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: r.created):

@@ -65,22 +65,14 @@ class Statistics:
 
     @property
     def covariance(self) -> Matrix:
-        """Unbiased, float64 [D, D].
-
-        Raises:
-            ValueError: Fewer than two images.
-        """
+        """Unbiased, float64 [D, D]."""
         if self.count < 2:
             raise ValueError("a covariance needs at least two images")
         return self.scatter / (self.count - 1)
 
 
 def statistics_of(pieces: Iterable[NDArray[np.floating]]) -> Statistics:
-    """Statistics of feature vectors [n, D] that come in pieces; the order of pieces decides the last bits.
-
-    Raises:
-        ValueError: There is no piece.
-    """
+    """Statistics of feature vectors [n, D] that come in pieces; the order of pieces decides the last bits."""
     total: Statistics | None = None
     for piece in pieces:
         part = Statistics.of(piece)
@@ -137,9 +129,6 @@ def kernel_distance(
 
     Returns:
         Mean over the subsets, and their sample standard deviation (0 for one).
-
-    Raises:
-        ValueError: Fewer than two images.
     """
     one, two = (torch.from_numpy(np.ascontiguousarray(x)).double() for x in (reference, other))
     count = min(len(one), len(two))
@@ -176,9 +165,6 @@ def precision_recall(
 
     Precision is the share of ``other`` that lies in a ball around a reference image that reaches to
     that image's k-th nearest reference neighbour; recall exchanges the two sets.
-
-    Raises:
-        ValueError: Not more images than neighbours.
     """
     one, two = (torch.from_numpy(np.ascontiguousarray(x)).double() for x in (reference, other))
     if min(len(one), len(two)) <= neighbours:

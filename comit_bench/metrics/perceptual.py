@@ -89,11 +89,7 @@ class InceptionFeatures:
 
 
 def _tiled(function: Callable[[Tensor], Tensor], images: Tensor, *, name: str) -> Tensor:
-    """Call ``function`` on ``TILE`` images at a time, the last tile padded by repetition.
-
-    Raises:
-        BenchError: What ``name`` computes is not finite.
-    """
+    """Call ``function`` on ``TILE`` images at a time, the last tile padded by repetition."""
     total = len(images)
     parts = []
     with torch.inference_mode(), exact_products(images.device):
@@ -124,11 +120,7 @@ def read_plain_tensors(path: Path, landmarks: Sequence[str] = ()) -> dict[str, T
 
 
 def find_inception() -> Path:
-    """The file of Inception's weights.
-
-    Raises:
-        MissingError: torch-fidelity or the file is not here; says how to get it.
-    """
+    """The file of Inception's weights."""
     try:
         version("torch-fidelity")
     except PackageNotFoundError as error:
@@ -220,10 +212,6 @@ def load_lpips(name: LpipsName, device: torch.device) -> Callable[[Tensor, Tenso
 
     Returns:
         uint8 [B, 3, S, S] twice -> float64 [B] on the CPU, one number per image.
-
-    Raises:
-        MissingError: Something is not here; see :func:`why_no_lpips`.
-        CorruptFileError: The weights of its backbone are damaged.
     """
     reason = why_no_lpips(name)
     if reason is not None:

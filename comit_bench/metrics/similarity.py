@@ -41,9 +41,6 @@ def ssim(one: Tensor, two: Tensor) -> Tensor:
 
     Gaussian window of 11 x 11 pixels with standard deviation 1.5 around every pixel, the image mirrored at
     its edges, as torchmetrics computes it (a test compares); the mean over pixels and colour channels.
-
-    Raises:
-        ValueError: The images are smaller than the window.
     """
     if min(one.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW} px, got {list(one.shape)}")

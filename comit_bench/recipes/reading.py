@@ -26,11 +26,6 @@ def read_text(path: Path, *, most: int = LARGE_TEXT) -> str:
     Args:
         path: The file.
         most: Bytes that it may have.
-
-    Raises:
-        MissingError: No such file.
-        CorruptFileError: A folder, a device or a pipe; too large; or not UTF-8.
-        BenchError: The system cannot read it.
     """
     try:
         if not path.is_file():
@@ -78,9 +73,6 @@ def parse_json(text: str, where: object, *, strict: bool = True) -> Any:
         where: File or place, for the message.
         strict: Also refuse a key that occurs twice, numbers that are not finite, and text that is not Unicode
             (half of a surrogate pair). Costs time for files of hundreds of megabytes.
-
-    Raises:
-        CorruptFileError: Not JSON, nested too deeply, or with a number of thousands of digits.
     """
     hooks: dict[str, Any] = {
         "object_pairs_hook": _no_repeats,
@@ -163,9 +155,6 @@ def parse_yaml(text: str, where: object) -> Any:
     Args:
         text: The text.
         where: File or place, for the message.
-
-    Raises:
-        UsageError: Not such a text; says where in it.
     """
     import yaml
 

@@ -198,9 +198,6 @@ def load_records(root: Path, *, strict: bool = False) -> list[Record]:
     Args:
         root: Directory searched at any depth; one that does not exist holds no records.
         strict: Raise instead, after all files were read.
-
-    Raises:
-        CorruptFileError: ``strict`` and at least one file is no valid record; names them all.
     """
     records, problems = [], []
     for path in sorted(root.rglob("*.json")):

@@ -150,10 +150,6 @@ def build_table(
         tasks: Only these tasks, in this order; default all, by suite and name.
         row_of: What makes a row; default :func:`row_key`.
         decimals: Printed precision of all columns; default by unit and size.
-
-    Raises:
-        UsageError: A filter names what no record has; suggests the nearest. Or two records
-            disagree on the unit or direction of a metric.
     """
     row_of = row_of or row_key
     chosen, older = _newest(_filter(sorted(records, key=_record_order), suite, tasks), row_of)

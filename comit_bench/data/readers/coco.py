@@ -110,12 +110,7 @@ def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manif
 
 
 def verify(spec: DatasetSpec, manifest: Manifest, where: str) -> None:
-    """Check from the samples alone that the split is what the recipe promises.
-
-    Raises:
-        CorruptFileError: A sample without exactly two categories, a shared pair, or a category that is
-            on one side only.
-    """
+    """Check from the samples alone that the split is what the recipe promises."""
     for name, rows in manifest.splits.items():
         if len(rows.values) and (np.diff(rows.offsets) != 2).any():
             raise CorruptFileError(f"{where}: split {name!r} has a sample without exactly two categories")

@@ -41,9 +41,6 @@ def find_folder(spec: DatasetSpec, data_root: Path | None) -> Path:
     A tree that can only be this data set, because it holds a place of several folders
     (``ILSVRC/Data/CLS-LOC/train``), is read as well where the data root, or the folder in it, is the tree
     itself or lies on the way to that place.
-
-    Raises:
-        MissingError: No data root, or nothing of that name in it; the message says how to point to it.
     """
     if data_root is None:
         raise MissingError(f"dataset {spec.name}: no data root is set.{how_to_point(spec)}{how_to_get(spec)}")
@@ -87,11 +84,7 @@ def _hint(spec: DatasetSpec, data_root: Path) -> str:
 
 
 def find_file(spec: DatasetSpec, folder: Path, what: str, candidates: Sequence[str]) -> Path:
-    """The first of ``candidates`` that is a file.
-
-    Raises:
-        MissingError: None is.
-    """
+    """The first of ``candidates`` that is a file."""
     for candidate in candidates:
         if (folder / candidate).is_file():
             return folder / candidate
@@ -102,11 +95,7 @@ def find_file(spec: DatasetSpec, folder: Path, what: str, candidates: Sequence[s
 
 
 def find_directory(spec: DatasetSpec, folder: Path, what: str, candidates: Sequence[str]) -> Path:
-    """The first of ``candidates`` that is a directory.
-
-    Raises:
-        MissingError: None is.
-    """
+    """The first of ``candidates`` that is a directory."""
     for candidate in candidates:
         if (folder / candidate).is_dir():
             return folder / candidate
@@ -118,11 +107,7 @@ def find_directory(spec: DatasetSpec, folder: Path, what: str, candidates: Seque
 
 
 def whole_number(value: object) -> int:
-    """A whole number of an annotation file: 5, 5.0 or "5".
-
-    Raises:
-        ValueError: Something else, or a number that no column holds.
-    """
+    """A whole number of an annotation file: 5, 5.0 or "5"."""
     number = int(value) if isinstance(value, str) and value.isascii() else value
     if not isinstance(number, int | float) or isinstance(number, bool) or not abs(number) < 2**62:
         raise ValueError(f"{shown(value)} is no whole number")
@@ -132,11 +117,7 @@ def whole_number(value: object) -> int:
 
 
 def check_file(name: object) -> str:
-    """The name of an image file in an annotation file, as it is.
-
-    Raises:
-        ValueError: No name of a file below the data set's folder.
-    """
+    """The name of an image file in an annotation file, as it is."""
     check_relative(name)
     parts = str(name).encode("utf-8").split(b"/")  # raises for half of a surrogate pair
     if max(map(len, parts)) > LONGEST_PART:
@@ -174,9 +155,6 @@ def look_for_images(
 
     Returns:
         The names; and name -> what it is, e.g. a named pipe. Nothing is opened.
-
-    Raises:
-        MissingError: A link that leads nowhere or to itself.
     """
     names: list[str] = []
     odd: dict[str, str] = {}

@@ -179,10 +179,6 @@ def read_encoded(
         source: Has ``ids``, ``read`` and ``where``.
         classes: The class list; images of other classes are left out.
         official: Called when an official validation name turns up; gives the function from names to classes.
-
-    Raises:
-        UnsupportedOperation: The class of an image cannot be told.
-        CorruptFileError: Two images with one id.
     """
     labels = {c: i for i, c in enumerate(classes)}
     by_label = _class_by_label(source)

@@ -45,11 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 def require_datasets() -> None:
-    """Make sure that the library is installed (a folder called ``datasets`` can be imported as well).
-
-    Raises:
-        MissingError: It is not; says how to install it.
-    """
+    """Make sure that the library is installed (a folder called ``datasets`` can be imported as well)."""
     try:
         version("datasets")
     except PackageNotFoundError as error:
@@ -154,11 +150,7 @@ def _holds_images(feature: Any) -> int:
 
 
 def find_image_column(features: Mapping[str, Any], wanted: str | None, source: str) -> str:
-    """The column that holds the images: the one asked for, the only image column, or the only bytes.
-
-    Raises:
-        UsageError: None or several, an unknown name, or one that holds no images.
-    """
+    """The column that holds the images: the one asked for, the only image column, or the only bytes."""
     kinds = {name: _holds_images(feature) for name, feature in features.items()}
     if wanted is not None:
         if wanted not in kinds:
@@ -261,13 +253,7 @@ class HfImages:
         return f"{self.name}, row {int(self._order[index])}: {self.ids[index]}"
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            CorruptFileError: The row holds no image.
-            MissingError: The row names a file that is not there.
-            BenchError: It cannot be read.
-        """
+        """The encoded image."""
         try:
             value = self._rows[int(self._order[index])][self.column]
             if isinstance(value, Mapping):

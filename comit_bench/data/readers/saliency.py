@@ -64,12 +64,7 @@ def counted(manifest: Manifest, samples: dict[str, int]) -> dict[str, int]:
 
 
 def build(spec: DatasetSpec, folder: Path) -> Manifest:
-    """Pair every image with its mask.
-
-    Raises:
-        MissingError: A folder is not there, or it has no images.
-        CorruptFileError: Masks without an image, or two files with one name.
-    """
+    """Pair every image with its mask."""
     where = places(spec, folder)
     splits, unmasked, no_files = {}, {}, {}
     for name in spec.splits:

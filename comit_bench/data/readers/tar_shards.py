@@ -76,11 +76,7 @@ def _alternatives(group: str, pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names a pattern with ``{000..146}`` and ``{a,b}`` stands for, in the order of a shell.
-
-    Raises:
-        UsageError: A group of another form, or more than 100,000 names.
-    """
+    """All names a pattern with ``{000..146}`` and ``{a,b}`` stands for, in the order of a shell."""
     done: list[str] = []
     waiting = [pattern]
     while waiting:
@@ -104,10 +100,6 @@ def find_shards(source: str) -> tuple[Path, ...]:
 
     Returns:
         Sorted paths, each once.
-
-    Raises:
-        UsageError: An address on the network, or braces that cannot be read.
-        MissingError: No shard, or one of those that are named is not there.
     """
     shards: set[Path] = set()
     for part in source.split("::"):
@@ -203,13 +195,7 @@ def _check_end(path: Path, end: int) -> None:
 
 
 def scan_tar(path: Path) -> TarIndex:
-    """List a tar by reading its headers.
-
-    Raises:
-        MissingError: No such file.
-        CorruptFileError: Truncated, compressed, or no tar; the message names the file.
-        BenchError: The file cannot be read.
-    """
+    """List a tar by reading its headers."""
     try:
         before = path.stat()
         with path.open("rb") as stream:
@@ -411,12 +397,7 @@ class TarImages:
         return [found[row] for row in rows]
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            MissingError: The shard vanished.
-            BenchError: The shard was changed since it was listed, or cannot be read.
-        """
+        """The encoded image."""
         number = int(self._shard[index])
         path, size = self.shards[number], int(self._size[index])
         try:

@@ -73,11 +73,7 @@ def folder_names(spec: DatasetSpec) -> tuple[str, ...]:
 
 
 def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
-    """Directory of every image folder that occurs in urls: ``VG_100K``, ``VG_100K_2``.
-
-    Raises:
-        MissingError: None of them is there.
-    """
+    """Directory of every image folder that occurs in urls: ``VG_100K``, ``VG_100K_2``."""
     bases = spec.images.get("bases", BASES)
     found = {}
     for name in folder_names(spec):
@@ -137,9 +133,6 @@ def read_aliases(path: Path | None) -> dict[str, str]:
     """Word -> canonical word, from a file with one comma-separated group per line, first entry canonical.
 
     A word counts where it first occurs; a canonical word that an earlier line replaces is replaced too.
-
-    Raises:
-        CorruptFileError: Not text.
     """
     if path is None:
         return {}
@@ -182,11 +175,7 @@ class _Shallow:
 
 
 def _items(path: Path) -> Iterator[dict[str, Any]]:
-    """Entries of a JSON list, one at a time.
-
-    Raises:
-        CorruptFileError: Not such a list, or cut short.
-    """
+    """Entries of a JSON list, one at a time."""
     try:
         with path.open("rb") as stream:
             count = 0
@@ -249,11 +238,7 @@ def counted(manifest: Manifest, samples: dict[str, int]) -> dict[str, int]:
 
 
 def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manifest:
-    """Read, filter and split the relations.
-
-    Raises:
-        CorruptFileError: A file that is not what its name says.
-    """
+    """Read, filter and split the relations."""
     rules = spec.relations
     if rules.aliases and not {"object_alias", "relationship_alias"} <= found.keys():
         _log.warning("%s: alias files are not there; words stay as they are written", spec.name)
@@ -312,9 +297,6 @@ def verify(manifest: Manifest, where: str) -> None:
     """Check from the samples alone that no id is in two splits and that every sample has a relation.
 
     One photograph under two ids is found later, by what its files hold.
-
-    Raises:
-        CorruptFileError: One of these does not hold.
     """
     seen: dict[str, str] = {}
     for name, rows in manifest.splits.items():

@@ -74,12 +74,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _check_place(spec: GeneratorSpec, directory: Path) -> None:
-    """Refuse a directory that holds something else.
-
-    Raises:
-        UsageError: Other scenes or other files are there.
-        CorruptFileError: The note on the settings cannot be read.
-    """
+    """Refuse a directory that holds something else."""
     started = directory / LISTS / "spec.json"
     if not started.is_file():
         if directory.is_dir() and any(p.name != LISTS for p in directory.iterdir()):
@@ -99,12 +94,7 @@ def _check_place(spec: GeneratorSpec, directory: Path) -> None:
 
 
 def _manifest(directory: Path) -> tuple[GeneratorSpec, str, dict[str, str]]:
-    """Settings, content digest and sha256 of the label files of a finished directory.
-
-    Raises:
-        MissingError: There is no manifest.
-        CorruptFileError: There is something else in its place.
-    """
+    """Settings, content digest and sha256 of the label files of a finished directory."""
     path = directory / MANIFEST
     if not path.is_file():
         raise MissingError(f"{path}: missing, so these are no finished scenes. Generate them first.")

@@ -172,11 +172,7 @@ class _Draws:
 
 
 def check_spec(spec: GeneratorSpec) -> None:
-    """Refuse settings that cannot be painted.
-
-    Raises:
-        UsageError: Names the value and what is possible.
-    """
+    """Refuse settings that cannot be painted."""
     if spec.image_size > MAX_SIDE:
         raise UsageError(f"generator.image_size = {spec.image_size}: scenes go up to {MAX_SIDE} pixels")
     if spec.layout in ("pairs", "relations", "counterfactual") and spec.image_size < 32:

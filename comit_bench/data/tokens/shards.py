@@ -30,11 +30,7 @@ _TYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16,
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Smallest unsigned type that holds ids 0 .. vocab_size - 1.
-
-    Raises:
-        UsageError: ``vocab_size`` is not in 1 .. 2**32.
-    """
+    """Smallest unsigned type that holds ids 0 .. vocab_size - 1."""
     for dtype in (np.uint8, np.uint16, np.uint32):
         if 1 <= vocab_size <= np.iinfo(dtype).max + 1:
             return np.dtype(dtype)

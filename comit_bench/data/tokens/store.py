@@ -149,11 +149,7 @@ class TokenStore:
         return self._tags[shard]
 
     def shard_range(self, shard: int) -> range:
-        """Rows of a shard.
-
-        Raises:
-            IndexError: No such shard.
-        """
+        """Rows of a shard."""
         if not 0 <= shard < self.num_shards:
             raise IndexError(f"shard {shard} is outside 0..{self.num_shards - 1}")
         start = shard * self.layout.shard_size
@@ -441,11 +437,7 @@ def remove_stale(directory: Path) -> None:
 
 
 def check_key(path: Path, payload: dict[str, Any]) -> None:
-    """Write ``key.json``, or compare it when it exists.
-
-    Raises:
-        CorruptFileError: It cannot be read, or is that of another store.
-    """
+    """Write ``key.json``, or compare it when it exists."""
     if not path.exists():
         write_atomic(path, json.dumps(payload, indent=2, sort_keys=True) + "\n")
         return

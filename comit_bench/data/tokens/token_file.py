@@ -114,11 +114,7 @@ class TokenFile:
 
 
 def token_file_bytes(content: TokenFile) -> bytes:
-    """The file; equal tokens are equal bytes.
-
-    Raises:
-        UsageError: Sizes, types or names that contradict each other.
-    """
+    """The file; equal tokens are equal bytes."""
     try:
         _check(content)
     except ValueError as error:
@@ -244,9 +240,6 @@ def check_name(name: object, *, windows: bool = os.name == "nt") -> None:
     Args:
         name: With forward slashes.
         windows: Whether backslashes and colons mean something to this system's paths.
-
-    Raises:
-        ValueError: Empty, absolute, leading out of the folder, or longer than file systems take.
     """
     if not isinstance(name, str) or not name or "\0" in name or (windows and set("\\:") & set(name)):
         raise ValueError(f"the name {name!r} is not a relative path with forward slashes")

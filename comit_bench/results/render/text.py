@@ -174,9 +174,6 @@ def to_latex(
         caption: Plain text, escaped here.
         label: For ``\ref``; letters, digits and ``:.-`` only. Further environments add ``-2``, ...
         width: Characters that fit a line; a wider table is continued in a further environment.
-
-    Raises:
-        ValueError: A label that LaTeX cannot refer to.
     """
     if not re.fullmatch(r"[A-Za-z0-9:.-]+", label):
         raise ValueError(f"label {label!r}: use letters, digits, colon, dot and hyphen only")
