@@ -326,7 +326,7 @@ def rebuild_table(
 def print_paper_tables(
     records: Sequence[Record], *, suite: str, names: Sequence[str] | None = None, output: Path | None = None
 ) -> None:
-    """Print the paper's tables, and write them when ``output`` is given, see ``results/paper_table.py``."""
+    """Print the paper's tables, and write them when ``output`` is given, see ``results/render/paper.py``."""
     from comit_bench.files import write_atomic
     from comit_bench.results.render.paper import PAPER_FILE, paper_tables, to_paper_latex
     from comit_bench.results.render.terminal import print_terminal

@@ -2,7 +2,7 @@
 
 Everything finished is on disk before the next thing starts: token shards as they fill, a record as soon
 as its task ends. Running the same command again continues. What is measured, and how, is up to the
-executor of the task's kind (``tasks/executor.py``); data and tokens come from ``resources.py``.
+executor of the task's kind (``tasks/base.py``); data and tokens come from ``resources.py``.
 """
 
 from __future__ import annotations
@@ -442,7 +442,7 @@ def _work_name(
 def message_source(store: TokenStore, tokenizer: Tokenizer) -> MessageSource:
     """Messages that stay in their memory-mapped store until they are asked for.
 
-    Probes hold the codes of a split in memory when they fit (``tasks/fit.py``) and else read them batch
+    Probes hold the codes of a split in memory when they fit (``probing/fit.py``) and else read them batch
     by batch; the numbers are the same.
     """
     import torch

@@ -96,7 +96,7 @@ class TaskKind:
     seed of the recipe, has no majority row, and controls of probes mean nothing to it.
 
     Attributes:
-        module: Module of ``comit_bench.tasks`` that defines ``EXECUTOR`` (``tasks/executor.py``).
+        module: Module of ``comit_bench.tasks`` that defines ``EXECUTOR`` (``tasks/base.py``).
         data: Kinds of data set it can use, see ``comit_bench.data.split``; empty is any.
         main_metric: What a recipe reports first when it does not say.
         sections: Sections of a recipe that only this kind has.

@@ -35,7 +35,7 @@ def write_recipes(root: Path, **changes: object) -> Path:
         "folder": "tiny",
         "splits": {"train": ["train"], "val": ["val"]},
         "licence": "CC0",
-        "obtain": "tests/unit/tiny.py writes it",
+        "obtain": "tests/support/tiny.py writes it",
         "max_broken": 0.05,
     }
     task = {

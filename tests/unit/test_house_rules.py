@@ -279,3 +279,16 @@ def test_ci_runs_the_readme_command() -> None:
     body = script.read_text(encoding="utf-8")
     for step in ("ruff check", "ruff format --check", "mypy"):
         assert step in body
+
+
+def test_files_that_texts_name_are_there() -> None:
+    """``pipeline/jobs.py`` in a docstring or a page is a file of ours, whole or by its end."""
+    ours = {path.relative_to(ROOT).as_posix() for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]}
+    pages = [*SOURCES, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "probes").rglob("*.md")]
+    gone = [
+        f"{label(page)}: {name}"
+        for page in pages
+        for name in re.findall(r"(?<![\w/.-])((?:[a-z_]+/)+[a-z_]+\.py)\b", page.read_text(encoding="utf-8"))
+        if not name.startswith("my_package/") and not any(f"/{path}".endswith(f"/{name}") for path in ours)
+    ]
+    assert not gone

@@ -1,6 +1,6 @@
-"""The two 2D base tokenizers of ALIT, section (c.1, c.2) of its spec: an f16 VQGAN and a KL-VAE.
+"""The two 2D base tokenizers of ALIT: an f16 VQGAN and a KL-VAE.
 
-The VQGAN shares its residual block with TiTok's pixel decoder (``maskgit_vqgan.py``), but not the frame
+The VQGAN shares its residual block with TiTok's pixel decoder (``nn/vqgan.py``), but not the frame
 around it: here ``mid`` always has two blocks and the released names differ.
 
 What is unusual:

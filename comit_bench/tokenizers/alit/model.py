@@ -1,8 +1,8 @@
 """ALIT: adaptive length image tokenization by recurrent allocation of tokens (arXiv 2411.02393).
 
-Sections of the specification: variants (a) -> ``PRESETS``; base tokenizers (c.1, c.2) -> ``alit_base.py``;
-encoder (c.3 to c.5) -> ``Alit.iterate``; quantizer (d) -> ``vq.py``; decoder and halting (e) ->
-``Alit.predict``, ``Alit.halt``, ``select_length``; released names (f) -> the parameter names here.
+Where things are: variants -> ``PRESETS``; base tokenizers -> ``base_model.py``;
+encoder -> ``Alit.iterate``; quantizer -> ``vq.py``; decoder and halting ->
+``Alit.predict``, ``Alit.halt``, ``select_length``; released names -> the parameter names here.
 
 What is unusual:
 
@@ -254,7 +254,7 @@ class Alit(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Initialise as the spec's section (c.5) says, from an explicit CPU generator."""
+        """Initialise, from an explicit CPU generator."""
         for name, parameter in self.named_parameters():
             value = torch.empty(parameter.shape)
             if "norm" in name or ".ln_" in name or "_ln_" in name:

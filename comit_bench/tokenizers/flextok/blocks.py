@@ -1,4 +1,4 @@
-"""Building blocks of FlexTok's two transformers, sections (c2), (c3) and (e1) of the specification.
+"""Building blocks of FlexTok's two transformers.
 
 What is unusual:
 

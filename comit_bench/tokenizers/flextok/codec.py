@@ -1,4 +1,4 @@
-"""FlexTok in use: images -> tokens, and tokens -> images. Sections (d), (e2) and (e3) of the spec.
+"""FlexTok in use: images -> tokens, and tokens -> images.
 
 Results are those of the released program; the work is not. Only the registers that are kept are encoded;
 the null and the masked registers are one token each; the time modulations of a run are computed together;

@@ -1,4 +1,4 @@
-"""FlexTok's released config -> the sizes of a network, and back. Section (f1) of the specification.
+"""FlexTok's released config -> the sizes of a network, and back.
 
 Most of a config only wires the original program together; what is read is listed in the specification. A
 value that is not there comes from the shapes of the weights, or is a documented assumption that is handed

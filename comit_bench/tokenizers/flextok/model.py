@@ -1,9 +1,9 @@
 """FlexTok: 256 ordered tokens from a ViT with registers, decoded by rectified flow in VAE latents.
 
-Sections of the specification: variants (a) -> ``PRESETS``; trunk (c2) -> ``Encoder``; velocity network
-(e1) -> ``Decoder``; blocks and positions (c2, c3) -> ``flextok_blocks.py``; quantizer (d) -> ``fsq.py``;
-VAE (c1) -> ``vae.py``; encoding, truncation and the sampler (e2, e3) -> ``flextok_codec.py``; released
-names (f2) -> the parameter names here.
+Where things are: variants -> ``PRESETS``; trunk -> ``Encoder``; velocity network
+-> ``Decoder``; blocks and positions -> ``blocks.py``; quantizer -> ``fsq.py``;
+VAE -> ``vae.py``; encoding, truncation and the sampler -> ``codec.py``; released
+names -> the parameter names here.
 
 What is unusual:
 
@@ -407,7 +407,7 @@ class FlexTok(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, *, zero_gates: bool = True) -> None:
-        """Initialise as the spec's section (c4) says, and the VAE, from an explicit CPU generator.
+        """Initialise, and the VAE, from an explicit CPU generator.
 
         Args:
             generator: CPU generator.

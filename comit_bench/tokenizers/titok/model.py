@@ -1,8 +1,8 @@
 """TiTok: an image as K discrete tokens of a ViT ("An Image is Worth 32 Tokens", arXiv 2406.07550).
 
-Sections of the specification: variants (a) -> ``PRESETS``; encoder (c) -> ``TitokEncoder``; quantizer (d)
--> ``vq.py``; decoder (e) -> ``TitokDecoder`` and, for the pixels of the legacy family, ``maskgit_vqgan.py``;
-released names (f) -> the parameter names here.
+Where things are: variants -> ``PRESETS``; encoder -> ``TitokEncoder``; quantizer
+-> ``vq.py``; decoder -> ``TitokDecoder`` and, for the pixels of the legacy family, ``nn/vqgan.py``;
+released names -> the parameter names here.
 
 What is unusual:
 
@@ -286,7 +286,7 @@ class Titok(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, *, spread: bool = False) -> None:
-        """Initialise for training from scratch, section (c) of the spec.
+        """Initialise for training from scratch.
 
         What the spec leaves open (the pixel decoder is never trained from scratch) is initialised as
         torch initialises convolutions.
