@@ -112,7 +112,7 @@ def test_sampling_does_not_wait_for_the_device(cuda: Cuda) -> None:
 
     def loops() -> None:
         flextok_codec.sample(flextok.model.decoder, codes, latent, sampling=flextok.sampling)
-        selftok_codec.sample(selftok.model.model, sent, start, schedule=selftok.schedule, steps=3)
+        selftok_codec.sample(selftok.model, sent, start, schedule=selftok.schedule, steps=3)
 
     with torch.inference_mode(), exact_products(cuda.device):
         run()

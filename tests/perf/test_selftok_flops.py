@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from comit_bench.tokenizers.selftok.adapter import VAE_ENCODE_FLOPS, SelftokTokenizer, _info
 from comit_bench.tokenizers.selftok.codec import (
-    constants,
     encode_latents,
     render,
     sample,
@@ -25,6 +24,7 @@ from comit_bench.tokenizers.selftok.codec import (
     visible_counts,
 )
 from comit_bench.tokenizers.selftok.config import ASSUMED_1024
+from comit_bench.tokenizers.selftok.fast import FastSelftok
 from comit_bench.tokenizers.selftok.model import Schedule, Selftok, variant
 
 BATCH = 2
@@ -59,11 +59,22 @@ def gflop(run: Callable[[], object]) -> float:
     return counter.get_total_flops() / BATCH / 1e9
 
 
+def kept(network: Selftok) -> FastSelftok:
+    """With everything that is kept in place."""
+    fast = FastSelftok(network)
+    assert fast.query_states and fast.context_states
+    if network.model.renders:
+        assert fast.render_state.blocks
+    return fast
+
+
 def velocity(name: str, visible: int) -> float:
-    network = model(name).model
-    own, state = network.context_states(), network.time_states(torch.empty(1, device=META))
-    context = torch.empty(BATCH, visible, 1536, device=META)
-    return gflop(lambda: network(latents(), context, own, state))
+    fast = kept(model(name))
+    context, state = (
+        torch.empty(BATCH, visible, 1536, device=META),
+        fast.time_states(torch.empty(1, device=META)),
+    )
+    return gflop(lambda: fast.decode(latents(), context, state))
 
 
 def near(got: float, limit: float) -> bool:
@@ -72,18 +83,11 @@ def near(got: float, limit: float) -> bool:
 
 def test_encoder(name: str) -> None:
     network = model(name)
-    fixed = constants(network)
-    spent = gflop(lambda: encode_latents(network, latents(), fixed))
+    fast, encoder = kept(network), network.encoder
+    spent = gflop(lambda: encode_latents(network, latents(), fast))
     assert near(spent, TABLE[name][0]), spent
-
-    def plain() -> None:
-        """Every row of the last block, the first queries of every image, modulations for every call."""
-        x, q = network.encoder.embed(latents()), network.encoder.query_tokens.expand(BATCH, -1, -1)
-        for block, state in zip(network.encoder.blocks, network.encoder.states(), strict=True):
-            x, q = block(x, q, state)
-        network.encoder.codes(network.encoder.quantizer.ids(network.encoder.quantizer.project(q)))
-
-    assert spent < gflop(plain)
+    plain = gflop(lambda: encoder.codes(encoder.quantizer.ids(encoder.quantizer.project(encoder(latents())))))
+    assert spent < plain
 
 
 def test_velocity(name: str) -> None:
@@ -95,26 +99,23 @@ def test_velocity(name: str) -> None:
 def test_sampling_pays_for_visible_tokens_and_once_for_the_rest(name: str) -> None:
     network, steps = model(name), 2
     tokens = network.spec.tokens
-    own = network.model.context_states()
-    spent = gflop(
-        lambda: sample(network.model, codes(name), latents(), schedule=SCHEDULES[name], steps=steps, own=own)
-    )
+    given, fast = (codes(name), latents()), kept(network)
+    spent = gflop(lambda: sample(network, *given, schedule=SCHEDULES[name], steps=steps, network=fast))
     counts = visible_counts(time_grid(steps)[:-1], SCHEDULES[name], tokens)
     assert counts[0] == tokens > counts[1]
-    times = gflop(lambda: network.model.time_states(torch.empty(steps, device=META)))
+    times = gflop(lambda: fast.time_states(torch.empty(steps, device=META)))
     embedded = gflop(lambda: network.model.context(codes(name)))
     assert spent == pytest.approx(sum(velocity(name, k) for k in counts) + times + embedded, rel=1e-6)
-    again = gflop(lambda: network.model.context_states())
-    plain = steps * (velocity(name, tokens) + embedded + again + times / steps + TABLE[name][0])
-    assert spent < 0.85 * plain
+    plain = steps * (gflop(lambda: network.model(latents(), codes(name), torch.ones(1, device=META))))
+    assert spent < 0.85 * (plain + steps * TABLE[name][0])
 
 
 def test_renderer(name: str) -> None:
     network = model(name, "renderer")
-    fixed = constants(network)
-    spent = gflop(lambda: render(network.model, codes(name), fixed))
+    fast = kept(network)
+    spent = gflop(lambda: render(network, codes(name), fast))
     assert near(spent, TABLE[name][3]), spent
-    assert spent < gflop(lambda: render(network.model, codes(name)))
+    assert spent < gflop(lambda: render(network, codes(name)))
 
 
 def test_encode_estimate(name: str) -> None:
@@ -124,6 +125,6 @@ def test_encode_estimate(name: str) -> None:
     pixels = gflop(lambda: network.vae.encode(torch.empty(BATCH, 3, 256, 256, device=META)))
     assert pytest.approx(pixels, rel=0.005) == VAE_ENCODE_FLOPS * 256**2 / 1e9
     tokenizer = SelftokTokenizer(network, _info(network, name, "none"), device=META)
-    fixed = constants(network)
-    counted = gflop(lambda: encode_latents(network, latents(), fixed)) + pixels
+    fast = kept(network)
+    counted = gflop(lambda: encode_latents(network, latents(), fast)) + pixels
     assert tokenizer.encode_flops(None) / 1e9 == pytest.approx(counted, rel=0.01)

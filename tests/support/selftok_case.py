@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from parity import ParityCase, expect
-from selftok_plain import plain_encode, plain_render, plain_velocity
 from torch import Tensor
 
 from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors
 from comit_bench.tokenizers.selftok.checkpoint import OWN_VAE, build, find_vae, load_directory
 from comit_bench.tokenizers.selftok.codec import (
-    constants,
     decode_latents,
     encode,
     encode_latents,
@@ -29,6 +27,7 @@ from comit_bench.tokenizers.selftok.codec import (
     visible_counts,
 )
 from comit_bench.tokenizers.selftok.config import spec_from_config, used
+from comit_bench.tokenizers.selftok.fast import FastSelftok
 from comit_bench.tokenizers.selftok.model import Selftok
 
 FLOAT = 2e-5
@@ -105,10 +104,10 @@ class Case(ParityCase):
 
     def encoder(self) -> list[str]:
         io, encoder = self.io, self.model.encoder
-        states = encoder.states()
-        x, q = encoder.blocks[0](encoder.embed(io["latents"]), encoder.query_tokens, states[0])
+        state = FastSelftok(self.model).query_states[0]
+        x, q = encoder.blocks[0](encoder.embed(io["latents"]), encoder.query_tokens, state)
         short = encode_latents(self.model, io["latents"])
-        plain = plain_encode(self.model, io["latents"])
+        plain = encoder(io["latents"])
         return [
             *self.see("latent_tokens_block0", x),
             *self.see("query_block0", q),
@@ -145,7 +144,7 @@ class Case(ParityCase):
 
     def sampler(self) -> list[str]:
         """The loop as the adapter runs it, and single steps from the recorded x."""
-        io, decoder, seen = self.io, self.model.model, []
+        io, seen = self.io, []
         steps: dict[int, tuple[int, Tensor, Tensor]] = {}
         assert self.model.spec.schedule is not None
 
@@ -153,12 +152,11 @@ class Case(ParityCase):
             steps[step] = (visible, x, velocity)
 
         out = sample(
-            decoder,
+            self.model,
             io["codes"],
             io["noise"],
             schedule=self.model.spec.schedule,
             steps=self.steps,
-            own=constants(self.model).context,
             observe=observe,
         )
         for step, (visible, x, velocity) in steps.items():
@@ -167,24 +165,20 @@ class Case(ParityCase):
         return [*seen, *self.see("pred_latents", out)]
 
     def renderer(self) -> list[str]:
-        decoder, io = self.model.model, self.io
-        fixed = constants(self.model)
-        return [
-            *self.see("pred_latents", render(decoder, io["codes"])),
-            *self.see("pred_latents", render(decoder, io["codes"], fixed)),
-        ]
+        return self.see("pred_latents", render(self.model, self.io["codes"]))
 
     def plain_decoder(self) -> list[str]:
-        """The equations once more, written out: all tokens, a key mask, one time at a time."""
-        io, seen = self.io, []
+        """The plain equations: all tokens, a key mask, one time at a time."""
+        io, decoder, seen = self.io, self.model.model, []
         if self.config["kind"] == "renderer":
-            return self.see("pred_latents", plain_render(self.model, io["codes"]))
+            return self.see("pred_latents", decoder(None, io["codes"], torch.ones(1, device=self.device)))
         grid, schedule = time_grid(self.steps), self.model.spec.schedule
         assert schedule is not None
         counts = visible_counts(grid[:-1], schedule, self.model.spec.tokens)
         for step, visible in enumerate(counts):
             if f"step{step}_x" in io:
-                velocity = plain_velocity(self.model, io[f"step{step}_x"], io["codes"], grid[step], visible)
+                time = grid[step : step + 1].to(self.device)
+                velocity = decoder(io[f"step{step}_x"], io["codes"], time, visible)
                 seen += self.see(f"step{step}_v", velocity)
         return seen
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -43,8 +42,6 @@ from comit_bench.tokenizers.selftok.checkpoint import (
     save,
 )
 from comit_bench.tokenizers.selftok.codec import (
-    Constants,
-    constants,
     decode_latents,
     encode,
     render,
@@ -57,6 +54,7 @@ from comit_bench.tokenizers.selftok.config import (
     release_name,
     released_config,
 )
+from comit_bench.tokenizers.selftok.fast import FastSelftok
 from comit_bench.tokenizers.selftok.model import PRESETS, Schedule, Selftok, SelftokSpec, variant
 from comit_bench.tokenizers.weights import required, weight_source
 
@@ -179,6 +177,7 @@ class SelftokTokenizer:
         vae_type = DTYPES[_one_of(vae_dtype, "vae_dtype", tuple(DTYPES))]
         wanted = switch_or_auto(compile, "compile")
         self.model = model.to(device).requires_grad_(False).eval()
+        self.network = FastSelftok(self.model)  # for good: these weights do not change
         if self.model.vae is not None:
             self.model.vae.set_dtype(vae_type)
             self.model.vae.prepare(device, compiled=wanted)
@@ -202,12 +201,6 @@ class SelftokTokenizer:
             vocab_size=spec.vocab_size if self.latents == "codes" else None,
             options={**info.options, **options},
         )
-
-    @cached_property
-    def _fixed(self) -> Constants:
-        """Modulations that no image enters, computed on first use, in float32."""
-        with torch.inference_mode():
-            return constants(self.model)
 
     def encode_flops(self, policy: str | None) -> float:
         """FLOPs per image of the VAE's encoder, the trunk and the search, for estimates."""
@@ -238,9 +231,8 @@ class SelftokTokenizer:
 
         def tile(images: Tensor) -> Tokens:
             pixels = on_device(images, self.device).div(127.5).sub(1)
-            fixed = self._fixed
             with torch.inference_mode(), autocast(self.device, self.dtype):
-                done = encode(self.model, pixels, fixed)
+                done = encode(self.model, pixels, self.network)
             if self.latents == "codes":
                 return Tokens(done.ids, done.codes)
             return Tokens(None, (done.prequant if self.latents == "prequant" else done.queries).float())
@@ -282,23 +274,22 @@ class SelftokTokenizer:
         noise = seeded_noise(seeds, (0,) if self.schedule is None else shape, codes.shape[0])
 
         def tile(codes: Tensor, noise: Tensor) -> Tokens:
-            fixed = self._fixed
             with torch.inference_mode(), autocast(self.device, self.dtype):
-                latents = self._latents(self._decoder_codes(codes.to(self.device)), noise, fixed)
+                latents = self._latents(self._decoder_codes(codes.to(self.device)), noise)
                 return Tokens(None, to_uint8(decode_latents(self.model, latents.float())))
 
         return in_tiles(tile, codes, noise, name=self.info.name).codes
 
-    def _latents(self, codes: Tensor, noise: Tensor, fixed: Constants) -> Tensor:
+    def _latents(self, codes: Tensor, noise: Tensor) -> Tensor:
         if self.schedule is None:
-            return render(self.model.model, codes, fixed)
+            return render(self.model, codes, self.network)
         return sample(
-            self.model.model,
+            self.model,
             codes,
             noise.to(self.device, non_blocking=True),
             schedule=self.schedule,
             steps=self.steps,
-            own=fixed.context,
+            network=self.network,
         )
 
     def save(self, directory: Path) -> None:

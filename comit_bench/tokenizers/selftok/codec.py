@@ -1,7 +1,7 @@
-"""SelfTok in use: images -> tokens, tokens -> latents -> images. Sections (b), (d) and (e) of the spec.
+"""SelfTok in use: images -> tokens, tokens -> latents -> images.
 
-The sampler never runs the encoder; it cuts the context to the tokens that are visible, embeds the codes
-once, and computes all modulations before the first step.
+``network`` is what computes; None makes one for the call, and a :class:`FastSelftok` that is handed in keeps
+what it derived from the weights until the next.
 
 Unusual: the grid of times is float32 with a definition of its own, because the number of visible tokens
 is cut off to a whole one and would jump with the last bit of a time.
@@ -14,7 +14,6 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 
 from comit_bench.nn.finite import observe
-from comit_bench.tokenizers.selftok.model import TIME_SCALE, Decoder, Schedule, Selftok, TimeStates
+from comit_bench.tokenizers.selftok.fast import FastSelftok
+from comit_bench.tokenizers.selftok.model import TIME_SCALE, Schedule, Selftok
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,49 +42,24 @@ class Encoded:
     queries: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Constants:
-    """What depends on no image: modulations of the encoder, of the context, and of the renderer's time."""
-
-    encoder: list[Tensor]
-    context: list[Tensor]
-    render: TimeStates | None
-
-
-def constants(model: Selftok) -> Constants:
-    """Compute them; they stay right as long as the weights do."""
-    decoder = model.model
-    one = torch.ones(1, device=decoder.context_pos_embed.device)
-    return Constants(
-        model.encoder.states(),
-        decoder.context_states(),
-        decoder.time_states(one) if decoder.renders else None,
-    )
-
-
-def encode_latents(model: Selftok, latents: Tensor, fixed: Constants | None = None) -> Encoded:
+def encode_latents(model: Selftok, latents: Tensor, network: FastSelftok | None = None) -> Encoded:
     """Scaled latents [B, C, h, w] -> message."""
     encoder = model.encoder
-    queries = encoder(latents, None if fixed is None else fixed.encoder)
+    queries = (network or FastSelftok(model)).queries(latents)
     prequant = encoder.quantizer.project(queries)
     ids = encoder.quantizer.ids(prequant)
     return Encoded(ids, encoder.codes(ids), prequant, queries)
 
 
-def encode(model: Selftok, images: Tensor, fixed: Constants | None = None) -> Encoded:
-    """Tokenize images.
-
-    Args:
-        model: With a VAE.
-        images: float32 [B, 3, S, S] in [-1, 1].
-        fixed: From :func:`constants`; None computes them.
+def encode(model: Selftok, images: Tensor, network: FastSelftok | None = None) -> Encoded:
+    """Tokenize images float32 [B, 3, S, S] in [-1, 1].
 
     Raises:
         ValueError: The network has no VAE, or images larger than the positions.
     """
     if model.vae is None:
         raise ValueError("this network has no VAE: it takes latents only")
-    return encode_latents(model, model.vae.encode(images).float(), fixed)
+    return encode_latents(model, model.vae.encode(images).float(), network)
 
 
 def time_grid(steps: int) -> Tensor:
@@ -119,51 +94,47 @@ class Observer(Protocol):
 
 
 def sample(
-    decoder: Decoder,
+    model: Selftok,
     codes: Tensor,
     noise: Tensor,
     *,
     schedule: Schedule,
     steps: int = 50,
-    own: Sequence[Tensor] | None = None,
+    network: FastSelftok | None = None,
     observe: Observer | None = None,
 ) -> Tensor:
     """Integrate from noise at time 1 to scaled latents at time 0.
 
     Args:
-        decoder: The velocity network.
+        model: With a diffusion decoder.
         codes: [B, K, d].
         noise: [B, C, h, w].
         schedule: Which tokens are visible when.
         steps: Euler steps, N.
-        own: From ``Decoder.context_states``; None computes them.
+        network: See above.
         observe: Told about every step.
 
     Raises:
         ValueError: Not one step, or latents larger than the positions.
     """
     grid = time_grid(steps)
-    counts = visible_counts(grid[:-1], schedule, decoder.tokens)
-    states = decoder.time_states(grid[:-1].to(noise.device))
-    own = decoder.context_states() if own is None else own
-    context = decoder.context(codes)
+    counts = visible_counts(grid[:-1], schedule, model.spec.tokens)
+    network = network or FastSelftok(model)
+    states = network.time_states(grid[:-1].to(noise.device))
+    context = model.model.context(codes)
     x = noise.float()
     for step, (visible, width) in enumerate(zip(counts, -grid.diff(), strict=True)):
-        velocity: Tensor = decoder(x, context[:, :visible], own, states.at(step)).float()
+        velocity = network.decode(x, context[:, :visible], states.at(step)).float()
         if observe is not None:
             observe(step, visible, x, velocity)
         x = x - width.item() * velocity
     return x
 
 
-def render(decoder: Decoder, codes: Tensor, fixed: Constants | None = None) -> Tensor:
+def render(model: Selftok, codes: Tensor, network: FastSelftok | None = None) -> Tensor:
     """Codes [B, K, d] -> scaled latents [B, C, h, w], in one step without noise."""
-    if fixed is not None and fixed.render is not None:
-        own, state = fixed.context, fixed.render
-    else:
-        own = decoder.context_states()
-        state = decoder.time_states(torch.ones(1, device=codes.device))
-    return decoder.render(decoder.context(codes), own, state)
+    network = network or FastSelftok(model)
+    return network.decode(None, model.model.context(codes), network.render_state)
 
 
 def decode_latents(model: Selftok, latents: Tensor) -> Tensor:

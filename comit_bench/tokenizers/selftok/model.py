@@ -1,27 +1,15 @@
-"""SelfTok: 512 or 1024 tokens from a two-stream encoder, decoded by a diffusion model or in one step.
+"""SelfTok's networks, equation by equation: the two-stream encoder, and the decoders, which are one trunk.
 
-Sections of the specification: variants (a) -> ``PRESETS``, ``variant``; encoder (c) -> ``Encoder``;
-quantizer (d) -> ``Quantizer``; decoders (e) -> ``Decoder``; blocks -> ``selftok_blocks.py``; VAE (b) ->
-``vae.py``; the sampler, its grid and which tokens it sees (e) -> ``selftok_codec.py``; released names (f)
--> the parameter names here.
-
-What is unusual:
-
-- A code is a row of the codebook, as stored, after a LayerNorm with weights. Nothing projects it back.
-- The noisier the image, the more tokens the denoiser sees: all at the first step, twenty at the last. Those
-  it does not see are left out of the context.
-- Both decoders are one trunk. The renderer has a learned image instead of a noisy one, the constant time
-  1000, and its context does not look at the image.
-- Everything that no image enters is computed once: ``Encoder.states``, ``Decoder.context_states``,
-  ``Decoder.time_states``.
+``README.md`` says what they are for. This file hides tokens behind a mask and computes every row;
+``fast.py`` gives the same numbers with less work, and is what the tokenizer runs.
 
 Shape legend: ``B`` batch, ``C h w`` latents, ``K`` tokens, ``d`` code dimension, ``D`` width of the latent
-stream, ``Q`` of the queries, ``H`` of the decoder, ``P`` image tokens, ``T`` times.
+stream, ``Q`` of the queries, ``H`` of the decoder, ``N`` latent and ``P`` image tokens, ``T`` = 1 or B times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
@@ -30,23 +18,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.nn.dit import Modulation, PatchEmbed, sincos_grid
+from comit_bench.nn.dit import Mlp, Modulation, PatchEmbed, ScalarEmbed, sincos_grid
 from comit_bench.nn.precision import full_precision
 from comit_bench.nn.sizes import CHANNELS, DEPTH, HEADS, PATCH, SIDE, TOKENS, WIDTH, check_sizes
 from comit_bench.nn.vae import KLVae, KLVaeSpec
 from comit_bench.nn.vq import most_similar, unit
-from comit_bench.tokenizers.selftok.blocks import (
-    EPS,
-    DualBlock,
-    JointBlock,
-    ScalarEmbed,
-    central_crop,
-    context_table,
-    modulated,
-    token_positions,
-)
 
+EPS = 1e-6
 TIME_SCALE = 1000.0
+FIRST, STRIDE = 1000, 8  # position of token k, on the scale of the diffusion time: 1000 + 8 k
 SD3_VAE = KLVaeSpec(channels=16, scale=1.5305, shift=0.0609, quant_convs=False)
 
 
@@ -174,6 +154,126 @@ def variant(name: str, decoder: str) -> SelftokSpec:
     return replace(spec, kind="renderer", schedule=None) if decoder == "renderer" else spec
 
 
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last axis without weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm, then scale and shift."""
+    return layer_norm(x) * (1 + scale) + shift
+
+
+def token_positions(count: int, device: torch.device) -> Tensor:
+    """Positions of ``count`` tokens as they are embedded, float32 [count]."""
+    return FIRST + STRIDE * torch.arange(count, dtype=torch.float32, device=device)
+
+
+def context_table(count: int, width: int) -> Tensor:
+    """The fixed table of token positions: sine, then cosine, of each; float32 [1, count, width]."""
+    half = width // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = token_positions(count, torch.device("cpu")).double()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()[None]
+
+
+def central_crop(table: Tensor, rows: int, columns: int) -> Tensor:
+    """The middle of a square table of positions: [1, G^2, D] -> [1, rows * columns, D].
+
+    Raises:
+        ValueError: More rows or columns than the table has.
+    """
+    side = math.isqrt(table.shape[1])
+    if rows > side or columns > side:
+        raise ValueError(f"{rows} x {columns} patches, but the position table is {side} x {side}")
+    top, left = (side - rows) // 2, (side - columns) // 2
+    grid = table.view(1, side, side, -1)[:, top : top + rows, left : left + columns]
+    return grid.reshape(1, rows * columns, -1)
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, W] -> [B, heads, L, W / heads]."""
+    out: Tensor = rearrange(x, "b n (h c) -> b h n c", h=heads)
+    return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Heads [B, h, L, c] -> [B, L, h c]; ``mask`` [L, keys] says which keys may be looked at."""
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out: Tensor = rearrange(mixed, "b h n c -> b n (h c)")
+    return out
+
+
+class DualAttention(nn.Module):
+    """Attention of latents among themselves, and of queries over latents and queries."""
+
+    def __init__(self, width: int, heads: int, query_width: int, query_heads: int) -> None:
+        super().__init__()
+        self.heads, self.query_heads = heads, query_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.to_query_kv = nn.Linear(width, 2 * query_width)
+        self.query_linear = nn.Linear(query_width, 3 * query_width)
+        self.query_proj = nn.Linear(query_width, query_width)
+
+    def latents(self, n: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        q, k, v = (to_heads(part, self.heads) for part in self.qkv(n).chunk(3, dim=-1))
+        out: Tensor = self.proj(attend(q, k, v))
+        return out
+
+    def queries(self, n: Tensor, u: Tensor) -> Tensor:
+        """Latents [B, N, D] and queries [B or 1, K, Q] -> [B, K, Q]."""
+        own = self.query_linear(u).expand(n.shape[0], -1, -1)
+        q, k_q, v_q = (to_heads(part, self.query_heads) for part in own.chunk(3, dim=-1))
+        k_x, v_x = (to_heads(part, self.query_heads) for part in self.to_query_kv(n).chunk(2, dim=-1))
+        out: Tensor = self.query_proj(attend(q, torch.cat([k_x, k_q], 2), torch.cat([v_x, v_q], 2)))
+        return out
+
+
+class DualBlock(nn.Module):
+    """One encoder block: latents see latents only; queries see both, and are modulated by their positions.
+
+    Args:
+        width: D.
+        heads: Of the latents.
+        query_width: Q.
+        query_heads: Of the queries.
+        mlp_ratio: Hidden size of both MLPs over their width.
+    """
+
+    def __init__(self, width: int, heads: int, query_width: int, query_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = DualAttention(width, heads, query_width, query_heads)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.q_mlp = Mlp(query_width, int(query_width * mlp_ratio))
+        self.adaLN_modulation = Modulation(query_width, 6)
+        self.t_embedder = ScalarEmbed(query_width)
+
+    def modulation(self, positions: Tensor) -> Tensor:
+        """[K] -> [6, 1, K, Q]: shift, scale, gate of the attention, then of the MLP."""
+        parts: Tensor = self.adaLN_modulation(self.t_embedder(positions))
+        return parts.transpose(1, 2)
+
+    def forward(self, x: Tensor, q: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, N, D] and queries [B or 1, K, Q], with their :meth:`modulation` -> the same with B."""
+        n = layer_norm(x)
+        return self.update_latents(x, n), self.update_queries(n, q, state)
+
+    def update_latents(self, x: Tensor, n: Tensor) -> Tensor:
+        """``n`` is x after its LayerNorm."""
+        x = x + self.attn.latents(n)
+        out: Tensor = x + self.mlp(layer_norm(x))
+        return out
+
+    def update_queries(self, n: Tensor, q: Tensor, state: Tensor) -> Tensor:
+        """One row of queries [1, K, Q] when they are the same for every image."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = state
+        q = q + gate1 * self.attn.queries(n, modulated(q, shift1, scale1))
+        out: Tensor = q + gate2 * self.q_mlp(modulated(q, shift2, scale2))
+        return out
+
+
 class _Codebook(nn.Module):
     embed: Tensor
 
@@ -235,13 +335,13 @@ class Encoder(nn.Module):
         self.quantizer = Quantizer(size.query_width, spec.vocab_size, spec.quantizer_dim, spec.output_dim)
         self.final_layer_norm3 = nn.LayerNorm(spec.code_dim, eps=EPS)
 
-    def _blocks(self) -> list[DualBlock]:
-        return [cast(DualBlock, block) for block in self.blocks]
-
-    def states(self) -> list[Tensor]:
-        """Modulations of the blocks, [6, 1, K, Q] each: constants of the model."""
-        positions = token_positions(self.tokens, self.query_tokens.device)
-        return [block.modulation(positions) for block in self._blocks()]
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> queries [B, K, Q] before ``quantizer.project``; see :meth:`embed` for errors."""
+        x, q = self.embed(latents), self.query_tokens.expand(latents.shape[0], -1, -1)
+        positions = token_positions(self.tokens, q.device)
+        for block in self.blocks:
+            x, q = block(x, q, cast(DualBlock, block).modulation(positions))
+        return q
 
     def embed(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, N, D].
@@ -249,17 +349,9 @@ class Encoder(nn.Module):
         Raises:
             ValueError: Latents that are no whole patches, or more of them than positions.
         """
-        rows, columns = _patches(latents, self.patch)
+        rows, columns = count_patches(latents, self.patch)
         x: Tensor = self.x_embedder(latents) + central_crop(self.pos_embed, rows, columns)
         return x
-
-    def trunk(self, x: Tensor, states: Sequence[Tensor]) -> Tensor:
-        """Embedded latents [B, N, D] -> queries [B, K, Q]."""
-        q: Tensor = self.query_tokens
-        blocks = self._blocks()
-        for index, (block, state) in enumerate(zip(blocks, states, strict=True)):
-            x, q = block(x, q, state, queries_only=index == len(blocks) - 1)
-        return q
 
     def codes(self, ids: Tensor) -> Tensor:
         """int64 [...] -> float32 [..., d], what enters a decoder."""
@@ -268,12 +360,8 @@ class Encoder(nn.Module):
             codes: Tensor = self.final_layer_norm3(rows)
         return codes
 
-    def forward(self, latents: Tensor, states: Sequence[Tensor] | None = None) -> Tensor:
-        """[B, C, h, w] -> queries [B, K, Q] before ``quantizer.project``."""
-        return self.trunk(self.embed(latents), self.states() if states is None else states)
 
-
-def _patches(latents: Tensor, patch: int) -> tuple[int, int]:
+def count_patches(latents: Tensor, patch: int) -> tuple[int, int]:
     """Rows and columns of patches.
 
     Raises:
@@ -285,7 +373,88 @@ def _patches(latents: Tensor, patch: int) -> tuple[int, int]:
     return high // patch, wide // patch
 
 
-class _Head(nn.Module):
+class StreamAttention(nn.Module):
+    """The projections of one stream of a joint attention; ``proj`` is missing where nothing is updated."""
+
+    def __init__(self, width: int, *, updates: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        if updates:
+            self.proj = nn.Linear(width, width)
+
+
+class StreamBlock(nn.Module):
+    """Context or image side of a joint block.
+
+    Args:
+        width: H.
+        mlp_ratio: Hidden size of the MLP over the width.
+        updates: Whether the stream goes on; the context of the last block does not.
+        positional: Modulated by token positions, through an embedder of its own.
+    """
+
+    def __init__(self, width: int, mlp_ratio: float, *, updates: bool, positional: bool) -> None:
+        super().__init__()
+        self.attn = StreamAttention(width, updates=updates)
+        self.adaLN_modulation = Modulation(width, 6 if updates else 2)
+        if updates:
+            self.mlp = Mlp(width, int(width * mlp_ratio))
+        if positional:
+            self.t_embedder = ScalarEmbed(width)
+
+    def positional(self, positions: Tensor) -> Tensor:
+        """Modulation by positions [K] -> [6, 1, K, H]."""
+        parts: Tensor = self.adaLN_modulation(self.t_embedder(positions))
+        return parts.transpose(1, 2)
+
+    def update(self, s: Tensor, mixed: Tensor, state: Tensor) -> Tensor:
+        """Stream [B or 1, L, H] and what attention gave it [B, L, H] -> [B, L, H]."""
+        s = s + state[2] * self.attn.proj(mixed)
+        out: Tensor = s + state[5] * self.mlp(modulated(s, state[3], state[4]))
+        return out
+
+
+class JointBlock(nn.Module):
+    """Context and image with their own weights and one attention over both.
+
+    Args:
+        width: H.
+        heads: Attention heads.
+        mlp_ratio: Hidden size of the MLPs over the width.
+        last: The context is only looked at.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, last: bool) -> None:
+        super().__init__()
+        self.heads, self.last = heads, last
+        self.context_block = StreamBlock(width, mlp_ratio, updates=not last, positional=not last)
+        self.x_block = StreamBlock(width, mlp_ratio, updates=True, positional=False)
+
+    def forward(
+        self, context: Tensor, image: Tensor, own: Tensor, state: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One block.
+
+        Args:
+            context: [B, K, H]. In the last block it comes back as it was.
+            image: [B, P, H].
+            own: Modulation of the context, [6, 1, K, H], or [2, T, 1, H] in the last block.
+            state: Modulation of the image, [6, T, 1, H].
+            mask: bool [K + P, K + P].
+        """
+        length = context.shape[1]
+        own_qkv = self.context_block.attn.qkv(modulated(context, own[0], own[1]))
+        qkv = self.x_block.attn.qkv(modulated(image, state[0], state[1]))
+        q, k, v = (to_heads(part, self.heads) for part in torch.cat([own_qkv, qkv], dim=1).chunk(3, dim=-1))
+        mixed = attend(q, k, v, mask)
+        if not self.last:
+            context = self.context_block.update(context, mixed[:, :length], own)
+        return context, self.x_block.update(image, mixed[:, length:], state)
+
+
+class Head(nn.Module):
+    """LayerNorm, shift and scale by the time, Linear, patches put together."""
+
     def __init__(self, width: int, channels: int, patch: int) -> None:
         super().__init__()
         self.patch = patch
@@ -299,22 +468,8 @@ class _Head(nn.Module):
         return out
 
 
-@dataclass(frozen=True, slots=True)
-class TimeStates:
-    """Modulations of T times: image per block [6, T, 1, H], last context and head [2, T, 1, H]."""
-
-    blocks: list[Tensor]
-    last_context: Tensor
-    head: Tensor
-
-    def at(self, index: int) -> TimeStates:
-        """One of the times, for the whole batch."""
-        one = slice(index, index + 1)
-        return TimeStates([b[:, one] for b in self.blocks], self.last_context[:, one], self.head[:, one])
-
-
 class Decoder(nn.Module):
-    """The velocity network, or the renderer."""
+    """The velocity network, or the renderer: a learned image in place of a noisy one, and the time 1."""
 
     pos_embed: Tensor
     context_pos_embed: Tensor
@@ -333,73 +488,58 @@ class Decoder(nn.Module):
             self.x_embedder = PatchEmbed(spec.channels, width, spec.patch)
             self.register_buffer("pos_embed", torch.zeros(1, size.grid**2, width))
         self.register_buffer("context_pos_embed", torch.zeros(1, spec.tokens, width))
-        self.t_embedder = ScalarEmbed(width)
+        self.t_embedder = ScalarEmbed(width, scale=TIME_SCALE)
         self.context_embedder = nn.Linear(spec.code_dim, width)
         self.joint_blocks = nn.ModuleList(
             JointBlock(width, size.heads, size.mlp_ratio, last=index == size.depth - 1)
             for index in range(size.depth)
         )
-        self.final_layer = _Head(width, spec.channels, spec.patch)
+        self.final_layer = Head(width, spec.channels, spec.patch)
 
-    def _blocks(self) -> list[JointBlock]:
-        return [cast(JointBlock, block) for block in self.joint_blocks]
+    def forward(self, x: Tensor | None, codes: Tensor, time: Tensor, visible: int | None = None) -> Tensor:
+        """Velocity (noise - data) at noisy latents, or, for a renderer, the predicted latents [B, C, h, w].
 
-    # ------------------------------------------------------------------ constants
+        Args:
+            x: [B, C, h, w]; None for a renderer.
+            codes: [B, K, d].
+            time: [T] in 0..1; 1 for a renderer.
+            visible: Leading tokens that anybody may look at; None is all.
 
-    def context_states(self) -> list[Tensor]:
-        """Modulations of the context for all blocks but the last, [6, 1, K, H] each."""
-        positions = token_positions(self.tokens, self.context_pos_embed.device)
-        found = []
-        for block in self._blocks()[:-1]:
+        Raises:
+            ValueError: Latents that are no whole patches, or more of them than positions.
+        """
+        context = self.context(codes)
+        image, rows = self.image_tokens(x)
+        image = image.expand(len(codes), -1, -1)
+        length, pixels = context.shape[1], image.shape[1]
+        mask = torch.ones(length + pixels, length + pixels, dtype=torch.bool, device=codes.device)
+        mask[:, visible or length : length] = False
+        if not self.sees_image:
+            mask[:length, length:] = False
+        c = self.t_embedder(time)
+        positions = token_positions(length, codes.device)
+        for block in self.blocks():
             own = block.context_block
-            parts: Tensor = own.adaLN_modulation(own.t_embedder(positions))
-            found.append(parts.transpose(1, 2))
-        return found
+            state = own.adaLN_modulation(c) if block.last else own.positional(positions)
+            context, image = block(context, image, state, block.x_block.adaLN_modulation(c), mask)
+        velocity: Tensor = self.final_layer(image, self.final_layer.adaLN_modulation(c), rows)
+        return velocity
 
-    def time_states(self, times: Tensor) -> TimeStates:
-        """Modulations of times [T] in 0..1."""
-        c = self.t_embedder(TIME_SCALE * times.float())
-        blocks = self._blocks()
-        images = [block.x_block.adaLN_modulation(c) for block in blocks]
-        return TimeStates(
-            images, blocks[-1].context_block.adaLN_modulation(c), self.final_layer.adaLN_modulation(c)
-        )
-
-    # -------------------------------------------------------------------- forward
+    def blocks(self) -> list[JointBlock]:
+        """The trunk."""
+        return cast(list[JointBlock], list(self.joint_blocks))
 
     def context(self, codes: Tensor) -> Tensor:
         """Codes of the first k tokens [B, k, d] -> [B, k, H]."""
         embedded: Tensor = self.context_embedder(codes) + self.context_pos_embed[:, : codes.shape[1]]
         return embedded
 
-    def trunk(self, image: Tensor, context: Tensor, own: Sequence[Tensor], state: TimeStates) -> Tensor:
-        """Image [B or 1, P, H] and visible context [B, k, H] -> [B, P, H]."""
-        visible = context.shape[1]
-        for index, block in enumerate(self._blocks()):
-            mine = state.last_context if block.last else own[index][:, :, :visible]
-            context, image = block(context, image, mine, state.blocks[index], sees_image=self.sees_image)
-        return image
-
-    def forward(self, x: Tensor, context: Tensor, own: Sequence[Tensor], state: TimeStates) -> Tensor:
-        """Velocity (noise - data) at x [B, C, h, w].
-
-        Args:
-            x: Noisy latents.
-            context: From :meth:`context`, the visible tokens only.
-            own: From :meth:`context_states`.
-            state: Of one time, or of one time per image.
-
-        Raises:
-            ValueError: Latents that are no whole patches, or more of them than positions.
-        """
-        rows, columns = _patches(x, self.patch)
-        image = self.x_embedder(x) + central_crop(self.pos_embed, rows, columns)
-        return self.final_layer(self.trunk(image, context, own, state), state.head, rows)  # type: ignore[no-any-return]
-
-    def render(self, context: Tensor, own: Sequence[Tensor], state: TimeStates) -> Tensor:
-        """Context of all tokens [B, K, H] -> predicted latents [B, C, h, w]; ``state`` is that of time 1."""
-        image = self.mask_token + self.positional_embedding
-        return self.final_layer(self.trunk(image, context, own, state), state.head, self.side)  # type: ignore[no-any-return]
+    def image_tokens(self, x: Tensor | None) -> tuple[Tensor, int]:
+        """Noisy latents -> [B, P, H] and the rows of patches; the renderer's image [1, P, H] needs none."""
+        if x is None:
+            return self.mask_token + self.positional_embedding, self.side
+        rows, columns = count_patches(x, self.patch)
+        return self.x_embedder(x) + central_crop(self.pos_embed, rows, columns), rows
 
 
 class Selftok(nn.Module):
