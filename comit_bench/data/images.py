@@ -1,6 +1,6 @@
 """Declared image preprocessing, and reading many image files in order.
 
-A preprocessing recipe is a string, hashed and stored with every score: steps joined by ``|``.
+Preprocessing is declared as a string, hashed and stored with every score: steps joined by ``|``.
 
 ==========================  =========================================================================
 ``center_crop``             the largest centred square
@@ -11,13 +11,13 @@ A preprocessing recipe is a string, hashed and stored with every score: steps jo
 ==========================  =========================================================================
 
 ``FILTER`` is nearest, box, bilinear, bicubic or lanczos, always antialiased as Pillow does it; crop
-offsets and rounding equal torchvision's ``CenterCrop`` and ``Resize``. A recipe must end in a square of
+offsets and rounding equal torchvision's ``CenterCrop`` and ``Resize``. It must end in a square of
 known side.
 
 What every image goes through first:
 
 - without the step ``exif`` the EXIF orientation is *not* applied: ImageNet and its published scores are read
-  that way. With it, photographs from phones come out upright (:func:`upright` puts it in front of a recipe);
+  that way. With it, photographs from phones come out upright (:func:`upright` puts it in front);
 - transparency (RGBA, LA, palette or colour key) is composited on white;
 - 16-bit grey is scaled to 8 bits by 255/65535, not clipped; CMYK, grey, palette, bilevel -> RGB;
 - the file's content decides, not its name: a PNG called ``.JPEG`` is read as a PNG.
@@ -64,15 +64,15 @@ _STEP = re.compile(r"([a-z_]+)(?:\(([^()]*)\))?")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a recipe. ``size`` is None for the plain ``center_crop``."""
+    """One step of preprocessing. ``size`` is None for the plain ``center_crop``."""
 
     name: str
     size: int | None = None
     filter: str | None = None
 
 
-def _parse_step(text: str, recipe: str) -> Step:
-    where = f"preprocessing {recipe!r}: step {text!r}"
+def _parse_step(text: str, preprocessing: str) -> Step:
+    where = f"preprocessing {preprocessing!r}: step {text!r}"
     match = _STEP.fullmatch(text)
     if match is None or match[1] not in STEPS:
         name = text.partition("(")[0]
@@ -97,14 +97,14 @@ def _parse_step(text: str, recipe: str) -> Step:
 
 
 @lru_cache(maxsize=128)
-def parse_preprocessing(recipe: str) -> tuple[Step, ...]:
-    """Parse a recipe and check that it ends in a square of known side."""
-    steps = tuple(_parse_step(part.strip(), recipe) for part in recipe.split("|"))
+def parse_preprocessing(preprocessing: str) -> tuple[Step, ...]:
+    """Parse a declaration and check that it ends in a square of known side."""
+    steps = tuple(_parse_step(part.strip(), preprocessing) for part in preprocessing.split("|"))
     if any(step.name == "exif" for step in steps[1:]):
-        raise UsageError(f"preprocessing {recipe!r}: exif can only be the first step")
+        raise UsageError(f"preprocessing {preprocessing!r}: exif can only be the first step")
     if _output_side(steps) is None:
         raise UsageError(
-            f"preprocessing {recipe!r}: the result has no fixed square size. "
+            f"preprocessing {preprocessing!r}: the result has no fixed square size. "
             "End with resize(N,FILTER) or center_crop(N)."
         )
     return steps
@@ -123,14 +123,14 @@ def _output_side(steps: Sequence[Step]) -> int | None:
     return short if square else None
 
 
-def upright(recipe: str) -> str:
+def upright(preprocessing: str) -> str:
     """The same preprocessing of images that are turned upright first, as their EXIF orientation says."""
-    return recipe if recipe.startswith("exif|") else f"exif|{recipe}"
+    return preprocessing if preprocessing.startswith("exif|") else f"exif|{preprocessing}"
 
 
-def output_side(recipe: str) -> int:
-    """Side of the square that ``recipe`` makes, in pixels."""
-    side = _output_side(parse_preprocessing(recipe))
+def output_side(preprocessing: str) -> int:
+    """Side of the square that ``preprocessing`` makes, in pixels."""
+    side = _output_side(parse_preprocessing(preprocessing))
     assert side is not None
     return side
 
@@ -197,13 +197,13 @@ def _apply(image: Image.Image, step: Step) -> Image.Image:
     return _resize(image, size, step.filter)
 
 
-def preprocess(image: Image.Image, recipe: str) -> NDArray[np.uint8]:
-    """Turn one PIL image into uint8 [3, S, S] (RGB) as ``recipe`` says.
+def preprocess(image: Image.Image, preprocessing: str) -> NDArray[np.uint8]:
+    """Turn one PIL image into uint8 [3, S, S] (RGB) as ``preprocessing`` says.
 
     Raises:
-        UsageError: A recipe that cannot be parsed, or an image of a kind that has no defined RGB value.
+        UsageError: It cannot be parsed, or an image of a kind that has no defined RGB value.
     """
-    steps = parse_preprocessing(recipe)
+    steps = parse_preprocessing(preprocessing)
     orientation = _orientation(image) if steps[0].name == "exif" else 1
     return _through(_turn(_to_rgb(image), orientation), steps)
 
@@ -215,7 +215,7 @@ def _through(image: Image.Image, steps: Sequence[Step]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def load_image(path: Path, recipe: str) -> NDArray[np.uint8]:
+def load_image(path: Path, preprocessing: str) -> NDArray[np.uint8]:
     """Read one file and preprocess it: uint8 [3, S, S].
 
     Raises:
@@ -224,9 +224,9 @@ def load_image(path: Path, recipe: str) -> NDArray[np.uint8]:
         MissingError: No such file.
         BenchError: The file cannot be read for a reason that is not its content, or is no file (a folder, a
             named pipe); such things are never opened.
-        UsageError: The recipe cannot be parsed.
+        UsageError: The preprocessing cannot be parsed.
     """
-    return decode_image(_content(path), recipe, name=str(path))
+    return decode_image(_content(path), preprocessing, name=str(path))
 
 
 def _content(path: Path) -> bytes:
@@ -252,12 +252,12 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise BenchError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def decode_image(content: bytes, recipe: str, *, name: str) -> NDArray[np.uint8]:
+def decode_image(content: bytes, preprocessing: str, *, name: str) -> NDArray[np.uint8]:
     """As :func:`load_image`, for a file that is in memory already (from an archive or a table).
 
     Args:
         content: The bytes of an image file.
-        recipe: Preprocessing, see the module's docstring.
+        preprocessing: See the module's docstring.
         name: What messages call it.
 
     Returns:
@@ -265,19 +265,19 @@ def decode_image(content: bytes, recipe: str, *, name: str) -> NDArray[np.uint8]
 
     Raises:
         CorruptFileError: Empty, truncated, not an image, or larger than Pillow's safety limit.
-        UsageError: The recipe cannot be parsed.
+        UsageError: The preprocessing cannot be parsed.
     """
-    parse_preprocessing(recipe)
+    parse_preprocessing(preprocessing)
     with _decoder(BytesIO(content), name) as image:
-        return preprocess(image, recipe)
+        return preprocess(image, preprocessing)
 
 
-def load_from(paths: Sequence[Path], index: int, recipe: str) -> NDArray[np.uint8]:
+def load_from(paths: Sequence[Path], index: int, preprocessing: str) -> NDArray[np.uint8]:
     """As :func:`load_image` for ``paths[index]``; paths into an archive have a method ``read``."""
     read = getattr(paths, "read", None)
     if read is None:
-        return load_image(paths[index], recipe)
-    return decode_image(read(index), recipe, name=str(paths[index]))
+        return load_image(paths[index], preprocessing)
+    return decode_image(read(index), preprocessing, name=str(paths[index]))
 
 
 def image_size(paths: Sequence[Path], index: int) -> tuple[int, int] | None:
@@ -303,12 +303,12 @@ def header_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def load_mask(path: Path, recipe: str, size: tuple[int, int]) -> NDArray[np.bool_]:
+def load_mask(path: Path, preprocessing: str, size: tuple[int, int]) -> NDArray[np.bool_]:
     """The mask of an image of ``size`` (width, height) without an orientation; see :func:`mask_of`."""
-    return _cropped(path, *_read_mask(path), parse_preprocessing(recipe), size, 1)
+    return _cropped(path, *_read_mask(path), parse_preprocessing(preprocessing), size, 1)
 
 
-def mask_of(photo: Path, path: Path, recipe: str) -> tuple[NDArray[np.bool_], Mask]:
+def mask_of(photo: Path, path: Path, preprocessing: str) -> tuple[NDArray[np.bool_], Mask]:
     """Read the mask of a photograph through its own crops and resizes: bool [S, S], and the whole mask.
 
     What its pixels mean is told by :mod:`comit_bench.data.masks`. Every resize takes the nearest pixel, so no
@@ -319,14 +319,14 @@ def mask_of(photo: Path, path: Path, recipe: str) -> tuple[NDArray[np.bool_], Ma
     Args:
         photo: The photograph; only its header is read.
         path: The mask.
-        recipe: Preprocessing of the photograph.
+        preprocessing: That of the photograph.
 
     Raises:
         CorruptFileError: Not a mask, or of another shape than its photograph (more than 2 % in the ratio of
             width to height), or the photograph is no image.
         MissingError: No such file. BenchError: No file, or not readable.
     """
-    steps = parse_preprocessing(recipe)
+    steps = parse_preprocessing(preprocessing)
     mask, own = _read_mask(path)
     orientation = orientation_of(photo) if steps[0].name == "exif" else 1
     return _cropped(path, mask, own, steps, header_size(photo), orientation), mask
@@ -453,17 +453,17 @@ class _Batches:
     """Gives the batch of a list of indices; errors come back as values, see :func:`iterate_images`."""
 
     paths: Sequence[Path]
-    recipe: str
+    preprocessing: str
 
     def __getitem__(self, indices: list[int]) -> ImageBatch | BenchError:
         import torch
 
-        side = output_side(self.recipe)
+        side = output_side(self.preprocessing)
         images = np.zeros((len(indices), 3, side, side), dtype=np.uint8)
         broken: dict[int, str] = {}
         for row, index in enumerate(indices):
             try:
-                images[row] = load_from(self.paths, index, self.recipe)
+                images[row] = load_from(self.paths, index, self.preprocessing)
             except CorruptFileError as error:
                 broken[index] = str(error)
             except BenchError as error:
@@ -473,7 +473,7 @@ class _Batches:
 
 def iterate_images(
     paths: Sequence[Path],
-    recipe: str,
+    preprocessing: str,
     *,
     batch_size: int,
     num_workers: int,
@@ -486,7 +486,7 @@ def iterate_images(
 
     Args:
         paths: The files.
-        recipe: Preprocessing, see the module's docstring.
+        preprocessing: See the module's docstring.
         batch_size: Images per batch, at least 1.
         num_workers: Worker processes; 0 reads in this process. The images do not depend on it.
         indices: Positions in ``paths`` to read, in this order; None reads all. An iterator is asked for the
@@ -496,7 +496,7 @@ def iterate_images(
         UsageError: Bad arguments (at the call, not at the first batch).
         MissingError: A file vanished. BenchError: a file cannot be read, or a worker does not answer.
     """
-    parse_preprocessing(recipe)
+    parse_preprocessing(preprocessing)
     if batch_size < 1 or num_workers < 0:
         raise UsageError(
             f"batch_size {batch_size} must be at least 1 and num_workers {num_workers} at least 0"
@@ -505,7 +505,7 @@ def iterate_images(
     if isinstance(order, Sized) and isinstance(order, Iterable):
         order = [_checked(int(i), len(paths)) for i in order]
         num_workers = min(num_workers, -(-len(order) // batch_size))
-    return _iterate(_Batches(paths, recipe), _cut(order, batch_size, len(paths)), num_workers)
+    return _iterate(_Batches(paths, preprocessing), _cut(order, batch_size, len(paths)), num_workers)
 
 
 def _checked(index: int, count: int) -> int:

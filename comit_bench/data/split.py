@@ -98,9 +98,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def preprocessing(self, recipe: str) -> str:
-        """What a tokenizer that declares ``recipe`` gets of these images."""
-        return upright(recipe) if self.exif else recipe
+    def preprocessing(self, declared: str) -> str:
+        """What a tokenizer that declares ``declared`` gets of these images."""
+        return upright(declared) if self.exif else declared
 
     def take(self, rows: Sequence[int]) -> Split:
         """Some of the samples; ``rows`` must ascend."""
