@@ -15,7 +15,7 @@ from pathlib import Path
 from comit_bench.commands.paper_parts import DATA, Part, Step
 from comit_bench.errors import MissingError
 from comit_bench.pipeline.jobs import Settings
-from comit_bench.pipeline.plan import human_bytes, human_seconds, pass_flops
+from comit_bench.pipeline.plan import human_bytes, human_seconds
 from comit_bench.recipes.specs import (
     KINDS,
     DatasetSpec,
@@ -74,7 +74,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What jobs cost: images that are read, FLOPs, and bytes of the token cache."""
+    """What jobs cost: images that are read, FLOPs of encoding and decoding, and bytes of the token cache."""
 
     images: int = 0
     flops: float = 0.0
@@ -137,12 +137,12 @@ def data_needs(spec: DatasetSpec, data_root: Path | None) -> list[Need]:
 
 def task_needs(name: str, settings: Settings) -> list[Need]:
     """What a task needs besides tokenizers: data, judges, text encoders. Asks no hub."""
-    from comit_bench.tasks.base import find_executor
+    from comit_bench.tasks.base import find_task
 
     spec, data = _tasks()[name].spec, _datasets()
     needs = data_needs(data[spec.dataset].spec, settings.data_root)
     try:
-        find_executor(spec).prepare(spec, cache=settings.cache_dir, offline=True)
+        find_task(spec).prepare(spec, cache=settings.cache_dir, offline=True)
     except MissingError as error:
         how = str(error).replace("--offline forbids a download", "were not fetched")
         needs.append(Need(f"{'text encoder' if spec.kind == 'relations' else 'judge'} of {name}", "", how))
@@ -226,7 +226,7 @@ def job_cost(
     task: TaskSpec, name: str, policy: str | None, settings: Settings, *, options: Sequence[str] = ()
 ) -> Cost | None:
     """Cost of one tokenizer on one task; None when the tokenizer's is not known."""
-    from comit_bench.tasks.base import find_looking_executor, find_probe_executor
+    from comit_bench.tasks.base import find_task
 
     preset = _preset(name)
     entry = tokenizers().get(preset)
@@ -246,13 +246,10 @@ def job_cost(
     if not KINDS[task.kind].probed:
         count = getattr(getattr(task, task.kind), "count", None)
         images = min(counts.get(task.split.report, 0), count or counts.get(task.split.report, 0))
-        times = find_looking_executor(task).decodings(task) * task.seeds
+        times = find_task(task).decodings(task) * task.seeds
         return Cost(images, images * (encode + times * decode), 2 * images * length)
     images = sum(counts.values())
-    passes, appended = find_probe_executor(task).passes(task, counts.get(task.split.train, 0))
-    seeds = settings.seeds or task.seeds
-    fit = passes * task.probe.max_epochs * seeds * pass_flops(task.probe, length + 1 + appended, 6)
-    return Cost(images, images * encode + fit, 2 * images * length)
+    return Cost(images, images * encode, 2 * images * length)
 
 
 def step_jobs(step: Step) -> list[tuple[str, str, str | None, float]]:
@@ -295,9 +292,9 @@ def total_cost(steps: Iterable[Step], settings: Settings) -> tuple[Cost, list[st
     return total, list(dict.fromkeys(unknown))
 
 
-def _cost_text(cost: Cost, rate: float) -> str:
-    here, gpu = (human_seconds(cost.flops / speed) for speed in (rate, GPU_RATE))
-    return f"{cost.images:,} images, {cost.flops / 1e15:,.3g} PFLOP: about {here} here, {gpu} on a GPU"
+def _cost_text(cost: Cost) -> str:
+    gpu = human_seconds(cost.flops / GPU_RATE)
+    return f"{cost.images:,} images, {cost.flops / 1e15:,.3g} PFLOP, {gpu} at {GPU_RATE / 1e12:.0f} TFLOP/s"
 
 
 # --------------------------------------------------------------------------------------------- text
@@ -307,9 +304,6 @@ def describe(
     plans: Sequence[tuple[Part, Sequence[StepPlan]]], settings: Settings, *, suite: str
 ) -> list[str]:
     """The plan as lines: every command with what it costs and lacks, then how to get what is missing."""
-    from comit_bench.pipeline.plan import ENCODE_EFFICIENCY, matmul_rate
-
-    rate = matmul_rate() * ENCODE_EFFICIENCY
     data = DATA if settings.data_root is None else str(settings.data_root)
     steps = [plan.step for _, part in plans for plan in part]
     lines = [f"the COMiT paper, suite {suite}: {len(plans)} parts, {len(steps)} commands"]
@@ -320,7 +314,7 @@ def describe(
         for plan in part_plans:
             lines.append(f"  {plan.step.text(output=str(settings.output), data=data)}")
             cost, unknown = total_cost([plan.step], settings)
-            told = [_cost_text(cost, rate)] if cost.flops else []
+            told = [_cost_text(cost)] if cost.flops else []
             told += [f"cost of {', '.join(unknown)} not known"] if unknown else []
             lines += [f"    cost: {'; '.join(told)}"] if told else []
             required = [need for need in plan.needs if need.required]
@@ -331,10 +325,10 @@ def describe(
             elif plan.step.follows:
                 lines.append("    reads what the command above left")
     total, unknown = total_cost(steps, settings)
-    lines.append(f"in all: {_cost_text(total, rate)}; token cache at most {human_bytes(total.bytes)}")
+    lines.append(f"in all: {_cost_text(total)}; token cache at most {human_bytes(total.bytes)}")
     lines.append(
-        f"  here: {rate / 1e9:,.0f} GFLOP/s; a GPU: {GPU_RATE / 1e12:.0f} TFLOP/s. Probes count with all "
-        "their epochs, though most stop early; what several parts need is done and counted once"
+        "  costs are those of encoding and decoding (results/reference/cost.md), without the fits of probes; "
+        "what several parts need is done and counted once"
     )
     missing = list(dict.fromkeys(need for _, part in plans for plan in part for need in plan.needs))
     if not missing:

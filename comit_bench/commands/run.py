@@ -17,9 +17,8 @@ from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
 from comit_bench.files import check_folder, locked
 
 if TYPE_CHECKING:
-    from comit_bench.pipeline.bench import Outcome
+    from comit_bench.pipeline.evaluate import Finished
     from comit_bench.pipeline.jobs import Job, Settings
-    from comit_bench.tokenizers.base import Tokenizer
 
 Tokenizers = Annotated[
     list[str] | None,
@@ -176,24 +175,18 @@ def run_command(
 ) -> int:
     """Plan, do, print; returns the exit code (0 done, 1 a task failed, 3 data or weights missing)."""
     from comit_bench.commands.console import Bars, Interrupts, say, say_default
-    from comit_bench.pipeline.bench import Bench, Reporter, do_jobs
-    from comit_bench.pipeline.jobs import make_jobs
-    from comit_bench.pipeline.plan import describe, make_plan
-    from comit_bench.pipeline.suite import DEFAULT_TOKENIZERS, choose_suite, choose_tasks, with_references
+    from comit_bench.pipeline.evaluate import run_jobs
+    from comit_bench.pipeline.plan import describe, plan_run
+    from comit_bench.pipeline.session import Reporter
+    from comit_bench.pipeline.suite import DEFAULT_TOKENIZERS, choose_suite
 
     name, why = choose_suite(suite, settings.data_root)
-    chosen: list[str | Tokenizer] = list(tokenizers or DEFAULT_TOKENIZERS)
-    rows = with_references(chosen, name) if references else chosen
-    jobs = make_jobs(rows, choose_tasks(tasks, name, settings), settings)
-    bench = Bench(settings)
     if dry_run:
         check_folder(settings.output)
         check_folder(settings.cache_dir)
-    else:
-        bench.require_places()
-    jobs = bench.settle_policies(jobs)
-    plan = make_plan(jobs, bench, dry=dry_run)
-    first = bench.ranks.first
+    chosen = tokenizers or DEFAULT_TOKENIZERS
+    plan, session = plan_run(chosen, tasks, settings, suite=name, references=references, dry=dry_run)
+    first = session.ranks.first
     if first and not tokenizers and name == "paper":
         say_default([label for label in DEFAULT_TOKENIZERS if label.endswith("-nano")])
     if first:
@@ -206,12 +199,12 @@ def run_command(
         return 0
     bars_on = settings.progress and first
     with Interrupts() as interrupts, Bars(enabled=bars_on, check=interrupts.check) as bars:
-        bench.reporter = Reporter(bars.start, bars.stop, interrupts.check)
-        outcome = do_jobs(jobs, bench)
+        session.reporter = Reporter(bars.start, bars.stop, interrupts.check)
+        finished = run_jobs(plan.asked, session)
     if profile:
-        say(describe_profile(bench.profile, bench.ranks.rank))
-    bench.ranks.leave()
-    return finish(outcome, jobs, settings) if first else 0
+        say(describe_profile(session.profile, session.ranks.rank))
+    session.ranks.leave()
+    return finish(finished, plan.asked, settings) if first else 0
 
 
 def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
@@ -232,7 +225,7 @@ def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
     return "\n".join(lines)
 
 
-def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
+def finish(finished: Finished, jobs: Sequence[Job], settings: Settings) -> int:
     """Write and print the tables of this run's tasks; tell what failed."""
     from comit_bench.commands.console import say
     from comit_bench.results.records import load_records, published_records
@@ -252,11 +245,11 @@ def finish(outcome: Outcome, jobs: Sequence[Job], settings: Settings) -> int:
     if table is not None:
         print_terminal(table)
         say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
-    for reason in dict.fromkeys(outcome.refused):
+    for reason in dict.fromkeys(finished.refused):
         say(reason)
-    for job, error in outcome.failures:
+    for job, error in finished.failures:
         say(f"failed: {job.label} on {job.task.spec.name}: {error}")
-    if not outcome.failures:
+    if not finished.failures:
         return 0
-    missing = all(isinstance(error, MissingError) for _, error in outcome.failures)
-    return MissingError.exit_code if missing and not outcome.records else 1
+    missing = all(isinstance(error, MissingError) for _, error in finished.failures)
+    return MissingError.exit_code if missing and not finished.records else 1

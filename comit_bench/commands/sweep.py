@@ -93,7 +93,7 @@ def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> li
 def _run(tokenizers: list[str], chosen: dict[str, Any], settings: dict[str, Any]) -> int:
     from comit_bench.commands.console import Bars, Interrupts, say
     from comit_bench.nn.ranks import Ranks
-    from comit_bench.pipeline.resources import Reporter
+    from comit_bench.pipeline.session import Reporter
     from comit_bench.pipeline.sweep import sweep as measure
     from comit_bench.results.render.terminal import print_terminal
     from comit_bench.results.render.write import write_tables

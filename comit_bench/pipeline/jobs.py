@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from comit_bench.errors import UsageError, did_you_mean, shown
 from comit_bench.files import cache_root
@@ -20,9 +20,17 @@ from comit_bench.recipes.specs import (
     find_tasks,
     pick,
 )
+from comit_bench.seeding import seed_for
+from comit_bench.tokenizers.base import looks_at_crops
+from comit_bench.tokenizers.contract import check_tokenizer
+from comit_bench.tokenizers.load import entry_for
 from comit_bench.tokenizers.registry import MAJORITY, TokenizerEntry
+from comit_bench.tokenizers.registry import tokenizers as known_tokenizers
 
 if TYPE_CHECKING:
+    from comit_bench.data.split import Split
+    from comit_bench.tasks.base import Inputs, Task
+    from comit_bench.tasks.result import Result
     from comit_bench.tokenizers.base import Tokenizer
 
 Options = Mapping[str, str | int | float]
@@ -119,34 +127,78 @@ class Settings:
         """Held for the moment in which a record or the tables are written."""
         return self.output / ".lock"
 
+    @property
+    def selection(self) -> str:
+        """Which images of a split are used, for keys."""
+        return "all" if self.limit is None else f"limit-by-name:{self.limit}"
+
+    def images_of(self, split: Split) -> list[int]:
+        """The images used: all, or the ``limit`` first in the order of a hash of their names.
+
+        The name is the id without folders: variants of one scene, in folders of their own, stay together.
+        """
+        if self.limit is None or self.limit >= len(split):
+            return list(range(len(split)))
+        order = sorted(
+            range(len(split)), key=lambda index: seed_for(0, "limit/" + split.ids[index].rpartition("/")[2])
+        )
+        return sorted(order[: self.limit])
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A row without a tokenizer: it sees no image and is measured wherever probes are fitted.
+
+    Attributes:
+        name: Of the row, its family included.
+        knows: What it answers from.
+        measure: Its numbers on a task.
+    """
+
+    name: str
+    knows: str
+    measure: Callable[[Task, Inputs], Result]
+
+
+Who: TypeAlias = "str | Tokenizer | Reference"  # a name, directory or hub id; an object; a reference row
+REFERENCES = {
+    MAJORITY: Reference(MAJORITY, "labels of the train split", lambda task, inputs: task.majority(inputs))
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tokenizer on one task. ``tokenizer`` is a name, a directory, a hub id or an object.
+    """One row on one task.
 
-    ``policy`` is the cropping policy asked for; None is the tokenizer's own.
+    Attributes:
+        tokenizer: Who is measured.
+        task: On what.
+        dataset: Its data.
+        policy: The cropping policy asked for; None is the tokenizer's own.
     """
 
-    tokenizer: str | Tokenizer
+    tokenizer: Who
     task: Recipe[TaskSpec]
     dataset: Recipe[DatasetSpec]
     policy: str | None = None
 
     @property
     def label(self) -> str:
-        return self.tokenizer if isinstance(self.tokenizer, str) else self.tokenizer.info.name
+        if isinstance(self.tokenizer, str):
+            return self.tokenizer
+        return self.tokenizer.name if isinstance(self.tokenizer, Reference) else self.tokenizer.info.name
 
 
 def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], settings: Settings) -> list[Job]:
     """Resolve names into jobs, task by task.
 
-    Kinds that fit no probe have no majority row, and under a control of probes they are left out.
+    Kinds that fit no probe have no reference rows, and under a control of probes they are left out.
 
     Raises:
         UsageError: An unknown tokenizer, task or data set, with the nearest names; an object that is no
             tokenizer; or no task is left.
     """
-    tokenizers = each_once(tokenizers)
+    who = each_once(tokenizers)
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
     datasets = find_datasets(settings.include, allow_override=settings.allow_override)
     chosen = [pick(name, recipes, "task") for name in dict.fromkeys(tasks)]
@@ -158,63 +210,68 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
                 "out"
             )
         chosen = probed
-    for tokenizer in tokenizers:
-        if not isinstance(tokenizer, str):
-            from comit_bench.tokenizers.contract import check_tokenizer
-
-            check_tokenizer(tokenizer, "the tokenizer that was handed over")
-    check_options(tokenizers, settings.options)
-    policies: list[tuple[str | Tokenizer, str | None]] = []
-    for tokenizer in tokenizers:
-        crops = takes_policies(tokenizer)
-        policies += [(tokenizer, policy) for policy in (settings.policies if crops else (None,))]
+    for one in who:
+        if not isinstance(one, str | Reference):
+            check_tokenizer(one, "the tokenizer that was handed over")
+    check_options(who, settings.options)
+    rows = [
+        (one, policy) for one in who for policy in (settings.policies if takes_policies(one) else (None,))
+    ]
     data = [dataset_of(task, datasets) for task in chosen]
     jobs = [
-        Job(tokenizer, task, d, policy)
+        Job(one, task, d, policy)
         for task, d in zip(chosen, data, strict=True)
-        for tokenizer, policy in policies
-        if tokenizer != MAJORITY or KINDS[task.spec.kind].probed
+        for one, policy in rows
+        if KINDS[task.spec.kind].probed or not isinstance(one, Reference)
     ]
     if not jobs:
-        raise UsageError(f"nothing to do: {MAJORITY} knows labels only, and {', '.join(tasks)} asks for more")
+        names = " and ".join(REFERENCES)
+        raise UsageError(f"nothing to do: {names} knows labels only, and {', '.join(tasks)} asks for more")
     return jobs
 
 
-def each_once(tokenizers: Iterable[str | Tokenizer]) -> list[str | Tokenizer]:
-    """Tokenizers in their order, each once; names of the registry in lower case, as it has them."""
-    from comit_bench.tokenizers.registry import tokenizers as known
-
-    names = {*known(), MAJORITY}
-    found: list[str | Tokenizer] = []
-    for tokenizer in tokenizers:
-        if isinstance(tokenizer, str) and tokenizer.lower() in names:
-            tokenizer = tokenizer.lower()
-        if not any(
-            tokenizer is other or (isinstance(tokenizer, str) and tokenizer == other) for other in found
-        ):
-            found.append(tokenizer)
+def each_once(tokenizers: Iterable[str | Tokenizer]) -> list[Who]:
+    """Who is measured, in order, each once; names of the registry in lower case, as it has them."""
+    known = known_tokenizers()
+    found: list[Who] = []
+    for given in tokenizers:
+        one: Who = given
+        if isinstance(given, str):
+            name = given.lower()
+            one = REFERENCES.get(name, name if name in known else given)
+        if not any(one is other or (isinstance(one, str) and one == other) for other in found):
+            found.append(one)
     return found
 
 
-def takes_policies(tokenizer: str | Tokenizer) -> bool:
+def takes_policies(tokenizer: Who) -> bool:
     """Whether a tokenizer looks at crops, so that every policy is a row of its own; or may, as far as known.
 
     Raises:
         UsageError: Unknown tokenizer, with the nearest names.
     """
-    from comit_bench.tokenizers.base import looks_at_crops
-    from comit_bench.tokenizers.load import entry_for
-
-    if not isinstance(tokenizer, str):
-        return looks_at_crops(tokenizer)
-    return tokenizer != MAJORITY and entry_for(tokenizer).looks_at_crops() is not False
+    if isinstance(tokenizer, str):
+        return entry_for(tokenizer).looks_at_crops() is not False
+    return looks_at_crops(tokenizer)
 
 
-def _entries(tokenizers: Iterable[str | Tokenizer]) -> dict[str, TokenizerEntry]:
+def is_fitted(job: Job) -> bool:
+    """Whether the tokenizer is fitted on the task's data."""
+    if not isinstance(job.tokenizer, str):
+        return False
+    return entry_for(job.tokenizer).fitted and not Path(job.tokenizer).is_dir()
+
+
+def options_of(job: Job, settings: Settings) -> dict[str, Any]:
+    """The options of a job's tokenizer, which is given by name."""
+    entry = entry_for(str(job.tokenizer))
+    options: dict[str, Any] = dict(entry.paper_options) if job.task.spec.suite == "paper" else {}
+    return options | entry.typed(options_for(entry, settings.options))
+
+
+def _entries(tokenizers: Iterable[Who]) -> dict[str, TokenizerEntry]:
     """Registry entries of all that are given by name, hub id or directory."""
-    from comit_bench.tokenizers.load import entry_for
-
-    return {t: entry_for(t) for t in tokenizers if isinstance(t, str) and t != MAJORITY}
+    return {one: entry_for(one) for one in tokenizers if isinstance(one, str)}
 
 
 def _own_name(key: str, entry: TokenizerEntry) -> str | None:
@@ -232,7 +289,7 @@ def options_for(entry: TokenizerEntry, options: Options) -> dict[str, str | int 
     return {name: options[key] for key in keys if (name := _own_name(key, entry)) is not None}
 
 
-def check_options(tokenizers: Iterable[str | Tokenizer], options: Options) -> None:
+def check_options(tokenizers: Iterable[Who], options: Options) -> None:
     """Refuse an option that no tokenizer of the run knows, and a value that one of them cannot read.
 
     Raises:
@@ -252,7 +309,7 @@ def check_options(tokenizers: Iterable[str | Tokenizer], options: Options) -> No
         raise UsageError(f"--option {key}: no tokenizer of this run has it.{did_you_mean(key, known)}")
 
 
-def left_out(tokenizers: Iterable[str | Tokenizer], options: Options) -> dict[str, list[str]]:
+def left_out(tokenizers: Iterable[Who], options: Options) -> dict[str, list[str]]:
     """For each option the tokenizers that run without it, when it was not meant for one family alone."""
     entries = _entries(tokenizers) if options else {}
     without = {

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from comit_bench.errors import MissingError
-from comit_bench.pipeline.jobs import Job, Settings, left_out
+from comit_bench.pipeline.jobs import Job, Reference, Settings, left_out, make_jobs
+from comit_bench.pipeline.messages import policy_of
 from comit_bench.pipeline.record import expected_seconds, images_of
-from comit_bench.recipes.specs import KINDS, DatasetSpec, ProbeSpec, Recipe
-from comit_bench.tokenizers.registry import MAJORITY
-
-if TYPE_CHECKING:
-    from comit_bench.pipeline.bench import Bench
-    from comit_bench.tokenizers.base import Tokenizer
-
-ENCODE_EFFICIENCY = 0.5  # share of the matrix-product rate that encoders reach
+from comit_bench.pipeline.session import Session, why_not
+from comit_bench.pipeline.suite import choose_tasks, with_references
+from comit_bench.recipes.specs import KINDS, DatasetSpec, Recipe
+from comit_bench.tasks.base import find_task
+from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tokenizers.load import resolve_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +39,17 @@ class JobPlan:
 
 @dataclass(slots=True)
 class Plan:
-    """Every job, the state of the data, what is missing and what cannot be done."""
+    """Every job, the state of the data, what is missing and what cannot be done.
 
+    Attributes:
+        asked: All jobs that were asked for.
+        jobs: Those that can be done, and what is known about each.
+        data: Data set -> its state, in words.
+        missing: What must come first.
+        refused: Jobs whose tokenizer cannot do what the task asks, and why.
+    """
+
+    asked: list[Job] = field(default_factory=list)
     jobs: list[JobPlan] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)
     missing: list[MissingError] = field(default_factory=list)
@@ -60,26 +66,9 @@ class Plan:
             self.missing.append(error)
 
 
-def matmul_rate() -> float:
-    """float32 FLOP per second of this machine: the best of a few short products, in under 0.1 s."""
-    import torch
-
-    side = 768
-    a, best = torch.randn(side, side), float("inf")
-    for _ in range(8):
-        started = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
-
-
-def pass_flops(probe: ProbeSpec, tokens: int, code_dim: int) -> float:
-    """FLOPs of one training pass of a probe, forwards and backwards, over so many tokens."""
-    block = (4 + 2 * probe.mlp_ratio) * probe.width**2
-    return 6.0 * tokens * (block * probe.depth + code_dim * probe.width)
-
-
-def data_state(recipe: Recipe[DatasetSpec], bench: Bench, *, dry: bool = False) -> tuple[str, dict[str, int]]:
+def data_state(
+    recipe: Recipe[DatasetSpec], session: Session, *, dry: bool = False
+) -> tuple[str, dict[str, int]]:
     """Whether a data set is there, and images per split, without making any.
 
     Contents of files are read once for the fingerprint and the proof that splits share no image, so that what
@@ -90,47 +79,76 @@ def data_state(recipe: Recipe[DatasetSpec], bench: Bench, *, dry: bool = False) 
     """
     spec = recipe.spec
     if spec.generator is not None:
-        folder = bench.settings.cache_dir / "datasets" / spec.folder
+        folder = session.settings.cache_dir / "datasets" / spec.folder
         there = (folder / "scenes.json").is_file()
         counts = {"train": spec.generator.train, "val": spec.generator.val}
         return ("made before" if there else "will be made now, seeded"), counts
-    data = bench.look(recipe) if dry else bench.data(recipe)  # the run uses what is opened here
+    data = session.data(recipe, contents=not dry)  # the run uses what is opened here
     short = data.shortcomings(dict.fromkeys(data.splits, 0))
     told = f"; records will be marked incomplete ({'; '.join(short)})" if short else ""
     return f"found in {data.folder}{told}", {name: len(split) for name, split in data.splits.items()}
 
 
-def make_plan(jobs: Sequence[Job], bench: Bench, *, dry: bool = False) -> Plan:
+def plan_run(
+    tokenizers: Sequence[str | Tokenizer],
+    tasks: Sequence[str] | None,
+    settings: Settings,
+    *,
+    suite: str,
+    references: bool = True,
+    dry: bool = False,
+) -> tuple[Plan, Session]:
+    """From what was asked for to a plan, and the session that will do it.
+
+    Args:
+        tokenizers: Names, hub ids, directories or objects.
+        tasks: Task names; None is the default ones of the suite.
+        settings: How.
+        suite: ``scenes`` or ``paper``.
+        references: Also the rows that bracket every score.
+        dry: See :func:`make_plan`.
+
+    Raises:
+        UsageError, MissingError: Unknown names, wrong settings.
+        BenchError: Results or cache cannot be written.
+    """
+    rows = with_references(tokenizers, suite) if references else tokenizers
+    jobs = make_jobs(rows, choose_tasks(tasks, suite, settings), settings)
+    session = Session(settings)
+    if not dry:
+        session.require_places()
+    return make_plan(session.settle_policies(jobs), session, dry=dry), session
+
+
+def make_plan(jobs: Sequence[Job], session: Session, *, dry: bool = False) -> Plan:
     """Look at data and weights of every job, now rather than hours later.
 
     Args:
         jobs: From :func:`comit_bench.pipeline.jobs.make_jobs`.
-        bench: Will do the jobs; it keeps what is opened here.
+        session: Will do the jobs; it keeps what is opened here.
         dry: Nothing will be done: no file is read or written.
 
     Raises:
         UsageError: A device that is not there, a type that it does not compute in, or a cropping policy
             that a tokenizer does not know.
     """
-    from comit_bench.tasks.base import find_executor
-    from comit_bench.tokenizers.load import resolve_dtype
-
-    resolve_dtype(bench.settings.dtype, bench.device)
-    plan, settings = Plan(), bench.settings
+    settings = session.settings
+    resolve_dtype(settings.dtype, session.device)
+    plan = Plan(list(jobs))
     counts: dict[str, dict[str, int]] = {}
     for job in jobs:
         name = job.dataset.spec.name
         waits = []
         if name not in counts:
             try:
-                plan.data[name], counts[name] = data_state(job.dataset, bench, dry=dry)
+                plan.data[name], counts[name] = data_state(job.dataset, session, dry=dry)
             except MissingError as error:
                 plan.data[name], counts[name] = "missing", {}
                 plan.lacks(error)
         if plan.data[name] == "missing":
             waits.append("data")
         try:
-            find_executor(job.task.spec).prepare(
+            find_task(job.task.spec).prepare(
                 job.task.spec, cache=settings.cache_dir, offline=settings.offline
             )
         except MissingError as error:
@@ -138,13 +156,13 @@ def make_plan(jobs: Sequence[Job], bench: Bench, *, dry: bool = False) -> Plan:
             plan.lacks(error)
         tokenizer = None
         try:
-            tokenizer = None if job.label == MAJORITY else bench.peek(job)
+            tokenizer = session.peek(job)
         except MissingError as error:
             waits.append("weights")
             plan.lacks(error)
         if tokenizer is not None:
-            bench.policy(job, tokenizer)
-        reason = bench.why_not(job, tokenizer)
+            policy_of(job, tokenizer)  # an unknown one is refused
+        reason = why_not(job, tokenizer)
         if reason is not None:
             plan.refused.append((job, reason))
         else:
@@ -156,7 +174,7 @@ def _job_plan(
     job: Job, settings: Settings, counts: dict[str, int], tokenizer: Tokenizer | None, waits: tuple[str, ...]
 ) -> JobPlan:
     """Images, bytes and seconds of one job; a tokenizer that is not here, or is fitted, counts as small."""
-    if job.label == MAJORITY:
+    if isinstance(job.tokenizer, Reference):
         return JobPlan(job, 0, 0, 0.0, waits)
     images = images_of(job, counts, settings)
     length, per_token = 16, 2
@@ -215,7 +233,7 @@ def _words(part: JobPlan, settings: Settings) -> str:
     policy = f" ({part.job.policy})" if part.job.policy else ""
     if part.waits:
         return f"{policy}: waits for {' and '.join(part.waits)}"
-    if part.job.label == MAJORITY:
+    if isinstance(part.job.tokenizer, Reference):
         return " (labels only)"
     probed = KINDS[task.kind].probed
     seeds = (settings.seeds or task.seeds) if probed else task.seeds
@@ -225,8 +243,9 @@ def _words(part: JobPlan, settings: Settings) -> str:
 
 
 def _total(plan: Plan) -> str:
-    timed = [part.seconds for part in plan.jobs if part.seconds is not None and part.job.label != MAJORITY]
-    others = sum(part.seconds is None for part in plan.jobs)
+    read = [part for part in plan.jobs if not isinstance(part.job.tokenizer, Reference)]
+    timed = [part.seconds for part in read if part.seconds is not None]
+    others = len(read) - len(timed)
     if not timed:
         return "time unknown: nothing like it was done on this machine before"
     known = f"about {human_seconds(sum(timed))}, as on this machine before"

@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from comit_bench.data.split import OpenData
 from comit_bench.errors import BenchError
 from comit_bench.files import atomic_path, digest_json, locked, write_atomic
-from comit_bench.pipeline.jobs import Job, Settings
+from comit_bench.pipeline.jobs import Job, Reference, Settings
+from comit_bench.pipeline.messages import broken_images
 from comit_bench.recipes.reading import read_json
 from comit_bench.recipes.specs import KINDS
-from comit_bench.tokenizers.registry import MAJORITY
-
-if TYPE_CHECKING:
-    import torch
-
-    from comit_bench.data.split import OpenData
-    from comit_bench.results.schema import Counts, Record, TaskRow, TokenizerRow
-    from comit_bench.tasks.result import TaskResult
-    from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.results.records import find_record, record_path, save_record
+from comit_bench.results.schema import (
+    Counts,
+    DatasetRow,
+    Environment,
+    Record,
+    TaskRow,
+    TokenizerRow,
+    plain_json,
+    protocol_digest,
+)
+from comit_bench.tasks.base import ROLES, Inputs
+from comit_bench.tasks.result import Result
+from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tokenizers.load import resolve_device
 
 FURTHEST = 4  # times as many images as were measured: beyond that the time of a job is unknown
-NOTES = ("best_epoch", "epochs_run", "left_out")  # of a result's details; the rest of these goes nowhere
+NOTES = ("best_epoch", "epochs_run", "left_out")  # of a result's remarks, those that a record keeps
 
 
-def tokenizer_row(tokenizer: Tokenizer | None) -> TokenizerRow:
-    """Who is measured; None is the majority row."""
-    from comit_bench.results.schema import TokenizerRow
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells a record from all others: whose, of what, and how."""
 
-    if tokenizer is not None:
-        return TokenizerRow.from_info(tokenizer.info)
-    return TokenizerRow(
-        name=MAJORITY,
-        family=MAJORITY,
-        kind="reference",
-        weights="none",
-        training_data="labels of the train split",
-        code_licence="Apache-2.0",
-    )
+    tokenizer: TokenizerRow
+    task: TaskRow
+    protocol: dict[str, Any]
+
+    def find(self, records: Path) -> Record | None:
+        """The record of this identity below a folder."""
+        return find_record(records, self.tokenizer, self.task, protocol_digest(self.protocol))
 
 
-def task_row(job: Job, data: OpenData) -> TaskRow:
-    """What is measured."""
-    from comit_bench.results.schema import DatasetRow, TaskRow
-
+def identify(job: Job, tokenizer: Tokenizer | None, data: OpenData, protocol: dict[str, Any]) -> Identity:
+    """The identity of a job's record."""
     spec = job.task.spec
-    return TaskRow(
+    dataset = DatasetRow(
+        name=data.name, version=data.version, fingerprint=data.fingerprint, origin=job.dataset.origin
+    )
+    task = TaskRow(
         name=spec.name,
         version=spec.version,
         title=spec.title,
@@ -55,90 +68,77 @@ def task_row(job: Job, data: OpenData) -> TaskRow:
         suite=spec.suite,
         recipe=job.task.digest,
         origin=job.task.origin,
-        dataset=DatasetRow(
-            name=data.name, version=data.version, fingerprint=data.fingerprint, origin=job.dataset.origin
-        ),
+        dataset=dataset,
     )
+    if tokenizer is not None:
+        return Identity(TokenizerRow.from_info(tokenizer.info), task, protocol)
+    assert isinstance(job.tokenizer, Reference)
+    row = TokenizerRow(
+        name=job.tokenizer.name,
+        family=job.tokenizer.name,
+        kind="reference",
+        weights="none",
+        training_data=job.tokenizer.knows,
+        code_licence="Apache-2.0",
+    )
+    return Identity(row, task, protocol)
+
+
+def work_folder(job: Job, identity: Identity, inputs: Inputs, settings: Settings) -> Path:
+    """A folder for unfinished work: another one for other weights, data, settings, images or devices."""
+    rows = {n: hashlib.sha256(role.rows.tobytes()).hexdigest() for n, role in inputs.roles.items()}
+    protocol, weights = plain_json(identity.protocol), identity.tokenizer.weights
+    key = [job.label, weights, job.task.spec.name, protocol, inputs.device.type, rows]
+    return settings.cache_dir / "unfinished" / digest_json(key)[7:31]
 
 
 def make_record(
-    result: TaskResult,
-    *,
-    row: TokenizerRow,
-    task: TaskRow,
-    protocol: dict[str, Any],
-    seeds: Sequence[int],
-    counts: Counts,
-    settings: Settings,
-    control: str | None,
-    device: torch.device,
-    timings: dict[str, float],
-    incomplete: Sequence[str] = (),
+    result: Result, identity: Identity, inputs: Inputs, settings: Settings, timings: dict[str, float]
 ) -> Record:
-    """Put everything together; nothing is written yet.
-
-    Args:
-        result: What was measured.
-        row: Of which tokenizer.
-        task: Of which task.
-        protocol: How.
-        seeds: Of the probes or decodings.
-        counts: Images by role.
-        settings: ``limit`` makes a record incomplete.
-        control: Name of the control.
-        device: Where.
-        timings: Seconds by stage.
-        incomplete: What of the data is not there, in words (:meth:`OpenData.shortcomings`).
-    """
-    from comit_bench.results.schema import Environment, Metric, Record, protocol_digest
-
-    metrics = {
-        name: Metric.from_seeds(
-            m.per_seed,
-            n=m.n,
-            chance=m.chance,
-            higher_is_better=m.higher_is_better,
-            unit=m.unit,
-            binomial=m.share,
-            sampling=m.sampling,
-        )
-        for name, m in result.metrics.items()
-    }
+    """Put everything together; nothing is written yet. ``timings`` are seconds by stage."""
     notes = [f"{key}: {value}" for key, value in result.extra.items() if key in NOTES]
-    if not row.trained:
+    if not identity.tokenizer.trained:
         notes.append("untrained: random weights, drawn so wide that messages differ at all")
+    incomplete = inputs.data.shortcomings(broken_images(inputs))
     return Record(
-        tokenizer=row,
-        task=task,
-        metrics=metrics,
-        protocol=protocol,
-        protocol_digest=protocol_digest(protocol),
-        seeds=tuple(seeds),
-        control=control,
+        tokenizer=identity.tokenizer,
+        task=identity.task,
+        metrics=result.metrics,
+        protocol=identity.protocol,
+        protocol_digest=protocol_digest(identity.protocol),
+        seeds=tuple(inputs.seeds),
+        control=inputs.control,
         complete=settings.limit is None and not incomplete,
         limit=settings.limit,
         incomplete=tuple(incomplete),
-        counts=counts,
-        environment=Environment.collect(device=device_name(device), dtype=settings.dtype),
+        counts=_counts(inputs, settings.limit),
+        environment=Environment.collect(device=device_name(inputs.device), dtype=settings.dtype),
         timings=timings,
         notes=tuple(notes),
         details=dict(result.details),
     )
 
 
+def _counts(inputs: Inputs, limit: int | None) -> Counts:
+    broken = broken_images(inputs)
+    expected, seen = inputs.data.counted(broken)
+    return Counts(
+        **{name: len(inputs.roles[name]) if name in inputs.roles else 0 for name in ROLES},
+        broken=sum(broken.values()),
+        expected=expected,
+        seen={name: number if limit is None else min(number, limit) for name, number in seen.items()},
+    )
+
+
 def device_name(device: torch.device) -> str:
     """A device in words, for records."""
     if device.type == "cuda":
-        import torch
-
         return str(torch.cuda.get_device_name(device))
-    import platform
-
     return f"cpu ({platform.machine()})"
 
 
-def save_with_images(
-    settings: Settings, record: Record, per_image: Mapping[str, Any] | None, *, replace: bool = False
+def keep_record(
+    record: Record, per_image: Mapping[str, Any] | None, settings: Settings, *, replace: bool = False
 ) -> Record:
     """Write a record and, before it, its numbers per image as Parquet beside it.
 
@@ -146,9 +146,9 @@ def save_with_images(
     replaced.
 
     Args:
-        settings: Where to, and what to do about a record that exists.
         record: What was measured.
         per_image: Columns of one entry per image, or None.
+        settings: Where to, and what to do about a record that exists.
         replace: Whether a record that exists is replaced whatever the settings say.
 
     Returns:
@@ -157,30 +157,19 @@ def save_with_images(
     Raises:
         BenchError: The disk is full or not writable.
     """
-    from comit_bench.results.records import find_record, save_record
-
     replace = replace or settings.overwrite == "always"
     with locked(settings.lock, "saving a record"):
         if not replace:
             found = find_record(settings.records, record.tokenizer, record.task, record.protocol_digest)
             if found is not None:
                 return found
-        _save_images(settings, record, per_image)
+        if per_image is not None:
+            path = record_path(settings.records, record).with_suffix(".parquet")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as partial:
+                pq.write_table(pa.table(dict(per_image)), partial, compression="zstd")
         save_record(settings.records, record, overwrite=replace)
         return record
-
-
-def _save_images(settings: Settings, record: Record, per_image: Mapping[str, Any] | None) -> None:
-    from comit_bench.results.records import record_path
-
-    if per_image is not None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = record_path(settings.records, record).with_suffix(".parquet")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as partial:
-            pq.write_table(pa.table(dict(per_image)), partial, compression="zstd")
 
 
 def images_of(job: Job, counts: Mapping[str, int], settings: Settings) -> int:
@@ -194,8 +183,6 @@ def images_of(job: Job, counts: Mapping[str, int], settings: Settings) -> int:
 
 def _note(job: Job, settings: Settings) -> Path:
     """Where the time of a job is noted: named by what makes it fast or slow, images apart."""
-    from comit_bench.tokenizers.load import resolve_device
-
     key = {
         "tokenizer": job.label,
         "policy": job.policy,
@@ -222,12 +209,14 @@ def note_seconds(job: Job, settings: Settings, *, seconds: float, images: int, e
     """Remember how long a job took. A repetition that found its tokens made does not count.
 
     Args:
-        job: Which.
+        job: Which; for reference rows, which take no time, nothing is noted.
         settings: How it was done.
         seconds: Wall clock, all of it.
         images: Images that it read.
         encoded: How many of them were encoded for it.
     """
+    if isinstance(job.tokenizer, Reference):
+        return
     path = _note(job, settings)
     _, before, encoded_before = _noted(path)
     if (images, encoded) >= (before, encoded_before):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import DATA_VARIABLE
-from comit_bench.pipeline.jobs import Settings
+from comit_bench.pipeline.jobs import REFERENCES, Settings
 from comit_bench.recipes.specs import KINDS, find_tasks
-from comit_bench.tokenizers.registry import MAJORITY
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
@@ -60,7 +59,7 @@ def choose_tasks(tasks: Sequence[str] | None, suite: str, settings: Settings) ->
 
 
 def with_references(tokenizers: Sequence[str | Tokenizer], suite: str) -> list[str | Tokenizer]:
-    """Add the rows that bracket every score: the majority class and, on scenes, the pixels themselves."""
-    references = [MAJORITY] + (["pixel-oracle"] if suite == "scenes" else [])
+    """Add the rows that bracket every score: the reference rows and, on scenes, the pixels themselves."""
+    references = [*REFERENCES] + (["pixel-oracle"] if suite == "scenes" else [])
     named = {t.lower() for t in tokenizers if isinstance(t, str)}
     return [*(name for name in references if name not in named), *tokenizers]

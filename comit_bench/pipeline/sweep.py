@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import UnsupportedOperation, UsageError, shown
 from comit_bench.nn.ranks import launched
+from comit_bench.pipeline.evaluate import evaluate
+from comit_bench.pipeline.suite import choose_suite
 from comit_bench.recipes.specs import find_tasks, pick
 
 if TYPE_CHECKING:
-    from comit_bench.pipeline.resources import Reporter
+    from comit_bench.pipeline.session import Reporter
     from comit_bench.results.schema import Record
     from comit_bench.tokenizers.base import Tokenizer
 
@@ -80,9 +82,6 @@ def sweep(
         UnsupportedOperation: A tokenizer's protocol does not tell the points apart.
         BenchError: A point failed; those before it are kept.
     """
-    from comit_bench.pipeline.evaluate import evaluate
-    from comit_bench.pipeline.suite import choose_suite
-
     suite, _ = choose_suite(None, settings.get("data_root"))
     name = task or TASKS[suite]
     recipe = pick(name, find_tasks(tuple(settings.get("include", ()))), "task")

@@ -92,11 +92,11 @@ class SplitSpec(SpecModel):
 class TaskKind:
     """How one kind of task is done: everything about a kind stands here and in its module.
 
-    A kind that is not ``probed`` fits nothing: it looks at the images of ``split.report`` only, once per
+    A kind that is not ``probed`` fits nothing: it reads the images of ``split.report`` only, once per
     seed of the recipe, has no majority row, and controls of probes mean nothing to it.
 
     Attributes:
-        module: Module of ``comit_bench.tasks`` that defines ``EXECUTOR`` (``tasks/base.py``).
+        task: ``module:Class`` of its :class:`comit_bench.tasks.base.Task`.
         data: Kinds of data set it can use, see ``comit_bench.data.split``; empty is any.
         main_metric: What a recipe reports first when it does not say.
         sections: Sections of a recipe that only this kind has.
@@ -104,7 +104,7 @@ class TaskKind:
         decodes: Whether images are decoded, so that the decoder's settings are part of the protocol.
     """
 
-    module: str
+    task: str
     data: tuple[str, ...]
     main_metric: str
     sections: frozenset[str] = frozenset()
@@ -116,26 +116,28 @@ class TaskKind:
         return not self.data or data in self.data
 
 
-def _looking(
-    module: str,
-    data: tuple[str, ...],
-    main_metric: str,
-    *,
-    also: tuple[str, ...] = (),
-    decodes: bool = False,
-) -> TaskKind:
-    return TaskKind(module, data, main_metric, frozenset({module, *also}), probed=False, decodes=decodes)
+def _probed(task: str, data: str, main_metric: str, *sections: str) -> TaskKind:
+    return TaskKind(f"comit_bench.tasks.{task}", (data,), main_metric, frozenset(sections))
+
+
+def _unprobed(task: str, data: str, main_metric: str, *sections: str, decodes: bool = False) -> TaskKind:
+    takes = (data,) if data else ()
+    return TaskKind(
+        f"comit_bench.tasks.{task}", takes, main_metric, frozenset(sections), probed=False, decodes=decodes
+    )
 
 
 KINDS = {
-    "classification": TaskKind("classification", ("classes",), "top1", frozenset({"attributes"})),
-    "multilabel": TaskKind("multilabel", ("multilabel",), "top5"),
-    "relations": TaskKind("relations", ("relations",), "top1", frozenset({"negatives", "text"})),
-    "reconstruction": _looking("reconstruction", (), "psnr", decodes=True),
-    "objectness": _looking("objectness", ("masks",), "miou_top20", decodes=True),
-    "retrieval": _looking("retrieval", ("classes",), "recall@1", also=("attributes",)),
-    "codebook": _looking("codebook", (), "perplexity"),
-    "counterfactual": _looking("counterfactual", ("classes",), "disentanglement"),
+    "classification": _probed("classification:Classification", "classes", "top1", "attributes"),
+    "multilabel": _probed("multilabel:Multilabel", "multilabel", "top5"),
+    "relations": _probed("relations:Relations", "relations", "top1", "negatives", "text"),
+    "reconstruction": _unprobed("reconstruction:Reconstruction", "", "psnr", "reconstruction", decodes=True),
+    "objectness": _unprobed("objectness:Objectness", "masks", "miou_top20", "objectness", decodes=True),
+    "retrieval": _unprobed("retrieval:Retrieval", "classes", "recall@1", "retrieval", "attributes"),
+    "codebook": _unprobed("codebook:Codebook", "", "perplexity", "codebook"),
+    "counterfactual": _unprobed(
+        "counterfactual:Counterfactual", "classes", "disentanglement", "counterfactual"
+    ),
 }
 # What kind of data set a reader makes, see ``comit_bench.data.split``.
 READS = {"class-folders": "classes", "coco": "multilabel", "visual-genome": "relations", "saliency": "masks"}

@@ -1,7 +1,7 @@
 """What a kind of task has to be able to do, and what it gets for it.
 
-A kind is one line in ``comit_bench.recipes.specs.KINDS`` and one module here that defines ``EXECUTOR``.
-``evaluation.py`` opens data and makes tokens; an executor turns them into numbers.
+A kind is one line in ``comit_bench.recipes.specs.KINDS`` and one subclass of :class:`Task`.
+``pipeline/evaluate.py`` opens data and makes tokens; a task turns them into numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from comit_bench.probing.fit import FitResult, MessageSource, ProgressCallback
 from comit_bench.probing.pool import Fittable, ProbePool, fit_seeds
 from comit_bench.recipes.specs import KINDS, TaskSpec
 from comit_bench.tasks.controls import check_control
-from comit_bench.tasks.result import MetricResult, TaskResult
+from comit_bench.tasks.result import Result
 
 if TYPE_CHECKING:
     from comit_bench.data.split import OpenData
@@ -119,8 +119,8 @@ class Inputs:
         tokenizer: Who is measured; None for a row that sees no image.
         batch_size: Images per call of the tokenizer; no number depends on it.
         num_workers: Image-reading processes.
-        ranks: This process among its siblings. All of them run an executor of a kind that fits no probe.
-        work: Where such an executor keeps what it has finished (``tasks/looking.py``); removed once the
+        ranks: This process among its siblings.
+        work: Where kinds that fit no probe keep what is finished (``tasks/shards.py``); removed once the
             record is written.
         start: Begins a progress bar: what, how many, of what; returns what to call with the number done.
         whole_roles: The roles with the images that turned out to be broken; None when none is.
@@ -144,6 +144,11 @@ class Inputs:
     work: Path | None = None
     start: Callable[[str, int, str], Callable[[int], None]] = lambda what, total, unit: lambda done: None
     whole_roles: Mapping[str, Role] | None = None
+
+    def the_tokenizer(self) -> Tokenizer:
+        """The tokenizer of a row that sees images."""
+        assert self.tokenizer is not None
+        return self.tokenizer
 
     def with_roles(self, roles: Mapping[str, Role]) -> Inputs:
         """The same with other images."""
@@ -185,20 +190,11 @@ class Inputs:
                 )
 
 
-class Executor(Protocol):
-    """One kind of task."""
+class Task:
+    """One kind of task: what it needs, whom it refuses, what it measures. Only ``run`` must be written.
 
-    def protocol(self, inputs: Inputs) -> dict[str, Any]:
-        """What can change the numbers besides recipe, data and tokenizer (stored in the record)."""
-        ...
-
-    def run(self, inputs: Inputs) -> TaskResult | None:
-        """Measure; None in all processes but the first.
-
-        Raises:
-            UnsupportedOperation: The tokenizer cannot do what is measured (it has no decoder, ...).
-        """
-        ...
+    Its name, the kind of data it takes and its first metric stand in ``comit_bench.recipes.specs.KINDS``.
+    """
 
     def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
         """Look for what the task needs besides data and tokenizer, before any work.
@@ -206,62 +202,44 @@ class Executor(Protocol):
         Raises:
             MissingError: Something is not there; says how to get it.
         """
-        ...
-
-
-class ProbeExecutor(Executor, Protocol):
-    """One kind of task that fits probes; only the first process runs it."""
-
-    def majority(self, inputs: Inputs) -> TaskResult:
-        """The row of a reader that knows the training labels and never looks at an image."""
-        ...
-
-    def passes(self, spec: TaskSpec, images: int) -> tuple[float, int]:
-        """For the plan: probe passes per epoch over ``images`` training images, tokens appended to each."""
-        ...
-
-
-class LookingExecutor(Executor, Protocol):
-    """One kind of task that fits nothing; all processes run it together."""
 
     def refuses(self, spec: TaskSpec, tokenizer: Tokenizer) -> str | None:
         """Why this tokenizer cannot be measured, as far as can be said beforehand; None when it can."""
-        ...
-
-    def decodings(self, spec: TaskSpec) -> float:
-        """For the plan: how often each image is decoded, about."""
-        ...
-
-
-@runtime_checkable
-class ExaminesData(Protocol):
-    """An executor that looks at its data before tokens are made."""
+        return None
 
     def examine(self, inputs: Inputs) -> None:
-        """Refuse data that cannot be measured.
+        """Look at the data before tokens are made.
 
         Raises:
-            BenchError: Says what is wrong with which files.
+            BenchError: They cannot be measured; says what is wrong with which files.
         """
-        ...
+
+    def protocol(self, inputs: Inputs) -> dict[str, Any]:
+        """What can change the numbers besides recipe, data and tokenizer (stored in the record)."""
+        return {}
+
+    def run(self, inputs: Inputs) -> Result | None:
+        """Measure. Kinds that fit probes run in the first process, others in all; there the others give None.
+
+        Raises:
+            UnsupportedOperation: The tokenizer cannot do what is measured (it has no decoder, ...).
+        """
+        raise NotImplementedError
+
+    def majority(self, inputs: Inputs) -> Result:
+        """For kinds that fit probes: the row of a reader that knows the training labels and no image."""
+        raise NotImplementedError
+
+    def decodings(self, spec: TaskSpec) -> float:
+        """For plans: how often each image is decoded, about."""
+        return 0.0
 
 
-def find_executor(spec: TaskSpec) -> Executor:
-    """The executor of a recipe's kind."""
-    executor: Executor = import_module(f"comit_bench.tasks.{KINDS[spec.kind].module}").EXECUTOR
-    return executor
-
-
-def find_probe_executor(spec: TaskSpec) -> ProbeExecutor:
-    """The executor of a kind that fits probes."""
-    assert KINDS[spec.kind].probed
-    return cast(ProbeExecutor, find_executor(spec))
-
-
-def find_looking_executor(spec: TaskSpec) -> LookingExecutor:
-    """The executor of a kind that fits nothing."""
-    assert not KINDS[spec.kind].probed
-    return cast(LookingExecutor, find_executor(spec))
+def find_task(spec: TaskSpec) -> Task:
+    """The task of a recipe's kind."""
+    module, _, name = KINDS[spec.kind].task.partition(":")
+    task: Task = getattr(import_module(module), name)()
+    return task
 
 
 def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:
@@ -277,13 +255,6 @@ def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:
             f"recipe {spec.name!r}: main_metric {spec.main_metric!r} is not measured by this task."
             f"{did_you_mean(spec.main_metric, metrics)}"
         )
-
-
-def same_for_all(seeds: Sequence[int], once: Mapping[str, MetricResult]) -> TaskResult:
-    """A row about which nothing is random: the same value for every seed."""
-    return TaskResult(
-        metrics={name: replace(m, per_seed=(m.value,) * len(seeds)) for name, m in once.items()},
-    )
 
 
 def fit_details(results: Sequence[FitResult], score: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ answer, so the colours come out right or wrong in tens of percent. Compare with 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,9 @@ from torch import Tensor
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import FitTask, Split
 from comit_bench.recipes.kinds import AttributesSpec
-from comit_bench.recipes.specs import TaskSpec
-from comit_bench.tasks.base import Inputs, check_main_metric, fit_details, same_for_all
-from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
+from comit_bench.results.schema import Metric
+from comit_bench.tasks.base import Inputs, Task, check_main_metric, fit_details
+from comit_bench.tasks.result import Result, over_seeds, same_for_all
 
 TOP5_FROM = 10  # with fewer classes the top five say little
 
@@ -117,7 +116,7 @@ def majority_metrics(
     report_labels: Tensor,
     class_names: Sequence[str],
     attributes: AttributesSpec | None = None,
-) -> dict[str, MetricResult]:
+) -> dict[str, Metric]:
     """The reference row of a reader that never looks at the image.
 
     For each metric it answers what was most frequent in training: a class (``top1``), the five most
@@ -165,21 +164,10 @@ def _labels(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-class Classification:
-    """The executor of kind ``classification``."""
+class Classification(Task):
+    """Which of C classes is in the image."""
 
-    def protocol(self, inputs: Inputs) -> dict[str, Any]:
-        """Nothing besides the recipe and the data."""
-        return {}
-
-    def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
-        """Nothing is needed."""
-
-    def passes(self, spec: TaskSpec, images: int) -> tuple[float, int]:
-        """One pass per image."""
-        return float(images), 0
-
-    def majority(self, inputs: Inputs) -> TaskResult:
+    def majority(self, inputs: Inputs) -> Result:
         """See :func:`majority_metrics`."""
         labels = _labels(inputs)
         once = majority_metrics(
@@ -187,7 +175,7 @@ class Classification:
         )
         return same_for_all(inputs.seeds, once)
 
-    def run(self, inputs: Inputs) -> TaskResult:
+    def run(self, inputs: Inputs) -> Result:
         """Fit one probe per seed and measure it on the report split.
 
         Raises:
@@ -214,7 +202,4 @@ class Classification:
             name: over_seeds([one[name] for one in scores], len(labels), chance=level)
             for name, level in levels.items()
         }
-        return TaskResult(metrics=metrics, extra=fit_details(results, "top1"))
-
-
-EXECUTOR = Classification()
+        return Result(metrics=metrics, extra=fit_details(results, "top1"))

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 from comit_bench.recipes.kinds import CodebookSpec
 from comit_bench.recipes.specs import TaskSpec
+from comit_bench.results.schema import Metric
 from comit_bench.seeding import seed_for
-from comit_bench.tasks.base import Inputs, check_main_metric
-from comit_bench.tasks.result import MetricResult, TaskResult, over_set
+from comit_bench.tasks.base import Inputs, Task, check_main_metric
+from comit_bench.tasks.result import Result, over_set
 from comit_bench.tokenizers.base import Tokenizer
 
 Ids = NDArray[np.int64]
@@ -214,12 +215,12 @@ def count_use(ids: Ids, vocab: int, spec: CodebookSpec) -> CodebookUse:
     )
 
 
-def summary(use: CodebookUse) -> TaskResult:
+def summary(use: CodebookUse) -> Result:
     """Metrics and details of what was counted."""
     even = even_entropy(use.images, use.vocab)
     percent = 100.0 * even_unused(use.draws, use.vocab)
     pairs = use.information
-    metrics: dict[str, MetricResult] = {
+    metrics: dict[str, Metric] = {
         "perplexity": over_set(
             [use.perplexity], use.images, chance=float(2.0 ** even_entropy(use.draws, use.vocab))
         ),
@@ -249,18 +250,11 @@ def summary(use: CodebookUse) -> TaskResult:
             "null_std": 100 * pairs.share_std(),
         },
     }
-    return TaskResult(metrics=metrics, details=details)
+    return Result(metrics=metrics, details=details)
 
 
-class Codebook:
-    """The executor of kind ``codebook``."""
-
-    def protocol(self, inputs: Inputs) -> dict[str, Any]:
-        """Nothing besides the recipe and the data."""
-        return {}
-
-    def prepare(self, spec: TaskSpec, *, cache: Any, offline: bool) -> None:
-        """Nothing is needed."""
+class Codebook(Task):
+    """How ids are used."""
 
     def refuses(self, spec: TaskSpec, tokenizer: Tokenizer) -> str | None:
         """Continuous codes have no vocabulary."""
@@ -268,11 +262,7 @@ class Codebook:
             return "its codes are continuous, so there is no vocabulary whose use could be counted"
         return None
 
-    def decodings(self, spec: TaskSpec) -> float:
-        """No image is decoded."""
-        return 0.0
-
-    def run(self, inputs: Inputs) -> TaskResult | None:
+    def run(self, inputs: Inputs) -> Result | None:
         """Count; the first process does it alone."""
         check_main_metric(inputs.spec, dict.fromkeys(METRICS))
         if not inputs.ranks.first:
@@ -282,6 +272,3 @@ class Codebook:
         assert role.store is not None and role.store.layout.vocab_size is not None
         ids = np.asarray(role.store.ids(role.rows), dtype=np.int64)
         return summary(count_use(ids, role.store.layout.vocab_size, inputs.spec.codebook))
-
-
-EXECUTOR = Codebook()

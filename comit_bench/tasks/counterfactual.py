@@ -15,14 +15,13 @@ The chance level of the first three is the mean of the null.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from comit_bench.recipes.kinds import CounterfactualSpec
-from comit_bench.recipes.specs import TaskSpec
-from comit_bench.tasks.base import Inputs, check_main_metric
+from comit_bench.results.schema import Metric
+from comit_bench.tasks.base import Inputs, Task, check_main_metric
 from comit_bench.tasks.changes import (
     Changes,
     Floats,
@@ -38,8 +37,7 @@ from comit_bench.tasks.changes import (
     readout,
     score_groups,
 )
-from comit_bench.tasks.result import MetricResult, TaskResult, over_set
-from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tasks.result import Result, over_set
 
 METRICS = ("disentanglement", "object", "attribute", "changed")
 BAND = (2.5, 97.5)  # percentiles of the null's profiles
@@ -99,12 +97,12 @@ def changed_share(changes: Changes) -> Floats:
     return np.where(changes.present, share, np.nan)
 
 
-def _as_metric(score: Score, scenes: int) -> MetricResult:
+def _as_metric(score: Score, scenes: int) -> Metric:
     error = None if score.stderr is None else 100 * score.stderr
     return over_set([100 * score.value], scenes, unit="%", chance=100 * score.chance, sampling=error)
 
 
-def summary(found: Assignment, *, also: Assignment | None = None) -> TaskResult:
+def summary(found: Assignment, *, also: Assignment | None = None) -> Result:
     """Metrics, details and numbers per image.
 
     Args:
@@ -126,7 +124,7 @@ def summary(found: Assignment, *, also: Assignment | None = None) -> TaskResult:
     details = _details(found)
     if also is not None:
         details["by_distance_of_codes"] = {name: _tell(score) for name, score in also.scores.items()}
-    return TaskResult(metrics=metrics, details=details, per_image=_per_image(found, share))
+    return Result(metrics=metrics, details=details, per_image=_per_image(found, share))
 
 
 def _tell(score: Score) -> dict[str, float]:
@@ -208,25 +206,10 @@ def _per_image(found: Assignment, share: Floats) -> dict[str, Any]:
     }
 
 
-class Counterfactual:
-    """The executor of kind ``counterfactual``."""
+class Counterfactual(Task):
+    """Which tokens change when one thing in a scene changes."""
 
-    def protocol(self, inputs: Inputs) -> dict[str, Any]:
-        """Nothing besides the recipe and the data."""
-        return {}
-
-    def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
-        """Nothing is needed."""
-
-    def refuses(self, spec: TaskSpec, tokenizer: Tokenizer) -> str | None:
-        """Every tokenizer has codes."""
-        return None
-
-    def decodings(self, spec: TaskSpec) -> float:
-        """No image is decoded."""
-        return 0.0
-
-    def run(self, inputs: Inputs) -> TaskResult | None:
+    def run(self, inputs: Inputs) -> Result | None:
         """Compare; the first process does it alone."""
         if not inputs.ranks.first:
             return None
@@ -242,6 +225,3 @@ class Counterfactual:
             result = summary(assign(pairs, changed_ids(ids, pairs), spec), also=by_code)
         check_main_metric(inputs.spec, result.metrics)
         return result
-
-
-EXECUTOR = Counterfactual()

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from math import comb
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,8 +34,9 @@ from torch.nn import functional as F
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import FitTask, Objective, Split
 from comit_bench.recipes.specs import TaskSpec
-from comit_bench.tasks.base import Inputs, Role, check_main_metric, fit_details, same_for_all
-from comit_bench.tasks.result import MetricResult, TaskResult, over_seeds
+from comit_bench.results.schema import Metric
+from comit_bench.tasks.base import Inputs, Role, Task, check_main_metric, fit_details
+from comit_bench.tasks.result import Result, over_seeds, same_for_all
 
 TOPS = (5, 2)
 
@@ -119,7 +119,7 @@ def chance_levels(targets: Tensor, categories: int, columns: int) -> dict[str, f
     return levels
 
 
-def majority_metrics(train: Tensor, report: Tensor, categories: int) -> dict[str, MetricResult]:
+def majority_metrics(train: Tensor, report: Tensor, categories: int) -> dict[str, Metric]:
     """The row of a reader that answers every image with the frequencies of the training labels.
 
     Args:
@@ -147,27 +147,16 @@ def _stop_score(spec: TaskSpec, scores: Mapping[str, object]) -> str:
     return spec.main_metric if spec.main_metric != "mAP" else next(name for name in scores if name != "mAP")
 
 
-class Multilabel:
-    """The executor of kind ``multilabel``."""
+class Multilabel(Task):
+    """Which categories are in the image."""
 
-    def protocol(self, inputs: Inputs) -> dict[str, Any]:
-        """Nothing besides the recipe and the data."""
-        return {}
-
-    def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
-        """Nothing is needed."""
-
-    def passes(self, spec: TaskSpec, images: int) -> tuple[float, int]:
-        """One pass per image."""
-        return float(images), 0
-
-    def majority(self, inputs: Inputs) -> TaskResult:
+    def majority(self, inputs: Inputs) -> Result:
         """See :func:`majority_metrics`."""
         report = self._report(inputs)
         train = _targets(inputs.roles["train"], every=False)
         return same_for_all(inputs.seeds, majority_metrics(train, report, _categories(inputs)))
 
-    def run(self, inputs: Inputs) -> TaskResult:
+    def run(self, inputs: Inputs) -> Result:
         """Fit one probe per seed and measure it on the report split.
 
         Raises:
@@ -196,7 +185,7 @@ class Multilabel:
             k: over_seeds([one[k] for one in scores], len(targets), chance=level, share=k != "mAP")
             for k, level in levels.items()
         }
-        return TaskResult(metrics=metrics, extra=fit_details(results, stop))
+        return Result(metrics=metrics, extra=fit_details(results, stop))
 
     def _report(self, inputs: Inputs) -> Tensor:
         """The report set's targets.
@@ -215,6 +204,3 @@ def _categories(inputs: Inputs) -> int:
     """Columns that are categories: those that occur in any split (MSCOCO's 90 ids have gaps)."""
     occurring = np.any([np.asarray(s.labels).any(axis=0) for s in inputs.data.splits.values()], axis=0)
     return int(occurring.sum())
-
-
-EXECUTOR = Multilabel()

@@ -29,15 +29,14 @@ from torch import Tensor
 from comit_bench.errors import BenchError, CorruptFileError, UnsupportedOperation, UsageError
 from comit_bench.metrics.overlap import overlaps, shifted
 from comit_bench.nn.attention import AttentionRequest
+from comit_bench.results.schema import Metric
 from comit_bench.seeding import generator_for
-from comit_bench.tasks.base import Inputs, Role, Rows, check_main_metric
-from comit_bench.tasks.looking import Columns, in_shards, joined, noise_seeds, the_tokenizer
-from comit_bench.tasks.result import MetricResult, TaskResult, over_images
+from comit_bench.tasks.base import Inputs, Role, Rows, Task, check_main_metric
+from comit_bench.tasks.result import Result, over_images
+from comit_bench.tasks.shards import Columns, in_shards, joined, noise_seeds
 from comit_bench.tokenizers.base import Attends
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from comit_bench.recipes.kinds import ObjectnessSpec
     from comit_bench.recipes.specs import TaskSpec
     from comit_bench.tokenizers.base import Tokenizer
@@ -278,7 +277,7 @@ def score_images(inputs: Inputs, role: Role, plan: Plan, positions: Rows) -> Map
         Scores by level as in :class:`_Shard`, ``token`` [n, S], ``object`` [n] (share of the cropped pixels
         that are object), and of the files ``whole`` [n], ``form`` [n] and ``resized`` bool [n].
     """
-    tokenizer = the_tokenizer(inputs)
+    tokenizer = inputs.the_tokenizer()
     spec = inputs.spec.objectness
     masks = read_masks(role, role.split.preprocessing(tokenizer.info.preprocessing), positions)
     shard = _Shard.empty(spec, masks.pixels, len(inputs.seeds), plan)
@@ -309,7 +308,7 @@ def _counted(forms: NDArray[Any]) -> str:
     return ", ".join(f"{count} read as {form}" for form, count in sorted(Counter(forms.tolist()).items()))
 
 
-def _summary(metric: MetricResult) -> dict[str, float | None]:
+def _summary(metric: Metric) -> dict[str, float | None]:
     return {"value": metric.value, "stderr": metric.stderr, "chance": metric.chance}
 
 
@@ -320,7 +319,7 @@ class _Scores:
     levels: dict[str, Floats]
     shares: tuple[int, ...]
 
-    def metric(self, level: str, share: int, null: str | None) -> MetricResult:
+    def metric(self, level: str, share: int, null: str | None) -> Metric:
         """One level at one share of the main layer and time, over images."""
         values = self.values(level, share)
         chance = None if null is None else float(self.values(null, share).mean())
@@ -334,8 +333,8 @@ class _Scores:
         return values[:, np.isfinite(values).all(axis=0)]
 
 
-class ObjectnessExecutor:
-    """Measures objectness; see the module."""
+class Objectness(Task):
+    """Attention maps against the object's mask."""
 
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """The rules that stand in no recipe."""
@@ -345,9 +344,6 @@ class ObjectnessExecutor:
                 "null": "maps of another image of the same 64, each rolled at random",
             }
         }
-
-    def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
-        """Nothing is needed."""
 
     def refuses(self, spec: TaskSpec, tokenizer: Tokenizer) -> str | None:
         """Why a tokenizer cannot be measured; None when it can."""
@@ -363,14 +359,14 @@ class ObjectnessExecutor:
         Raises:
             BenchError: Too many are of no use.
         """
-        role, recipe = inputs.roles["report"], the_tokenizer(inputs).info.preprocessing
+        role, recipe = inputs.roles["report"], inputs.the_tokenizer().info.preprocessing
         examine_masks(role, role.split.preprocessing(recipe), inputs.data.max_broken, inputs.data.name)
 
     def decodings(self, spec: TaskSpec) -> float:
         """Decoding stops after the last time that is read."""
         return min(1.0, max(spec.objectness.times) + 0.1)
 
-    def run(self, inputs: Inputs) -> TaskResult | None:
+    def run(self, inputs: Inputs) -> Result | None:
         """Measure; None in all processes but the first.
 
         Raises:
@@ -382,18 +378,18 @@ class ObjectnessExecutor:
         names = [f"miou_top{share}" for share in spec.shares]
         gains = [f"gain_top{share}" for share in spec.shares]
         check_main_metric(inputs.spec, dict.fromkeys(names + gains))
-        plan = make_plan(spec, the_tokenizer(inputs))
+        plan = make_plan(spec, inputs.the_tokenizer())
         shards = in_shards(inputs, role, "attention", lambda rows: score_images(inputs, role, plan, rows))
         return None if shards is None else self._result(inputs, role, plan, shards)
 
-    def _result(self, inputs: Inputs, role: Role, plan: Plan, shards: list[Columns]) -> TaskResult:
+    def _result(self, inputs: Inputs, role: Role, plan: Plan, shards: list[Columns]) -> Result:
         spec = inputs.spec.objectness
         there = joined(shards, "object").astype(np.float64) > 0
         whole, forms = joined(shards, "whole").astype(np.float64), joined(shards, "form")
         if not there.any():
             usable = (whole > 0) & (whole < 1)
             why = (
-                f" left after the tokenizer's crop ({the_tokenizer(inputs).info.preprocessing})"
+                f" left after the tokenizer's crop ({inputs.the_tokenizer().info.preprocessing})"
                 if usable.any()
                 else f" and something else in it ({_counted(forms)}): look at the files, not at the crop"
             )
@@ -425,7 +421,7 @@ class ObjectnessExecutor:
             "masks_of_another_size": int(joined(shards, "resized").sum()),
             "mean_object_share": float(columns["object_share"].mean()),
         }
-        return TaskResult(metrics=metrics, details={"objectness": details}, per_image=columns)
+        return Result(metrics=metrics, details={"objectness": details}, per_image=columns)
 
     def _details(self, plan: Plan, scores: _Scores) -> dict[str, Any]:
         layers, times = plan.shape
@@ -460,6 +456,3 @@ class ObjectnessExecutor:
             },
             "layers_that_do_not_exist": list(plan.missing),
         }
-
-
-EXECUTOR = ObjectnessExecutor()

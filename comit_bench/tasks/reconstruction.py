@@ -37,9 +37,11 @@ from comit_bench.metrics import frechet, perceptual, similarity
 from comit_bench.metrics.frechet import Statistics
 from comit_bench.recipes.kinds import ReconstructionSpec
 from comit_bench.recipes.specs import TaskSpec
+from comit_bench.results.schema import Metric
 from comit_bench.seeding import seed_for
-from comit_bench.tasks.base import Inputs, Role, Rows, check_main_metric
-from comit_bench.tasks.looking import (
+from comit_bench.tasks.base import Inputs, Role, Rows, Task, check_main_metric
+from comit_bench.tasks.result import Result, over_images, over_set
+from comit_bench.tasks.shards import (
     Batch,
     Columns,
     batches,
@@ -47,9 +49,7 @@ from comit_bench.tasks.looking import (
     noise_seeds,
     save_columns,
     shard_by_shard,
-    the_tokenizer,
 )
-from comit_bench.tasks.result import MetricResult, TaskResult, over_images, over_set
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
@@ -60,12 +60,12 @@ PIXELS = {"psnr": ("dB", True), "ssim": ("", True), "lpips": ("", False)}
 Float = NDArray[np.float64]
 
 
-class Reconstruction:
-    """The executor."""
+class Reconstruction(Task):
+    """Decoded images against the originals."""
 
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """Resolution, view and number of images are the column's, not only the tokenizer's."""
-        section, info = inputs.spec.reconstruction, the_tokenizer(inputs).info
+        section, info = inputs.spec.reconstruction, inputs.the_tokenizer().info
         images = len(inputs.roles["report"])
         images = images if section.count is None else min(images, section.count)
         protocol: dict[str, Any] = {
@@ -110,7 +110,7 @@ class Reconstruction:
     def decodings(self, spec: TaskSpec) -> float:
         return 1.0
 
-    def run(self, inputs: Inputs) -> TaskResult | None:
+    def run(self, inputs: Inputs) -> Result | None:
         """Decode everything once per noise seed and compare."""
         inputs.check()
         role = _first(inputs.roles["report"], inputs.spec.reconstruction.count)
@@ -241,7 +241,7 @@ class _Meter:
             "format": REFERENCE_FORMAT,
             "data": data.split_fingerprint(self.role.split.name),
             "ids": digest_json(self.role.ids),
-            "preprocessing": self.role.split.preprocessing(the_tokenizer(self.inputs).info.preprocessing),
+            "preprocessing": self.role.split.preprocessing(self.inputs.the_tokenizer().info.preprocessing),
             "features": perceptual.feature_identity(self.spec.features),
             "vectors": self.keeps_features,
             "device": self.inputs.device.type,
@@ -294,7 +294,7 @@ class _Meter:
         """
         from comit_bench.tokenizers.base import check_decoded
 
-        tokenizer = the_tokenizer(self.inputs)
+        tokenizer = self.inputs.the_tokenizer()
         try:
             decoded = tokenizer.decode(batch.tokens, seeds=noise_seeds(seed, batch.ids))
         except (UnsupportedOperation, NotImplementedError) as error:
@@ -336,11 +336,11 @@ def _gather(shards: Iterable[Columns], *, keep: bool) -> _Run:
     return _Run(joined, sums.get("decoded"), originals, whole.get("decoded"))
 
 
-def _result(meter: _Meter, runs: Sequence[_Run]) -> TaskResult:
+def _result(meter: _Meter, runs: Sequence[_Run]) -> Result:
     inputs, ids = meter.inputs, meter.role.ids
     values = {name: np.stack([run.pixels[name] for run in runs]) for name in PIXELS if name in runs[0].pixels}
-    null = null_psnr(runs[0].pixels["moments"], the_tokenizer(inputs).info.resolution)
-    metrics: dict[str, MetricResult] = {}
+    null = null_psnr(runs[0].pixels["moments"], inputs.the_tokenizer().info.resolution)
+    metrics: dict[str, Metric] = {}
     for name, seen in values.items():
         unit, better = PIXELS[name]
         chance = null["all"] if name == "psnr" else None
@@ -358,7 +358,7 @@ def _result(meter: _Meter, runs: Sequence[_Run]) -> TaskResult:
         **_extremes(ids, per_image["psnr"]),
     }
     extra = {"left_out": "; ".join(meter.left_out)} if meter.left_out else {}
-    return TaskResult(metrics=metrics, extra=extra, details=details, per_image=per_image)
+    return Result(metrics=metrics, extra=extra, details=details, per_image=per_image)
 
 
 def null_psnr(moments: NDArray[np.generic], side: int) -> dict[str, Any]:
@@ -383,14 +383,14 @@ def null_psnr(moments: NDArray[np.generic], side: int) -> dict[str, Any]:
     return {"all": mean_psnr(colour), "own": mean_psnr(np.rint(sums / pixels)), "colour": colour}
 
 
-def _between_sets(meter: _Meter, runs: Sequence[_Run], colour: Float) -> dict[str, MetricResult]:
+def _between_sets(meter: _Meter, runs: Sequence[_Run], colour: Float) -> dict[str, Metric]:
     """Distances between the set of originals and the set of reconstructions, per seed."""
     network, reference, spec = meter.network, meter.reference, meter.spec
     if network is None or reference is None:
         return {}
     n = len(meter.role)
     inception = spec.features == "inception"
-    side = the_tokenizer(meter.inputs).info.resolution
+    side = meter.inputs.the_tokenizer().info.resolution
     plain = torch.from_numpy(colour).to(torch.uint8)[None, :, None, None].expand(1, 3, side, side)
     point = network(plain.contiguous())[0].numpy()
     distances = [frechet.frechet_distance(reference.statistics, _known(run.decoded)) for run in runs]
@@ -425,6 +425,3 @@ def _extremes(ids: Sequence[str], values: Float) -> dict[str, list[dict[str, obj
         return [{"id": ids[row], "psnr": float(values[row])} for row in rows[:SHOWN]]
 
     return {"worst": told(order), "best": told(best)}
-
-
-EXECUTOR = Reconstruction()

@@ -25,10 +25,10 @@ from torch import Tensor
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import Split
 from comit_bench.recipes.specs import TaskSpec
-from comit_bench.tasks.base import Inputs, Role, check_main_metric, fit_details
+from comit_bench.tasks.base import Inputs, Role, Task, check_main_metric, fit_details
 from comit_bench.tasks.contrast import ContrastTask, ranked
 from comit_bench.tasks.negatives import Lists, Words, role_table, stored_lists
-from comit_bench.tasks.result import TaskResult, over_seeds
+from comit_bench.tasks.result import Result, over_seeds
 from comit_bench.tasks.text import find_text_encoder
 
 NAMES = {"random": "top1", "predicate": "predicate", "swapped": "swapped"}
@@ -128,8 +128,8 @@ def by_predicate(scores: list[Tensor], lists: Lists, names: tuple[str, ...]) -> 
     return {name: {"n": len(groups[name]), "top1": 100.0 * float(np.mean(groups[name]))} for name in order}
 
 
-class Relations:
-    """The executor of kind ``relations``."""
+class Relations(Task):
+    """Which triplet holds in the image."""
 
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """The text encoder, and digests of the stored candidates."""
@@ -141,11 +141,7 @@ class Relations:
         """Look for the text encoder."""
         find_text_encoder(spec.text, offline=offline)
 
-    def passes(self, spec: TaskSpec, images: int) -> tuple[float, int]:
-        """One pass per candidate, three text tokens appended."""
-        return float(images * (1 + spec.negatives.train)), 3
-
-    def majority(self, inputs: Inputs) -> TaskResult:
+    def majority(self, inputs: Inputs) -> Result:
         """See :func:`majority_outputs`."""
         inputs.check()
         lists = self._lists(inputs, "report")
@@ -155,7 +151,7 @@ class Relations:
         outputs = majority_outputs(train, lists, vocabulary(inputs))
         return self._result(inputs, [outputs] * len(inputs.seeds), lists)
 
-    def run(self, inputs: Inputs) -> TaskResult:
+    def run(self, inputs: Inputs) -> Result:
         """Fit one probe per seed and measure it on the report split.
 
         Raises:
@@ -185,7 +181,7 @@ class Relations:
         results = inputs.fit(task)
         outputs = [result.outputs for result in results if result.outputs is not None]
         found = self._result(inputs, outputs, lists["report"])
-        return TaskResult(metrics=found.metrics, extra=fit_details(results, "top1"), details=found.details)
+        return Result(metrics=found.metrics, extra=fit_details(results, "top1"), details=found.details)
 
     def _lists(self, inputs: Inputs, name: str) -> Lists:
         """The candidates of the images of a role that could be read."""
@@ -195,7 +191,7 @@ class Relations:
         kept = np.array([place[image] for image in inputs.roles[name].images.tolist()], dtype=np.int64)
         return stored.keep(kept)
 
-    def _result(self, inputs: Inputs, outputs: list[Tensor], lists: Lists) -> TaskResult:
+    def _result(self, inputs: Inputs, outputs: list[Tensor], lists: Lists) -> Result:
         levels = chance_levels(lists)
         check_main_metric(inputs.spec, levels)
         scores = [score_outputs(one, lists) for one in outputs]
@@ -206,12 +202,9 @@ class Relations:
             for name, level in levels.items()
         }
         tables = by_predicate([one["top1"] for one in scores], lists, inputs.data.predicates)
-        return TaskResult(metrics=metrics, details={"by_predicate": tables})
+        return Result(metrics=metrics, details={"by_predicate": tables})
 
 
 def _messages(role: Role) -> Split:
     """The messages of a role; a triplet is looked up elsewhere, so targets are only counters."""
     return Split(role.source(), torch.arange(len(role.kept)), role.row_tensor())
-
-
-EXECUTOR = Relations()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,10 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import Split
-from comit_bench.recipes.specs import TaskSpec
-from comit_bench.tasks.base import Inputs, check_main_metric
+from comit_bench.results.schema import Metric
+from comit_bench.tasks.base import Inputs, Task, check_main_metric
 from comit_bench.tasks.classification import class_parts
-from comit_bench.tasks.result import MetricResult, TaskResult, over_images
-from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tasks.result import Result, over_images
 
 CHUNK = 512  # messages on each side of a block of similarities; no number depends on it
 GRID = 10**9  # similarities are whole multiples of 1 / GRID
@@ -133,7 +131,7 @@ def chance_of_share(labels: NDArray[np.int64]) -> float:
     return float(((sizes - 1) / max(len(labels) - 1, 1))[inverse].mean())
 
 
-def _percent(values: NDArray[np.bool_] | NDArray[np.float64], chance: float) -> MetricResult:
+def _percent(values: NDArray[np.bool_] | NDArray[np.float64], chance: float) -> Metric:
     return over_images(100.0 * values.astype(np.float64)[None], unit="%", chance=100.0 * chance)
 
 
@@ -142,7 +140,7 @@ def score(
     labels: NDArray[np.int64],
     depths: Sequence[int],
     parts: dict[str, NDArray[np.int64]] | None = None,
-) -> TaskResult:
+) -> Result:
     """Metrics of neighbours.
 
     Args:
@@ -152,7 +150,7 @@ def score(
         parts: Name -> int64 [n], numbers of a part of the class name.
     """
     depths = sorted(set(depths))
-    metrics: dict[str, MetricResult] = {}
+    metrics: dict[str, Metric] = {}
     per_image: dict[str, Any] = {}
     details: dict[str, Any] = {"precision": {}, "parts": {}}
     same = labels[found.index] == labels[:, None]  # [n, k]
@@ -173,28 +171,13 @@ def score(
             f"recall@{k}": {"value": one.value, "chance": one.chance} for k, one in results.items()
         }
     per_image["distance"] = found.distance[:, 0]
-    return TaskResult(metrics=metrics, details=details, per_image=per_image)
+    return Result(metrics=metrics, details=details, per_image=per_image)
 
 
-class Retrieval:
-    """The executor of kind ``retrieval``."""
+class Retrieval(Task):
+    """Nearest neighbours by message."""
 
-    def protocol(self, inputs: Inputs) -> dict[str, Any]:
-        """Nothing besides the recipe and the data."""
-        return {}
-
-    def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
-        """Nothing is needed."""
-
-    def refuses(self, spec: TaskSpec, tokenizer: Tokenizer) -> str | None:
-        """Every tokenizer has codes."""
-        return None
-
-    def decodings(self, spec: TaskSpec) -> float:
-        """No image is decoded."""
-        return 0.0
-
-    def run(self, inputs: Inputs) -> TaskResult | None:
+    def run(self, inputs: Inputs) -> Result | None:
         """See the module; the first process does it alone."""
         role, depths = inputs.roles["report"], inputs.spec.retrieval.k
         labels = np.asarray(role.split.labels[role.images], dtype=np.int64)
@@ -219,6 +202,3 @@ class Retrieval:
         assert result.per_image is not None
         result.per_image.update(id=ids, nearest=[ids[first] for first in found.index[:, 0]])
         return result
-
-
-EXECUTOR = Retrieval()

@@ -107,7 +107,7 @@ def test_unfinished_work_is_not_continued_by_overwrite_always(
     lines = recipe.read_text().splitlines()
     recipe.write_text("\n".join(line for line in lines if not line.startswith(("probe:", "attributes:"))))
     tokenizer = PixelOracleTokenizer()
-    monkeypatch.setattr("comit_bench.pipeline.bench.save_with_images", _killed)
+    monkeypatch.setattr("comit_bench.pipeline.evaluate.keep_record", _killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tokenizer, ["tiny-pixels"], **settings)
     monkeypatch.undo()

@@ -18,7 +18,7 @@ from comit_bench.recipes.kinds import AttributesSpec
 from comit_bench.recipes.specs import ProbeSpec, TaskSpec, find_tasks, parse_recipe
 from comit_bench.tasks.base import Inputs, Role
 from comit_bench.tasks.classification import (
-    EXECUTOR,
+    Classification,
     chance_levels,
     class_parts,
     majority_metrics,
@@ -67,7 +67,7 @@ def logits(guesses: list[int], classes: int) -> Tensor:
 
 
 def test_learnable_labels_are_learnt_and_permuted_ones_land_at_chance() -> None:
-    plain = EXECUTOR.run(inputs(seeds=[0, 1]))
+    plain = Classification().run(inputs(seeds=[0, 1]))
     assert list(plain.metrics) == ["top1", "top5", "colour", "digit"]
     for metric in plain.metrics.values():
         assert metric.value > 95 and metric.n == 400 and len(metric.per_seed) == 2
@@ -77,7 +77,7 @@ def test_learnable_labels_are_learnt_and_permuted_ones_land_at_chance() -> None:
         b <= e <= 12 for b, e in zip(plain.extra["best_epoch"], plain.extra["epochs_run"], strict=True)
     )
 
-    control = EXECUTOR.run(inputs(seeds=[0, 1, 2, 3, 4], control="permute-labels"))
+    control = Classification().run(inputs(seeds=[0, 1, 2, 3, 4], control="permute-labels"))
     for name, metric in control.metrics.items():
         assert metric.chance is not None
         assert abs(metric.value - metric.chance) < 3 * metric.stderr, name
@@ -135,17 +135,17 @@ def test_mean_deviation_and_standard_error_over_seeds() -> None:
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(UsageError, match=r"class 'red' has 1 parts between '_'.*colour, digit"):
-        EXECUTOR.run(inputs(["red", *NAMES[1:]]))
+        Classification().run(inputs(["red", *NAMES[1:]]))
     with pytest.raises(UsageError, match=r"main_metric 'top2' is not measured.*top1"):
-        EXECUTOR.run(inputs(spec=recipe(main_metric="top2")))
+        Classification().run(inputs(spec=recipe(main_metric="top2")))
     with pytest.raises(ValueError, match=r"labels must lie in 0..10, found 0..11"):
-        EXECUTOR.run(inputs(NAMES[:11]))
+        Classification().run(inputs(NAMES[:11]))
     roles = inputs().roles
     empty = replace(roles["early_stop"], rows=np.arange(0))
     with pytest.raises(UsageError, match="early-stop set is empty"):
-        EXECUTOR.run(inputs(roles={**roles, "early_stop": empty}))
+        Classification().run(inputs(roles={**roles, "early_stop": empty}))
     with pytest.raises(UsageError, match=r"unknown control 'permute'.*permute-labels"):
-        EXECUTOR.run(inputs(control="permute"))
+        Classification().run(inputs(control="permute"))
 
 
 @pytest.mark.parametrize("name", ["recognition-scenes", "imagenet100"])

@@ -17,7 +17,7 @@ import comit_bench
 from comit_bench.errors import UsageError
 from comit_bench.recipes.kinds import CodebookSpec
 from comit_bench.tasks.codebook import (
-    EXECUTOR,
+    Codebook,
     count_use,
     entropy_bits,
     even_entropy,
@@ -26,7 +26,6 @@ from comit_bench.tasks.codebook import (
     sample_pairs,
     summary,
 )
-from comit_bench.tasks.looking import the_tokenizer
 
 
 def even_ids(count: int, length: int, vocab: int, seed: int = 0) -> np.ndarray:
@@ -137,18 +136,18 @@ def test_the_executor_and_what_it_refuses() -> None:
     ids = torch.from_numpy(even_ids(40, 6, 9))
     labels, classes = np.zeros(40), ("a",)
     inputs = inputs_of(spec_of("codebook"), codes, labels, classes, ids=ids, vocab=9)
-    result = EXECUTOR.run(inputs)
+    result = Codebook().run(inputs)
     assert result is not None and set(result.metrics) == {
         "perplexity",
         "entropy",
         "unused",
         "mutual_information",
     }
-    assert EXECUTOR.refuses(inputs.spec, the_tokenizer(inputs)) is None
+    assert Codebook().refuses(inputs.spec, inputs.the_tokenizer()) is None
     continuous = inputs_of(spec_of("codebook"), codes, labels, classes)
-    assert "continuous" in str(EXECUTOR.refuses(continuous.spec, the_tokenizer(continuous)))
+    assert "continuous" in str(Codebook().refuses(continuous.spec, continuous.the_tokenizer()))
     with pytest.raises(UsageError, match="entropy"):
-        EXECUTOR.run(
+        Codebook().run(
             inputs_of(spec_of("codebook", main_metric="entropi"), codes, labels, classes, ids=ids, vocab=9)
         )
 

@@ -125,12 +125,14 @@ def test_tables_mark_a_part_and_do_not_rank_it(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_it_before_anything_is_done(tmp_path: Path) -> None:
-    from comit_bench.pipeline.bench import Bench
     from comit_bench.pipeline.jobs import Settings
+    from comit_bench.pipeline.session import Session
 
     write(tmp_path, {"train": 40, "val": 4000})
-    bench = Bench(Settings(data_root=tmp_path, cache=tmp_path / "cache", include=(tmp_path,), progress=False))
-    text, _ = data_state(find_datasets((tmp_path,))["tiny"], bench)
+    session = Session(
+        Settings(data_root=tmp_path, cache=tmp_path / "cache", include=(tmp_path,), progress=False)
+    )
+    text, _ = data_state(find_datasets((tmp_path,))["tiny"], session)
     assert "records will be marked incomplete (val: 40 images, the whole has 4,000)" in text
 
 

@@ -31,7 +31,7 @@ from comit_bench.tasks.changes import (
     readout,
     score_groups,
 )
-from comit_bench.tasks.counterfactual import EXECUTOR, assign, summary
+from comit_bench.tasks.counterfactual import Counterfactual, assign, summary
 from comit_bench.tokenizers.base import TokenizerInfo, Tokens
 
 SCENES = 24
@@ -458,7 +458,7 @@ def test_the_order_of_images_does_not_matter() -> None:
             spec_of("counterfactual"), codes[rows], np.zeros(len(names)), EDITS, ids=ids[rows], vocab=3,
             names=tuple(names[i] for i in rows.tolist()),
         )  # fmt: skip
-        results.append(EXECUTOR.run(inputs))
+        results.append(Counterfactual().run(inputs))
     assert all(result is not None for result in results)
     for one, other in pairwise(results):
         assert one.metrics == other.metrics and one.details == other.details
@@ -468,11 +468,11 @@ def test_continuous_messages_and_a_wrong_main_metric() -> None:
     names = tuple(names_of(6))
     codes = torch.randn(len(names), 4, 2, generator=torch.Generator().manual_seed(1))
     inputs = inputs_of(spec_of("counterfactual"), codes, np.zeros(len(names)), EDITS, names=names)
-    result = EXECUTOR.run(inputs)
+    result = Counterfactual().run(inputs)
     assert result is not None and "by_distance_of_codes" not in result.details
     assert isinstance(changed_ids(np.zeros((len(names), 4), np.int64), pair_up(names)), Changes)
     wrong = inputs_of(
         spec_of("counterfactual", main_metric="objekt"), codes, np.zeros(len(names)), EDITS, names=names
     )
     with pytest.raises(UsageError, match="object"):
-        EXECUTOR.run(wrong)
+        Counterfactual().run(wrong)

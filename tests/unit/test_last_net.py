@@ -24,9 +24,10 @@ from comit_bench.commands.console import guarded
 from comit_bench.commands.run import finish
 from comit_bench.errors import BenchError
 from comit_bench.nn.ranks import Ranks
-from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.evaluate import run_jobs
 from comit_bench.pipeline.failures import unexpected
 from comit_bench.pipeline.jobs import Settings, make_jobs
+from comit_bench.pipeline.session import Session
 from comit_bench.probing.pool import ProbePool
 from comit_bench.results.records import load_records
 from comit_bench.tokenizers.pixels import PixelOracleTokenizer
@@ -85,7 +86,7 @@ def test_unexpected_errors_are_failures_of_their_jobs_and_the_others_run_on(benc
     settings = Settings(**bench, progress=False)
     rows = [*(Broken(error, f"broken-{name}") for name, (error, _) in ERRORS.items()), PixelOracleTokenizer()]
     jobs = make_jobs(rows, ["tiny-colours"], settings)
-    outcome = do_jobs(jobs, Bench(settings))
+    outcome = run_jobs(jobs, Session(settings))
     assert [record.tokenizer.name for record in outcome.records] == ["pixel-oracle"]
     assert len(outcome.failures) == len(ERRORS)
     for (name, (error, words)), (job, problem) in zip(ERRORS.items(), outcome.failures, strict=True):
@@ -150,7 +151,7 @@ def test_a_loader_that_fails_is_one_line(
         (cli.main, ("data", "build", "mscoco-pairs"), "comit_bench.data.building.build_dataset"),
         (cli.main, ("weights", "ls"), "comit_bench.tokenizers.presence.parts"),
         (weights_command.main, ("ls",), "comit_bench.tokenizers.presence.parts"),
-        (cli.main_run, ("--dry-run",), "comit_bench.pipeline.jobs.make_jobs"),
+        (cli.main_run, ("--dry-run",), "comit_bench.pipeline.plan.make_jobs"),
         (cli.main, ("train", "--config", "comit-nano"), "comit_bench.train.loop.Trainer"),
         (train_command.main, ("--config", "comit-nano"), "comit_bench.train.loop.Trainer"),
         (cli.main, ("ls", "tasks"), "comit_bench.commands.listing.find_tasks"),

@@ -26,10 +26,10 @@ from comit_bench.nn.ranks import Ranks
 from comit_bench.recipes.kinds import ObjectnessSpec
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.results.records import load_records
-from comit_bench.tasks import looking
+from comit_bench.tasks import shards
 from comit_bench.tasks.base import Inputs, Role
-from comit_bench.tasks.objectness import EXECUTOR, resolve_layers
-from comit_bench.tasks.result import TaskResult
+from comit_bench.tasks.objectness import Objectness, resolve_layers
+from comit_bench.tasks.result import Result
 from comit_bench.tokenizers.base import TileReceiver, TokenizerInfo, Tokens, attention_in_tiles
 
 SIDE = 32
@@ -256,8 +256,8 @@ def smooth(count: int, tokens: int, heads: int = 2, layers: int = 1, times: int 
     return torch.fft.ifft2(torch.fft.fft2(fields) * damp).real.contiguous()
 
 
-def run(inputs: Inputs) -> TaskResult:
-    result = EXECUTOR.run(inputs)
+def run(inputs: Inputs) -> Result:
+    result = Objectness().run(inputs)
     assert result is not None
     return result
 
@@ -337,7 +337,7 @@ def test_more_tokens_have_more_luck(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- invariance
 
 
-def same(a: TaskResult, b: TaskResult) -> bool:
+def same(a: Result, b: Result) -> bool:
     assert a.per_image is not None and b.per_image is not None
     columns = all(np.array_equal(a.per_image[name], b.per_image[name]) for name in a.per_image)
     return columns and a.metrics == b.metrics and a.details == b.details
@@ -364,21 +364,21 @@ def test_ranks_and_a_kill_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     second = Fake(maps)
     work = tmp_path / "work"
     # three shards: the second process does the middle one, the first one the others
-    assert EXECUTOR.run(make_inputs(tmp_path, masks, second, work=work, ranks=Ranks(1, 2))) is None
+    assert Objectness().run(make_inputs(tmp_path, masks, second, work=work, ranks=Ranks(1, 2))) is None
     assert second.calls > 0 and len(list(work.iterdir())) in (1, 2)
     done = len(list(work.iterdir()))
 
     class Killed(Exception):
         pass
 
-    saved = looking.save_columns
+    saved = shards.save_columns
 
     def save_then_die(path: Path, columns: Any) -> None:
         saved(path, columns)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(looking, "save_columns", save_then_die)
+        patch.setattr(shards, "save_columns", save_then_die)
         with pytest.raises(Killed):
             run(make_inputs(tmp_path, masks, Fake(maps), work=work))
     assert len(list(work.iterdir())) == done + 1
@@ -462,7 +462,7 @@ def test_masks_of_another_size_are_counted(tmp_path: Path) -> None:
 )
 def test_refusals(tmp_path: Path, tokenizer: Any, spec: dict[str, Any], says: str | None) -> None:
     task = make_inputs(tmp_path, squares(2), Fake(smooth(2, 2)), spec).spec
-    reason = EXECUTOR.refuses(task, tokenizer)
+    reason = Objectness().refuses(task, tokenizer)
     assert reason is None if says is None else reason is not None and says in reason
 
 
@@ -471,9 +471,9 @@ def test_times_that_decoding_does_not_reach_are_refused(tmp_path: Path) -> None:
 
     task = make_inputs(tmp_path, squares(2), Fake(smooth(2, 2)), {"times": (0.95,)}).spec
     short = load_tokenizer("comit-nano", device="cpu")
-    assert "no evaluation has t >= 0.95" in (EXECUTOR.refuses(task, short) or "")
+    assert "no evaluation has t >= 0.95" in (Objectness().refuses(task, short) or "")
     long = load_tokenizer("comit-nano", device="cpu", steps=50)
-    assert EXECUTOR.refuses(task, long) is None
+    assert Objectness().refuses(task, long) is None
 
 
 def test_wrong_main_metric(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from comit_bench.commands.tokens import key_values
 from comit_bench.errors import UsageError
-from comit_bench.pipeline.jobs import Settings, check_options, left_out, make_jobs, options_for
+from comit_bench.pipeline.jobs import Settings, check_options, each_once, left_out, make_jobs, options_for
 from comit_bench.pipeline.plan import make_plan
-from comit_bench.pipeline.resources import Resources
+from comit_bench.pipeline.session import Session
 from comit_bench.tokenizers.registry import BUILTIN, TokenizerEntry, find_tokenizer
 
 EVERYTHING = {
@@ -80,8 +80,8 @@ def test_options_go_to_those_that_know_them() -> None:
     for name, expected in wanted.items():
         assert options_for(find_tokenizer(name), options) == expected
         assert options_for(find_tokenizer(name), dict(reversed(options.items()))) == expected
-    check_options(["majority", *wanted], options)
-    assert left_out(["majority", *wanted], options) == {
+    check_options(each_once(["majority", *wanted]), options)
+    assert left_out(each_once(["majority", *wanted]), options) == {
         "posterior": ["titok-nano", "titok-l-32", "vq-grid-nano", "pixel-oracle"],
         "steps": ["titok-nano", "titok-l-32", "vq-grid-nano", "pixel-oracle"],
     }
@@ -110,14 +110,14 @@ def test_rows_that_do_not_know_an_option_run_without_it_and_the_plan_says_so() -
 
     settings = Settings(options={"posterior": "sample", "comit.steps": 2}, limit=8, seeds=1)
     rows = ["majority", "comit-nano", "titok-nano", "vq-grid-nano"]
-    bench = Resources(settings)
+    session = Session(settings)
     jobs = make_jobs(rows, ["recognition-scenes"], settings)
-    plan = make_plan(jobs, bench)  # type: ignore[arg-type]
+    plan = make_plan(jobs, session)
     lines = [line for line in describe(plan, settings, suite="scenes", why="") if "--option" in line]
     assert lines == [
         "  --option posterior=sample: not known to titok-nano, vq-grid-nano, which run without it"
     ]
-    made = {job.label: bench.tokenizer(job).info.options for job in jobs if job.label != "majority"}
+    made = {job.label: found.info.options for job in jobs if (found := session.tokenizer(job)) is not None}
     assert made["comit-nano"]["posterior"] == "sample"
     assert "posterior" not in made["titok-nano"] and "posterior" not in made["vq-grid-nano"]
 

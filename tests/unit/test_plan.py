@@ -12,10 +12,11 @@ import pytest
 from tiny import write_images, write_recipes
 
 from comit_bench.commands import app as cli
-from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.evaluate import run_jobs
 from comit_bench.pipeline.jobs import Job, Settings, make_jobs
 from comit_bench.pipeline.plan import describe, make_plan
 from comit_bench.pipeline.record import expected_seconds, images_of, note_seconds
+from comit_bench.pipeline.session import Session
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -47,7 +48,7 @@ def tiny(root: Path, **changes: Any) -> tuple[Settings, list[Job]]:
 
 
 def lines_of(jobs: list[Job], settings: Settings) -> list[str]:
-    return describe(make_plan(jobs, Bench(settings)), settings, suite="scenes", why="")
+    return describe(make_plan(jobs, Session(settings)), settings, suite="scenes", why="")
 
 
 def test_every_job_is_listed_with_what_it_waits_for(tmp_path: Path, command: Command) -> None:
@@ -135,7 +136,7 @@ def test_times_are_those_of_this_machine_or_unknown(tmp_path: Path, monkeypatch:
     before = lines_of(jobs, settings)
     assert "  tiny-colours: pixel-oracle: 36 images, 1 probe seeds, time unknown" in before
     assert any("time unknown: nothing like it" in line for line in before)
-    assert len(do_jobs(jobs, Bench(settings)).records) == 2
+    assert len(run_jobs(jobs, Session(settings)).records) == 2
     (note,) = (tmp_path / "cache" / "seconds").glob("*.json")
     noted = json.loads(note.read_text())
     assert noted["images"] == noted["encoded"] == 36 and noted["seconds"] > 0
@@ -198,7 +199,7 @@ def test_doctor_finds_the_suite_that_lacks_only_the_text_encoder(
 ) -> None:
     """All data are there, T5 is not: this is what doctor once called well."""
     monkeypatch.setattr(
-        "comit_bench.pipeline.plan.data_state", lambda recipe, bench, dry: ("found", {"train": 5, "val": 5})
+        "comit_bench.pipeline.plan.data_state", lambda recipe, session, dry: ("found", {"train": 5, "val": 5})
     )
     monkeypatch.setattr("comit_bench.data.pieces.missing_pieces", lambda spec, root: [])
     ran, _, err = command("run", "--data-root", tmp_path, "--offline", "--dry-run")

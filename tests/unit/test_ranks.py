@@ -21,7 +21,8 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 import comit_bench.pipeline.tokenize as tokenizing
-from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.evaluate import run_jobs
+from comit_bench.pipeline.session import Session
 from comit_bench.pipeline.jobs import Settings, make_jobs
 
 root, out, fail = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -36,9 +37,9 @@ if fail == os.environ.get("RANK"):
     tokenizing.TokenStore.write_shard = dying
 settings = Settings(output=out, data_root=root / "data", include=(root / "recipes",), cache=out / "cache",
                     progress=False, seeds=1, batch_size=5, device="cpu")
-bench = Bench(settings)
-outcome = do_jobs(make_jobs(["kmeans-patch"], ["tiny-colours"], settings), bench)
-bench.ranks.leave()
+session = Session(settings)
+outcome = run_jobs(make_jobs(["kmeans-patch"], ["tiny-colours"], settings), session)
+session.ranks.leave()
 print(len(outcome.records), [str(error) for _, error in outcome.failures])
 """
 

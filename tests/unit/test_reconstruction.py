@@ -28,12 +28,14 @@ from comit_bench.commands.listing import examine
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.metrics import perceptual
 from comit_bench.metrics.similarity import psnr
-from comit_bench.pipeline.bench import Bench, do_jobs
+from comit_bench.pipeline.evaluate import run_jobs
+from comit_bench.pipeline.inputs import roles_of
 from comit_bench.pipeline.jobs import Settings, make_jobs
+from comit_bench.pipeline.session import Session
 from comit_bench.recipes.specs import TaskSpec, find_tasks
 from comit_bench.results.schema import Record
 from comit_bench.results.table import build_table
-from comit_bench.tasks import looking, reconstruction
+from comit_bench.tasks import reconstruction, shards
 from comit_bench.tokenizers.base import Tokens
 from comit_bench.tokenizers.pixels import PixelOracleTokenizer
 
@@ -216,25 +218,26 @@ def test_batch_size_changes_nothing(root: Path) -> None:
 SCRIPT = """
 import os, sys
 from pathlib import Path
-import comit_bench.tasks.looking as looking
-from comit_bench.pipeline.bench import Bench, do_jobs
+import comit_bench.tasks.shards as shards
+from comit_bench.pipeline.evaluate import run_jobs
+from comit_bench.pipeline.session import Session
 from comit_bench.pipeline.jobs import Settings, make_jobs
 
 root, out, fail = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-looking.SHARD = 6
+shards.SHARD = 6
 if fail == os.environ.get("RANK"):
-    save, made = looking.save_columns, []
+    save, made = shards.save_columns, []
     def dying(path, columns):
         if len(made) == 2:
             os._exit(9)
         made.append(path)
         save(path, columns)
-    looking.save_columns = dying
+    shards.save_columns = dying
 settings = Settings(output=out, data_root=root / "data", include=(root / "recipes",), cache=out / "cache",
                     progress=False, device="cpu", options={"steps": 2})
-bench = Bench(settings)
-outcome = do_jobs(make_jobs(["comit-nano"], ["tiny-back"], settings), bench)
-bench.ranks.leave()
+session = Session(settings)
+outcome = run_jobs(make_jobs(["comit-nano"], ["tiny-back"], settings), session)
+session.ranks.leave()
 print(len(outcome.records), [str(error) for _, error in outcome.failures])
 """
 
@@ -272,7 +275,7 @@ def test_two_processes_and_a_death_change_no_bit(root: Path) -> None:
 
 
 def test_shards_that_are_there_are_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looking, "SHARD", 6)
+    monkeypatch.setattr(shards, "SHARD", 6)
     whole = measure(Noisy(30), root, "whole")
     (root / "cache" / "references").rename(root / "first-references")
     decoded: list[int] = []
@@ -343,9 +346,10 @@ def test_the_column_says_resolution_and_number_of_images(root: Path) -> None:
 )
 def test_views(root: Path, recipe: str, view: str) -> None:
     settings = Settings(**settings_in(root))
-    bench = Bench(settings)
+    session = Session(settings)
     (job,) = make_jobs(["pixel-oracle"], ["tiny-back"], settings)
-    assert reconstruction.view_of(recipe, bench.inputs(job).roles["report"]) == view
+    roles = roles_of(job, session.data(job.dataset), settings)
+    assert reconstruction.view_of(recipe, roles["report"]) == view
 
 
 def test_a_count_takes_the_same_images_for_everyone_and_is_part_of_the_recipe(root: Path) -> None:
@@ -379,7 +383,7 @@ def test_one_image_has_no_distance_between_sets(root: Path) -> None:
 
 def outcome_of(tokenizers: list[Any], root: Path) -> Any:
     settings = Settings(**settings_in(root), progress=False)
-    return do_jobs(make_jobs(tokenizers, ["tiny-back"], settings), Bench(settings))
+    return run_jobs(make_jobs(tokenizers, ["tiny-back"], settings), Session(settings))
 
 
 def test_a_tokenizer_without_a_decoder_is_refused_and_the_rest_is_done(root: Path) -> None:

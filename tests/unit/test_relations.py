@@ -22,7 +22,13 @@ from comit_bench.tasks import contrast
 from comit_bench.tasks.base import Inputs, Role
 from comit_bench.tasks.contrast import ContrastTask, batch_candidates, draw_samples, ranked
 from comit_bench.tasks.negatives import Truth, Words, draw_lists, role_table, stored_lists
-from comit_bench.tasks.relations import EXECUTOR, chance_levels, majority_outputs, score_outputs, standardised
+from comit_bench.tasks.relations import (
+    Relations,
+    chance_levels,
+    majority_outputs,
+    score_outputs,
+    standardised,
+)
 
 OBJECTS = ("ant", "bee", "cat", "dog", "elk", "fox")
 PREDICATES = ("left of", "right of", "above")
@@ -238,19 +244,19 @@ def test_workers_and_messages_on_disk_give_the_same_numbers() -> None:
 
 def test_relations_are_read_and_the_control_lands_at_chance(tmp_path: Path) -> None:
     given = inputs(tmp_path)
-    result = EXECUTOR.run(given)
+    result = Relations().run(given)
     assert set(result.metrics) == {"top1", "predicate", "swapped"}
     assert result.metrics["top1"].value > 80 and result.metrics["top1"].chance == pytest.approx(25)
     assert result.metrics["swapped"].chance == pytest.approx(50)
     assert sum(part["n"] for part in result.details["by_predicate"].values()) == 200
-    control = EXECUTOR.run(replace(given, control="permute-labels", seeds=[0, 1, 2]))
+    control = Relations().run(replace(given, control="permute-labels", seeds=[0, 1, 2]))
     metric = control.metrics["top1"]
     assert metric.chance is not None and abs(metric.value - metric.chance) < 3 * metric.stderr
 
 
 def test_majority_knows_frequencies_only(tmp_path: Path) -> None:
     given = inputs(tmp_path)
-    row = EXECUTOR.majority(given).metrics
+    row = Relations().majority(given).metrics
     assert abs(row["top1"].value - 25) < 4 * row["top1"].stderr
     # "above" never occurs, which frequencies tell; left and right are equally frequent
     assert abs(row["predicate"].value - 50) < 4 * row["predicate"].stderr
@@ -262,10 +268,10 @@ def test_majority_knows_frequencies_only(tmp_path: Path) -> None:
 
 
 def test_protocol_names_the_encoder_and_the_candidates(tmp_path: Path) -> None:
-    protocol = EXECUTOR.protocol(inputs(tmp_path))
+    protocol = Relations().protocol(inputs(tmp_path))
     assert protocol["text"]["name"] == "random-t5" and protocol["text"]["seed"] == 0
     assert all(value.startswith("sha256:") for value in protocol["negatives"].values())
-    other = EXECUTOR.protocol(inputs(tmp_path, spec=recipe(negatives=NegativesSpec(train=3, report=4))))
+    other = Relations().protocol(inputs(tmp_path, spec=recipe(negatives=NegativesSpec(train=3, report=4))))
     assert other["negatives"] != protocol["negatives"]
 
 
@@ -274,15 +280,15 @@ def test_broken_images_leave_their_samples(tmp_path: Path) -> None:
     whole = given.roles
     good = np.setdiff1d(np.arange(200), [3, 50])
     fewer = replace(given, roles={**whole, "report": replace(whole["report"], rows=good)}, whole_roles=whole)
-    lists, everything = EXECUTOR._lists(fewer, "report"), EXECUTOR._lists(given, "report")
+    lists, everything = Relations()._lists(fewer, "report"), Relations()._lists(given, "report")
     kept = np.isin(everything.images, good)
     assert len(lists.images) == 198 and np.array_equal(lists.triplets, everything.triplets[kept])
-    assert EXECUTOR.protocol(given) == EXECUTOR.protocol(replace(given, roles=whole))
+    assert Relations().protocol(given) == Relations().protocol(replace(given, roles=whole))
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="main_metric 'top5' is not measured"):
-        EXECUTOR.run(inputs(tmp_path, spec=recipe(main_metric="top5")))
+        Relations().run(inputs(tmp_path, spec=recipe(main_metric="top5")))
     with pytest.raises(UsageError, match="training set has too few images"):
         contrast_task(table=np.zeros((0, 4), np.int64)).fit(0)
 

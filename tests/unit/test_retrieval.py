@@ -14,7 +14,7 @@ from message_inputs import inputs_of, spec_of, write_recipe
 import comit_bench
 from comit_bench.errors import UsageError
 from comit_bench.results.records import load_records
-from comit_bench.tasks.retrieval import EXECUTOR, chance_of_hit, chance_of_share, nearest
+from comit_bench.tasks.retrieval import Retrieval, chance_of_hit, chance_of_share, nearest
 
 
 def some_codes(count: int = 37, length: int = 4, dim: int = 3, seed: int = 0) -> torch.Tensor:
@@ -95,7 +95,7 @@ def clusters(count: int = 60) -> tuple[torch.Tensor, np.ndarray]:
 def test_metrics_details_and_values_per_image() -> None:
     codes, labels = clusters()
     spec = spec_of("retrieval", retrieval={"k": [1, 5]}, attributes={"fields": ["colour", "digit"]})
-    result = EXECUTOR.run(inputs_of(spec, codes, labels, ("red_a", "red_b", "blue_a", "blue_b")))
+    result = Retrieval().run(inputs_of(spec, codes, labels, ("red_a", "red_b", "blue_a", "blue_b")))
     assert result is not None and result.per_image is not None
     assert set(result.metrics) == {"recall@1", "recall@5", "colour@1", "digit@1"}
     assert result.metrics["colour@1"].value == 100
@@ -114,7 +114,7 @@ def test_messages_without_content_are_at_chance() -> None:
     generator = torch.Generator().manual_seed(4)
     labels = np.arange(600) % 10
     names = tuple(f"c{i}" for i in range(10))
-    result = EXECUTOR.run(
+    result = Retrieval().run(
         inputs_of(spec_of("retrieval"), torch.randn(600, 2, 8, generator=generator), labels, names)
     )
     assert result is not None
@@ -127,7 +127,7 @@ def test_a_main_metric_that_is_not_there() -> None:
     codes, labels = clusters(8)
     spec = spec_of("retrieval", retrieval={"k": [1]}, main_metric="recall@5")
     with pytest.raises(UsageError, match="recall@1"):
-        EXECUTOR.run(inputs_of(spec, codes, labels, ("a", "b", "c", "d")))
+        Retrieval().run(inputs_of(spec, codes, labels, ("a", "b", "c", "d")))
 
 
 def test_from_images_to_a_record(tmp_path: Path) -> None:

@@ -491,9 +491,9 @@ def test_threads_do_not_change_tokens(bench: Bench) -> None:
 
 
 def test_a_data_set_is_scanned_once(bench: Bench, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comit_bench.data import datasets
+    from comit_bench.pipeline import session
 
-    opened, real = [], datasets.open_dataset
-    monkeypatch.setattr(datasets, "open_dataset", lambda *a, **k: opened.append(1) or real(*a, **k))
+    opened, real = [], session.open_dataset
+    monkeypatch.setattr(session, "open_dataset", lambda *a, **k: opened.append(1) or real(*a, **k))
     assert command("run", *bench.arguments(), "-q", "--tokenizer", "kmeans-patch")[0] == 0
     assert len(opened) == 1

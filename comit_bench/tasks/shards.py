@@ -1,4 +1,4 @@
-"""Tasks that look at images and messages without fitting a probe: batches, noise, and work that can go on.
+"""Images beside their messages in shards: batches, noise, and work that goes on after a kill.
 
 The report split is cut into shards of ``SHARD`` images, whatever the batch size and however many
 processes there are. A finished shard is a file in ``Inputs.work``, so a killed run goes on where it
@@ -26,7 +26,7 @@ from comit_bench.seeding import seed_for
 from comit_bench.tasks.base import Inputs, Role, Rows
 
 if TYPE_CHECKING:
-    from comit_bench.tokenizers.base import Tokenizer, Tokens
+    from comit_bench.tokenizers.base import Tokens
 
 SHARD = 64
 Columns = dict[str, NDArray[np.generic]]
@@ -64,7 +64,7 @@ def batches(inputs: Inputs, role: Role, positions: Rows) -> Iterator[Batch]:
     """
     from comit_bench.data.images import iterate_images
 
-    tokenizer = the_tokenizer(inputs)
+    tokenizer = inputs.the_tokenizer()
     images = role.images
     for start in range(0, len(positions), inputs.batch_size):
         part = positions[start : start + inputs.batch_size]
@@ -82,12 +82,6 @@ def batches(inputs: Inputs, role: Role, positions: Rows) -> Iterator[Batch]:
                 )
             names = [role.split.ids[index] for index in images[part]]
             yield Batch(part, names, batch.images, role.tokens(tokenizer, part))
-
-
-def the_tokenizer(inputs: Inputs) -> Tokenizer:
-    """The tokenizer of a row that sees images."""
-    assert inputs.tokenizer is not None
-    return inputs.tokenizer
 
 
 def in_shards(
