@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.tokenizers.registry import BUILTIN, TokenizerEntry
+from comit_bench.tokenizers.registry import TokenizerEntry, builtin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +71,8 @@ class Cost:
 def presets() -> list[tuple[TokenizerEntry, dict[str, Any]]]:
     """Every built-in tokenizer with a network of its own, and its variants."""
     rows: list[tuple[TokenizerEntry, dict[str, Any]]] = []
-    for entry in BUILTIN:
-        if entry.takes_weights and entry.parameters is not None:
+    for entry in builtin().values():
+        if entry.family.takes_weights and entry.preset.parameters is not None:
             rows.append((entry, {}))
             rows += [(entry, VARIANTS[entry.name])] if entry.name in VARIANTS else []
     return rows
@@ -113,8 +113,8 @@ def count(entry: TokenizerEntry, options: dict[str, Any]) -> Cost:
 
     tokenizer: Any = load_tokenizer(entry.name, weights="random", device="meta", offline=True, **options)
     images = _images(tokenizer, TILE, "meta")
-    encode, tokens = _gflop(lambda: tokenizer.encode(images))
-    decode, _ = _gflop(lambda: tokenizer.decode(tokens, seeds=range(TILE)))
+    encode, tokens = gflop(lambda: tokenizer.encode(images))
+    decode, _ = gflop(lambda: tokenizer.decode(tokens, seeds=range(TILE)))
     return Cost(
         name=label(entry, options),
         parameters=tokenizer.info.parameters,
@@ -141,7 +141,7 @@ def _least(work: Callable[[], Any]) -> tuple[float, Any]:
     return best, result
 
 
-def _gflop(work: Callable[[], Any]) -> tuple[float, Any]:
+def gflop(work: Callable[[], Any]) -> tuple[float, Any]:
     """GFLOP per image of the second run, see :func:`_least`, and the result."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -151,6 +151,27 @@ def _gflop(work: Callable[[], Any]) -> tuple[float, Any]:
     with FlopCounterMode(display=False) as counter:
         result = work()
     return counter.get_total_flops() / TILE / 1e9, result
+
+
+def encode_gflop(tokenizer: Tokenizer, policy: str) -> float:
+    """Of one image under a cropping policy, for a tokenizer on the meta device."""
+    import torch
+
+    from comit_bench.tokenizers.base import TILE
+
+    streams, images = [torch.Generator() for _ in range(TILE)], _images(tokenizer, TILE, "meta")
+    return gflop(lambda: tokenizer.encode(images, policy=policy, generators=streams))[0]
+
+
+def step_gflop(tokenizer: Any) -> float:
+    """What an adaptive policy spends between two crops: COMiT's one-step decoding of what it has sent."""
+    import torch
+
+    from comit_bench.tokenizers.base import TILE
+
+    info, noise = tokenizer.info, torch.stack([tokenizer.noise(0)] * TILE)
+    codes = torch.empty(TILE, info.message_length, info.code_dim)
+    return gflop(lambda: tokenizer.one_step(codes, torch.zeros(TILE, 2), noise))[0]
 
 
 def rate() -> float:

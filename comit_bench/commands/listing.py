@@ -73,21 +73,21 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
     if what == "tokenizers":
-        from comit_bench.tokenizers.presence import weights_state
+        from comit_bench.tokenizers.presence import shown_source, weights_state
 
-        entries = tokenizers()
+        presets = [(entry.preset, entry.family.origin) for entry in tokenizers().values()]
         head = ("name", "params", "tokens", "vocab", "origin", "here", "weights")
         rows = [
             (
-                entry.name,
-                "-" if entry.parameters is None else f"{entry.parameters:g} M",
-                str(entry.message_length or "-"),
-                str(entry.vocab_size or "-"),
-                entry.origin,
-                weights_state(entry),
-                entry.source,
+                preset.name,
+                "-" if preset.parameters is None else f"{preset.parameters:g} M",
+                str(preset.message_length or "-"),
+                str(preset.vocab_size or "-"),
+                origin,
+                weights_state(preset),
+                shown_source(preset),
             )
-            for entry in entries.values()
+            for preset, origin in presets
         ]
     elif what == "tasks":
         head = ("name", "kind", "suite", "dataset", "title")
@@ -163,17 +163,20 @@ def _suites(data_root: Path | None) -> tuple[list[str], bool]:
 
 def _weights_lines() -> list[str]:
     """One line per checkpoint, further file and VAE, with the command that fetches it when it is not here."""
-    from comit_bench.tokenizers.presence import SHIPS, parts
+    from comit_bench.tokenizers.family import Part, Shipped
+    from comit_bench.tokenizers.presence import command, weights_state
+    from comit_bench.tokenizers.registry import downloads
 
     lines = []
-    for part in parts(list(tokenizers().values())):
-        name = f"{part.name} ({part.note})" if part.note else part.name
-        if part.state == "yes":
-            where = part.source if part.source.startswith(SHIPS) else f"in the cache, from {part.source}"
+    for item in downloads():
+        state, source = weights_state(item), str(item.source)
+        name = f"{item.name} ({item.note})" if isinstance(item, Part) and item.note else item.name
+        if state == "yes":
+            where = source if isinstance(item.source, Shipped) else f"in the cache, from {source}"
             lines.append(f"  {name}: ok       {where}")
-        else:
-            word = "begun  " if part.state == "part" else "missing"
-            lines.append(f"  {name}: {word}  {part.command}  (from {part.source.partition('?')[0]})")
+        elif state != "-":
+            word = "begun  " if state == "part" else "missing"
+            lines.append(f"  {name}: {word}  {command(item)}  (from {source.partition('?')[0]})")
     return lines
 
 

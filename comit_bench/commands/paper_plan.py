@@ -35,9 +35,6 @@ IMAGES = {
     "mscoco-pairs": {"train": 98_630, "val": 24_657},
     "visual-genome": {"train": 86_462, "val": 21_615},
 }
-# What some tokenizers need beside their checkpoint, by family; the second only for some checkpoints.
-BESIDE = {"selftok": ("sd3-vae",), "comit": (), "flextok": ()}
-PERHAPS = {"comit": ("mse-vae", "ema-vae"), "flextok": ("flextok-vae",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +101,8 @@ def tokenizer_needs(name: str, options: Iterable[str] = ()) -> list[Need]:
         name: A name of the registry, a hub id, or a directory.
         options: ``FAMILY.KEY=VALUE`` of the command.
     """
-    from comit_bench.tokenizers.presence import FETCH, parts, weights_state
+    from comit_bench.tokenizers.family import Hub, Release
+    from comit_bench.tokenizers.presence import command, weights_state
 
     entry = tokenizers().get(name.lower())
     if entry is None:
@@ -112,19 +110,17 @@ def tokenizer_needs(name: str, options: Iterable[str] = ()) -> list[Need]:
             return []
         train = f"comit-bench train --config {Path(name).name} data.source={DATA}/imagenet/train"
         return [Need(f"checkpoint {name}", "not released, to be trained", train)]
-    needs = []
-    if weights_state(entry) not in ("yes", "-"):
-        needs.append(
-            Need(f"weights {name}", "" if FETCH in entry.source else entry.source, f"{FETCH} {name}")
-        )
-    known = {part.name: part for part in parts([])}
-    beside = [*BESIDE.get(entry.family, ())]
-    if f"{entry.family}.decoder=renderer" in options:
-        beside.append(f"{name}-renderer")
-    for other in [*beside, *PERHAPS.get(entry.family, ())]:
-        if other in known and known[other].state != "yes":
-            part = known[other]
-            needs.append(Need(f"weights {other}", part.note or part.source, part.command, other in beside))
+    needs, preset = [], entry.preset
+    if weights_state(preset) not in ("yes", "-"):
+        where = "" if isinstance(preset.source, Release) else str(preset.source)
+        needs.append(Need(f"weights {name}", where, command(preset)))
+    renders = f"{entry.family.name}.decoder=renderer" in options
+    for part in entry.family.parts if isinstance(preset.source, Hub | Release) else ():
+        if isinstance(part.source, Release) and not (renders and part.name == f"{name}-renderer"):
+            continue
+        if weights_state(part) != "yes":
+            required = part.always or isinstance(part.source, Release)
+            needs.append(Need(f"weights {part.name}", part.note or str(part.source), command(part), required))
     return needs
 
 
@@ -198,12 +194,19 @@ def preset_costs() -> dict[str, tuple[float, float]]:
 
 @cache
 def _crop_factor(name: str, policy: str) -> float:
-    """How much more than the global crop alone a policy costs."""
+    """How much more than the global crop alone a policy costs, counted.
+
+    What an adaptive policy chooses is not known without data: its crops cost what random ones do, and each
+    of them but the first takes one step of decoding.
+    """
+    from comit_bench.commands.cost import encode_gflop, step_gflop
     from comit_bench.tokenizers.load import load_tokenizer
 
     tokenizer = load_tokenizer(name, weights="random", device="meta", offline=True)
-    estimate = getattr(tokenizer, "encode_flops", None)
-    return 1.0 if estimate is None else float(estimate(policy) / estimate(None))
+    crops = encode_gflop(tokenizer, policy.replace("adaptive", "random"))
+    if "adaptive" in policy:
+        crops += (int(policy.rpartition(":")[2]) - 1) * step_gflop(tokenizer)
+    return crops / encode_gflop(tokenizer, "global")
 
 
 def _preset(name: str) -> str:
@@ -230,10 +233,8 @@ def job_cost(
 
     preset = _preset(name)
     entry = tokenizers().get(preset)
-    listed = (
-        f"{preset} {next((o.partition('.')[2] for o in options if entry and o.startswith(entry.family)), '')}"
-    )
-    found = preset_costs().get(listed.strip()) or preset_costs().get(preset)
+    own = [o.partition(".")[2] for o in options if entry and o.startswith(entry.family.name)]
+    found = preset_costs().get(" ".join([preset, *own[:1]])) or preset_costs().get(preset)
     counts = image_counts(_datasets()[task.dataset].spec)
     if settings.limit is not None:
         counts = {split: min(count, settings.limit) for split, count in counts.items()}
@@ -242,7 +243,7 @@ def job_cost(
     encode, decode = found
     if policy is not None and entry.looks_at_crops():
         encode *= _crop_factor(preset, policy)
-    length = entry.message_length or 256
+    length = entry.preset.message_length or 256
     if not KINDS[task.kind].probed:
         count = getattr(getattr(task, task.kind), "count", None)
         images = min(counts.get(task.split.report, 0), count or counts.get(task.split.report, 0))

@@ -42,32 +42,21 @@ def fetch(
 
 
 def _fetch(name: str, *, keep: bool, url: str | None, progress: bool) -> Path:
-    from comit_bench.tokenizers.releases import RELEASES
+    from comit_bench.tokenizers.family import Hub, Release
+    from comit_bench.tokenizers.hub import fetch as fetch_hub
+    from comit_bench.tokenizers.registry import downloads, find_tokenizer
     from comit_bench.tokenizers.weights import fetch as fetch_release
 
-    if name.lower() in {release.name for release in RELEASES}:
+    known = {item.name: item for item in downloads()}
+    source = (known.get(name.lower()) or find_tokenizer(name).preset).source
+    if isinstance(source, Release):
         with _Bar(name, enabled=progress) as bar:
             return fetch_release(name, keep=keep, url=url, advance=bar.advance)
-    repository, files = _of_hub(name)
+    if not isinstance(source, Hub):
+        raise UsageError(f"{name.lower()} has no released weights to fetch ({str(source) or 'none known'})")
     if url:
         raise UsageError(f"--url: {name} comes from the hub, with the hub's own client")
-    from comit_bench.tokenizers.hub import fetch as fetch_hub
-
-    return fetch_hub(repository, files, offline=False, hint="or pass --weights DIR")
-
-
-def _of_hub(name: str) -> tuple[str, tuple[str, ...]]:
-    """Repository and files of a tokenizer or a VAE that lies on the hub."""
-    from comit_bench.tokenizers.presence import CHECKPOINT, HUB, vaes
-    from comit_bench.tokenizers.registry import find_tokenizer
-
-    for vae in vaes():
-        if vae.name == name.lower():
-            return vae.repository, vae.files
-    entry = find_tokenizer(name)
-    if not entry.source.startswith(HUB):
-        raise UsageError(f"{entry.name} has no released weights to fetch ({entry.source or 'none known'})")
-    return entry.source.removeprefix(HUB).split()[0], CHECKPOINT
+    return fetch_hub(source.repository, source.files, offline=False, hint="or pass --weights DIR")
 
 
 class _Bar:
@@ -108,16 +97,17 @@ def convert(
 @app.command(name="ls")
 def ls() -> None:
     """List everything that can be fetched, whether it is here, and where it comes from."""
-    from comit_bench.tokenizers.presence import SHIPS, parts
-    from comit_bench.tokenizers.registry import tokenizers
+    from comit_bench.tokenizers.family import Hub, Part, Release
+    from comit_bench.tokenizers.presence import weights_state
+    from comit_bench.tokenizers.registry import downloads
     from comit_bench.tokenizers.weights import weights_root
 
     words = {"yes": "here", "part": "downloading", "no": "missing"}
-    found = [part for part in parts(list(tokenizers().values())) if not part.source.startswith(SHIPS)]
-    width = max(len(part.name) for part in found)
-    for part in found:
-        note = f"  ({part.note})" if part.note else ""
-        typer.echo(f"{part.name:<{width}}  {words[part.state]:<11}  {part.source}{note}")
+    found = [item for item in downloads() if isinstance(item.source, Hub | Release)]
+    width = max(len(item.name) for item in found)
+    for item in found:
+        note = f"  ({item.note})" if isinstance(item, Part) and item.note else ""
+        typer.echo(f"{item.name:<{width}}  {words[weights_state(item)]:<11}  {item.source}{note}")
     sys.stderr.write(f"cache: {weights_root()}\n")
 
 

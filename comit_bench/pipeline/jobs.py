@@ -259,13 +259,13 @@ def is_fitted(job: Job) -> bool:
     """Whether the tokenizer is fitted on the task's data."""
     if not isinstance(job.tokenizer, str):
         return False
-    return entry_for(job.tokenizer).fitted and not Path(job.tokenizer).is_dir()
+    return entry_for(job.tokenizer).family.fitted and not Path(job.tokenizer).is_dir()
 
 
 def options_of(job: Job, settings: Settings) -> dict[str, Any]:
     """The options of a job's tokenizer, which is given by name."""
     entry = entry_for(str(job.tokenizer))
-    options: dict[str, Any] = dict(entry.paper_options) if job.task.spec.suite == "paper" else {}
+    options: dict[str, Any] = dict(entry.family.paper_options) if job.task.spec.suite == "paper" else {}
     return options | entry.typed(options_for(entry, settings.options))
 
 
@@ -277,7 +277,7 @@ def _entries(tokenizers: Iterable[Who]) -> dict[str, TokenizerEntry]:
 def _own_name(key: str, entry: TokenizerEntry) -> str | None:
     """What an option is called for a tokenizer; None when it is meant for others or not known."""
     whose, _, name = key.rpartition(".")
-    if whose not in ("", entry.family, entry.name):
+    if whose not in ("", entry.family.name, entry.name):
         return None
     known = entry.known_options()
     return name if known is None or name in known else None
@@ -302,7 +302,7 @@ def check_options(tokenizers: Iterable[Who], options: Options) -> None:
         if any(_own_name(key, entry) is not None for entry in entries):
             continue
         known = {
-            f"{entry.family}.{name}" if "." in key else name
+            f"{entry.family.name}.{name}" if "." in key else name
             for entry in entries
             for name in entry.known_options() or ()
         }

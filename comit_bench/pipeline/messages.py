@@ -23,7 +23,7 @@ from comit_bench.tasks.controls import controlled_messages
 from comit_bench.tokenizers.base import Tokenizer, looks_at_crops
 from comit_bench.tokenizers.contract import check_looked_up, check_values
 
-SMALL_FLOPS = 2e9  # per image
+SMALL = 10_000_000  # weights of a network
 ENCODE_SEED = 0  # of the per-image generators; part of the protocol
 _log = logging.getLogger(__name__)
 
@@ -152,8 +152,7 @@ def threads_for(job: Job, tokenizer: Tokenizer, device: torch.device) -> Abstrac
     Their products are too small to share: the threads wait for each other, for milliseconds a
     product as soon as anything else runs on the machine. Tokens are the same bits either way.
     """
-    estimate = getattr(tokenizer, "encode_flops", None)
-    small = estimate is None or estimate(job.policy) < SMALL_FLOPS
+    small = tokenizer.info.parameters < SMALL
     return one_thread() if small and device.type == "cpu" else nullcontext()
 
 

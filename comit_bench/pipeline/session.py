@@ -104,7 +104,7 @@ class Session:
                     job.tokenizer,
                     weights=self.settings.weights if entry.takes("weights") else None,
                     device=str(self.device) if self.ranks.world > 1 else self.settings.device,
-                    dtype=self.settings.dtype if entry.takes_weights else "float32",
+                    dtype=self.settings.dtype if entry.family.takes_weights else "float32",
                     offline=self.settings.offline,
                     **options,
                 )

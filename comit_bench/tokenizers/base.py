@@ -22,7 +22,7 @@ from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.finite import observe, watching
 from comit_bench.nn.plain_files import shown
 from comit_bench.nn.precision import exact_products, full_precision
-from comit_bench.tokenizers.registry import OFF, ON
+from comit_bench.tokenizers.options import OFF, ON
 
 # Every adapter computes in tiles of this many images and pads the last one. The arithmetic of one
 # image then never depends on how many others were handed over, so ids are the same bits for every
@@ -454,55 +454,58 @@ def own_streams(generators: Sequence[torch.Generator] | None, index: Tensor) -> 
     return None if generators is None else [generators[i].clone_state() for i in index.tolist()]
 
 
-def encode_pixels(
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
-    images_u8: Tensor,
-    info: TokenizerInfo,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+class Computes(Protocol):
+    """An adapter with a network on a device."""
+
+    info: TokenizerInfo
+    device: torch.device
+    dtype: torch.dtype
+
+
+@contextmanager
+def computing(tokenizer: Computes) -> Iterator[None]:
+    """Where its network computes, without gradients."""
+    with torch.inference_mode(), autocast(tokenizer.device, tokenizer.dtype):
+        yield
+
+
+def encode_tiles(
+    tokenizer: Computes, encode: Callable[..., Tokens], images_u8: Tensor, *beside: Tensor
 ) -> Tokens:
-    """Tokenize by a network that sees pixels in [0, 1] and draws nothing at random.
+    """Tokenize uint8 [B, 3, S, S] tile by tile.
 
     Args:
-        encode: float32 [b, 3, S, S] -> ids [b, K], codes [b, K, d].
-        images_u8: uint8 [B, 3, S, S].
-        info: Of the tokenizer.
-        device: Where the network is.
-        dtype: What it computes in.
+        tokenizer: Whose.
+        encode: Takes float32 [b, 3, S, S], 0..255 on the device, and the rows of ``beside`` where they are.
+        images_u8: The images.
+        beside: Further tensors with a row for every image.
 
     Raises:
         ValueError: Wrong shape or type.
+        BenchError: See :func:`only_finite`.
     """
-    check_images(images_u8, info)
+    check_images(images_u8, tokenizer.info)
 
-    def tile(images: Tensor) -> Tokens:
-        with torch.inference_mode(), autocast(device, dtype):
-            return Tokens(*encode(on_device(images, device).div(255)))
+    def tile(images: Tensor, *rows: Tensor) -> Tokens:
+        with computing(tokenizer):
+            return encode(on_device(images, tokenizer.device), *rows)
 
-    return in_tiles(tile, images_u8, name=info.name)
+    return in_tiles(tile, images_u8, *beside, name=tokenizer.info.name)
 
 
-def decode_pixels(
-    decode: Callable[[Tensor], Tensor],
-    tokens: Tokens,
-    info: TokenizerInfo,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The way back: codes -> pixels in [0, 1] -> uint8 [B, 3, S, S]. See :func:`encode_pixels`.
+def decode_tiles(tokenizer: Computes, decode: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+    """The way back: rows of ``batches`` on the device -> uint8 [b, 3, S, S], tile by tile.
 
     Raises:
-        ValueError: Codes of another shape.
+        BenchError: See :func:`only_finite`.
     """
-    check_codes(tokens.codes, info)
 
-    def tile(codes: Tensor) -> Tokens:
-        with torch.inference_mode(), autocast(device, dtype):
-            return Tokens(None, to_uint8(decode(codes.to(device))))
+    def tile(*rows: Tensor) -> Tokens:
+        with computing(tokenizer):
+            moved = (part.to(tokenizer.device, non_blocking=True) for part in rows)
+            return Tokens(None, decode(*moved))
 
-    return in_tiles(tile, tokens.codes, name=info.name).codes
+    return in_tiles(tile, *batches, name=tokenizer.info.name).codes
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], count: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -18,8 +18,10 @@ from comit_bench.nn.plain_files import shown
 from comit_bench.tokenizers.base import Tokenizer
 from comit_bench.tokenizers.checkpoints import checkpoint_path, read_config
 from comit_bench.tokenizers.contract import check_tokenizer
+from comit_bench.tokenizers.family import Family, Preset
 from comit_bench.tokenizers.identity import plugin_version
-from comit_bench.tokenizers.registry import LOADER, TokenizerEntry, find_tokenizer, taken_by, tokenizers
+from comit_bench.tokenizers.options import LOADER, taken_by
+from comit_bench.tokenizers.registry import FAMILIES, TokenizerEntry, find_tokenizer, tokenizers
 
 _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,54 +84,26 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _is_comit(config: dict[str, Any]) -> bool:
-    predictor = config.get("predictor")
-    return isinstance(predictor, dict) and str(predictor.get("_target_", "")).endswith("RuledDiT")
-
-
-def _is_titok(config: dict[str, Any]) -> bool:
-    model = config.get("model")
-    return isinstance(model, dict) and isinstance(model.get("vq_model"), dict)
-
-
-def _is_flextok(config: dict[str, Any]) -> bool:
-    inner = config.get("config", {})  # some files wrap everything in one more node
-    blocks = config if "encoder" in config else inner if isinstance(inner, dict) else {}
-    parts = (blocks.get("encoder"), blocks.get("decoder"))
-    return all(isinstance(part, dict) and isinstance(part.get("module_dict"), dict) for part in parts)
-
-
-def _is_selftok(config: dict[str, Any]) -> bool:
-    encoder = config.get("encoder")
-    kind = config.get("kind") in ("tokenizer", "renderer")
-    return config.get("system") == "selftok" or (
-        kind and isinstance(encoder, dict) and "query_dim" in encoder
-    )
-
-
-# How the released config.json of a family is recognised.
-SIGNS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
-    ("comit", _is_comit),
-    ("titok", _is_titok),
-    ("flextok", _is_flextok),
-    ("alit", lambda config: config.get("system") == "alit"),
-    ("selftok", _is_selftok),
-    ("vqmodel", lambda config: config.get("_class_name") == "VQModel"),
-)
-
-
-def _family_of(directory: Path) -> str:
+def _of_directory(directory: Path) -> TokenizerEntry:
     config = read_config(directory)
-    if isinstance(config.get("family"), str):
-        return str(config["family"])
-    for family, recognises in SIGNS:
-        if recognises(config):
-            return family
-    families = sorted({entry.family for entry in tokenizers().values()})
+    known = _families()
+    for family in known.values():
+        if (preset := family.recognises(config)) is not None:
+            return TokenizerEntry(preset, family)
+    if isinstance(stated := config.get("family"), str):
+        raise _unknown_family(stated, known)
     raise UsageError(
         f"{directory / 'config.json'}: cannot tell which tokenizer family this is (known: "
-        f"{', '.join(families)}). Is it the right directory? Otherwise pass family=NAME."
+        f"{', '.join(sorted(known))}). Is it the right directory? Otherwise pass family=NAME."
     )
+
+
+def _families() -> dict[str, Family]:
+    return {entry.family.name: entry.family for entry in tokenizers().values()}
+
+
+def _unknown_family(name: str, known: Iterable[str]) -> UsageError:
+    return UsageError(f"unknown tokenizer family {name!r}.{did_you_mean(name, known)}")
 
 
 def entry_for(name: str, family: str | None = None) -> TokenizerEntry:
@@ -150,21 +124,24 @@ def entry_for(name: str, family: str | None = None) -> TokenizerEntry:
         raise MissingError(
             f"{name}: no such directory. A checkpoint is a directory with config.json and model.safetensors."
         )
-    if family is None and directory.is_dir():
+    if family is not None:
+        known = _families()
+        if family not in known:
+            raise _unknown_family(family, known)
+        found = known[family]
+        return TokenizerEntry(found.preset(name) or Preset(name=family), found)
+    if directory.is_dir():
         if name.lower() in tokenizers():
             raise UsageError(
                 f"{name} is the name of a tokenizer and of a folder here: write ./{name} for the folder, or "
                 "go elsewhere for the tokenizer"
             )
-        family = _family_of(directory)
-    if family is None and "/" in name and not looks_like_path:
-        repository = name.split("/")[-1].lower()
-        family = next((known for known, _ in SIGNS if known in repository), None)
-    if family is not None:
-        known = {entry.family: entry for entry in tokenizers().values()}
-        if family not in known:
-            raise UsageError(f"unknown tokenizer family {family!r}.{did_you_mean(family, known)}")
-        return known[family]
+        return _of_directory(directory)
+    if "/" in name:
+        for found in FAMILIES:
+            preset = found.preset(name)
+            if preset is not None or found.name in name.split("/")[-1].lower():
+                return TokenizerEntry(preset or Preset(name=found.name), found)
     return find_tokenizer(name)
 
 
@@ -201,7 +178,7 @@ def load_tokenizer(
         CorruptFileError: A file that cannot be read.
     """
     entry = entry_for(name_or_path, family)
-    if entry.fitted and weights is None and not checkpoint_path(name_or_path).is_dir():
+    if entry.family.fitted and weights is None and not checkpoint_path(name_or_path).is_dir():
         raise UsageError(
             f"{entry.name} is fitted on the images of a data set: `comit_bench.run` does that by itself; "
             "in Python use comit_bench.tokenizers.kmeans, or pass the directory of a fitted one."
@@ -217,8 +194,8 @@ def load_tokenizer(
         "dtype": resolve_dtype(dtype, place),
     }
     loaded: Tokenizer = loader(name_or_path, **_named(entry, context), **settings)
-    check_tokenizer(loaded, f"tokenizer {entry.name} ({entry.target})")
-    if entry.origin != "builtin":
+    check_tokenizer(loaded, f"tokenizer {entry.name} ({entry.family.loader})")
+    if entry.family.origin != "builtin":
         _complete(loaded, entry, settings, context)
     return loaded
 
@@ -259,7 +236,7 @@ def _complete(
     if context["seed"]:
         told["seed"] = str(context["seed"])
     info = loaded.info
-    version = plugin_version(loaded, loader, entry.origin)
+    version = plugin_version(loaded, loader, entry.family.origin)
     wanted = replace(info, options={**told, **info.options}, version=version)
     if wanted == info:
         return
@@ -267,6 +244,6 @@ def _complete(
         loaded.info = wanted  # type: ignore[misc]
     except AttributeError as error:
         raise UsageError(
-            f"tokenizer {entry.name} ({entry.target}): its info cannot be completed with options and "
+            f"tokenizer {entry.name} ({entry.family.loader}): its info cannot be completed with options and "
             "version. Make it a plain attribute, or state info.options and info.version."
         ) from error

@@ -186,5 +186,5 @@ def load(
     Raises:
         UsageError: Unknown option, or the patches do not tile the image.
     """
-    refuse_unknown(options, ("patch", "resolution"), name)
+    refuse_unknown(options, Options.__annotations__, name)
     return PixelOracleTokenizer(device=device, **options)

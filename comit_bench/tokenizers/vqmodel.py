@@ -31,9 +31,8 @@ from comit_bench.tokenizers.base import (
     autocast,
     check_codes,
     check_ids,
-    check_images,
-    in_tiles,
-    on_device,
+    decode_tiles,
+    encode_tiles,
     refuse_unknown,
     switch,
     warn_policy,
@@ -64,7 +63,6 @@ class Options(TypedDict, total=False):
     allow_pickle: bool
 
 
-OPTIONS = tuple(Options.__annotations__)
 LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "quantize.embedding")
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -159,7 +157,6 @@ class VqModelTokenizer:
         model: Network in eval mode.
         info: Its description.
         grid: Tokens per side.
-        flops: FLOPs of encoding one image.
         device: Where it runs.
         dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the search
             stay in float32.
@@ -171,12 +168,11 @@ class VqModelTokenizer:
         info: TokenizerInfo,
         *,
         grid: int,
-        flops: float,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model.to(device).requires_grad_(False).eval()
-        self.grid, self.flops = grid, flops
+        self.grid = grid
         self.device = device
         self.dtype = dtype
         self.info = info
@@ -187,10 +183,6 @@ class VqModelTokenizer:
         """The codebook, float32 [V, d]."""
         weight: Tensor = self.model.quantize.embedding.weight
         return weight.float()
-
-    def encode_flops(self, policy: str | None) -> float:
-        """FLOPs per image of the encoder, counted when it was loaded."""
-        return self.flops
 
     def encode(
         self,
@@ -204,21 +196,17 @@ class VqModelTokenizer:
         Raises:
             ValueError: Wrong shape or type.
         """
-        check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
-            with torch.inference_mode():
-                x = on_device(images, self.device).div(127.5).sub(1)
-                with autocast(self.device, self.dtype):
-                    hidden = self.model.encoder(x)
-                with autocast(self.device, torch.float32):  # this decides the ids
-                    z = self.model.quant_conv(hidden.float())
-                    flat = rearrange(z, "b d h w -> (b h w) d")
-                    ids = nearest(flat, self.table).view(len(images), -1)
-                return Tokens(ids, torch.nn.functional.embedding(ids, self.table))
+            hidden = self.model.encoder(images.div(127.5).sub(1))
+            with autocast(self.device, torch.float32):  # this decides the ids
+                z = self.model.quant_conv(hidden.float())
+                flat = rearrange(z, "b d h w -> (b h w) d")
+                ids = nearest(flat, self.table).view(len(images), -1)
+            return Tokens(ids, torch.nn.functional.embedding(ids, self.table))
 
-        return in_tiles(tile, images_u8, name=self.info.name)
+        return encode_tiles(self, tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -238,25 +226,13 @@ class VqModelTokenizer:
         check_codes(tokens.codes, self.info)
         spatial = self.model.config.get("norm_type", "group") == "spatial"
 
-        def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                latents = rearrange(codes.to(self.device), "b (h w) d -> b d h w", h=self.grid)
-                hidden = self.model.post_quant_conv(latents)
-                image = self.model.decoder(hidden, latents if spatial else None).float()
-                return Tokens(
-                    None, observe("pixels", image).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-                )
+        def tile(codes: Tensor) -> Tensor:
+            latents = rearrange(codes, "b (h w) d -> b d h w", h=self.grid)
+            hidden = self.model.post_quant_conv(latents)
+            image = self.model.decoder(hidden, latents if spatial else None).float()
+            return observe("pixels", image).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
-        return in_tiles(tile, tokens.codes, name=self.info.name).codes
-
-
-def _encode_flops(model: Any, side: int) -> float:
-    """Of a network on the meta device, where counting costs nothing."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.quant_conv(model.encoder(torch.empty(1, 3, side, side, device="meta")))
-    return float(counter.get_total_flops())
+        return decode_tiles(self, tile, tokens.codes)
 
 
 def _directory(source: str, *, offline: bool) -> Path:
@@ -305,7 +281,7 @@ def load(
     """
     from diffusers import VQModel
 
-    refuse_unknown(options, OPTIONS, "vqmodel")
+    refuse_unknown(options, Options.__annotations__, "vqmodel")
     settings: dict[str, Any] = {**options}
     resolution = settings.pop("resolution", None)
     allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
@@ -322,7 +298,8 @@ def load(
     try:
         with torch.device("meta"):
             model: Any = cast(Any, VQModel).from_config(config)
-        flops = _encode_flops(model, side)
+        with torch.no_grad():  # costs nothing there
+            model.quant_conv(model.encoder(torch.empty(1, 3, side, side, device="meta")))
     except Exception as error:  # diffusers checks little, and what it raises depends on its version
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{local / FILES[0]}: diffusers makes no VQModel of it ({reason})") from error
@@ -346,4 +323,4 @@ def load(
         configuration=configuration_digest(dict(model.config)),
         version=VERSION,
     )
-    return VqModelTokenizer(model, info, grid=grid, flops=flops, device=device, **settings)
+    return VqModelTokenizer(model, info, grid=grid, device=device, **settings)

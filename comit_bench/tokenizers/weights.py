@@ -32,7 +32,8 @@ from comit_bench.tokenizers.checkpoints import (
     write_tensors,
 )
 from comit_bench.tokenizers.download import Advance, download
-from comit_bench.tokenizers.releases import Release, find_release, resolve
+from comit_bench.tokenizers.family import Release, resolve
+from comit_bench.tokenizers.registry import find_release
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,10 +62,10 @@ def required(name: str, *, hint: str = "") -> Path:
     folder = stored(name)
     if folder is not None:
         return folder
-    release = find_release(name)
+    _, release = find_release(name)
     raise MissingError(
         f"the weights of {name} are not on this machine. Fetch them where there is a network: "
-        f"`comit-bench weights fetch {name}` (from {release.source}), then copy "
+        f"`comit-bench weights fetch {name}` (from {release}), then copy "
         f"{weights_root() / name}; or convert a file that you have: "
         f"`comit-bench weights convert {name} FILE{Path(release.file).suffix}`{hint}."
     )
@@ -118,7 +119,7 @@ def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Adv
     """Bring the released weights of ``name`` into the cache, as safetensors, unless they are there.
 
     Args:
-        name: A name of ``releases.RELEASES``.
+        name: A name of ``comit-bench weights ls`` that stands for a released file.
         keep: Leave the downloaded file beside the converted one.
         url: Another address of the same file, e.g. a mirror. Its content must have the known checksum.
         advance: Called with the bytes so far and the total.
@@ -128,29 +129,28 @@ def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Adv
         MissingError: The server cannot be reached.
         CorruptFileError: The file is not what it should be, or not what it was.
     """
-    release = find_release(name)
+    name, release = find_release(name)
+    source = str(release)
     with _locked():
-        there = stored(release.name)
+        there = stored(name)
         if there is not None:
             return there
-        folder, ours = weights_root() / release.name, True
+        folder, ours = weights_root() / name, True
         if release.hub and not url:
             from comit_bench.tokenizers.hub import fetch as hub_fetch
 
-            hint = f"or run `comit-bench weights convert {release.name} FILE`"
+            hint = f"or run `comit-bench weights convert {name} FILE`"
             file = hub_fetch(release.hub, (release.file,), offline=False, hint=hint) / release.file
             ours = False  # it belongs to the hub's own cache
         else:
             file = folder / release.file
             if not file.is_file():
-                download(
-                    str(url or release.url), file, advance=advance, checked=release.source in _checksums()
-                )
+                download(str(url or release.url), file, advance=advance, checked=source in _checksums())
         digest = sha256_file(file)
         try:
-            _compare(release.source, digest)
-            convert_file(release, file, folder, digest=digest)
-            _remember(release.source, digest)  # not before: a wrong first file must not block the right one
+            _compare(source, digest)
+            convert_file(name, release, file, folder, digest=digest)
+            _remember(source, digest)  # not before: a wrong first file must not block the right one
         except BenchError:
             if ours:
                 file.unlink(missing_ok=True)  # the next attempt must not find a wrong file
@@ -164,7 +164,7 @@ def convert(name: str, file: Path, *, output: Path | None = None) -> Path:
     """Convert a file that was fetched by hand.
 
     Args:
-        name: A name of ``releases.RELEASES``: says what the file is.
+        name: See :func:`fetch`: says what the file is.
         file: The released pickle.
         output: Directory; by default the cache, where ``--tokenizer NAME`` finds it.
 
@@ -173,13 +173,13 @@ def convert(name: str, file: Path, *, output: Path | None = None) -> Path:
         MissingError: No such file.
         CorruptFileError: The file cannot be read.
     """
-    release = find_release(name)
+    name, release = find_release(name)
     if not file.is_file():
         raise MissingError(f"{file}: no such file")
-    folder = output or weights_root() / release.name
+    folder = output or weights_root() / name
     require_folder(folder)
     with _locked():
-        convert_file(release, file, folder, digest=sha256_file(file))
+        convert_file(name, release, file, folder, digest=sha256_file(file))
     return folder
 
 
@@ -189,11 +189,11 @@ def converted(name: str, file: Path) -> Path:
     folder = weights_root() / f"{name}-{digest.removeprefix('sha256:')[:16]}"
     with _locked():
         if not (folder / SOURCE).is_file():
-            convert_file(find_release(name), file, folder, digest=digest)
+            convert_file(*find_release(name), file, folder, digest=digest)
     return folder
 
 
-def convert_file(release: Release, file: Path, folder: Path, *, digest: str) -> None:
+def convert_file(name: str, release: Release, file: Path, folder: Path, *, digest: str) -> None:
     """Write ``model.safetensors``, ``config.json`` (if the family has one) and ``source.json``.
 
     Raises:
@@ -205,13 +205,13 @@ def convert_file(release: Release, file: Path, folder: Path, *, digest: str) -> 
     content: Any = read_tensors(file) if safe else read_torch(file, allow=classes)
     tensors: dict[str, Tensor] = resolve(release.unpack)(content, file)
     if release.check is not None:
-        resolve(release.check)(release.name, tensors, file)
+        resolve(release.check)(name, tensors, file)
     (folder / SOURCE).unlink(missing_ok=True)  # written last: until then the folder is not whole
     write_tensors(folder / WEIGHT_FILES[0], _unshared(tensors))
     if release.config is not None:
-        config = resolve(release.config)(release.name)
+        config = resolve(release.config)(name)
         write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    note = {"name": release.name, "source": release.source, "file": file.name, "checksum": digest}
+    note = {"name": name, "source": str(release), "file": file.name, "checksum": digest}
     write_atomic(folder / SOURCE, json.dumps(note, indent=1) + "\n")
 
 
@@ -227,11 +227,11 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def state(name: str) -> str:
-    """``here``, ``downloading`` (a part is there) or ``missing``, for lists."""
+    """``yes``, ``part`` (a download begun) or ``no``: whether a released file is here, converted."""
     if stored(name) is not None:
-        return "here"
+        return "yes"
     folder = weights_root() / name
-    return "downloading" if folder.is_dir() and any(folder.glob("*.part")) else "missing"
+    return "part" if folder.is_dir() and any(folder.glob("*.part")) else "no"
 
 
 def weight_source(name: str, weights: Path, *, allow_pickle: bool) -> Path:

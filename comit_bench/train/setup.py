@@ -16,7 +16,8 @@ from comit_bench.nn.ranks import launched, meeting, without_launcher
 from comit_bench.nn.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import load_network
-from comit_bench.tokenizers.comit.checkpoint import VAE_HUB, build, sd_vae_tensors
+from comit_bench.tokenizers.comit.checkpoint import build, sd_vae_tensors
+from comit_bench.tokenizers.comit.family import VAE_HUB
 from comit_bench.tokenizers.comit.model import Comit, ComitSpec
 from comit_bench.tokenizers.load import resolve_device
 from comit_bench.train.config import TrainConfig

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from comit_bench.tokenizers.selftok.adapter import VAE_ENCODE_FLOPS, SelftokTokenizer, _info
+from comit_bench.commands.cost import encode_gflop
+from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.selftok.codec import (
     encode_latents,
     render,
@@ -118,13 +119,12 @@ def test_renderer(name: str) -> None:
     assert spent < gflop(lambda: render(network, codes(name)))
 
 
-def test_encode_estimate(name: str) -> None:
-    """What the plan shows agrees with what is counted."""
+def test_the_adapter_adds_nothing_to_its_parts(name: str) -> None:
     network = model(name)
     assert network.vae is not None
     pixels = gflop(lambda: network.vae.encode(torch.empty(BATCH, 3, 256, 256, device=META)))
-    assert pytest.approx(pixels, rel=0.005) == VAE_ENCODE_FLOPS * 256**2 / 1e9
-    tokenizer = SelftokTokenizer(network, _info(network, name, "none"), device=META)
+    assert pytest.approx(pixels, rel=0.005) == 4.165e6 * 256**2 / 1e9
+    tokenizer = load_tokenizer(name, weights="random", device="meta")
     fast = kept(network)
     counted = gflop(lambda: encode_latents(network, latents(), fast)) + pixels
-    assert tokenizer.encode_flops(None) / 1e9 == pytest.approx(counted, rel=0.01)
+    assert encode_gflop(tokenizer, "global") == pytest.approx(counted, rel=0.01)

@@ -32,6 +32,7 @@ from comit_bench.tokenizers.flextok.blocks import TableSpec
 from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
 from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
 from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.origin import untrained
 from comit_bench.tokenizers.selftok import adapter as selftok
 from comit_bench.tokenizers.selftok.model import SelftokSpec
 from comit_bench.tokenizers.titok import adapter as titok
@@ -107,14 +108,14 @@ def small_sd_vae() -> vae.SDVae:
 def comit_sd(**options: Any) -> Tokenizer:
     model = Comit(SD_NANO, small_sd_vae())
     model.predictor.init_weights(seeded(), zero_gates=False)
-    info = comit._info(model, "comit-sd", "random:0", trained=False, training_data="none", licence="none")
+    info = comit._info(model, untrained("comit-sd", 0))
     return comit.ComitTokenizer(model, info, steps=2, **options)
 
 
 def titok_legacy(**options: Any) -> Tokenizer:
     model = Titok(LEGACY)
     model.init_weights(seeded(), spread=True)
-    info = titok._info(model, "titok-legacy", "random:0", released=False)
+    info = titok._info(model, untrained("titok-legacy", 0))
     return titok.TitokTokenizer(model.eval(), info, compile="off", **options)
 
 
@@ -124,19 +125,19 @@ def small_alit(spec: AlitSpec = TINY, **options: Any) -> Tokenizer:
     g = seeded(1)
     for parameter in model.parameters():  # messages then differ between images
         parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
-    info = alit._info(model, "alit", "random:0", data="none", licence="none")
+    info = alit._info(model, untrained("alit", 0))
     return alit.AlitTokenizer(model.eval(), info, compile="off", **options)
 
 
 def small_flextok(**options: Any) -> Tokenizer:
     model = flextok.build_random(FLEXTOK, 0)
-    info = flextok._info(model, "flextok", "random:0")
+    info = flextok._info(model, untrained("flextok", 0))
     return flextok.FlexTokTokenizer(model, info, steps=2, compile="off", **options)
 
 
 def small_selftok(spec: SelftokSpec = SMALL, **options: Any) -> Tokenizer:
     model = selftok.build_random(spec, 0)
-    info = selftok._info(model, "selftok", "random:0")
+    info = selftok._info(model, untrained("selftok", 0))
     return selftok.SelftokTokenizer(model, info, compile="off", **options)
 
 
@@ -155,7 +156,7 @@ def small_vqmodel(**options: Any) -> Tokenizer:
         resolution=24,
         preprocessing="center_crop|resize(24,bilinear)",
     )
-    return vqmodel.VqModelTokenizer(model, info, grid=6, flops=1.0, **options)
+    return vqmodel.VqModelTokenizer(model, info, grid=6, **options)
 
 
 def small_kmeans(*, device: torch.device, dtype: torch.dtype = torch.float32) -> Tokenizer:

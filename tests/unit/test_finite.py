@@ -24,6 +24,7 @@ from comit_bench.tokenizers.flextok import adapter as flextok
 from comit_bench.tokenizers.flextok.blocks import TableSpec
 from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
 from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.origin import untrained
 from comit_bench.tokenizers.selftok import adapter as selftok
 from comit_bench.tokenizers.titok import adapter as titok
 from comit_bench.tokenizers.titok.model import PRESETS as TITOK
@@ -55,7 +56,7 @@ def titok_legacy() -> Any:
     spec = replace(TITOK["titok-nano"], encoder=size, decoder=size, image_size=16, pixels=pixels)
     model = titok.build(spec)
     model.init_weights(torch.Generator().manual_seed(0))
-    info = titok._info(model, "titok-small", "random:0", released=False, trained=False)
+    info = titok._info(model, untrained("titok-small", 0))
     return titok.TitokTokenizer(model, info, device=CPU)
 
 
@@ -66,7 +67,7 @@ def grid_nano() -> Any:
 def alit_tiny(spec: Any = TINY, **options: Any) -> Any:
     model = alit.build(spec)
     model.init_weights(torch.Generator().manual_seed(0))
-    info = alit._info(model, "alit-tiny", "random:0", data="none", licence="none")
+    info = alit._info(model, untrained("alit-tiny", 0))
     return alit.AlitTokenizer(model, info, device=CPU, **options)
 
 
@@ -75,14 +76,14 @@ def flextok_tiny() -> Any:
     vae = KLVaeSpec(channels=4, widths=(8, 8), layers=1, groups=4)
     spec = FlexTokSpec(encoder=trunk, decoder=trunk, registers=8, register_positions=8, vae=vae)
     model = flextok.build_random(spec, 0)
-    info = flextok._info(model, "flextok-tiny", "random:0", trained=False)
+    info = flextok._info(model, untrained("flextok-tiny", 0))
     return flextok.FlexTokTokenizer(model, info, device=CPU, steps=2)
 
 
 def selftok_tiny(spec: Any = SMALL, **options: Any) -> Any:
     model = selftok.build_random(spec, 0)
     return selftok.SelftokTokenizer(
-        model, selftok._info(model, "selftok-tiny", "random:0"), device=CPU, **options
+        model, selftok._info(model, untrained("selftok-tiny", 0)), device=CPU, **options
     )
 
 
@@ -109,7 +110,7 @@ def vqmodel_tiny() -> Any:
         resolution=16,
         preprocessing="none",
     )
-    return VqModelTokenizer(model, info, grid=8, flops=1.0, device=CPU)
+    return VqModelTokenizer(model, info, grid=8, device=CPU)
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {

@@ -561,7 +561,7 @@ def test_offline_without_a_cache_says_what_is_missing_and_how_to_give_it(name: s
     ):
         assert part in text
     assert caught.value.exit_code == 3
-    with pytest.raises(MissingError, match="no such directory"):
+    with pytest.raises(MissingError, match="no such file or directory"):
         load(name, weights="/nowhere/at/all")
 
 

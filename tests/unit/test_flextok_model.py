@@ -69,7 +69,7 @@ def millions(module: torch.nn.Module) -> float:
     ],
 )
 def test_published_sizes(name: str, encoder: float, decoder: float, total: float) -> None:
-    model, entry = on_meta(name), tokenizers()[name]
+    model, entry = on_meta(name), tokenizers()[name].preset
     assert millions(model.encoder) == pytest.approx(encoder, abs=0.05)
     assert millions(model.decoder) == pytest.approx(decoder, abs=0.05)
     assert millions(model.vae) == pytest.approx(83.8, abs=0.05)
@@ -80,7 +80,7 @@ def test_published_sizes(name: str, encoder: float, decoder: float, total: float
 
 
 def test_presets_and_registry_name_the_same_models() -> None:
-    assert set(PRESETS) == {entry.name for entry in tokenizers().values() if entry.family == "flextok"}
+    assert set(PRESETS) == {entry.name for entry in tokenizers().values() if entry.family.name == "flextok"}
 
 
 def _linear(name: str, out: int, inputs: int) -> dict[str, tuple[int, ...]]:

@@ -34,7 +34,7 @@ from comit_bench.tokenizers.comit.model import PRESETS as COMIT
 from comit_bench.tokenizers.flextok.model import PRESETS as FLEXTOK
 from comit_bench.tokenizers.identity import code_version, configuration_digest, source_digest
 from comit_bench.tokenizers.load import load_tokenizer
-from comit_bench.tokenizers.registry import BUILTIN
+from comit_bench.tokenizers.registry import builtin
 from comit_bench.tokenizers.titok.model import PRESETS as TITOK
 from comit_bench.tokenizers.vq_grid.model import PRESETS as VQ_GRID
 
@@ -138,8 +138,8 @@ def test_configurations_are_equal_for_equal_values_only(values: dict[str, Any]) 
 def test_random_weights_of_two_presets_never_share_a_key() -> None:
     """Also where the sizes are equal (alit-small and alit-small-in100)."""
     keys: dict[str, str] = {}
-    for entry in BUILTIN:
-        if not entry.takes_weights or entry.family == "vqmodel":  # these have no random weights
+    for entry in builtin().values():
+        if not entry.family.takes_weights or entry.family.name == "vqmodel":  # these have no random weights
             continue
         tokenizer = load_tokenizer(entry.name, weights="random", device="meta")
         info = tokenizer.info

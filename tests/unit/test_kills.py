@@ -19,8 +19,9 @@ from comit_bench.data.scenes.generate import generate, verify
 from comit_bench.recipes.specs import DatasetSpec, DownloadSpec, GeneratorSpec
 from comit_bench.tokenizers import weights
 from comit_bench.tokenizers.checkpoints import read_tensors
+from comit_bench.tokenizers.family import Family, Preset, Release
 from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
-from comit_bench.tokenizers.releases import RELEASES, Release
+from comit_bench.tokenizers.registry import FAMILIES
 from comit_bench.train import checkpoint
 from comit_bench.train.checkpoint import Counters
 from comit_bench.train.config import load_config
@@ -165,11 +166,12 @@ def test_a_data_set_that_is_unpacked(tmp_path: Path, changes: tuple[str, ...]) -
 def test_weights_that_are_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]
 ) -> None:
-    release = Release(name="toy", file="toy.pth", url="https://no.where/toy.pth", unpack="toy:unpack")
+    release = Release(file="toy.pth", url="https://no.where/toy.pth", unpack="toy:unpack")
     real = weights.resolve
     unpack: Callable[..., Any] = lambda content, path: content  # noqa: E731
     monkeypatch.setattr(weights, "resolve", lambda target: unpack if target == "toy:unpack" else real(target))
-    monkeypatch.setattr("comit_bench.tokenizers.releases.RELEASES", (*RELEASES, release))
+    toy = Family(name="toy", loader="toy:load", presets=(Preset(name="toy", source=release),))
+    monkeypatch.setattr("comit_bench.tokenizers.registry.FAMILIES", (*FAMILIES, toy))
 
     def begin(root: Path) -> None:
         for value in (1.0, 2.0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,7 +12,8 @@ from comit_bench.errors import UsageError
 from comit_bench.pipeline.jobs import Settings, check_options, each_once, left_out, make_jobs, options_for
 from comit_bench.pipeline.plan import make_plan
 from comit_bench.pipeline.session import Session
-from comit_bench.tokenizers.registry import BUILTIN, TokenizerEntry, find_tokenizer
+from comit_bench.tokenizers.family import Family
+from comit_bench.tokenizers.registry import FAMILIES, TokenizerEntry, code, find_tokenizer
 
 EVERYTHING = {
     *("allow_pickle", "base", "compile", "decoder", "guidance", "guidance_mode", "halting", "iterations"),
@@ -35,23 +35,12 @@ def taken(entry: TokenizerEntry, name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("family", sorted({entry.family for entry in BUILTIN} - {"kmeans-patch"}))
-def test_the_registry_names_what_the_loaders_take(family: str) -> None:
-    entries = [entry for entry in BUILTIN if entry.family == family]
-    assert len({entry.options for entry in entries}) == 1
-    options = entries[0].options
-    assert options is not None and set(options) <= EVERYTHING and len(set(options)) == len(options)
-    assert {name for name in EVERYTHING if taken(entries[0], name)} == set(options)
-
-
-def test_every_adapter_that_lists_its_options_lists_those_of_the_registry() -> None:
-    checked = 0
-    for entry in BUILTIN:
-        module = import_module(entry.target.partition(":")[0])
-        if hasattr(module, "OPTIONS"):
-            checked += 1
-            assert {*(entry.options or ()), "dtype"} == set(module.OPTIONS) | {"dtype"}, entry.name
-    assert checked >= 20
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.fitted], ids=lambda family: family.name)
+def test_what_a_loader_names_is_what_it_takes(family: Family) -> None:
+    entry = TokenizerEntry(family.presets[0], family)
+    options = entry.known_options()
+    assert options and set(options) <= EVERYTHING and len(set(options)) == len(options)
+    assert {name for name in EVERYTHING if taken(entry, name)} == set(options)
 
 
 def test_kmeans_takes_what_the_registry_says() -> None:
@@ -59,7 +48,7 @@ def test_kmeans_takes_what_the_registry_says() -> None:
 
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     options: dict[str, Any] = {"patch": 4, "resolution": 8, "vocab": 5}
-    assert set(options) == set(find_tokenizer("kmeans-patch").options or ())
+    assert set(options) == set(find_tokenizer("kmeans-patch").known_options() or ())
     info = KMeansPatchTokenizer.fit(images, **options).info
     assert (info.resolution, info.vocab_size, info.options["patch"]) == (8, 5, "4")
     for name in options:
@@ -133,7 +122,7 @@ def open_ended(name: str, *, weights: Any = None, device: Any = "cpu", **options
 def test_a_plugin_gets_what_it_names_or_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     def entry(loader: Any) -> TokenizerEntry:
         monkeypatch.setattr(TokenizerEntry, "loader", lambda self: loader)
-        return TokenizerEntry(name="theirs", family="theirs", target="theirs:load", options=None)
+        return code("theirs", "theirs:load", "plugin:theirs", "plugin")
 
     named = entry(plain)
     assert named.known_options() == ("tint",)

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from comit_bench.commands.app import app
-from comit_bench.tokenizers.presence import hub_state, parts, vaes, weights_state
-from comit_bench.tokenizers.registry import BUILTIN, find_tokenizer
-from comit_bench.tokenizers.releases import RELEASES
+from comit_bench.tokenizers.family import Hub
+from comit_bench.tokenizers.presence import command, hub_state, weights_state
+from comit_bench.tokenizers.registry import builtin, downloads, find_tokenizer
 
 
 @pytest.fixture
@@ -35,21 +35,22 @@ def put(hub: Path, repository: str, *names: str) -> Path:
 
 
 def test_everything_that_can_be_had_is_listed_once(hub: Path) -> None:
-    found = parts(BUILTIN)
-    names = [part.name for part in found]
-    assert len(set(names)) == len(names)
-    fetched = {release.name for release in RELEASES} | {vae.name for vae in vaes()}
-    nothing = {"vqmodel", "kmeans-patch", "pixel-oracle", "comit-nano-untrained"}
-    assert set(names) == ({entry.name for entry in BUILTIN} | fetched) - nothing
-    shipped = {part.name for part in found if part.state == "yes"}
+    states = {item.name: weights_state(item) for item in downloads()}
+    assert len(states) == len(downloads())
+    beside = {"selftok-512-renderer", "selftok-1024-renderer", *VAES}
+    assert states.keys() == builtin().keys() | beside
+    nothing = {name for name, state in states.items() if state == "-"}
+    assert nothing == {"vqmodel", "kmeans-patch", "pixel-oracle", "comit-nano-untrained"}
+    shipped = {name for name, state in states.items() if state == "yes"}
     assert shipped == {"comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops", *NANO}
 
 
 NANO = ("titok-nano", "vq-grid-nano")
+VAES = ("sd-mse-vae", "sd-ema-vae", "flextok-vae", "sd3-vae")
 
 
 def test_files_in_the_hub_cache_count_when_all_are_there(hub: Path) -> None:
-    entry = find_tokenizer("comit-l")
+    entry = find_tokenizer("comit-l").preset
     assert weights_state(entry) == "no"
     folder = put(hub, "cvg-unibe/comit-l", "config.json")
     assert weights_state(entry) == "part"
@@ -71,11 +72,11 @@ def test_a_download_that_was_begun_is_told(hub: Path) -> None:
 
 def test_titok_also_has_an_older_file(hub: Path) -> None:
     put(hub, "yucornetto/tokenizer_titok_l32_imagenet", "config.json", "pytorch_model.bin")
-    assert weights_state(find_tokenizer("titok-l-32")) == "yes"
+    assert weights_state(find_tokenizer("titok-l-32").preset) == "yes"
 
 
 def test_released_files_are_looked_for_in_our_cache(hub: Path, tmp_path: Path) -> None:
-    entry = find_tokenizer("alit-small")
+    entry = find_tokenizer("alit-small").preset
     folder = tmp_path / "cache" / "weights" / "alit-small"
     folder.mkdir(parents=True)
     assert weights_state(entry) == "no"
@@ -114,13 +115,13 @@ def test_every_command_that_is_named_is_understood(hub: Path, monkeypatch: pytes
 
     monkeypatch.setattr("comit_bench.tokenizers.hub.fetch", of_hub)
     monkeypatch.setattr("comit_bench.tokenizers.weights.fetch", lambda name, **_: asked.update({name: ()}))
-    missing = [part for part in parts(BUILTIN) if part.state == "no"]
-    for part in missing:
-        words = part.command.split()
+    missing = [item for item in downloads() if weights_state(item) == "no"]
+    for item in missing:
+        words = command(item).split()
         assert words[0] == "comit-bench"
-        assert CliRunner().invoke(app, words[1:]).exit_code == 0, part.command
-        place = part.source.removeprefix("hub ")
-        assert place in asked or part.name in asked, part.command
+        assert CliRunner().invoke(app, words[1:]).exit_code == 0, words
+        place = item.source.repository if isinstance(item.source, Hub) else item.name
+        assert place in asked, words
     assert len(asked) == len(missing) >= 24
     assert asked["stabilityai/sd-vae-ft-mse"] == ("config.json", "diffusion_pytorch_model.safetensors")
     assert asked["stabilityai/stable-diffusion-3-medium-diffusers"][0] == "vae/config.json"

@@ -11,7 +11,7 @@ from tiny import write_recipes
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.recipes.specs import DatasetSpec, TaskSpec, find_datasets, find_tasks, parse_recipe, pick
 from comit_bench.tokenizers.comit.model import PRESETS
-from comit_bench.tokenizers.registry import BUILTIN, find_tokenizer, tokenizers
+from comit_bench.tokenizers.registry import builtin, find_tokenizer, tokenizers
 
 
 def edited(path: Path, **changes: object) -> Path:
@@ -100,13 +100,13 @@ def test_did_you_mean_lists_all_when_nothing_is_near() -> None:
 def test_built_in_specs_are_consistent() -> None:
     for recipe in find_datasets().values():
         assert isinstance(recipe.spec, DatasetSpec) and recipe.spec.licence
-    for entry in BUILTIN:
+    for entry in builtin().values():
         if entry.name in PRESETS:
             spec = PRESETS[entry.name]
             vocabulary = 1
             for level in spec.fsq_levels:
                 vocabulary *= level
-            assert (entry.message_length, entry.vocab_size) == (spec.message_length, vocabulary)
+            assert (entry.preset.message_length, entry.preset.vocab_size) == (spec.message_length, vocabulary)
 
 
 def test_tokenizer_names_ignore_case() -> None:

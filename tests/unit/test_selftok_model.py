@@ -169,7 +169,7 @@ def test_key_contract_and_published_sizes(k: int, decoder: str) -> None:
     assert round(encoder / 1e6, 2) == {512: 84.33, 1024: 84.59}[k]
     assert round(network / 1e6, 2) == {"diffusion": 2085.07, "renderer": 2085.37}[decoder]
     assert model.vae is not None and round(count(model.vae) / 1e6, 2) == 83.82
-    entry = tokenizers()[f"selftok-{k}"]
+    entry = tokenizers()[f"selftok-{k}"].preset
     if decoder == "diffusion":
         assert entry.parameters == pytest.approx(round(encoder / 1e6, 2) + round(network / 1e6, 2), abs=1e-6)
     assert (entry.message_length, entry.vocab_size) == (k, 32768)
@@ -178,7 +178,7 @@ def test_key_contract_and_published_sizes(k: int, decoder: str) -> None:
 
 
 def test_presets_and_registry_name_the_same_models() -> None:
-    assert set(PRESETS) == {entry.name for entry in tokenizers().values() if entry.family == "selftok"}
+    assert set(PRESETS) == {entry.name for entry in tokenizers().values() if entry.family.name == "selftok"}
 
 
 # --------------------------------------------------------------------- the encoder

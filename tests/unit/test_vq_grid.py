@@ -153,7 +153,7 @@ def test_wrong_images_codes_names_and_options_are_refused(tokenizer: Tokenizer, 
         tokenizer.encode(images(1), policy="raster:9")
     with pytest.raises(UsageError, match="no option 'dtpe'"):
         load_tokenizer("vq-grid-nano", weights="random", device="cpu", dtpe=1)
-    with pytest.raises(MissingError, match="no such directory"):
+    with pytest.raises(MissingError, match="no such file or directory"):
         load_tokenizer("vq-grid-nano", weights=str(tmp_path / "nowhere"), device="cpu")
     with pytest.raises(UsageError, match="needs a preset"):
         load_tokenizer("vq-grid-huge", weights="random", device="cpu", family="vq-grid")

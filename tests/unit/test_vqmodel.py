@@ -86,7 +86,7 @@ def test_equal_to_diffusers(original: VQModel, tokenizer: VqModelTokenizer) -> N
         24,
     )
     assert info.parameters == sum(p.numel() for p in original.parameters())
-    assert info.weights.startswith("sha256:") and tokenizer.encode_flops(None) > 1e5
+    assert info.weights.startswith("sha256:")
 
 
 def test_batch_size_order_and_round_trip(tokenizer: VqModelTokenizer) -> None:

@@ -21,7 +21,8 @@ from comit_bench.errors import BenchError, CorruptFileError, MissingError, Usage
 from comit_bench.files import sha256_file
 from comit_bench.tokenizers import weights
 from comit_bench.tokenizers.download import download
-from comit_bench.tokenizers.releases import RELEASES, Release, find_release, resolve
+from comit_bench.tokenizers.family import Family, Preset, Release, resolve
+from comit_bench.tokenizers.registry import FAMILIES, downloads, find_release
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}
 
@@ -116,7 +117,6 @@ def release(server: Server, monkeypatch: pytest.MonkeyPatch) -> Release:
     real = resolve
     monkeypatch.setattr(weights, "resolve", lambda target: functions.get(target) or real(target))
     made = Release(
-        name="toy",
         file="toy.pth",
         url=server.url,
         unpack="test:unpack",
@@ -124,8 +124,14 @@ def release(server: Server, monkeypatch: pytest.MonkeyPatch) -> Release:
         check="test:check",
         allow=("argparse:Namespace",),
     )
-    monkeypatch.setattr("comit_bench.tokenizers.releases.RELEASES", (*RELEASES, made))
+    know(monkeypatch, made)
     return made
+
+
+def know(monkeypatch: pytest.MonkeyPatch, release: Release) -> None:
+    """The registry lists a release called toy."""
+    toy = Family(name="toy", loader="test:load", presets=(Preset(name="toy", source=release),))
+    monkeypatch.setattr("comit_bench.tokenizers.registry.FAMILIES", (*FAMILIES, toy))
 
 
 def pickled(path: Path, content: object) -> bytes:
@@ -332,9 +338,7 @@ def test_hub_releases_go_through_the_hub(
 ) -> None:
     from dataclasses import replace
 
-    from comit_bench.tokenizers import releases
-
-    monkeypatch.setattr(releases, "RELEASES", (replace(release, url=None, hub="somebody/toys"),))
+    know(monkeypatch, replace(release, url=None, hub="somebody/toys"))
     asked: list[Any] = []
 
     def hub(repository: str, names: Any, **_: Any) -> Path:
@@ -349,8 +353,9 @@ def test_hub_releases_go_through_the_hub(
 
 
 def test_links_are_those_that_send_the_file() -> None:
-    assert len({r.url for r in RELEASES if r.url}) == len([r for r in RELEASES if r.url])
-    for release in RELEASES:
+    releases = [item.source for item in downloads() if isinstance(item.source, Release)]
+    assert len({r.url for r in releases if r.url}) == len([r for r in releases if r.url]) == 7
+    for release in releases:
         assert bool(release.url) != bool(release.hub)
         assert all(callable(resolve(t)) for t in (release.unpack, release.config, release.check) if t)
         if release.url and "dropbox.com" in release.url:

@@ -12,38 +12,39 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UnsupportedOperation, UsageError, did_you_mean
+from comit_bench.errors import UnsupportedOperation, UsageError
 from comit_bench.files import write_atomic
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.finite import observe
 from comit_bench.tokenizers.alit.base_model import Vqgan
 from comit_bench.tokenizers.alit.config import (
     VARIANTS,
-    Variant,
     build,
     choose_variant,
     config_from_spec,
-    load_directory,
     load_file,
+    spec_from_config,
 )
-from comit_bench.tokenizers.alit.model import GRID, Alit, Step, select_length
+from comit_bench.tokenizers.alit.family import FAMILY
+from comit_bench.tokenizers.alit.model import GRID, Alit, AlitSpec, Step, select_length
 from comit_bench.tokenizers.base import (
     TileReceiver,
     TokenizerInfo,
     Tokens,
     attention_in_tiles,
-    autocast,
     check_ids,
     check_images,
-    in_tiles,
+    computing,
+    decode_tiles,
+    encode_tiles,
     on_device,
     only_finite,
     own_streams,
@@ -56,16 +57,11 @@ from comit_bench.tokenizers.base import (
 from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
     as_stored,
-    checkpoint_path,
-    described,
-    single_file_spec,
     weight_file,
-    weights_digest,
     write_tensors,
 )
-from comit_bench.tokenizers.config_node import read_facts
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.weights import required, weight_source
+from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
 
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 LATENTS = ("codes", "prequant", "raw")
@@ -85,7 +81,6 @@ class Options(TypedDict, total=False):
     dtype: torch.dtype
 
 
-OPTIONS = tuple(Options.__annotations__)
 _log = logging.getLogger(__name__)
 
 
@@ -162,24 +157,6 @@ class AlitTokenizer:
             options={**info.options, **options},
         )
 
-    def encode_flops(self, policy: str | None) -> float:
-        """FLOPs per image of encoding, for estimates: transformers and, roughly, the base encoder."""
-        spec = self.model.spec
-        flops = 1.7e6 * spec.image_size**2 * (spec.base.hidden / 128) ** 2  # convolutions of the base encoder
-
-        def stack(n: int, width: int, layers: int) -> float:
-            return layers * (24.0 * n * width**2 + 4.0 * n**2 * width)
-
-        for t in range(self.iterations):
-            n = 1 + GRID**2 + spec.first_tokens * (t + 1)
-            flops += stack(n, spec.width, spec.layers)
-            if self.halting and t + 1 < self.iterations:
-                flops += stack(n, spec.decoder_width, spec.decoder_layers)
-        return flops
-
-    def _pixels(self, images_u8: Tensor) -> Tensor:
-        return on_device(images_u8, self.device).div(255)
-
     def _noise(self, own: Sequence[torch.Generator] | None) -> tuple[Tensor | None, list[Tensor] | None]:
         """Posterior noise [B, C, 16, 16] and halting noise, T - 1 times [B, N], image by image.
 
@@ -199,20 +176,16 @@ class AlitTokenizer:
             uniform = [torch.stack(parts).to(self.device) for parts in zip(*drawn, strict=True)]
         return normal, uniform
 
-    def _steps(
-        self, images_u8: Tensor, generators: Sequence[torch.Generator] | None, iterations: int
-    ) -> Iterator[Step]:
+    def _steps(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Iterator[Step]:
         normal, uniform = self._noise(generators)
-        return self.model.iterate(
-            self._pixels(images_u8), iterations=iterations, noise=normal, uniforms=uniform
-        )
+        return self.model.iterate(pixels, iterations=self.iterations, noise=normal, uniforms=uniform)
 
     def messages(
         self, images_u8: Tensor, *, generators: Sequence[torch.Generator] | None = None
     ) -> list[Step]:
         """All iterations of one un-tiled encoding with their trace, for figures and inspection."""
-        with only_finite(self.info.name), torch.inference_mode(), autocast(self.device, self.dtype):
-            return list(self._steps(images_u8, generators, self.iterations))
+        with only_finite(self.info.name), computing(self):
+            return list(self._steps(on_device(images_u8, self.device).div(255), generators))
 
     def encode(
         self,
@@ -226,19 +199,16 @@ class AlitTokenizer:
         Raises:
             ValueError: Wrong shape or type, or randomness is asked for and no generators were given.
         """
-        check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor, index: Tensor) -> Tokens:
-            own = own_streams(generators, index)
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                for step in self._steps(images, own, self.iterations):
-                    last = step
+            for step in self._steps(images.div(255), own_streams(generators, index)):
+                last = step
             if self.latents == "codes":
                 return Tokens(last.ids, last.codes)
             return Tokens(None, (last.latents if self.latents == "raw" else last.prequant).float())
 
-        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), name=self.info.name)
+        return encode_tiles(self, tile, images_u8, torch.arange(len(images_u8)))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], unit vectors.
@@ -268,7 +238,6 @@ class AlitTokenizer:
                 f"{self.info.name} decodes codes of shape [B, K, {self.info.code_dim}] with K a multiple of "
                 f"{spec.first_tokens} up to {spec.message_length}, got {list(codes.shape)}"
             )
-        codes = codes.to(self.device)
         if self.latents == "raw":
             return self.model.codes_of(codes)[1]
         return self.model.quantized(codes)[0] if self.latents == "prequant" else codes
@@ -280,11 +249,10 @@ class AlitTokenizer:
             ValueError: Codes of another shape.
         """
 
-        def tile(codes: Tensor) -> Tokens:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                return Tokens(None, to_uint8(self.model.reconstruct(self._decoder_codes(codes))))
+        def tile(codes: Tensor) -> Tensor:
+            return to_uint8(self.model.reconstruct(self._decoder_codes(codes)))
 
-        return in_tiles(tile, tokens.codes, name=self.info.name).codes
+        return decode_tiles(self, tile, tokens.codes)
 
     @property
     def attention_layers(self) -> int:
@@ -305,8 +273,8 @@ class AlitTokenizer:
         """
 
         def tile(codes: Tensor, hand_on: MapReceiver) -> None:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                self.model.attention(self._decoder_codes(codes), request.layers, hand_on)
+            with computing(self):
+                self.model.attention(self._decoder_codes(codes.to(self.device)), request.layers, hand_on)
 
         attention_in_tiles(tile, receive, tokens.codes)
 
@@ -330,11 +298,11 @@ class AlitTokenizer:
         def draw(codes: Tensor) -> Tensor:
             return observe("pixels", self.model.reconstruct(codes))
 
-        with only_finite(self.info.name), torch.inference_mode(), autocast(self.device, self.dtype):
+        with only_finite(self.info.name), computing(self):
             for index, image in enumerate(images_u8):
                 own = None if generators is None else [generators[index].clone_state()]
-                steps = self._steps(image[None], own, self.iterations)
-                target = self._pixels(image[None])
+                target = on_device(image[None], self.device).div(255)
+                steps = self._steps(target, own)
                 chosen.append(select_length(steps, draw, target, threshold=threshold)[0])
         return torch.cat(chosen).cpu() + 1
 
@@ -356,65 +324,43 @@ def save(model: Alit, directory: Path, *, config: dict[str, Any] | None = None) 
     write_atomic(directory / "config.json", text + "\n")
 
 
-def _info(
-    model: Alit, name: str, weights: str, *, data: str, licence: str, revision: str | None = None
-) -> TokenizerInfo:
+def _info(model: Alit, origin: Origin) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
-        name=name,
         family="alit",
         kind="learned",
-        revision=revision,
-        weights=weights,
         parameters=sum(p.numel() for p in model.parameters()),
         message_length=spec.message_length,
         vocab_size=spec.codebook_size if spec.quantized else None,
         code_dim=spec.code_dim,
         resolution=spec.image_size,
         preprocessing=f"resize_short({spec.image_size},bicubic)|center_crop({spec.image_size})",
-        trained=not weights.startswith("random"),
-        training_data=data,
-        weights_licence=licence,
         configuration=configuration_digest(spec),
         version=VERSION,
+        **asdict(origin),
     )
 
 
-def _load_random(
-    name: str, choice: Variant | None, seed: int, device: torch.device
+def _random(
+    name: str, presets: Mapping[str, AlitSpec], device: torch.device, seed: int
 ) -> tuple[Alit, TokenizerInfo]:
-    if choice is None:
-        raise UsageError(f"--weights random needs a name, not {name!r}.{did_you_mean(name, VARIANTS)}")
-    model = build(choice.spec, empty=True)
+    model = build(spec_of(name, presets), empty=True)
     if device.type != "meta":
         model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed))
-    return model.eval(), _info(model, name, f"random:{seed}", data="none", licence="none")
+    return model.eval(), _info(model, untrained(name, seed))
 
 
-def _local(
-    name: str,
-    weights: str | None,
-    choice: Variant | None,
-    base: object,
-    latent: object,
-    *,
-    allow_pickle: bool,
-) -> Path:
-    """The directory or file that holds the weights."""
-    if weights:
-        return weight_source(name, checkpoint_path(weights), allow_pickle=allow_pickle)
-    directory = checkpoint_path(name)
-    if directory.is_dir():
-        return directory
-    if choice is None:
-        raise MissingError(f"{name}: no such directory, and no name of ALIT.{did_you_mean(name, VARIANTS)}")
-    if VARIANTS.get(name) != choice:
-        raise UsageError(
-            f"no weights were released for {choice.preset} with base={base or choice.base} and "
-            f"latent={latent or ('quantized' if choice.quantized else 'continuous')}: pass --weights. "
-            f"Released: {', '.join(VARIANTS)}"
-        )
-    return required(name, hint=" or pass --weights DIR")
+def _stored(
+    name: str, weights: str | None, presets: Mapping[str, AlitSpec], *, offline: bool, allow_pickle: bool
+) -> tuple[Alit, TokenizerInfo]:
+    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
+    config: dict[str, Any] = {}
+    if name in presets and place.local.is_dir() and not (place.local / "config.json").is_file():
+        path, spec = weight_file(place.local), presets[name]
+    else:
+        path, config, spec = place.read(presets, spec_from_config)
+    model = load_file(path, spec, allow_pickle=allow_pickle)
+    return model, _info(model, place.origin(path, config, presets))
 
 
 def load(
@@ -426,7 +372,7 @@ def load(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> AlitTokenizer:
-    """Load an ALIT tokenizer by name or directory.
+    """Load an ALIT tokenizer.
 
     Args:
         name: ``alit-small``, ``alit-base``, ``alit-semilarge``, one of their released variants, or a
@@ -445,35 +391,24 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, OPTIONS, "ALIT")
+    refuse_unknown(options, Options.__annotations__, "ALIT")
     settings: dict[str, Any] = {**options}
     base, latent = settings.pop("base", None), settings.pop("latent", None)
-    allow = switch(settings.pop("allow_pickle", "off"), "allow_pickle")
-    label, choice = name.lower(), None
-    if label in VARIANTS and not Path(name).is_dir():
-        label, choice = choose_variant(label, base, latent)
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
+    presets = {label: variant.spec for label, variant in VARIANTS.items()}
+    if name.lower() in VARIANTS and not Path(name).is_dir():
+        name, choice = choose_variant(name.lower(), base, latent)
+        if name not in VARIANTS and weights is None:
+            raise UsageError(
+                f"no weights were released for {choice.preset} with base={choice.base} and "
+                f"latent={'quantized' if choice.quantized else 'continuous'}: pass --weights. "
+                f"Released: {', '.join(VARIANTS)}"
+            )
+        presets[name] = choice.spec
     elif base or latent:
         raise UsageError("the options base and latent choose among released names; a checkpoint has its own")
     if weights == "random":
-        return AlitTokenizer(*_load_random(label, choice, seed, device), device=device, **settings)
-    local = _local(label if choice else name, weights, choice, base, latent, allow_pickle=allow)
-    path = local if local.is_file() else weight_file(local)
-    config: dict[str, Any] = {}
-    if local.is_file() and choice is None:
-        single_file_spec(name, local, VARIANTS)  # the name is none of them: says so
-    if choice is not None and not (local / "config.json").is_file():
-        model = load_file(path, choice.spec, allow_pickle=allow)
+        model, info = _random(name, presets, device, seed)
     else:
-        model, config = load_directory(local, allow_pickle=allow)
-    own, revision = described(name, local, ())
-    facts = read_facts(config, local / "config.json")
-    released = choice is not None and weights is None
-    info = _info(
-        model,
-        own if choice is None else label,
-        weights_digest(path),
-        data=facts.training_data or (choice.data if choice is not None and released else "unknown"),
-        licence=facts.weights_licence or ("none stated" if released else "unknown"),
-        revision=revision,
-    )
+        model, info = _stored(name, weights, presets, offline=offline, allow_pickle=allow)
     return AlitTokenizer(model, info, device=device, **settings)

@@ -19,6 +19,7 @@ from comit_bench.nn.plain_files import shown
 from comit_bench.nn.sizes import DEPTH, HEADS, SIDE, TOKENS, WIDTH
 from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers.alit.base_model import VaeSpec
+from comit_bench.tokenizers.alit.family import FAMILY
 from comit_bench.tokenizers.alit.model import Alit, AlitSpec, variant
 from comit_bench.tokenizers.checkpoints import (
     load_network,
@@ -64,17 +65,15 @@ SETTINGS = (
     (r"decoder", f"{_A}decoder_width and vq_token_dim"),
     (r".", f"{_A}encoder_width"),
 )
-IN1K, IN100 = "ImageNet-1k train", "ImageNet-100 train"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """What a name stands for: preset, base tokenizer, codebook or none, training data."""
+    """What a name stands for: preset, base tokenizer, codebook or none."""
 
     preset: str
     base: str = "vqgan"
     quantized: bool = True
-    data: str = IN100
 
     @property
     def spec(self) -> AlitSpec:
@@ -82,14 +81,13 @@ class Variant:
         return variant(self.preset, base=self.base, quantized=self.quantized)
 
 
-VARIANTS: dict[str, Variant] = {
-    "alit-small": Variant(preset="alit-small", data=IN1K),
-    "alit-small-in100": Variant(preset="alit-small"),
-    "alit-base": Variant(preset="alit-base"),
-    "alit-semilarge": Variant(preset="alit-semilarge"),
-    "alit-small-continuous": Variant(preset="alit-small", quantized=False),
-    "alit-small-vae": Variant(preset="alit-small", base="vae"),
-    "alit-small-vae-continuous": Variant(preset="alit-small", base="vae", quantized=False),
+VARIANTS = {
+    preset.name: Variant(
+        preset="-".join(preset.name.split("-")[:2]),
+        base="vae" if "-vae" in preset.name else "vqgan",
+        quantized=preset.vocab_size is not None,
+    )
+    for preset in FAMILY.presets
 }
 
 
@@ -114,7 +112,7 @@ def choose_variant(name: str, base: str | None, latent: str | None) -> tuple[str
     if wanted == known:
         return name, known
     for other, candidate in VARIANTS.items():
-        if candidate == replace(wanted, data=candidate.data):
+        if candidate == wanted:
             return other, candidate
     parts = [known.preset, *(["vae"] if wanted.base == "vae" else [])]
     return "-".join([*parts, *([] if wanted.quantized else ["continuous"])]), wanted

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
-from comit_bench.files import shipped_weights
+from comit_bench.errors import UsageError, shown
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.finite import observe
 from comit_bench.nn.flow import SOLVERS, Guidance, evaluation_times, reached
@@ -23,10 +21,10 @@ from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,
     attention_in_tiles,
-    autocast,
     check_ids,
-    check_images,
-    in_tiles,
+    computing,
+    decode_tiles,
+    encode_tiles,
     number,
     on_device,
     only_finite,
@@ -35,15 +33,11 @@ from comit_bench.tokenizers.base import (
     switch,
 )
 from comit_bench.tokenizers.checkpoints import (
-    checkpoint_path,
-    described,
-    read_config,
-    single_file_spec,
-    weight_file,
     weights_digest,
 )
 from comit_bench.tokenizers.comit.checkpoint import build, load_file, save, spec_from_config
 from comit_bench.tokenizers.comit.codec import (
+    Decoded,
     Encoded,
     NoiseSource,
     decode,
@@ -52,18 +46,13 @@ from comit_bench.tokenizers.comit.codec import (
     to_uint8,
 )
 from comit_bench.tokenizers.comit.crops import CropPolicy, parse_policy
+from comit_bench.tokenizers.comit.family import FAMILY, UNTRAINED
 from comit_bench.tokenizers.comit.fast import FastPredictor
-from comit_bench.tokenizers.comit.model import PRESETS, Comit
-from comit_bench.tokenizers.config_node import read_facts
+from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.tokenizers.identity import configuration_digest
+from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
 
-HUB = {name: f"cvg-unibe/{name}" for name in ("comit-b", "comit-l", "comit-xl")}
-UNTRAINED = "comit-nano-untrained"
 DECODE_DEFAULTS: dict[str, Any] = {"steps": 10, "solver": "euler", "guidance": 7.5, "momentum": -0.5}
-# names whose weights come with the package (and the untrained baseline) -> their network
-SHIPPED = dict.fromkeys(
-    ("comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops", UNTRAINED), "comit-nano"
-)
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
@@ -79,7 +68,9 @@ class Options(TypedDict, total=False):
     dtype: torch.dtype
 
 
-OPTIONS = tuple(Options.__annotations__)
+def networks() -> dict[str, ComitSpec]:
+    """Sizes by preset: ablations of comit-nano differ in their weights alone."""
+    return {preset.name: PRESETS.get(preset.name, PRESETS["comit-nano"]) for preset in FAMILY.presets}
 
 
 class ComitTokenizer:
@@ -140,33 +131,6 @@ class ComitTokenizer:
         except ValueError as error:
             raise UsageError(f"--policy {shown(name)}: {error}") from error
 
-    def encode_flops(self, policy: str | None) -> float:
-        """FLOPs per image of the backbone under a policy, for estimates (attention and linear layers)."""
-        spec, parsed = self.model.spec, self.policy(policy)
-        width, length = spec.width, spec.message_length
-
-        def call(image_tokens: int, buffer: bool) -> float:
-            n = 1 + image_tokens + length * (2 if buffer else 1)
-            return spec.depth * (2 * n * width**2 * (4 + 2 * spec.mlp_ratio) + 4 * n**2 * width)
-
-        whole = (spec.max_input_size // spec.patch_size) ** 2
-        local = (spec.geometry.crop // spec.vae_factor // spec.patch_size) ** 2
-        crops = len(parsed.indices(1, [torch.Generator()])) if not parsed.adaptive else parsed.num_crops or 1
-        globals_ = int(parsed.global_crop)
-        flops = globals_ * call(whole, True) + max(crops - globals_, 0) * call(local, True)
-        if parsed.adaptive:
-            flops += (crops - 1) * call(whole, spec.mask_mode == "additive")
-        return flops
-
-    def decode_flops(self) -> float:
-        """FLOPs per image of a guided decoding, for estimates (attention and linear layers)."""
-        spec = self.model.spec
-        n = 1 + (spec.max_input_size // spec.patch_size) ** 2 + spec.message_length
-        call = spec.depth * (2 * n * spec.width**2 * (4 + 2 * spec.mlp_ratio) + 4 * n**2 * spec.width)
-        return (
-            call * self.steps * (2 if self.guidance.active else 1) * (2 if self.solver == "midpoint" else 1)
-        )
-
     @property
     def decode_options(self) -> dict[str, Any]:
         """Settings of :meth:`decode`; part of the protocol of tasks that decode."""
@@ -178,11 +142,23 @@ class ComitTokenizer:
         }
         return {**settings, "default": settings == DECODE_DEFAULTS}
 
-    def _pixels(self, images_u8: Tensor) -> Tensor:
-        return on_device(images_u8, self.device).div(255).sub(0.5).div(0.5)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return autocast(self.device, self.dtype)
+    def _messages(
+        self,
+        images: Tensor,
+        policy: CropPolicy,
+        generators: Sequence[torch.Generator] | None,
+        noise: NoiseSource | None = None,
+    ) -> Encoded:
+        """Of float32 images 0..255 on the device."""
+        return encode(
+            self.model,
+            images.div(255).sub(0.5).div(0.5),
+            policy,
+            generators=generators,
+            noise=noise,
+            posterior=self.posterior,
+            network=self.network,
+        )
 
     def messages(
         self,
@@ -193,16 +169,8 @@ class ComitTokenizer:
         noise: NoiseSource | None = None,
     ) -> Encoded:
         """One un-tiled encoding with its trace, for figures and inspection; ``noise`` is as in ``encode``."""
-        with only_finite(self.info.name), torch.inference_mode(), self._autocast():
-            return encode(
-                self.model,
-                self._pixels(images_u8),
-                policy,
-                generators=generators,
-                noise=noise,
-                posterior=self.posterior,
-                network=self.network,
-            )
+        with only_finite(self.info.name), computing(self):
+            return self._messages(on_device(images_u8, self.device), policy, generators, noise)
 
     def one_step(self, codes: Tensor, offsets: Tensor, noise: Tensor) -> Tensor:
         """What a message [B, M, d] says after one Euler step without guidance, un-tiled.
@@ -215,7 +183,7 @@ class ComitTokenizer:
         Returns:
             float32 [B, 3, S, S], about [-1, 1], as adaptive policies compare it with the image.
         """
-        with only_finite(self.info.name), torch.inference_mode(), self._autocast():
+        with only_finite(self.info.name), computing(self):
             given = codes.to(self.device), offsets.to(self.device), noise.to(self.device)
             latents = one_step_decode(self.model, *given, network=self.network)
             return observe("pixels", self.model.codec.decode(latents))
@@ -235,15 +203,13 @@ class ComitTokenizer:
             ValueError: Wrong shape or type, or randomness is needed and no generators were given.
             UsageError: Unknown policy.
         """
-        check_images(images_u8, self.info)
         parsed = self.policy(policy)
 
         def tile(images: Tensor, index: Tensor) -> Tokens:
-            own = own_streams(generators, index)
-            done = self.messages(images, parsed, own)
+            done = self._messages(images, parsed, own_streams(generators, index))
             return Tokens(done.ids, done.codes, done.offset)
 
-        return in_tiles(tile, images_u8, torch.arange(images_u8.shape[0]), name=self.info.name)
+        return encode_tiles(self, tile, images_u8, torch.arange(len(images_u8)))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -256,25 +222,21 @@ class ComitTokenizer:
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
         """Messages -> uint8 [B, 3, S, S], one noise seed per image."""
+
+        def tile(*rows: Tensor) -> Tensor:
+            return to_uint8(self.model.codec.decode(self._decode(*rows).latents))
+
+        return decode_tiles(self, tile, *self._to_decode(tokens, seeds))
+
+    def _to_decode(self, tokens: Tokens, seeds: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, offsets and noise."""
         if tokens.offsets is None:
             raise ValueError("COMiT decodes from codes and their decoding offsets; these tokens have none")
-        noise = torch.stack([self.noise(seed) for seed in seeds])
+        return tokens.codes, tokens.offsets, torch.stack([self.noise(seed) for seed in seeds])
 
-        def tile(codes: Tensor, offsets: Tensor, y: Tensor) -> Tokens:
-            with torch.inference_mode(), self._autocast():
-                latents = decode(
-                    self.model,
-                    codes.to(self.device),
-                    offsets.to(self.device),
-                    y.to(self.device, non_blocking=True),
-                    steps=self.steps,
-                    solver=self.solver,
-                    guidance=self.guidance,
-                    network=self.network,
-                ).latents
-                return Tokens(None, to_uint8(self.model.codec.decode(latents)))
-
-        return in_tiles(tile, tokens.codes, tokens.offsets, noise, name=self.info.name).codes
+    def _decode(self, codes: Tensor, offsets: Tensor, noise: Tensor, **asked: Any) -> Decoded:
+        settings: dict[str, Any] = {"steps": self.steps, "solver": self.solver, "guidance": self.guidance}
+        return decode(self.model, codes, offsets, noise, **settings, **asked, network=self.network)
 
     def noise(self, seed: int) -> Tensor:
         """The noise [C, h, w] that ``decode`` starts from, for one image's seed."""
@@ -298,79 +260,56 @@ class ComitTokenizer:
         self, tokens: Tokens, request: AttentionRequest, receive: TileReceiver, *, seeds: Sequence[int]
     ) -> None:
         """Message-to-image maps recorded while decoding; see the contract."""
-        if tokens.offsets is None:
-            raise ValueError("COMiT decodes from codes and their decoding offsets; these tokens have none")
+        rows = self._to_decode(tokens, seeds)
         self.attention_times(request.times)
-        noise = torch.stack([self.noise(seed) for seed in seeds])
 
-        def tile(codes: Tensor, offsets: Tensor, y: Tensor, hand_on: MapReceiver) -> None:
-            with torch.inference_mode(), self._autocast():
-                decode(
-                    self.model,
-                    codes.to(self.device),
-                    offsets.to(self.device),
-                    y.to(self.device, non_blocking=True),
-                    steps=self.steps,
-                    solver=self.solver,
-                    guidance=self.guidance,
-                    attention=request,
-                    receive=hand_on,
-                    finish=False,
-                    network=self.network,
-                )
+        def tile(codes: Tensor, offsets: Tensor, noise: Tensor, hand_on: MapReceiver) -> None:
+            with computing(self):
+                here = (part.to(self.device, non_blocking=True) for part in (codes, offsets, noise))
+                self._decode(*here, attention=request, receive=hand_on, finish=False)
 
-        attention_in_tiles(tile, receive, tokens.codes, tokens.offsets, noise)
+        attention_in_tiles(tile, receive, *rows)
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors`` in the released layout."""
         save(self.model, directory)
 
 
-def _info(
-    model: Comit,
-    name: str,
-    weights: str,
-    *,
-    trained: bool,
-    training_data: str,
-    licence: str,
-    revision: str | None = None,
-    vae: Path | None = None,
-) -> TokenizerInfo:
+def _info(model: Comit, origin: Origin, vae: Path | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
-        name=name,
         family="comit",
         kind="learned",
-        revision=revision,
-        weights=weights,
         parameters=sum(p.numel() for p in model.predictor.parameters()),
         message_length=spec.message_length,
         vocab_size=model.quantizer.vocab_size,
         code_dim=spec.code_dim,
         resolution=spec.image_size,
         preprocessing=f"center_crop|resize({spec.image_size},bilinear)",
-        trained=trained,
-        training_data=training_data,
-        weights_licence=licence,
         options={} if vae is None else {"vae_weights": weights_digest(vae)},
         configuration=configuration_digest(spec),
         version=VERSION,
+        **asdict(origin),
     )
 
 
-def _load_random(preset: str, device: torch.device, seed: int, options: dict[str, Any]) -> ComitTokenizer:
-    network = SHIPPED.get(preset, preset)
-    if network not in PRESETS:
-        raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
-    model = build(PRESETS[network], empty=device.type == "meta")
+def _random(name: str, device: torch.device, seed: int) -> tuple[Comit, TokenizerInfo]:
+    model = build(spec_of(name, networks()), empty=device.type == "meta")
     if device.type != "meta":
         generator = torch.Generator().manual_seed(seed)
         model.predictor.init_weights(generator, zero_gates=False)
         if isinstance(model.vae, SDVae):
             model.vae.init_weights(generator)
-    info = _info(model, preset, f"random:{seed}", trained=False, training_data="none", licence="none")
-    return ComitTokenizer(model, info, device=device, **options)
+    return model, _info(model, untrained(name.lower(), seed))
+
+
+def _stored(
+    name: str, weights: str | None, *, offline: bool, allow_pickle: bool
+) -> tuple[Comit, TokenizerInfo]:
+    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
+    path, config, spec = place.read(networks(), spec_from_config)
+    loaded = load_file(path, spec, beside=path.parent, offline=offline, allow_pickle=allow_pickle)
+    return loaded.model, _info(loaded.model, place.origin(path, config, networks()), loaded.vae_file)
 
 
 def load(
@@ -382,7 +321,7 @@ def load(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> ComitTokenizer:
-    """Load a COMiT tokenizer by preset name or directory.
+    """Load a COMiT tokenizer.
 
     Args:
         name: ``comit-b`` … ``comit-nano``, an ablation of it, a hub id, or a checkpoint directory.
@@ -398,47 +337,13 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    from comit_bench.tokenizers.hub import fetch_checkpoint
-
-    refuse_unknown(options, OPTIONS, "COMiT")
+    refuse_unknown(options, Options.__annotations__, "COMiT")
     settings: dict[str, Any] = {**options}
     allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
-    preset = name.lower()
-    if preset == UNTRAINED and weights not in (None, "random"):
+    if name.lower() == UNTRAINED and weights not in (None, "random"):
         raise UsageError(f"{UNTRAINED} always has random weights: --weights {weights} is for comit-nano")
-    if weights == "random" or preset == UNTRAINED:
-        return _load_random(preset, device, seed, settings)
-    local = checkpoint_path(weights or name)
-    if weights is None and preset in SHIPPED and not local.is_dir():
-        local = shipped_weights(preset)
-    if weights and not local.exists():
-        raise MissingError(
-            f"--weights {weights}: no such directory or file. Give a directory with config.json and "
-            "model.safetensors, one file of weights, or 'random'."
-        )
-    if not weights and not local.is_dir():
-        local = fetch_checkpoint(
-            HUB.get(preset, name), offline=offline, hint="or pass --weights DIR", allow_pickle=allow
-        )
-    config: dict[str, Any] = {}
-    if local.is_dir():
-        path, config = weight_file(local), read_config(local)
-        spec = spec_from_config(config, local / "config.json")
+    if weights == "random" or name.lower() == UNTRAINED:
+        model, info = _random(name, device, seed)
     else:
-        path = local
-        spec = single_file_spec(name, local, {**PRESETS, **{k: PRESETS[v] for k, v in SHIPPED.items()}})
-    loaded = load_file(path, spec, beside=path.parent, offline=offline, allow_pickle=allow)
-    facts = read_facts(config, local / "config.json")
-    known = preset in HUB and not weights
-    label, revision = described(name, local, (*PRESETS, *SHIPPED))
-    info = _info(
-        loaded.model,
-        label,
-        weights_digest(path),
-        revision=revision,
-        trained=facts.trained,
-        training_data=facts.training_data or ("ImageNet-1k" if known else "unknown"),
-        licence=facts.weights_licence or ("see the hub page" if known else "unknown"),
-        vae=loaded.vae_file,
-    )
-    return ComitTokenizer(loaded.model, info, device=device, **settings)
+        model, info = _stored(name, weights, offline=offline, allow_pickle=allow)
+    return ComitTokenizer(model, info, device=device, **settings)

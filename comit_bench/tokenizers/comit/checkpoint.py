@@ -33,12 +33,11 @@ from comit_bench.tokenizers.checkpoints import (
     write_tensors,
 )
 from comit_bench.tokenizers.comit.crops import CropGeometry
+from comit_bench.tokenizers.comit.family import VAE_FILES, VAE_HUB
 from comit_bench.tokenizers.comit.model import Comit, ComitSpec
 from comit_bench.tokenizers.config_node import Node
 
 LINEAR_VAES = {"stand_in_vae": "stand-in", "dct_vae": "dct"}  # class in config.json -> our name
-VAE_HUB = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}
-VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 UNUSED = ("predictor.y_pos_offset", "predictor.c_final_layer.")  # in released files, never read
 LANDMARKS = ("predictor",)
 VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")

@@ -7,50 +7,39 @@ Tokenization is deterministic by default: the mean of the VAE's posterior. The r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
+from comit_bench.errors import UsageError, shown
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
     TokenizerInfo,
     Tokens,
-    autocast,
     check_ids,
-    check_images,
-    in_tiles,
+    decode_tiles,
+    encode_tiles,
     number,
-    on_device,
     refuse_unknown,
     seeded_noise,
     switch,
     switch_or_auto,
     warn_policy,
 )
-from comit_bench.tokenizers.checkpoints import checkpoint_path, described, weights_digest
-from comit_bench.tokenizers.config_node import read_facts
+from comit_bench.tokenizers.checkpoints import weights_digest
 from comit_bench.tokenizers.flextok.checkpoint import load_directory, save
 from comit_bench.tokenizers.flextok.codec import Sampling, decode, encode, to_uint8
 from comit_bench.tokenizers.flextok.config import config_from_spec
+from comit_bench.tokenizers.flextok.family import FAMILY
 from comit_bench.tokenizers.flextok.model import PRESETS, FlexTok, FlexTokSpec
 from comit_bench.tokenizers.identity import configuration_digest
+from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
 
-HUB = {
-    "flextok-d12-d12": "EPFL-VILAB/flextok_d12_d12_in1k",
-    "flextok-d18-d18": "EPFL-VILAB/flextok_d18_d18_in1k",
-    "flextok-d18-d28": "EPFL-VILAB/flextok_d18_d28_in1k",
-    "flextok-d18-d28-dfn": "EPFL-VILAB/flextok_d18_d28_dfn",
-}
-TRAINING_DATA = {name: "DFN (web images)" if name.endswith("dfn") else "ImageNet-1k" for name in HUB}
-LICENCE = "Apple Machine Learning Research Model licence (research only)"
 GUIDANCE, GUIDANCE_SMALL = 7.5, 15.0  # the authors' choice; the second for flextok-d12-d12
 MODES = ("apg", "cfg")
-# Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_flextok_flops.py)
-VAE_ENCODE_FLOPS = 4.165e6
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
@@ -66,9 +55,6 @@ class Options(TypedDict, total=False):
     allow_pickle: bool
     compile: bool | Literal["auto"]
     dtype: torch.dtype
-
-
-OPTIONS = tuple(Options.__annotations__)
 
 
 def _prefix(tokens: object, most: int) -> int:
@@ -157,17 +143,6 @@ class FlexTokTokenizer:
         side = spec.image_size // spec.vae.factor
         return (spec.vae.channels, side, side)
 
-    def encode_flops(self, policy: str | None) -> float:
-        """FLOPs per image of the VAE's encoder and the trunk, for estimates."""
-        spec = self.model.spec
-        trunk, k = spec.encoder, self.tokens
-        patches = spec.latent_size[0] * spec.latent_size[1] // (trunk.patch[0] * trunk.patch[1])
-        rows, width = patches + k, trunk.width
-        block = 24.0 * rows * width**2 + 4.0 * width * (patches**2 + k * rows)
-        last = 4.0 * rows * width**2 + 20.0 * k * width**2 + 4.0 * width * k * rows
-        vae = VAE_ENCODE_FLOPS * (spec.vae.widths[0] / 128) ** 2 * spec.image_size**2
-        return vae + (trunk.depth - 1) * block + last
-
     @property
     def decode_options(self) -> dict[str, Any]:
         """Settings of :meth:`decode`; part of the protocol of tasks that decode."""
@@ -192,9 +167,8 @@ class FlexTokTokenizer:
         Raises:
             ValueError: Wrong shape or type, or ``posterior=sample`` without generators.
         """
-        check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
-        noise = torch.zeros(images_u8.shape[0], 0)
+        noise = torch.zeros(len(images_u8), 0)
         sampled = self.posterior == "sample"
         if sampled:
             if generators is None:
@@ -202,13 +176,11 @@ class FlexTokTokenizer:
             noise = torch.stack([torch.randn(self._latent_shape, generator=g) for g in generators])
 
         def tile(images: Tensor, drawn: Tensor) -> Tokens:
-            pixels = on_device(images, self.device).div(255).mul(2).sub(1)
             eps = drawn.to(self.device) if sampled else None
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                done = encode(self.model, pixels, tokens=self.tokens, noise=eps)
+            done = encode(self.model, images.div(255).mul(2).sub(1), tokens=self.tokens, noise=eps)
             return Tokens(done.ids, done.codes)
 
-        return in_tiles(tile, images_u8, noise, name=self.info.name)
+        return encode_tiles(self, tile, images_u8, noise)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -233,39 +205,31 @@ class FlexTokTokenizer:
             )
         noise = seeded_noise(seeds, self._latent_shape, codes.shape[0])
 
-        def tile(codes: Tensor, noise: Tensor) -> Tokens:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                images = decode(
-                    self.model,
-                    codes.to(self.device),
-                    noise.to(self.device, non_blocking=True),
-                    sampling=self.sampling,
-                )
-                return Tokens(None, to_uint8(images))
+        def tile(codes: Tensor, noise: Tensor) -> Tensor:
+            return to_uint8(decode(self.model, codes, noise, sampling=self.sampling))
 
-        return in_tiles(tile, codes, noise, name=self.info.name).codes
+        return decode_tiles(self, tile, codes, noise)
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors`` in the released layout."""
         save(self.model, directory)
 
 
-def _info(model: FlexTok, name: str, weights: str, **changes: Any) -> TokenizerInfo:
+def _info(model: FlexTok, origin: Origin, options: dict[str, str] | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
-        name=name,
         family="flextok",
         kind="learned",
-        weights=weights,
         parameters=sum(p.numel() for part in (model.encoder, model.decoder) for p in part.parameters()),
         message_length=spec.registers,
         vocab_size=model.regularizer.vocab_size,
         code_dim=spec.code_dim,
         resolution=spec.image_size,
         preprocessing=f"resize_short({spec.image_size},bilinear)|center_crop({spec.image_size})",
+        options=options or {},
         configuration=configuration_digest(spec),
         version=VERSION,
-        **changes,
+        **asdict(origin),
     )
 
 
@@ -283,61 +247,29 @@ def build_random(spec: FlexTokSpec, seed: int, device: torch.device | None = Non
     return model
 
 
-def _locate(name: str, weights: str | None, *, offline: bool, allow: bool) -> Path:
-    """The checkpoint directory: the one given, the one named, or the hub's."""
-    from comit_bench.tokenizers.hub import fetch_checkpoint
-
-    local = checkpoint_path(weights or name)
-    if local.is_dir() or (weights and local.is_file()):
-        return local
-    if weights:
-        raise MissingError(
-            f"--weights {weights}: no such directory or file. Give a directory with config.json and "
-            "model.safetensors, one file of weights, or 'random'."
-        )
-    hint = "or pass --weights DIR"
-    return fetch_checkpoint(HUB.get(name.lower(), name), offline=offline, hint=hint, allow_pickle=allow)
-
-
-def _untrained(
-    preset: str, seed: int, scale: float | None, device: torch.device
-) -> tuple[FlexTok, TokenizerInfo]:
-    if preset not in PRESETS:
-        raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
-    spec = PRESETS[preset]
+def _random(name: str, seed: int, scale: float | None, device: torch.device) -> tuple[FlexTok, TokenizerInfo]:
+    spec = spec_of(name, PRESETS)
     model = build_random(replace(spec, vae=replace(spec.vae, scale=scale or 1.0)), seed, device)
-    nothing = {"training_data": "none", "weights_licence": "none"}
-    return model, _info(model, preset, f"random:{seed}", trained=False, **nothing)
+    return model, _info(model, untrained(name, seed))
 
 
-def _released(
-    name: str, preset: str, weights: str | None, scale: float | None, *, offline: bool, allow: bool
+def _stored(
+    name: str, weights: str | None, scale: float | None, *, offline: bool, allow_pickle: bool
 ) -> tuple[FlexTok, TokenizerInfo]:
-    local = _locate(name, weights, offline=offline, allow=allow)
+    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
     sizes: dict[str, Any] | None = None
-    if local.is_file() and preset in PRESETS:
-        sizes = config_from_spec(PRESETS[preset])
+    if place.local.is_file() and name in PRESETS:
+        sizes = config_from_spec(PRESETS[name])
         del sizes["vae"]["scaling_factor"]
-    loaded = load_directory(local, scaling_factor=scale, offline=offline, allow_pickle=allow, sizes=sizes)
+    loaded = load_directory(
+        place.local, scaling_factor=scale, offline=offline, allow_pickle=allow_pickle, sizes=sizes
+    )
     extra: dict[str, str] = {}
     if loaded.assumed:
         extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
     if loaded.vae_file is not None:
         extra["vae"] = weights_digest(loaded.vae_file)
-    facts = read_facts(loaded.config, local / "config.json")
-    label, revision = described(name, local, PRESETS)
-    released = preset in PRESETS and not weights and not checkpoint_path(name).is_dir()
-    info = _info(
-        loaded.model,
-        preset if preset in PRESETS else label,
-        weights_digest(loaded.path),
-        revision=revision,
-        trained=facts.trained,
-        training_data=facts.training_data or (TRAINING_DATA[preset] if released else "unknown"),
-        weights_licence=facts.weights_licence or (LICENCE if released else "unknown"),
-        options=extra,
-    )
-    return loaded.model, info
+    return loaded.model, _info(loaded.model, place.origin(loaded.path, loaded.config, PRESETS), extra)
 
 
 def load(
@@ -349,7 +281,7 @@ def load(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> FlexTokTokenizer:
-    """Load a FlexTok tokenizer by preset name, hub id or directory.
+    """Load a FlexTok tokenizer.
 
     Args:
         name: ``flextok-d12-d12`` … ``flextok-d18-d28-dfn``, a hub id, or a checkpoint directory.
@@ -366,19 +298,19 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, OPTIONS, "FlexTok")
+    refuse_unknown(options, Options.__annotations__, "FlexTok")
     settings: dict[str, Any] = {**options}
     if "scaling_factor" in settings:
         settings["scaling_factor"] = number(settings["scaling_factor"], "FlexTok: scaling_factor", low=1e-6)
     scale = settings.pop("scaling_factor", None)
     allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
-    by_hub = {repository.lower(): preset for preset, repository in HUB.items()}
-    preset = by_hub.get(name.lower(), name.lower())
-    if preset == "flextok-d12-d12":
+    preset = FAMILY.preset(name)
+    name = name if preset is None else preset.name
+    if name == "flextok-d12-d12":
         settings.setdefault("guidance", GUIDANCE_SMALL)
     _sampling(**settings)
     if weights == "random":
-        model, info = _untrained(preset, seed, scale, device)
+        model, info = _random(name, seed, scale, device)
     else:
-        model, info = _released(name, preset, weights, scale, offline=offline, allow=allow)
+        model, info = _stored(name, weights, scale, offline=offline, allow_pickle=allow)
     return FlexTokTokenizer(model, info, device=device, **settings)

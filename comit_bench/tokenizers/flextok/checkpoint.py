@@ -45,11 +45,10 @@ from comit_bench.tokenizers.flextok.config import (
     spec_from_reader,
     vae_spec,
 )
+from comit_bench.tokenizers.flextok.family import VAE_FILES, VAE_HUB, unwrap
 from comit_bench.tokenizers.flextok.model import FlexTok, FlexTokSpec
 
 BLOCKS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
-VAE_HUB = "EPFL-VILAB/flextok_vae_c{channels}"
-VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 LANDMARKS = ("encoder.module_dict", "decoder.module_dict")
 VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")
 VAE = "vae.vae."
@@ -110,12 +109,6 @@ def header_config(path: Path, blocks: Sequence[str] = BLOCKS) -> dict[str, Any]:
     return found
 
 
-def unwrap(config: dict[str, Any]) -> dict[str, Any]:
-    """The blocks, also when they stand inside ``{"config": {...}}``."""
-    inner = config.get("config")
-    return inner if isinstance(inner, dict) and "encoder" not in config else config
-
-
 def released_config(
     directory: Path | None, weights: Path, sizes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -132,7 +125,7 @@ def released_config(
     """
     config: dict[str, Any] = {}
     if directory is not None and (directory / "config.json").exists():
-        config = unwrap(read_config(directory))
+        config = dict(unwrap(read_config(directory)))
     absent = [block for block in BLOCKS if block not in config]
     has_header = weights.suffix == ".safetensors"
     header = header_config(weights, absent) if absent and has_header else {}

@@ -8,33 +8,36 @@ deterministic: the mode of the VAE's posterior, and no sampling of ids. Reading 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UsageError, did_you_mean
+from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import user_path
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,
-    autocast,
+    check_codes,
     check_ids,
-    check_images,
-    in_tiles,
-    on_device,
+    decode_tiles,
+    encode_tiles,
     refuse_unknown,
     seeded_noise,
     switch,
     switch_or_auto,
     warn_policy,
 )
-from comit_bench.tokenizers.checkpoints import checkpoint_path, described, weights_digest
+from comit_bench.tokenizers.checkpoints import (
+    read_config,
+    single_file_spec,
+    weights_digest,
+)
 from comit_bench.tokenizers.identity import configuration_digest
+from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
 from comit_bench.tokenizers.selftok.checkpoint import (
-    Loaded,
     build,
     find_vae,
     load_directory,
@@ -54,9 +57,9 @@ from comit_bench.tokenizers.selftok.config import (
     release_name,
     released_config,
 )
+from comit_bench.tokenizers.selftok.family import FAMILY
 from comit_bench.tokenizers.selftok.fast import FastSelftok
 from comit_bench.tokenizers.selftok.model import PRESETS, Schedule, Selftok, SelftokSpec, variant
-from comit_bench.tokenizers.weights import required, weight_source
 
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 DECODERS = ("diffusion", "renderer")
@@ -77,13 +80,6 @@ class Options(TypedDict, total=False):
     vae_dtype: str
     compile: bool | Literal["auto"]
     dtype: torch.dtype
-
-
-OPTIONS = tuple(Options.__annotations__)
-TRAINING_DATA = "not stated; presumably ImageNet-1k"
-LICENCE = "none stated; derived from Stable Diffusion 3, whose terms may apply"
-# Arithmetic of the VAE's encoder per pixel at its released sizes (tests/perf/test_selftok_flops.py)
-VAE_ENCODE_FLOPS = 4.165e6
 
 
 def _one_of(value: object, option: str, allowed: Sequence[str]) -> str:
@@ -202,18 +198,6 @@ class SelftokTokenizer:
             options={**info.options, **options},
         )
 
-    def encode_flops(self, policy: str | None) -> float:
-        """FLOPs per image of the VAE's encoder, the trunk and the search, for estimates."""
-        spec = self.model.spec
-        size, k = spec.encoder, spec.tokens
-        n, d, q = (spec.latent_side // spec.patch) ** 2, size.width, size.query_width
-        latents = (8.0 + 4.0 * size.mlp_ratio) * n * d**2 + 4.0 * n**2 * d
-        queries = 4.0 * n * d * q + (8.0 + 4.0 * size.mlp_ratio) * k * q**2 + 4.0 * k * (n + k) * q
-        search = 2.0 * k * (q + spec.vocab_size) * spec.quantizer_dim
-        scale = 1.0 if spec.vae is None else (spec.vae.widths[0] / 128) ** 2
-        vae = VAE_ENCODE_FLOPS * scale * spec.image_size**2
-        return vae + (size.depth - 1) * latents + size.depth * queries + search
-
     def encode(
         self,
         images_u8: Tensor,
@@ -226,18 +210,15 @@ class SelftokTokenizer:
         Raises:
             ValueError: Wrong shape or type.
         """
-        check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
-            pixels = on_device(images, self.device).div(127.5).sub(1)
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                done = encode(self.model, pixels, self.network)
+            done = encode(self.model, images.div(127.5).sub(1), self.network)
             if self.latents == "codes":
                 return Tokens(done.ids, done.codes)
             return Tokens(None, (done.prequant if self.latents == "prequant" else done.queries).float())
 
-        return in_tiles(tile, images_u8, name=self.info.name)
+        return encode_tiles(self, tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], after the LayerNorm.
@@ -265,32 +246,26 @@ class SelftokTokenizer:
             ValueError: Codes of another shape, or not one seed per image.
         """
         spec, codes = self.model.spec, tokens.codes
-        if codes.ndim != 3 or tuple(codes.shape[1:]) != (spec.tokens, self.info.code_dim):
-            raise ValueError(
-                f"{self.info.name} decodes codes of shape [B, {spec.tokens}, {self.info.code_dim}], got "
-                f"{list(codes.shape)}"
-            )
+        check_codes(codes, self.info)
         shape = (spec.channels, spec.latent_side, spec.latent_side)
         noise = seeded_noise(seeds, (0,) if self.schedule is None else shape, codes.shape[0])
 
-        def tile(codes: Tensor, noise: Tensor) -> Tokens:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
-                latents = self._latents(self._decoder_codes(codes.to(self.device)), noise)
-                return Tokens(None, to_uint8(decode_latents(self.model, latents.float())))
+        def tile(codes: Tensor, noise: Tensor) -> Tensor:
+            codes = self._decoder_codes(codes)
+            if self.schedule is None:
+                latents = render(self.model, codes, self.network)
+            else:
+                latents = sample(
+                    self.model,
+                    codes,
+                    noise,
+                    schedule=self.schedule,
+                    steps=self.steps,
+                    network=self.network,
+                )
+            return to_uint8(decode_latents(self.model, latents.float()))
 
-        return in_tiles(tile, codes, noise, name=self.info.name).codes
-
-    def _latents(self, codes: Tensor, noise: Tensor) -> Tensor:
-        if self.schedule is None:
-            return render(self.model, codes, self.network)
-        return sample(
-            self.model,
-            codes,
-            noise.to(self.device, non_blocking=True),
-            schedule=self.schedule,
-            steps=self.steps,
-            network=self.network,
-        )
+        return decode_tiles(self, tile, codes, noise)
 
     def save(self, directory: Path) -> None:
         """Export a checkpoint directory with the released key names; an assumed schedule is not written."""
@@ -308,59 +283,40 @@ def build_random(spec: SelftokSpec, seed: int, device: torch.device | None = Non
     return model
 
 
-def _info(model: Selftok, name: str, weights: str, **changes: Any) -> TokenizerInfo:
+def _info(model: Selftok, origin: Origin, vae: Path | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
-        name=name,
         family="selftok",
         kind="learned",
-        weights=weights,
         parameters=sum(p.numel() for part in (model.encoder, model.model) for p in part.parameters()),
         message_length=spec.tokens,
         vocab_size=spec.vocab_size,
         code_dim=spec.code_dim,
         resolution=spec.image_size,
         preprocessing=f"resize_short({spec.image_size},bilinear)|center_crop({spec.image_size})",
+        options={} if vae is None else {"vae": weights_digest(vae)},
         configuration=configuration_digest(spec),
         version=VERSION,
-        **changes,
+        **asdict(origin),
     )
 
 
-def _open(
-    name: str, weights: str | None, decoder: str, vae: Path | None, *, offline: bool, allow_pickle: bool
-) -> Loaded:
-    """Load the checkpoint directory or file that name and weights stand for."""
-    preset, release = name.lower(), release_name(name.lower(), decoder)
-    directory = checkpoint_path(weights or name)
-    if weights is None and not directory.is_dir():
-        if preset not in PRESETS:
-            raise MissingError(
-                f"{name}: no such directory, and no name of SelfTok (the hub repository holds .pth files "
-                f"only: `comit-bench weights fetch {' | '.join(PRESETS)}`).{did_you_mean(name, PRESETS)}"
-            )
-        directory = required(release, hint=" or pass --weights DIR")
-    elif weights is not None:
-        if preset not in PRESETS and not directory.is_dir():
-            raise UsageError(
-                f"--weights {weights}: a single file says nothing about heads and schedule. Name what it is "
-                f"(--tokenizer {' or '.join(PRESETS)}), or give a directory with config.json."
-            )
-        directory = weight_source(release, directory, allow_pickle=allow_pickle)
-    if directory.is_file():
-        config = released_config(release)
-        vae_found = find_vae(config, None, vae, offline=offline)
-        return load_files(directory, config, directory, vae_found, allow_pickle=allow_pickle)
-    return load_directory(directory, vae=vae, offline=offline, allow_pickle=allow_pickle)
-
-
-def _released(
+def _stored(
     name: str, weights: str | None, decoder: object, vae: object, *, offline: bool, allow_pickle: bool
 ) -> tuple[Selftok, TokenizerInfo]:
-    chosen = "diffusion" if decoder is None else str(decoder)
+    chosen, preset = "diffusion" if decoder is None else str(decoder), name.lower()
     named = None if vae is None else user_path(str(vae), "vae")
-    found = _open(name, weights, chosen, named, offline=offline, allow_pickle=allow_pickle)
-    spec, preset = found.model.spec, name.lower()
+    release = release_name(preset, chosen)
+    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle, release=release)
+    if place.local.is_dir():
+        config = read_config(place.local)
+        found = load_directory(place.local, vae=named, offline=offline, allow_pickle=allow_pickle)
+    else:
+        single_file_spec(name, place.local, PRESETS)  # refuses a file that no preset is named with
+        config = released_config(release)
+        own_vae = find_vae(config, None, named, offline=offline)
+        found = load_files(place.local, config, place.local, own_vae, allow_pickle=allow_pickle)
+    spec = found.model.spec
     if spec.kind != chosen and (decoder is not None or preset in PRESETS):
         raise UsageError(
             f"{found.weights}: this is a checkpoint with the decoder {spec.kind}, not {chosen}: pass "
@@ -368,19 +324,7 @@ def _released(
         )
     if preset in PRESETS and spec.tokens != PRESETS[preset].tokens:
         raise UsageError(f"{found.weights}: a checkpoint of {spec.tokens} tokens is not {preset}")
-    is_directory = checkpoint_path(name).is_dir()
-    label, revision = described(name, found.weights.parent, ())
-    released = weights is None and not is_directory
-    info = _info(
-        found.model,
-        label if is_directory else preset,
-        weights_digest(found.weights),
-        revision=revision,
-        training_data=TRAINING_DATA if released else "unknown",
-        weights_licence=LICENCE if released else "unknown",
-        options={} if found.vae is None else {"vae": weights_digest(found.vae)},
-    )
-    return found.model, info
+    return found.model, _info(found.model, place.origin(found.weights, config, PRESETS), found.vae)
 
 
 def load(
@@ -392,7 +336,7 @@ def load(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> SelftokTokenizer:
-    """Load a SelfTok tokenizer by name or directory.
+    """Load a SelfTok tokenizer.
 
     Args:
         name: ``selftok-512``, ``selftok-1024``, or a checkpoint directory.
@@ -410,23 +354,20 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, OPTIONS, "SelfTok")
+    refuse_unknown(options, Options.__annotations__, "SelfTok")
     settings: dict[str, Any] = {**options}
     decoder, vae = settings.pop("decoder", None), settings.pop("vae", None)
-    allow = settings.pop("allow_pickle", None)
+    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     if decoder is not None:
         _one_of(decoder, "decoder", DECODERS)
     if weights == "random":
-        if name.lower() not in PRESETS:
-            raise UsageError(f"--weights random needs a name, not {name!r}.{did_you_mean(name, PRESETS)}")
+        spec_of(name, PRESETS)
         spec = variant(name.lower(), str(decoder or "diffusion"))
-        choose_schedule(
+        choose_schedule(  # before minutes of drawing
             spec, settings.get("stages"), settings.get("k_per_stage")
-        )  # before minutes of drawing
+        )
         model = build_random(spec, seed, device)
-        nothing = {"training_data": "none", "weights_licence": "none"}
-        info = _info(model, name.lower(), f"random:{seed}", trained=False, **nothing)
+        info = _info(model, untrained(name.lower(), seed))
     else:
-        permitted = switch(False if allow is None else allow, "allow_pickle")
-        model, info = _released(name, weights, decoder, vae, offline=offline, allow_pickle=permitted)
+        model, info = _stored(name, weights, decoder, vae, offline=offline, allow_pickle=allow)
     return SelftokTokenizer(model, info, device=device, **settings)

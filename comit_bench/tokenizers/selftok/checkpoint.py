@@ -38,10 +38,9 @@ from comit_bench.tokenizers.selftok.config import (
     used,
     vae_spec,
 )
+from comit_bench.tokenizers.selftok.family import VAE_FILES, VAE_HUB
 from comit_bench.tokenizers.selftok.model import Selftok, SelftokSpec
 
-VAE_HUB = "stabilityai/stable-diffusion-3-medium-diffusers"
-VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 OWN_VAE = "vae_weights.safetensors"
 VAE = "vae.vae."
 VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")

@@ -18,8 +18,8 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import shipped_weights, write_atomic
+from comit_bench.errors import UsageError
+from comit_bench.files import write_atomic
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.plain_files import shown
 from comit_bench.nn.sizes import DEPTH, HEADS, SIDE, TOKENS
@@ -29,42 +29,33 @@ from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,
     attention_in_tiles,
-    autocast,
+    check_codes,
     check_ids,
-    decode_pixels,
-    encode_pixels,
+    computing,
+    decode_tiles,
+    encode_tiles,
     refuse_unknown,
     speed_up,
     switch,
     switch_or_auto,
+    to_uint8,
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
     as_stored,
-    checkpoint_path,
-    described,
     load_network,
     read_config,
     read_weights,
-    single_file_spec,
     weight_file,
-    weights_digest,
     write_tensors,
 )
-from comit_bench.tokenizers.config_node import Facts, Node, read_facts
+from comit_bench.tokenizers.config_node import Node
 from comit_bench.tokenizers.identity import configuration_digest
+from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
+from comit_bench.tokenizers.titok.family import FAMILY
 from comit_bench.tokenizers.titok.model import PRESETS, SIZES, Titok, TitokSpec, VitSize
 
-HUB = {
-    "titok-l-32": "yucornetto/tokenizer_titok_l32_imagenet",
-    "titok-b-64": "yucornetto/tokenizer_titok_b64_imagenet",
-    "titok-s-128": "yucornetto/tokenizer_titok_s128_imagenet",
-    "titok-bl-64": "yucornetto/tokenizer_titok_bl64_vq8k_imagenet",
-    "titok-bl-128": "yucornetto/tokenizer_titok_bl128_vq8k_imagenet",
-    "titok-sl-256": "yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
-}
-SHIPPED = ("titok-nano",)  # weights come with the package
 LANDMARKS = ("latent_tokens", "encoder.transformer", "decoder.transformer", "quantize.embedding")
 IGNORED = ("quantize.embed_prob", "pixel_encoder.")  # never needed to encode or decode
 VERSION = "1"  # raised when the same weights and configuration may give other ids
@@ -78,8 +69,6 @@ class Options(TypedDict, total=False):
     allow_pickle: bool
 
 
-OPTIONS = tuple(Options.__annotations__)
-HINT = "or pass --weights DIR or --weights FILE (a pickled .bin also needs --option allow_pickle=true)"
 VQ_KEYS = (
     *("codebook_size", "token_size", "use_l2_norm", "vit_enc_model_size", "vit_dec_model_size"),
     *("vit_enc_patch_size", "vit_dec_patch_size", "num_latent_tokens", "finetune_decoder", "is_legacy"),
@@ -300,13 +289,6 @@ class TitokTokenizer:
         if model.pixel_decoder is not None:
             speed_up(model.pixel_decoder, device, compiled=compiled)
 
-    def encode_flops(self, policy: str | None) -> float:
-        """FLOPs per image of the encoder, for estimates (attention and linear layers)."""
-        spec = self.model.spec
-        size, grid = spec.encoder, (spec.image_size // spec.encoder_patch) ** 2
-        n, width = 1 + grid + spec.message_length, size.width
-        return size.layers * (24.0 * n * width**2 + 4.0 * n**2 * width)
-
     def encode(
         self,
         images_u8: Tensor,
@@ -320,7 +302,7 @@ class TitokTokenizer:
             ValueError: Wrong shape or type.
         """
         warn_policy(self.info.name, policy)
-        return encode_pixels(self.model.encode, images_u8, self.info, device=self.device, dtype=self.dtype)
+        return encode_tiles(self, lambda images: Tokens(*self.model.encode(images.div(255))), images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d], the vectors that enter the decoder.
@@ -337,7 +319,8 @@ class TitokTokenizer:
         Raises:
             ValueError: Codes of another shape.
         """
-        return decode_pixels(self.model.decode, tokens, self.info, device=self.device, dtype=self.dtype)
+        check_codes(tokens.codes, self.info)
+        return decode_tiles(self, lambda codes: to_uint8(self.model.decode(codes)), tokens.codes)
 
     @property
     def attention_layers(self) -> int:
@@ -354,7 +337,7 @@ class TitokTokenizer:
         """How much every decoded position looks at every token, [b, heads, K, G, G]; see the contract."""
 
         def tile(codes: Tensor, hand_on: MapReceiver) -> None:
-            with torch.inference_mode(), autocast(self.device, self.dtype):
+            with computing(self):
                 self.model.decoder.attention(codes.to(self.device), request, hand_on)
 
         attention_in_tiles(tile, receive, tokens.codes)
@@ -364,45 +347,37 @@ class TitokTokenizer:
         save(self.model, directory)
 
 
-def _info(
-    model: Titok,
-    name: str,
-    weights: str,
-    *,
-    released: bool,
-    trained: bool = True,
-    facts: Facts | None = None,
-    revision: str | None = None,
-) -> TokenizerInfo:
-    spec, own = model.spec, facts or Facts(trained=trained)
-    unknown = "unknown" if trained else "none"
+def _info(model: Titok, origin: Origin) -> TokenizerInfo:
+    spec = model.spec
     return TokenizerInfo(
-        name=name,
         family="titok",
         kind="learned",
-        revision=revision,
-        weights=weights,
         parameters=sum(p.numel() for p in model.parameters()),
         message_length=spec.message_length,
         vocab_size=spec.vocab_size,
         code_dim=spec.code_dim,
         resolution=spec.image_size,
         preprocessing=f"resize_short({spec.image_size},bicubic)|center_crop({spec.image_size})",
-        trained=own.trained,
-        training_data=own.training_data or ("ImageNet-1k" if released else unknown),
-        weights_licence=own.weights_licence or ("Apache-2.0 (earlier: MIT)" if released else unknown),
         configuration=configuration_digest(spec),
         version=VERSION,
+        **asdict(origin),
     )
 
 
-def _load_random(preset: str, seed: int, device: torch.device) -> tuple[Titok, TokenizerInfo]:
-    if preset not in PRESETS:
-        raise UsageError(f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}")
-    model = build(PRESETS[preset], empty=True)
+def _random(name: str, device: torch.device, seed: int) -> tuple[Titok, TokenizerInfo]:
+    model = build(spec_of(name, PRESETS), empty=True)
     if device.type != "meta":
         model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed), spread=True)
-    return model, _info(model, preset, f"random:{seed}", released=False, trained=False)
+    return model, _info(model, untrained(name.lower(), seed))
+
+
+def _stored(
+    name: str, weights: str | None, *, offline: bool, allow_pickle: bool
+) -> tuple[Titok, TokenizerInfo]:
+    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
+    path, config, spec = place.read(PRESETS, spec_from_config)
+    model = load_file(spec, path, allow_pickle=allow_pickle)
+    return model, _info(model, place.origin(path, config, PRESETS))
 
 
 def load(
@@ -414,7 +389,7 @@ def load(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> TitokTokenizer:
-    """Load a TiTok tokenizer by preset name, hub id or directory.
+    """Load a TiTok tokenizer.
 
     Args:
         name: ``titok-l-32`` … ``titok-sl-256``, ``titok-nano``, a hub id, or a checkpoint directory.
@@ -423,40 +398,18 @@ def load(
         device: Where it runs.
         offline: Never ask the hub.
         seed: Of random weights.
-        **options: ``dtype``, ``compile`` (true, false) and ``allow_pickle`` (true, false).
+        **options: ``allow_pickle``; the others are passed to :class:`TitokTokenizer`.
 
     Raises:
         MissingError: No weights on this machine and the hub is out of reach.
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    from comit_bench.tokenizers.hub import fetch_checkpoint
-
-    refuse_unknown(options, OPTIONS, "TiTok")
+    refuse_unknown(options, Options.__annotations__, "TiTok")
     settings: dict[str, Any] = {**options}
     allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
-    preset = name.lower()
     if weights == "random":
-        model, info = _load_random(preset, seed, device)
-        return TitokTokenizer(model, info, device=device, **settings)
-    local = checkpoint_path(weights or name)
-    if weights and not local.exists():
-        raise MissingError(
-            f"--weights {weights}: no such file or directory. Give a directory with config.json and "
-            "model.safetensors, one file of weights, or 'random'."
-        )
-    released = weights is None and not local.is_dir() and preset not in SHIPPED
-    if weights is None and preset in SHIPPED and not local.is_dir():
-        local = shipped_weights(preset)
-    if released:
-        local = fetch_checkpoint(HUB.get(preset, name), offline=offline, hint=HINT, allow_pickle=allow)
-    config: dict[str, Any] = {}
-    if local.is_file():
-        path, model = local, load_file(single_file_spec(name, local, PRESETS), local, allow_pickle=allow)
+        model, info = _random(name, device, seed)
     else:
-        path, model = weight_file(local), load_directory(local, allow_pickle=allow)
-        config = read_config(local)
-    label, revision = described(name, local, PRESETS)
-    facts = read_facts(config, local / "config.json")
-    info = _info(model, label, weights_digest(path), released=released, facts=facts, revision=revision)
+        model, info = _stored(name, weights, offline=offline, allow_pickle=allow)
     return TitokTokenizer(model, info, device=device, **settings)

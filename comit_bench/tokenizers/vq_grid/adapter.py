@@ -16,37 +16,36 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.files import shipped_weights, write_atomic
+from comit_bench.errors import UsageError
+from comit_bench.files import write_atomic
 from comit_bench.nn.sizes import DEPTH, SIDE, WIDTH
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,
+    check_codes,
     check_ids,
-    decode_pixels,
-    encode_pixels,
+    decode_tiles,
+    encode_tiles,
     refuse_unknown,
     switch,
+    to_uint8,
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import (
     WEIGHT_FILES,
     as_stored,
-    checkpoint_path,
-    described,
     load_network,
     read_config,
     read_weights,
-    single_file_spec,
     weight_file,
-    weights_digest,
     write_tensors,
 )
-from comit_bench.tokenizers.config_node import Facts, Node, read_facts
+from comit_bench.tokenizers.config_node import Node
 from comit_bench.tokenizers.identity import configuration_digest
+from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
+from comit_bench.tokenizers.vq_grid.family import FAMILY
 from comit_bench.tokenizers.vq_grid.model import PRESETS, VqGrid, VqGridSpec
 
-FAMILY = "vq-grid"
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
@@ -55,9 +54,6 @@ class Options(TypedDict, total=False):
 
     dtype: torch.dtype
     allow_pickle: bool
-
-
-OPTIONS = tuple(Options.__annotations__)
 
 
 LANDMARKS = ("encoder.patch_embed", "decoder.embed")
@@ -79,8 +75,8 @@ def spec_from_config(config: Mapping[str, Any], source: Path) -> VqGridSpec:
     Raises:
         UsageError: Another family, or a size that is missing, unknown, of another type or does not fit.
     """
-    if config.get("family") != FAMILY or not isinstance(config.get("model"), dict):
-        raise UsageError(f"{source}: expected family {FAMILY!r} and a node 'model' with the sizes")
+    if config.get("family") != FAMILY.name or not isinstance(config.get("model"), dict):
+        raise UsageError(f"{source}: expected family {FAMILY.name!r} and a node 'model' with the sizes")
     node = Node(config, source).node("model")
     limits = {
         "image_size": SIDE,
@@ -101,7 +97,7 @@ def spec_from_config(config: Mapping[str, Any], source: Path) -> VqGridSpec:
 
 def config_from_spec(spec: VqGridSpec) -> dict[str, Any]:
     """The inverse of :func:`spec_from_config`."""
-    return {"family": FAMILY, "model": {**asdict(spec), "fsq_levels": list(spec.fsq_levels)}}
+    return {"family": FAMILY.name, "model": {**asdict(spec), "fsq_levels": list(spec.fsq_levels)}}
 
 
 def save(
@@ -179,16 +175,6 @@ class VqGridTokenizer:
         self.device, self.dtype, self.info = device, dtype, info
         info.options["dtype"] = str(dtype).split(".")[-1]
 
-    def encode_flops(self, policy: str | None) -> float:
-        """FLOPs per image of the encoder, for estimates (attention and linear layers)."""
-        spec = self.model.spec
-
-        def call(n: int, width: int) -> float:
-            return 24.0 * n * width**2 + 4.0 * n**2 * width
-
-        outer = spec.depth * call(4 * spec.message_length, spec.width)
-        return outer + spec.inner_depth * call(spec.message_length, spec.inner_width)
-
     def encode(
         self,
         images_u8: Tensor,
@@ -202,7 +188,7 @@ class VqGridTokenizer:
             ValueError: Wrong shape or type.
         """
         warn_policy(self.info.name, policy)
-        return encode_pixels(self.model.encode, images_u8, self.info, device=self.device, dtype=self.dtype)
+        return encode_tiles(self, lambda images: Tokens(*self.model.encode(images.div(255))), images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Integers [..., K] -> float32 [..., K, d].
@@ -219,7 +205,8 @@ class VqGridTokenizer:
         Raises:
             ValueError: Codes of another shape.
         """
-        return decode_pixels(self.model.decode, tokens, self.info, device=self.device, dtype=self.dtype)
+        check_codes(tokens.codes, self.info)
+        return decode_tiles(self, lambda codes: to_uint8(self.model.decode(codes)), tokens.codes)
 
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors``; :func:`load` takes the folder."""
@@ -228,26 +215,37 @@ class VqGridTokenizer:
         save(self.model, directory, extra={**extra, "weights_licence": info.weights_licence})
 
 
-def _info(model: VqGrid, name: str, weights: str, facts: Facts, revision: str | None = None) -> TokenizerInfo:
+def _info(model: VqGrid, origin: Origin) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
-        name=name,
-        family=FAMILY,
+        family=FAMILY.name,
         kind="learned",
-        revision=revision,
-        weights=weights,
         parameters=sum(p.numel() for p in model.parameters()),
         message_length=spec.message_length,
         vocab_size=model.quantizer.vocab_size,
         code_dim=len(spec.fsq_levels),
         resolution=spec.image_size,
         preprocessing=f"center_crop|resize({spec.image_size},bilinear)",
-        trained=facts.trained,
-        training_data=facts.training_data or "unknown",
-        weights_licence=facts.weights_licence or "unknown",
         configuration=configuration_digest(spec),
         version=VERSION,
+        **asdict(origin),
     )
+
+
+def _random(name: str, device: torch.device, seed: int) -> tuple[VqGrid, TokenizerInfo]:
+    model = build(spec_of(name, PRESETS), empty=device.type == "meta")
+    if device.type != "meta":
+        model.init_weights(torch.Generator().manual_seed(seed))
+    return model, _info(model, untrained(name.lower(), seed))
+
+
+def _stored(
+    name: str, weights: str | None, *, offline: bool, allow_pickle: bool
+) -> tuple[VqGrid, TokenizerInfo]:
+    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
+    path, config, spec = place.read(PRESETS, spec_from_config)
+    model = load_file(path, spec, allow_pickle=allow_pickle)
+    return model, _info(model, place.origin(path, config, PRESETS))
 
 
 def load(
@@ -259,14 +257,14 @@ def load(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> VqGridTokenizer:
-    """Load a vq-grid tokenizer by preset name or directory.
+    """Load a vq-grid tokenizer.
 
     Args:
-        name: ``vq-grid-nano`` or a checkpoint directory.
+        name: ``vq-grid-nano``, a hub id, or a checkpoint directory.
         weights: Checkpoint directory, a file of weights (with a preset name), ``random`` (untrained), or
             None: the directory, or what ships.
         device: Where it runs.
-        offline: Nothing is ever fetched, so it makes no difference.
+        offline: Never ask the hub.
         seed: Of random weights.
         **options: ``dtype`` and ``allow_pickle``.
 
@@ -275,34 +273,11 @@ def load(
         UsageError: Unknown name or option, or a checkpoint that does not fit.
         CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, OPTIONS, FAMILY)
+    refuse_unknown(options, Options.__annotations__, FAMILY.name)
     settings: dict[str, Any] = {**options}
     allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
-    preset = name.lower()
     if weights == "random":
-        if preset not in PRESETS:
-            raise UsageError(
-                f"--weights random needs a preset, not {preset!r}.{did_you_mean(preset, PRESETS)}"
-            )
-        model = build(PRESETS[preset], empty=device.type == "meta")
-        if device.type != "meta":
-            model.init_weights(torch.Generator().manual_seed(seed))
-        nothing = Facts(trained=False, training_data="none", weights_licence="none")
-        info = _info(model, preset, f"random:{seed}", nothing)
-        return VqGridTokenizer(model, info, device=device, **settings)
-    local = checkpoint_path(weights or name)
-    if weights is None and preset in PRESETS and not local.is_dir():
-        local = shipped_weights(preset)
-    if not local.is_dir() and not (weights and local.is_file()):
-        raise MissingError(f"{local}: no such directory. Give one with config.json and {WEIGHT_FILES[0]}.")
-    config: dict[str, Any] = {}
-    if local.is_dir():
-        path = weight_file(local)
-        model, config = load_directory(local, allow_pickle=allow)
+        model, info = _random(name, device, seed)
     else:
-        path = local
-        model = load_file(path, single_file_spec(name, local, PRESETS), allow_pickle=allow)
-    label, revision = described(name, local, PRESETS)
-    facts = read_facts(config, local / "config.json")
-    info = _info(model, label, weights_digest(path), facts, revision)
+        model, info = _stored(name, weights, offline=offline, allow_pickle=allow)
     return VqGridTokenizer(model, info, device=device, **settings)
