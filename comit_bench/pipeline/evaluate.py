@@ -229,7 +229,7 @@ def _measure(job: Job, inputs: Inputs, work: Path, session: Session) -> Result |
     try:
         if probed:
             return task.run(replace(inputs, progress=_epochs(inputs, start)))
-        with threads_for(job, inputs.tokenizer, session.device):
+        with threads_for(inputs.tokenizer, session.device):
             return task.run(replace(inputs, start=start, work=work))
     finally:
         reporter.stop()

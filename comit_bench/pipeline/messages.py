@@ -78,7 +78,7 @@ def make_tokens(job: Job, tokenizer: Tokenizer, split: Split, session: Session) 
     advance = session.reporter.start(f"{job.label}: {place}", total, "images")
 
     def work() -> None:
-        with threads_for(job, tokenizer, session.device):
+        with threads_for(tokenizer, session.device):
             tokenize_split(
                 tokenizer,
                 split,
@@ -146,7 +146,7 @@ def message_source(store: TokenStore, tokenizer: Tokenizer) -> MessageSource:
     return MessageSource(read=read, count=count)
 
 
-def threads_for(job: Job, tokenizer: Tokenizer, device: torch.device) -> AbstractContextManager[None]:
+def threads_for(tokenizer: Tokenizer, device: torch.device) -> AbstractContextManager[None]:
     """One thread for small networks on the CPU.
 
     Their products are too small to share: the threads wait for each other, for milliseconds a

@@ -1,8 +1,7 @@
 """The list of families, and names -> tokenizers; nothing of a family but its ``family.py`` is imported here.
 
 A plugin is a wheel with an entry point in the group ``comit_bench.tokenizers``; the entry point's name is the
-tokenizer's name and its object is a :class:`comit_bench.tokenizers.base.Loader`. The same object without a
-wheel is named ``module:attribute`` or ``path/to/file.py:attribute``.
+tokenizer's name and its object is a :class:`comit_bench.tokenizers.base.Loader`.
 """
 
 from __future__ import annotations
