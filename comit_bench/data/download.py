@@ -1,6 +1,6 @@
 """Downloads of data sets that may be downloaded freely: resumable, checked, unpacked safely.
 
-A file arrives under ``.downloads/`` of the data set's folder as ``NAME.part``; a broken connection continues
+A file arrives under ``.downloads/`` of the data set's folder as ``NAME.arrived.part``; a broken one continues
 there (HTTP ranges, and only when the server says that the file is still the same). Then its size and its
 checksum (where the recipe has one) are compared, it is unpacked, which checks the CRC of every member, and
 ``NAME.json`` notes url, size and sha256. A file with such a note and its content in place is done. What turns
@@ -22,17 +22,15 @@ import os
 import shutil
 import stat
 import tarfile
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.error import HTTPError, URLError
 
 from tqdm import tqdm
 
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UnsupportedOperation
+from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation
 from comit_bench.files import (
     atomic_path,
     check_relative,
@@ -41,17 +39,15 @@ from comit_bench.files import (
     inside,
     locked,
     open_plain,
-    open_url,
     refuse_special,
     require_folder,
     write_atomic,
 )
+from comit_bench.recipes.download import download as download_file
 from comit_bench.recipes.specs import DatasetSpec, DownloadSpec, check_paths
 
 NOTES = ".downloads"
 BLOCK = 1 << 20
-ATTEMPTS = 5
-TIMEOUT = 60  # seconds without a byte
 MAX_RATIO = 200  # annotations in JSON shrink to a twentieth; a bomb to a thousandth
 MAX_MEMBERS = 5_000_000
 SMALL = 1 << 26  # bytes that any archive may become
@@ -145,96 +141,32 @@ def fetch(item: DownloadSpec, target: Path, *, progress: bool = True) -> str:
         MissingError, CorruptFileError, BenchError: As for :func:`download`.
     """
     check_url(item.url, checked=item.checksum is not None)
-    part = target.with_name(f"{target.name}.part")
-    for path in (target, part):
-        refuse_special(path)
-    require_folder(part.parent)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, ATTEMPTS + 1):
+    arrived = target.with_name(f"{target.name}.arrived")
+    refuse_special(target)
+    with tqdm(desc=target.name, unit="B", unit_scale=True, disable=not progress) as bar:
+
+        def advance(done: int, total: int | None) -> None:
+            bar.total = total or item.size
+            bar.update(done - bar.n)
+
+        checked = item.checksum is not None
         try:
-            _continue(item, part, progress)
-            break
-        except HTTPError as error:
-            if error.code < 500 or attempt == ATTEMPTS:
-                raise MissingError(
-                    f"{item.url}: the server says {error.code} {error.reason}. Get the file another way "
-                    f"and put it at {target}."
-                ) from error
-        except (URLError, TimeoutError, ConnectionError, _Short) as error:
-            if attempt == ATTEMPTS:
-                raise MissingError(
-                    f"{item.url}: cannot be downloaded ({error}). What has arrived is kept: the same command "
-                    "continues."
-                ) from error
-        time.sleep(min(2.0 ** (attempt - 1), 10.0) if ATTEMPTS > 1 else 0)
-    sha256, found = _digests(part, item.checksum)
-    size = part.stat().st_size
+            download_file(item.url, arrived, advance=advance, checked=checked, size=item.size)
+        except MissingError as error:
+            raise MissingError(f"{error} Or get the file another way and put it at {target}.") from error
+    sha256, found = _digests(arrived, item.checksum)
+    size = arrived.stat().st_size
     if (item.size is not None and size != item.size) or item.checksum not in (None, found):
-        part.unlink()
+        arrived.unlink()
         raise CorruptFileError(
             f"{item.url}: what arrived has {size} bytes and {found}, expected {item.size or 'any'} bytes and "
             f"{item.checksum or 'any checksum'}. It was removed; the file on the server may have changed."
         )
-    part.replace(target)
-    part.with_name(f"{target.name}.validator").unlink(missing_ok=True)
+    arrived.replace(target)
     note = {"url": item.url, "size": size, "sha256": sha256, "checked": item.checksum}
     notes = target.parent if target.parent.name == NOTES else target.parent / NOTES
     write_atomic(notes / f"{target.name}.json", json.dumps(note, indent=1) + "\n")
     return sha256
-
-
-class _Short(Exception):
-    """The connection ended before the whole file had arrived."""
-
-
-def _continue(item: DownloadSpec, part: Path, progress: bool) -> None:
-    """Append what is missing of ``part``; raises when the connection breaks."""
-    mark = part.with_name(f"{part.name.removesuffix('.part')}.validator")
-    have = part.stat().st_size if part.is_file() else 0
-    headers = {"User-Agent": "comit_bench"}
-    if have and mark.is_file():  # without a validator the rest might be of another file
-        headers |= {"Range": f"bytes={have}-", "If-Range": mark.read_text(encoding="ascii")}
-    try:
-        answer = open_url(item.url, headers, timeout=TIMEOUT, checked=item.checksum is not None)
-    except HTTPError as error:
-        if error.code == 416:  # nothing is left to send, or the file is shorter now: begin again
-            part.unlink(missing_ok=True)
-            raise _Short("the part on this disk does not fit the file; it is fetched again") from error
-        raise
-    with answer:
-        if answer.headers.get_content_type() == "text/html" and not part.stem.endswith((".html", ".htm")):
-            raise BenchError(f"{item.url}: the server sent a web page, not a file. Open it in a browser.")
-        again = answer.status == 206
-        have = have if again else 0
-        length = answer.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
-        if item.size is not None and total is not None and total != item.size:
-            raise MissingError(f"{item.url}: the server offers {total} bytes, the recipe expects {item.size}")
-        validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-        if validator and not validator.startswith("W/"):
-            write_atomic(mark, validator)
-        _copy(answer, part, have, total or item.size, tqdm if progress else None)
-    if total is not None and part.stat().st_size < total:
-        raise _Short(f"{part.stat().st_size} of {total} bytes have arrived")
-
-
-def _copy(answer: Any, part: Path, have: int, total: int | None, bars: Any) -> None:
-    bar = None if bars is None else bars(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
-    try:
-        with part.open("ab" if have else "wb") as stream:
-            while block := answer.read(BLOCK):
-                if total is not None and stream.tell() + len(block) > total:
-                    raise CorruptFileError(f"{part}: more than {total} bytes were sent. Start again.")
-                stream.write(block)
-                if bar is not None:
-                    bar.update(len(block))
-    except OSError as error:
-        if isinstance(error, TimeoutError | ConnectionError):
-            raise
-        raise BenchError(f"{part}: cannot write: {error.strerror or error}. Free some space.") from error
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def _digests(path: Path, wanted: str | None) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import cache_root, locked, require_folder, sha256_file, write_atomic
 from comit_bench.nn.plain_files import is_safetensors
+from comit_bench.recipes.download import Advance, download
 from comit_bench.recipes.reading import read_json
 from comit_bench.tokenizers.checkpoints import (
     PICKLES,
@@ -31,7 +32,6 @@ from comit_bench.tokenizers.checkpoints import (
     require_allowed,
     write_tensors,
 )
-from comit_bench.tokenizers.download import Advance, download
 from comit_bench.tokenizers.family import Release, resolve
 from comit_bench.tokenizers.registry import find_release
 

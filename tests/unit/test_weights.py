@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from comit_bench.commands.app import app
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import sha256_file
+from comit_bench.recipes.download import download
 from comit_bench.tokenizers import weights
-from comit_bench.tokenizers.download import download
 from comit_bench.tokenizers.family import Family, Preset, Release, resolve
 from comit_bench.tokenizers.registry import FAMILIES, downloads, find_release
 
@@ -92,7 +92,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COMIT_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("comit_bench.tokenizers.download.PAUSE", 0.0)
+    monkeypatch.setattr("comit_bench.recipes.download.PAUSE", 0.0)
     for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     return tmp_path / "cache"

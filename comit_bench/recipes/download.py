@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 
-from comit_bench.errors import BenchError, MissingError
+from comit_bench.errors import BenchError, CorruptFileError, MissingError
 from comit_bench.files import explain_write_error, open_url, refuse_special, require_folder, write_atomic
 from comit_bench.recipes.reading import read_json
 
@@ -38,6 +38,7 @@ def download(
     advance: Advance | None = None,
     pause: float = PAUSE,
     checked: bool = False,
+    size: int | None = None,
 ) -> None:
     """Fetch ``url`` into ``target``; an unfinished earlier attempt is continued.
 
@@ -47,10 +48,12 @@ def download(
         advance: Called with the bytes so far and the total, if the server tells it.
         pause: Seconds between two attempts.
         checked: Whether the content is compared with a known checksum afterwards.
+        size: Bytes that the file must have, if that is known.
 
     Raises:
         UsageError: Another kind of address, also one that the server points to.
-        MissingError: The server cannot be reached, or refuses the file.
+        MissingError: The server cannot be reached, refuses the file, or offers one of another size.
+        CorruptFileError: More was sent than announced.
         BenchError: The disk is full, or the server sent a web page instead of a file.
     """
     refuse_special(target)
@@ -61,8 +64,10 @@ def download(
     while True:
         before = part.stat().st_size if part.is_file() else 0
         try:
-            _attempt(url, part, note, advance, checked)
+            _attempt(url, part, note, advance, checked, size)
             break
+        except BenchError:
+            raise
         except (_Broken, URLError, HTTPException, TimeoutError, ConnectionError) as error:
             if isinstance(error, HTTPError) and error.code < 500:
                 raise MissingError(f"{url}: the server answers {error.code} {error.reason}") from error
@@ -95,7 +100,9 @@ def _read_note(note: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _attempt(url: str, part: Path, note: Path, advance: Advance | None, checked: bool) -> None:
+def _attempt(
+    url: str, part: Path, note: Path, advance: Advance | None, checked: bool, expected: int | None
+) -> None:
     """One request. Returns when the part file is complete."""
     for path in (part, note):
         refuse_special(path)
@@ -120,6 +127,9 @@ def _attempt(url: str, part: Path, note: Path, advance: Advance | None, checked:
         start = have if response.status == 206 and _starts_at(response.headers, have) else 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length and length.isdigit() else None
+        if expected is not None and total not in (None, expected):
+            raise MissingError(f"{url}: the server offers {total:,} bytes, expected {expected:,}")
+        most = total if expected is None else expected
         version = response.headers.get("ETag") or response.headers.get("Last-Modified")
         strong = version if version and not version.startswith("W/") else None
         write_atomic(note, json.dumps({"url": url, "version": strong, "total": total}))
@@ -127,6 +137,8 @@ def _attempt(url: str, part: Path, note: Path, advance: Advance | None, checked:
             stream.seek(start)
             stream.truncate()
             while block := _read(response):
+                if most is not None and stream.tell() + len(block) > most:
+                    raise CorruptFileError(f"{url}: more than {most:,} bytes were sent. Start again.")
                 stream.write(block)
                 if advance is not None:
                     advance(stream.tell(), total)
