@@ -6,9 +6,14 @@ which presets there are, how large they were published, and where their weights 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 Config = Mapping[str, Any]  # content of a config.json
@@ -149,7 +154,7 @@ class Family:
         takes_weights: Whether ``--weights`` and ``--dtype`` mean anything to it.
         fitted: Whether it is fitted on the train split of each data set.
         paper_options: Options for tasks on full-size images, where the embedded defaults are too small.
-        origin: ``builtin``, ``plugin:<distribution>``, or ``code`` (named with ``module:attribute``).
+        origin: ``builtin``, ``plugin:<distribution>``, or ``code`` (named as ``module:attribute``).
     """
 
     name: str
@@ -186,9 +191,26 @@ class Family:
 
 
 def resolve(target: str) -> Any:
-    """Import ``module:attribute``; attributes may be dotted."""
-    module, _, attributes = target.partition(":")
-    found: Any = import_module(module)
+    """Import ``module:attribute``, or run ``file.py`` for its attribute; attributes may be dotted."""
+    place, _, attributes = target.rpartition(":")
+    found: Any = _import_file(Path(place)) if place.endswith(".py") else import_module(place)
     for attribute in attributes.split("."):
         found = getattr(found, attribute)
     return found
+
+
+def _import_file(path: Path) -> ModuleType:
+    """A file as a module, once per process; its name tells files of one name apart."""
+    path = path.resolve()
+    name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
+        sys.modules[name] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -21,9 +21,10 @@ from comit_bench.tokenizers.contract import check_tokenizer
 from comit_bench.tokenizers.family import Family, Preset
 from comit_bench.tokenizers.identity import plugin_version
 from comit_bench.tokenizers.options import LOADER, taken_by
-from comit_bench.tokenizers.registry import FAMILIES, TokenizerEntry, find_tokenizer, tokenizers
+from comit_bench.tokenizers.registry import FAMILIES, TokenizerEntry, code, find_tokenizer, tokenizers
 
 _log = logging.getLogger(__name__)
+CODE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", re.ASCII)  # where a loader is found
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -98,6 +99,16 @@ def _of_directory(directory: Path) -> TokenizerEntry:
     )
 
 
+def _of_code(place: str, attribute: str) -> TokenizerEntry:
+    """What ``module:attribute`` or ``file.py:attribute`` names; nothing of it is imported yet."""
+    if not place.endswith(".py"):
+        return code(f"{place}:{attribute}", f"{place}:{attribute}", "code", "code")
+    file = Path(place).expanduser()
+    if not file.is_file():
+        raise MissingError(f"{place}: no such file")
+    return code(f"{file.stem}:{attribute}", f"{file.resolve()}:{attribute}", "code", str(file))
+
+
 def _families() -> dict[str, Family]:
     return {entry.family.name: entry.family for entry in tokenizers().values()}
 
@@ -107,15 +118,19 @@ def _unknown_family(name: str, known: Iterable[str]) -> UsageError:
 
 
 def entry_for(name: str, family: str | None = None) -> TokenizerEntry:
-    """The registry entry behind a name, hub id or directory.
+    """The registry entry behind a name, hub id, directory or piece of code.
 
     Raises:
         MissingError: A path that does not exist.
         UsageError: Unknown name, or a directory that is no checkpoint.
     """
+    if named := CODE.fullmatch(name):
+        return _of_code(*named.groups())
     directory = checkpoint_path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if directory.is_file() and (looks_like_path or directory.suffix):
+        if directory.suffix == ".py":
+            raise UsageError(f"{name}: say what in this file makes the tokenizer: {name}:ATTRIBUTE")
         raise UsageError(
             f"{name}: this is a file. A checkpoint is a directory with config.json and model.safetensors; "
             "one file of weights goes with the name of its network: --tokenizer NAME --weights FILE."
@@ -159,8 +174,9 @@ def load_tokenizer(
     """Load a tokenizer.
 
     Args:
-        name_or_path: A name of ``comit-bench ls tokenizers`` (case does not matter), a hub id, or a
-            directory with ``config.json`` and ``model.safetensors`` (or ``weights.safetensors``).
+        name_or_path: A name of ``comit-bench ls tokenizers`` (case does not matter), a hub id, a directory
+            with ``config.json`` and ``model.safetensors`` (or ``weights.safetensors``), or a
+            :class:`~comit_bench.tokenizers.base.Loader` as ``module:attribute`` or ``file.py:attribute``.
         weights: Directory to take the weights from, or ``random`` for an untrained network.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``; with random weights also ``meta``, where nothing is
             drawn or computed and arithmetic can be counted.
@@ -193,7 +209,8 @@ def load_tokenizer(
         "seed": seed,
         "dtype": resolve_dtype(dtype, place),
     }
-    loaded: Tokenizer = loader(name_or_path, **_named(entry, context), **settings)
+    name = entry.name if entry.family.origin == "code" else name_or_path
+    loaded: Tokenizer = loader(name, **_named(entry, context), **settings)
     check_tokenizer(loaded, f"tokenizer {entry.name} ({entry.family.loader})")
     if entry.family.origin != "builtin":
         _complete(loaded, entry, settings, context)

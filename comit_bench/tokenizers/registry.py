@@ -1,7 +1,8 @@
 """The list of families, and names -> tokenizers; nothing of a family but its ``family.py`` is imported here.
 
 A plugin is a wheel with an entry point in the group ``comit_bench.tokenizers``; the entry point's name is the
-tokenizer's name and its object is a :class:`comit_bench.tokenizers.base.Loader`.
+tokenizer's name and its object is a :class:`comit_bench.tokenizers.base.Loader`. The same object without a
+wheel is named ``module:attribute``, or ``FILE.py:attribute``.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ class TokenizerEntry:
         who = f"tokenizer {self.name} of {self.family.origin}"
         try:
             loader = resolve(self.family.loader)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # somebody else's code
+            reason = error if isinstance(error, ImportError | AttributeError) else repr(error)
             raise UsageError(
-                f"{who}: its loader {self.family.loader} cannot be imported ({error})"
+                f"{who}: its loader {self.family.loader} cannot be imported ({reason})"
             ) from error
         if not callable(loader):
             raise UsageError(f"{who}: {self.family.loader} cannot be called")

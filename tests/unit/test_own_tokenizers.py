@@ -19,7 +19,7 @@ from diffusers import VQModel
 from plugins import install
 from tiny import write_images, write_recipes
 
-from comit_bench.errors import BenchError, UsageError
+from comit_bench.errors import BenchError, MissingError, UsageError
 from comit_bench.pipeline.evaluate import evaluate
 from comit_bench.pipeline.jobs import Settings, make_jobs
 from comit_bench.pipeline.tokenize import store_key
@@ -34,7 +34,7 @@ from comit_bench.tokenizers.base import (
     Tokens,
     looks_at_crops,
 )
-from comit_bench.tokenizers.load import load_tokenizer
+from comit_bench.tokenizers.load import entry_for, load_tokenizer
 from comit_bench.tokenizers.registry import convert, find_tokenizer, taken_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def documented(site: Path) -> Path:
 
 def test_the_page_has_all_kinds_of_snippets() -> None:
     languages = re.findall(r"```(\w*)\n.*?```", PAGE, flags=re.DOTALL)
-    assert set(languages) == {"python", "toml", "bash"} and len(languages) == 9
+    assert set(languages) == {"python", "toml", "bash"} and len(languages) == 10
     assert set(modules_of(PAGE)) == {"my_package/adapter.py", "my_package/halves.py"}
     assert set(points_of(PAGE)) == {"my-tokenizer", "halves"}
 
@@ -213,6 +213,71 @@ def test_documented_python_runs_word_for_word(
     for snippet in snippets(PAGE, "python"):
         exec(snippet, space)
     assert [record.tokenizer.name for record in space["records"]][-1] == "my-tokenizer"
+
+
+# ----------------------------------------------------------------------- loaders by their place
+
+
+def test_a_loader_is_named_by_module_or_file(
+    documented: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "somewhere" / "random.py"  # not Python's own module of that name
+    file.parent.mkdir()
+    file.write_text(modules_of(PAGE)["my_package/adapter.py"].replace('name="my-tokenizer"', 'name="mine"'))
+    monkeypatch.chdir(file.parent)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    by_wheel, by_module, *by_file = (
+        load_tokenizer(name, device="cpu", levels="16")
+        for name in ("my-tokenizer", "my_package.adapter:load", "./random.py:load", str(file) + ":load")
+    )
+    for tokenizer in (by_module, *by_file):
+        assert torch.equal(tokenizer.encode(images).codes, by_wheel.encode(images).codes)
+        assert tokenizer.info.options == {"levels": "16"}
+        assert re.fullmatch(r"[0-9a-f]{16}", tokenizer.info.version)
+    assert by_wheel.info.version == f"0.1+{by_module.info.version}"
+    assert type(by_file[0]) is type(by_file[1]) and type(by_file[0]) is not type(by_module)
+    assert by_file[0].info == by_file[1].info != by_module.info
+    entry = entry_for("./random.py:load")
+    assert (entry.name, entry.known_options(), entry.looks_at_crops()) == ("random:load", ("levels",), False)
+    with pytest.raises(UsageError, match=r"random:load: levels must be 4, 8 or 16, got 5"):
+        load_tokenizer("./random.py:load", device="cpu", levels=5)
+    (file.parent / "name.py").write_text("def load(name): return open(name)\n")
+    with pytest.raises(FileNotFoundError, match="'name:load'"):
+        load_tokenizer("name.py:load", device="cpu")
+
+
+def test_the_version_of_a_file_is_its_content(tmp_path: Path) -> None:
+    """Wherever it lies; another content, also of the same name, is another version."""
+    source, versions = modules_of(PAGE)["my_package/adapter.py"], []
+    for folder, text in (("a", source), ("b", source), ("c", source.replace("/ 256", "/ 257"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(text)
+        versions.append(load_tokenizer(f"{tmp_path / folder / 'mine.py'}:load", device="cpu").info.version)
+    assert versions[0] == versions[1] != versions[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("nowhere.at_all:load", UsageError, "No module named 'nowhere'"),
+        ("json:nothing", UsageError, "has no attribute 'nothing'"),
+        ("json:__name__", UsageError, "json:__name__ cannot be called"),
+        ("os.path:basename", UsageError, "this is str without info"),
+        ("./gone.py:load", MissingError, r"\./gone\.py: no such file"),
+        ("./broken.py:load", UsageError, r"broken\.py:load cannot be imported \(SyntaxError"),
+        ("./fails.py:load", UsageError, r"fails\.py:load cannot be imported \(ZeroDivisionError"),
+        ("./fails.py", UsageError, r"\./fails\.py:ATTRIBUTE"),
+    ],
+)
+def test_wrong_places_are_told(
+    name: str, error: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.py").write_text("def load(:\n")
+    Path("fails.py").write_text("1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(error, match=says):
+            load_tokenizer(name, device="cpu")
 
 
 # --------------------------------------------------------------------------- names and types
