@@ -32,7 +32,7 @@ from comit_bench.tokenizers.checkpoints import (
     weight_file,
     write_tensors,
 )
-from comit_bench.tokenizers.comit.crops import CropGeometry
+from comit_bench.tokenizers.comit.crops import GRID, CropGeometry
 from comit_bench.tokenizers.comit.family import VAE_FILES, VAE_HUB
 from comit_bench.tokenizers.comit.model import Comit, ComitSpec
 from comit_bench.tokenizers.config_node import Node
@@ -108,7 +108,9 @@ def _geometry(extra: Node, image_size: int, cell: int) -> CropGeometry:
     node, released = extra.maybe("geometry"), CropGeometry()
     node.check_keys(("crop", "half"), strict=True)
     crop = node.whole("crop", released.crop, high=SIDE)
-    if crop < image_size and crop % cell:
+    if crop > image_size - GRID + 1:
+        raise node.wrong("crop", f"leave room for {GRID} crops a side in {image_size} px", crop)
+    if crop % cell:
         raise node.wrong("crop", f"be a multiple of {cell} (VAE factor times patch)", crop)
     return CropGeometry(crop=crop, half=node.whole("half", released.half, high=SIDE))
 
