@@ -17,7 +17,7 @@ from comit_bench.errors import BenchError, UsageError
 from comit_bench.files import check_folder
 
 if TYPE_CHECKING:
-    from comit_bench.train.config import AutoencoderRun, TeacherRun, TrainConfig
+    from comit_bench.train.config import AnyRun, TrainConfig
 
 INTERRUPTED = 130
 
@@ -58,19 +58,21 @@ def train(
             raise UsageError(
                 f"--device {device!r:.40}: supported are auto and cpu; {config} is small, the CPU trains it"
             )
-        raise typer.Exit(_train_small(settings, dry_run, command, progress=not quiet))
+        device = "cpu"
     if dry_run:
         typer.echo(_plan(settings, device))
         return
     raise typer.Exit(_train(settings, device, resume, command, progress=not quiet))
 
 
-def _train(config: TrainConfig, device: str, resume: str, command: str, *, progress: bool) -> int:
+def _train(config: AnyRun, device: str, resume: str, command: str, *, progress: bool) -> int:
+    from comit_bench.train.config import TrainConfig
     from comit_bench.train.loop import Trainer
 
     trainer = Trainer(config, device=device, resume=resume, progress=progress, command=command)
-    if trainer.main and config.push_to_hub is not None:
-        _warn_without_token(config.push_to_hub)
+    push = config if isinstance(config, TrainConfig) and config.push_to_hub is not None else None
+    if trainer.main and push is not None:
+        _warn_without_token(str(push.push_to_hub))
     try:
         exported = trainer.fit()
     except KeyboardInterrupt:
@@ -83,13 +85,16 @@ def _train(config: TrainConfig, device: str, resume: str, command: str, *, progr
             sys.stderr.write(
                 f"\nstopped after step {trainer.counters.step}, checkpoint saved; "
                 "the same command continues.\n"
-                f"To export what is there: the same command with steps={trainer.counters.step}.\n"
             )
+            if "steps" in config.free:
+                sys.stderr.write(
+                    f"To export what is there: the same command with steps={trainer.counters.step}.\n"
+                )
         return INTERRUPTED
     if exported is None:
         return 0
     typer.echo(str(exported))
-    return 0 if config.push_to_hub is None else _push(config, exported)
+    return 0 if push is None else _push(push, exported)
 
 
 def _warn_without_token(repository: str) -> None:
@@ -120,31 +125,6 @@ def _push(config: TrainConfig, exported: Path) -> int:
     return 0
 
 
-def _train_small(run: TeacherRun | AutoencoderRun, dry_run: bool, command: str, *, progress: bool) -> int:
-    import yaml
-
-    from comit_bench.train.config import TeacherRun
-
-    if dry_run:
-        text = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
-        typer.echo(f"{text}# output: {run.output / run.name}")
-        return 0
-    try:
-        if isinstance(run, TeacherRun):
-            from comit_bench.train.objectives.teacher import fit_teacher
-
-            folder = fit_teacher(run, progress=progress, command=command)
-        else:
-            from comit_bench.train.objectives.autoencoder import fit_autoencoder
-
-            folder = fit_autoencoder(run, progress=progress, command=command)
-        typer.echo(str(folder))
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command continues from the last checkpoint.\n")
-        return INTERRUPTED
-    return 0
-
-
 def _listing() -> str:
     """One line per preset: its name and the first comment of its file."""
     from comit_bench.train.config import presets
@@ -156,29 +136,31 @@ def _listing() -> str:
     return "\n".join(lines)
 
 
-def _plan(config: TrainConfig, device: str) -> str:
+def _plan(config: AnyRun, device: str) -> str:
     """The resolved settings as YAML, after all checks that need no data or weights to be loaded."""
     import yaml
 
     from comit_bench.nn.ranks import launched
     from comit_bench.train.board import check_tensorboard
+    from comit_bench.train.config import TrainConfig
     from comit_bench.train.data import open_images
     from comit_bench.train.setup import check_device, check_spec, divide
 
     check_tensorboard(config.tensorboard)
-    check_spec(config.model.spec())
     check_device(config, device)
     ranks = launched().world
     work = divide(config, ranks)
-    train_images, held = open_images(config)
+    lines = []
+    if isinstance(config, TrainConfig):
+        check_spec(config.model.spec())
+        train_images, held = open_images(config)
+        lines = [
+            f"# {len(train_images.ids)} training and {len(held.ids)} validation images",
+            f"# {ranks} processes x {work.pieces} pieces x {work.device_batch} images per step, "
+            f"{config.steps} steps",
+        ]
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    output = Path(config.output) / config.name
-    return (
-        f"{text}# {len(train_images.ids)} training and {len(held.ids)} validation images\n"
-        f"# {ranks} processes x {work.pieces} pieces x {work.device_batch} images per step, "
-        f"{config.steps} steps\n"
-        f"# output: {output}"
-    )
+    return "\n".join([text.rstrip("\n"), *lines, f"# output: {Path(config.output) / config.name}"])
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""The model card of an exported tokenizer: Markdown with the front matter that the hub reads."""
+"""The card of what was trained: Markdown with the front matter that the hub reads."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ import yaml
 
 from comit_bench import __version__
 from comit_bench.tokenizers.comit.model import Comit
-from comit_bench.train.config import TrainConfig
+from comit_bench.train.config import AnyRun, TrainConfig
 
 LIBRARY = "comit-bench"
-TAGS = ("comit", "image-tokenizer", "discrete-tokens", "flow-matching")
 PICTURE, CURVES = "reconstructions.png", "curves.png"
 HUB_LICENCES = frozenset(
     {
@@ -53,6 +53,130 @@ class RunFacts:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a card says that only the objective knows.
+
+    Attributes:
+        tags: Of the hub.
+        what: What it is and what it is for.
+        facts: Lines of a list: sizes, how it is stored.
+        data: Training images.
+        measured: On which images the metrics were measured, and how.
+        names: What the metrics mean.
+        recipe: Lines of a list: how it was trained.
+        use: How to load it.
+        remarks: What follows the recipe.
+    """
+
+    tags: tuple[str, ...]
+    what: str
+    facts: tuple[str, ...]
+    data: str
+    measured: str
+    names: dict[str, str]
+    recipe: tuple[str, ...]
+    use: str
+    remarks: str = ""
+
+
+USE_TOKENIZER = """```python
+import comit_bench
+
+tokenizer = comit_bench.load_tokenizer("path/to/this/folder")
+```
+
+or `python -m comit_bench.run --tokenizer path/to/this/folder`."""
+USE_TEACHER = "`python -m comit_bench.train --config comit-nano teacher.path=path/to/this/folder`."
+
+
+def front_matter(config: AnyRun, tags: Sequence[str] = ()) -> dict[str, Any]:
+    """Licence, library and tags under the names of the hub."""
+    licence = config.weights_licence.strip().lower()
+    known = licence in HUB_LICENCES
+    matter: dict[str, Any] = {"license": licence if known else "other"}
+    if not known:
+        matter["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence).strip("-") or "unspecified"
+    return {**matter, "library_name": LIBRARY, "tags": [LIBRARY, *tags]}
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def render(config: AnyRun, facts: RunFacts, about: About, pictures: frozenset[str] = frozenset()) -> str:
+    """What it is, how good it is, how it was made, how to load it.
+
+    Args:
+        config: Settings of the run.
+        facts: What happened.
+        about: What is special.
+        pictures: Which of the two pictures lie beside the card.
+    """
+    matter = yaml.safe_dump(front_matter(config, about.tags), sort_keys=False)
+    settings = yaml.safe_dump(config.model_dump(mode="json", exclude={"output"}), sort_keys=False)
+    epochs = facts.images / max(facts.train_images, 1)
+    skipped = f"{facts.skipped} steps skipped as not finite"
+    metrics = "\n".join(f"| {about.names.get(k, k)} | {v:.4g} |" for k, v in facts.metrics.items())
+    lines = (
+        *about.facts,
+        f"training data: {about.data}, {facts.train_images:,} images, {epochs:.2f} epochs",
+        f"steps: {facts.step:,} of {config.global_batch} images, {facts.images:,} images in all ({skipped})",
+        f"wall time: {facts.seconds / 3600:.2f} h on {facts.hardware}, computed in {config.precision}",
+        f"licence of the weights: {config.weights_licence}",
+    )
+    return f"""---
+{matter}---
+# {config.name}
+
+{about.what} Made by comit_bench {__version__} and torch {torch.__version__}.
+
+{_list(lines)}
+
+Command:
+
+```bash
+{facts.command or "(started from Python)"}
+```
+
+## Validation
+
+{facts.val_images:,} {about.measured}:
+
+| measure | value |
+|---|---|
+{metrics}
+
+{_pictures(pictures)}## Use
+
+{about.use}
+
+## How it was trained
+
+{_list(about.recipe)}
+{about.remarks}
+All settings:
+
+```yaml
+{settings}```
+"""
+
+
+def _pictures(pictures: frozenset[str]) -> str:
+    text = ""
+    if PICTURE in pictures:
+        text += (
+            "Validation images, the crops that were seen (numbered in order; dark parts were not seen), and "
+            f"the reconstructions from the message after the last crop:\n\n![Reconstructions]({PICTURE})\n\n"
+        )
+    if CURVES in pictures:
+        text += f"Over the steps of the run:\n\n![Learning curves]({CURVES})\n\n"
+    return text
+
+
+# ------------------------------------------------------------------------ COMiT
+
+
 def training_data(config: TrainConfig) -> str:
     """Name of the data for tables: ``data.title``, or what follows from the source."""
     data = config.data
@@ -64,16 +188,6 @@ def training_data(config: TrainConfig) -> str:
     if data.kind == "hf" and not Path(source).expanduser().exists():
         return source  # a hub id
     return Path(source).expanduser().resolve().name
-
-
-def front_matter(config: TrainConfig) -> dict[str, Any]:
-    """Licence, library and tags under the names of the hub."""
-    licence = config.weights_licence.strip().lower()
-    known = licence in HUB_LICENCES
-    matter: dict[str, Any] = {"license": licence if known else "other"}
-    if not known:
-        matter["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence).strip("-") or "unspecified"
-    return {**matter, "library_name": LIBRARY, "tags": list(TAGS)}
 
 
 def measure_names(config: TrainConfig) -> dict[str, str]:
@@ -161,108 +275,39 @@ def _optimizer(config: TrainConfig) -> str:
     )
 
 
-def _pictures(pictures: frozenset[str]) -> str:
-    parts = []
-    if PICTURE in pictures:
-        parts.append(
-            "Validation images, the crops that were seen (numbered in order; dark parts were not seen), and "
-            f"the reconstructions from the message after the last crop:\n\n![Reconstructions]({PICTURE})\n"
-        )
-    if CURVES in pictures:
-        parts.append(f"Over the steps of the run:\n\n![Learning curves]({CURVES})\n")
-    return "\n".join(parts)
-
-
-def _head(config: TrainConfig, model: Comit, facts: RunFacts) -> str:
-    spec = model.spec
-    parameters = sum(p.numel() for p in model.predictor.parameters())
-    epochs = facts.images / max(facts.train_images, 1)
-    code = f"a vocabulary of {model.quantizer.vocab_size:,} (FSQ levels {list(spec.fsq_levels)})"
-    skipped = f"{facts.skipped} steps skipped as not finite"
-    return f"""# {config.name}
-
-COMiT image tokenizer ({parameters:,} parameters without the autoencoder): {spec.image_size} px images become
-{spec.message_length} tokens of {code}. Trained with comit_bench {__version__} and torch {torch.__version__};
-the layout of the files is the released one.
-
-- training data: {training_data(config)}, {facts.train_images:,} images, {epochs:.2f} epochs
-- steps: {facts.step:,} of {config.global_batch} images, {facts.images:,} images in all ({skipped})
-- weights: exponential moving average ({config.optim.ema:g}), stored as {config.export.dtype}
-- wall time: {facts.seconds / 3600:.2f} h on {facts.hardware}, computed in {config.precision}
-- licence of the weights: {config.weights_licence}
-
-Command:
-
-```bash
-{facts.command or "(started from Python)"}
-```
-"""
-
-
-def _validation(config: TrainConfig, facts: RunFacts) -> str:
-    names = measure_names(config)
-    metrics = "\n".join(f"| {names.get(k, k)} | {v:.4g} |" for k, v in facts.metrics.items())
-    rounded = "; measured before rounding to float16" if config.export.dtype == "float16" else ""
-    return f"""## Validation
-
-{facts.val_images:,} images that were not trained on; averaged weights{rounded}; message of the whole image:
-
-| measure | value |
-|---|---|
-{metrics}
-"""
-
-
-def _training(config: TrainConfig, model: Comit) -> str:
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    objective = "\n".join(f"- {line}" for line in _objective(config))
-    return f"""## How it was trained
-
-- images: {_images(config)}
-- crops: {_crops(config)}
-{objective}
-- optimizer: {_optimizer(config)}
-- attention mask: {model.spec.mask_mode}; seed {config.seed}
-
+REMARKS = """
 Choices that the paper does not print (mirror images, the posterior, whose number of crops is drawn, whether
 the whole image is one of them, of which images its probability is, offset and alignment of images without a
-message, time distribution, loss weights) are named above. All settings:
-
-```yaml
-{settings}```
-"""
-
-
-USE = """## Use
-
-```python
-import comit_bench
-
-tokenizer = comit_bench.load_tokenizer("path/to/this/folder")
-```
-
-or `python -m comit_bench.run --tokenizer path/to/this/folder`.
+message, time distribution, loss weights) are named above.
 """
 
 
 def model_card(
     config: TrainConfig, model: Comit, facts: RunFacts, pictures: frozenset[str] = frozenset()
 ) -> str:
-    """Markdown: what it is, how good it is, how it was made, how to load it.
-
-    Args:
-        config: Settings of the run.
-        model: For its sizes.
-        facts: What happened.
-        pictures: Which of the two pictures lie beside the card.
-    """
-    matter = yaml.safe_dump(front_matter(config), sort_keys=False)
-    parts = (
-        f"---\n{matter}---\n",
-        _head(config, model, facts),
-        _validation(config, facts),
-        _pictures(pictures),
-        USE,
-        _training(config, model),
+    """The card of a COMiT tokenizer; see :func:`render`."""
+    spec = model.spec
+    parameters = sum(p.numel() for p in model.predictor.parameters())
+    rounded = "; measured before rounding to float16" if config.export.dtype == "float16" else ""
+    about = About(
+        tags=("comit", "image-tokenizer", "discrete-tokens", "flow-matching"),
+        what=f"COMiT image tokenizer ({parameters:,} parameters without the autoencoder): {spec.image_size} "
+        f"px images become\n{spec.message_length} tokens of a vocabulary of {model.quantizer.vocab_size:,} "
+        f"(FSQ levels {list(spec.fsq_levels)}). The layout of the files is the released one.",
+        facts=(
+            f"weights: exponential moving average ({config.optim.ema:g}), stored as {config.export.dtype}",
+        ),
+        data=training_data(config),
+        measured=f"images that were not trained on; averaged weights{rounded}; message of the whole image",
+        names=measure_names(config),
+        recipe=(
+            f"images: {_images(config)}",
+            f"crops: {_crops(config)}",
+            *_objective(config),
+            f"optimizer: {_optimizer(config)}",
+            f"attention mask: {spec.mask_mode}; seed {config.seed}",
+        ),
+        use=USE_TOKENIZER,
+        remarks=REMARKS,
     )
-    return "\n".join(part for part in parts if part)
+    return render(config, facts, about, pictures)

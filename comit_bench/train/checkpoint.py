@@ -1,9 +1,9 @@
 """Checkpoints: one directory each, whole or absent, without pickle.
 
-``step-00001000/`` holds ``model.safetensors`` (network and projection heads), ``ema.safetensors``,
-``optimizer.safetensors`` and ``state.json`` (counters and the configuration). Tensors are always whole,
-however they were sharded, so the number of processes and the sharding may change. The number of a
-checkpoint is the number of finished optimizer steps. Everything random is a function of the seed and
+``step-00001000/`` holds ``model.safetensors`` (all that is trained), ``ema.safetensors`` where weights
+are averaged, ``optimizer.safetensors`` and ``state.json`` (counters and the configuration). Tensors are
+always whole, however they were sharded, so the number of processes and the sharding may change. The number
+of a checkpoint is the number of finished optimizer steps. Everything random is a function of the seed and
 the step, so no generator state has to be kept.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.files import atomic_path, remove_folder, user_path
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.files import atomic_path, locked, remove_folder, require_folder, user_path
 from comit_bench.files import sweep as sweep_killed
 from comit_bench.recipes.reading import read_json
 from comit_bench.tokenizers.checkpoints import read_tensors, write_tensors
-from comit_bench.train.config import TrainConfig
+from comit_bench.train.config import AnyRun
 from comit_bench.train.ema import Ema
 from comit_bench.train.optimizers import Together
 from comit_bench.train.sharding import fill, gather, like
@@ -31,18 +33,23 @@ from comit_bench.train.sharding import fill, gather, like
 FORMAT = 1
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8})")
-# What may differ between a checkpoint and the run that continues from it: nothing here changes a number.
-FREE = frozenset(
-    {
-        "steps", "output", "device_batch", "log_every", "validate_every", "save_every",
-        "keep_last", "max_bad_steps", "weights_licence", "data.workers", "data.max_broken", "data.title",
-        "data.source", "data.val_source", "model.vae_path", "teacher.path", "model.image_size",
-        "model.vocab_size",
-        "activation_checkpointing", "compile", "sharding",  # the last two change rounding, as ranks do
-        "teacher.cache", "tensorboard", "push_to_hub", "push_private", "validation.steps",
-        "validation.guidance", "validation.pictures", "validation.picture_crops", "export.dtype",
-    }
-)  # fmt: skip
+
+
+@contextmanager
+def only_training(directory: Path) -> Iterator[None]:
+    """Make the folder of a run, and let nobody else train in it during the block.
+
+    Raises:
+        BenchError: Another training is running there, or it cannot be written.
+    """
+    require_folder(directory)
+    with locked(directory / ".lock", "training there", wait=False) as ours:
+        if not ours:
+            raise BenchError(
+                f"{directory}: another training is running in this folder. Wait for its end, or choose "
+                "another name=… or output=… ."
+            )
+        yield
 
 
 @dataclass
@@ -75,7 +82,7 @@ class TrainState:
     """The tensors of a run: module (network and heads), averages, optimizer."""
 
     module: nn.Module
-    ema: Ema
+    ema: Ema | None
     optimizer: Together
 
     def weights(self) -> dict[str, Tensor]:
@@ -97,11 +104,10 @@ class TrainState:
         Args:
             keep: False on processes that only help to gather: they get empty entries.
         """
-        return {
-            "model.safetensors": gather(self.weights(), keep=keep),
-            "ema.safetensors": gather(self.ema.averages, keep=keep),
-            "optimizer.safetensors": gather(self.moments(), keep=keep),
-        }
+        parts = {"model": self.weights(), "optimizer": self.moments()}
+        if self.ema is not None:
+            parts["ema"] = self.ema.averages
+        return {f"{name}.safetensors": gather(tensors, keep=keep) for name, tensors in parts.items()}
 
 
 def folder(root: Path, step: int) -> Path:
@@ -123,7 +129,7 @@ def step_of(directory: Path) -> int:
 
 
 def save_checkpoint(
-    root: Path, tensors: dict[str, dict[str, Tensor]], counters: Counters, config: TrainConfig, data: str
+    root: Path, tensors: dict[str, dict[str, Tensor]], counters: Counters, config: AnyRun, data: str
 ) -> Path:
     """Write the checkpoint of ``counters.step``; a reader sees all of it or nothing.
 
@@ -172,17 +178,16 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+def config_differences(saved: dict[str, Any], config: AnyRun) -> list[str]:
     """Keys that matter and differ, as ``key: saved -> now``.
 
     A key that is younger than the checkpoint counts as its default there: defaults of new keys are what
     was done before.
     """
-    defaults = _flat(
-        TrainConfig.model_construct(name="", steps=1, global_batch=1).model_dump(mode="json", warnings=False)
-    )
+    blank: Any = type(config).model_construct
+    defaults = _flat(blank().model_dump(mode="json", warnings=False))
     old, new = {**defaults, **_flat(saved)}, _flat(config.model_dump(mode="json"))
-    keys = sorted((old.keys() | new.keys()) - FREE)
+    keys = sorted((old.keys() | new.keys()) - config.free)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in keys
@@ -190,7 +195,7 @@ def config_differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     ]
 
 
-def read_counters(directory: Path, config: TrainConfig, data: str) -> Counters:
+def read_counters(directory: Path, config: AnyRun, data: str) -> Counters:
     """Counters of a checkpoint, after making sure that it belongs to this configuration.
 
     Raises:
@@ -226,7 +231,7 @@ def _fill(target: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> 
         raise CorruptFileError(f"{path}: its tensors are not those of this model. Remove the checkpoint.")
 
 
-def load_checkpoint(directory: Path, state: TrainState, config: TrainConfig, data: str) -> Counters:
+def load_checkpoint(directory: Path, state: TrainState, config: AnyRun, data: str) -> Counters:
     """Put a checkpoint's tensors into ``state``.
 
     Raises:
@@ -235,12 +240,13 @@ def load_checkpoint(directory: Path, state: TrainState, config: TrainConfig, dat
     counters = read_counters(directory, config, data)
     weights = read_tensors(directory / "model.safetensors")
     _fill(state.weights(), weights, directory / "model.safetensors")
-    averages = read_tensors(directory / "ema.safetensors")
-    _fill(state.ema.averages, averages, directory / "ema.safetensors")
+    if state.ema is not None:
+        averages = read_tensors(directory / "ema.safetensors")
+        _fill(state.ema.averages, averages, directory / "ema.safetensors")
+        state.ema.load(averages)
     with torch.no_grad():
         for name, value in state.weights().items():
             fill(value, weights[name])
-    state.ema.load(averages)
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in read_tensors(directory / "optimizer.safetensors").items():
         number, _, name = key.partition(".")
@@ -264,6 +270,11 @@ def choose(root: Path, resume: str) -> Path | None:
         UsageError: ``never`` where checkpoints exist, or a directory older than the latest here.
         MissingError: No such checkpoint.
     """
+    if (older := root.parent / "checkpoint").is_dir():
+        raise UsageError(
+            f"{older}: a checkpoint of an earlier version of comit_bench; this one cannot go on from it. "
+            "Remove it to start anew, or choose another name=… or output=… ."
+        )
     sweep_killed(root)
     here = found(root)
     if resume == "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -251,21 +251,29 @@ class ExportConfig(SpecModel):
     dtype: Literal["float32", "float16"] = "float32"  # of the stored weights; both load
 
 
-class TrainConfig(SpecModel):
-    """A whole run. ``global_batch`` is per optimizer step over all ranks; the rest is derived."""
+# What may differ between a checkpoint and the run that continues from it: nothing here changes a number.
+FREE = frozenset(
+    {
+        "steps", "output", "device_batch", "log_every", "validate_every", "save_every",
+        "keep_last", "max_bad_steps", "weights_licence", "data.workers", "data.max_broken", "data.title",
+        "data.source", "data.val_source", "model.vae_path", "teacher.path", "model.image_size",
+        "model.vocab_size", "val_count",
+        "activation_checkpointing", "compile", "sharding",  # the last two change rounding, as ranks do
+        "teacher.cache", "tensorboard", "push_to_hub", "push_private", "validation.steps",
+        "validation.guidance", "validation.pictures", "validation.picture_crops", "export.dtype",
+    }
+)  # fmt: skip
+
+
+class RunConfig(SpecModel):
+    """What the settings of every training have."""
+
+    free: ClassVar[frozenset[str]] = FREE
 
     name: Name
     seed: Seed = 0
     steps: Count
-    global_batch: Count
-    device_batch: Count | None = None  # None: global_batch over ranks, in one piece
     output: UserPath = Path("runs")
-    precision: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = False  # blocks are computed again in the backward pass
-    # blocks and teacher, by Inductor: needs a C++ compiler (gcc) on a CPU, Triton on CUDA; rounds otherwise
-    compile: bool = False
-    # fsdp2: weights, gradients, averages and Adam's moments are spread over the processes
-    sharding: Literal["none", "fsdp2"] = "none"
     log_every: Count = 50
     validate_every: Count = 1000
     save_every: Count = 1000
@@ -273,6 +281,19 @@ class TrainConfig(SpecModel):
     max_bad_steps: Count = 5
     weights_licence: str = "unspecified"
     tensorboard: bool = False  # also write event files; needs the extra `track`
+
+
+class TrainConfig(RunConfig):
+    """A whole run. ``global_batch`` is per optimizer step over all ranks; the rest is derived."""
+
+    global_batch: Count
+    device_batch: Count | None = None  # None: global_batch over ranks, in one piece
+    precision: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False  # blocks are computed again in the backward pass
+    # blocks and teacher, by Inductor: needs a C++ compiler (gcc) on a CPU, Triton on CUDA; rounds otherwise
+    compile: bool = False
+    # fsdp2: weights, gradients, averages and Adam's moments are spread over the processes
+    sharding: Literal["none", "fsdp2"] = "none"
     push_to_hub: str | None = None  # USER/NAME: upload the exported folder there
     push_private: bool = False
     model: ModelConfig = ModelConfig()
@@ -317,27 +338,46 @@ class TrainConfig(SpecModel):
         return self
 
 
-class TeacherRun(SpecModel):
+class SmallRun(RunConfig):
+    """A training that one CPU core does in minutes: one process, float32, scenes painted in memory."""
+
+    precision: ClassVar[Literal["float32"]] = "float32"
+    sharding: ClassVar[Literal["none"]] = "none"
+    activation_checkpointing: ClassVar[bool] = False
+
+    batch: Count = 64
+    device_batch: Count | None = None  # None: the whole batch at once
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch
+
+
+class TeacherRun(SmallRun):
     """A run that trains ``scenes-teacher``; sizes of the network are those of its spec."""
+
+    free: ClassVar[frozenset[str]] = FREE - {"steps"}  # the cosine ends there
 
     kind: Literal["scenes-teacher"]
     name: Name = "scenes-teacher"
-    seed: Seed = 0
     steps: Count = 2000
-    batch: Count = 64
     learning_rate: Positive = 2e-3
     warmup_steps: Count = 100
     patch_weight: NotNegative = 0.5
     count: Annotated[int, Field(ge=100)] = 20000  # training scenes of each layout
     val_count: Annotated[int, Field(ge=100)] = 1000
-    log_every: Count = 50
     save_every: Count = 250
-    output: UserPath = Path("runs")
+    weights_licence: str = "Apache-2.0"
     image_size: int = 32
     patch: int = 4
     width: int = 48
     depth: int = 1
     dim: int = 128
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Adam; the rate falls along a cosine of its own."""
+        return OptimConfig(learning_rate=self.learning_rate, warmup_steps=self.warmup_steps)
 
     def spec(self) -> ScenesTeacherSpec:
         """The network's sizes.
@@ -357,13 +397,11 @@ class TeacherRun(SpecModel):
             raise UsageError(f"scenes-teacher: {error}") from error
 
 
-class AutoencoderRun(SpecModel):
+class AutoencoderRun(SmallRun):
     """A run that trains a small autoencoder on the scenes: one loss on pixels, one on the codebook."""
 
     kind: Literal["autoencoder"]
-    name: Name
     model: Literal["vq-grid-nano", "titok-nano"]
-    seed: Seed = 0
     steps: Count = 3000
     batch: Annotated[int, Field(ge=2)] = 64
     count: Count = 50000  # training scenes, those of data.count of the COMiT presets
@@ -376,7 +414,6 @@ class AutoencoderRun(SpecModel):
     log_every: Count = 25
     validate_every: Count = 250
     save_every: Count = 250
-    output: UserPath = Path("runs")
     weights_licence: str = "Apache-2.0"
     optim: OptimConfig = OptimConfig()
 

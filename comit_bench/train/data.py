@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -331,7 +331,17 @@ class Steps:
             return error
 
 
-def iterate_steps(steps: Steps, start: int, *, workers: int, pin: bool) -> Iterator[Batch]:
+class StepSource(Protocol):
+    """A map-style data set whose item ``step`` is a batch, with its number and its broken images."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> Any: ...
+
+    def global_ids(self, step: int) -> Sequence[str]: ...
+
+
+def iterate_steps(steps: StepSource, start: int, *, workers: int, pin: bool) -> Iterator[Any]:
     """Batches from step ``start`` to the last one; with workers they are made ahead of time.
 
     Raises:

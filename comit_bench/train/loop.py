@@ -20,40 +20,28 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, memory_runs_out
-from comit_bench.files import digest_json, user_path
-from comit_bench.nn.teachers import TeacherFeatures
-from comit_bench.tokenizers.comit.model import Comit
-from comit_bench.train import checkpoint, validation
+from comit_bench.files import user_path
+from comit_bench.train import checkpoint
 from comit_bench.train.board import TRAIN, VALIDATION, Board, check_tensorboard
 from comit_bench.train.card import RunFacts
-from comit_bench.train.checkpoint import Counters, TrainState
-from comit_bench.train.config import TrainConfig
-from comit_bench.train.data import Batch, Broken, Steps, iterate_steps, open_images, read_all
+from comit_bench.train.checkpoint import Counters, TrainState, only_training
+from comit_bench.train.config import AnyRun, AutoencoderRun, TrainConfig
+from comit_bench.train.data import iterate_steps
 from comit_bench.train.ema import Ema
-from comit_bench.train.export import export
-from comit_bench.train.features import FeatureStore, compute_features, images_digest, open_features
 from comit_bench.train.logs import CsvLog
+from comit_bench.train.objectives.autoencoder import AutoencoderObjective
+from comit_bench.train.objectives.base import Objective, Place
+from comit_bench.train.objectives.comit_run import ComitObjective
+from comit_bench.train.objectives.teacher import TeacherObjective
 from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.pictures import save_picture
-from comit_bench.train.runstate import only_training
-from comit_bench.train.sampling import mean_crops
-from comit_bench.train.scaling import block_runner, compile_frozen
-from comit_bench.train.schedule import alignment_ramp, learning_rate
-from comit_bench.train.setup import (
-    check_spec,
-    divide,
-    make_accelerator,
-    make_module,
-    make_teacher,
-)
-from comit_bench.train.sharding import full, gather, shard, sync_gradients, whole_copy
+from comit_bench.train.setup import check_spec, divide, make_accelerator
+from comit_bench.train.sharding import full, gather, shard, sync_gradients
 
-PARTS = ("loss", "flow", "repa", "srepa", "grad_norm")
-COLUMNS = ("step", "images", "learning_rate", *PARTS, "ramp", "crops", "skipped", "images_per_s")
 NAMED = 16  # sample ids in a message
 
 
@@ -84,7 +72,7 @@ class Trainer:
     """Everything of one run; :meth:`fit` runs it.
 
     Args:
-        config: Settings.
+        config: Settings; their kind says what is learned.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: ``auto``, ``never`` or a checkpoint directory.
         progress: Show bars.
@@ -97,7 +85,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: AnyRun,
         *,
         device: str = "auto",
         resume: str = "auto",
@@ -106,8 +94,8 @@ class Trainer:
     ) -> None:
         self.config, self.command = config, command
         check_tensorboard(config.tensorboard)
-        spec = config.model.spec()
-        check_spec(spec)
+        if isinstance(config, TrainConfig):
+            check_spec(config.model.spec())
         self.accelerator = make_accelerator(config, device)
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
@@ -116,42 +104,42 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         with self._alone():  # now, not after an hour of reading
             start = checkpoint.choose(self.checkpoints, resume)
-        train, held = open_images(config)
-        self.data_digest = digest_json(list(train.ids))
+        place = Place(self.device, self.accelerator.process_index, self.work.ranks)
+        self.objective = make_objective(config, place)
+        self.steps = self.objective.steps
+        self.parts = (*self.objective.parts, "grad_norm")
         if start is not None:
-            checkpoint.read_counters(start, config, self.data_digest)
-        self.steps = Steps(config, train, rank=self.accelerator.process_index, ranks=self.work.ranks)
-        self.held = read_all(held) if self.main else None
-        self.broken = Broken(len(train.ids), config.data.max_broken)
+            checkpoint.read_counters(start, config, self.objective.data)
         self._build(start)
         self.progress = progress and self.main
-        self.log = CsvLog(self.directory / "log.csv", COLUMNS)
-        self.validation_log = CsvLog(self.directory / "validation.csv", validation.COLUMNS)
+        columns = ("step", "images", "learning_rate", *self.parts, *self.objective.columns)
+        self.log = CsvLog(self.directory / "log.csv", (*columns, "skipped", "images_per_s"))
+        measures = ("step", *self.objective.measures)
+        self.validation_log = CsvLog(self.directory / "validation.csv", measures)
         self.board = Board(self.directory, active=config.tensorboard and self.main)
         self.since = time.monotonic()
         self.metrics: dict[str, float] = {}
 
     def _build(self, start: Path | None) -> None:
-        config = self.config
-        self.teacher = make_teacher(config, self.device)
-        self.raw = make_module(config, self.teacher)
-        self.raw.to(self.device)
-        self.model = self.raw.model
-        self.raw.runner = block_runner(compile=config.compile, recompute=config.activation_checkpointing)
-        if config.compile:
-            compile_frozen(self.model, self.teacher)
+        config, objective = self.config, self.objective
+        objective.build()
+        self.raw = objective.module
         self.sharded = config.sharding == "fsdp2" and self.work.ranks > 1
         if self.sharded:
-            shard(self.raw, self.model, self.device)
+            assert isinstance(objective, ComitObjective)
+            shard(self.raw, objective.network, self.device)
         self.parameters = [p for p in self.raw.parameters() if p.requires_grad]
         optimizer = make_optimizer(self.raw, config, self.device)
-        ema = Ema(self.model.predictor, config.optim.ema, warmup=config.optim.ema_warmup)
+        ema = None
+        if objective.averaged is not None:
+            ema = Ema(objective.averaged, config.optim.ema, warmup=config.optim.ema_warmup)
         self.state = TrainState(self.raw, ema, optimizer)
-        self.counters = Counters(sums=[0.0] * len(PARTS))
+        self.counters = Counters(sums=[0.0] * len(self.parts))
         if start is not None:
-            self.counters = checkpoint.load_checkpoint(start, self.state, config, self.data_digest)
+            self.counters = checkpoint.load_checkpoint(start, self.state, config, objective.data)
         self._agree(self.counters.step)
-        self.store = self._open_features()
+        if self.counters.step < config.steps:
+            objective.open_cache(self.main)
         self.module: nn.Module = self.raw if self.sharded else self.accelerator.prepare_model(self.raw)
 
     def _alone(self) -> AbstractContextManager[None]:
@@ -168,64 +156,20 @@ class Trainer:
                     "All of them must see the same output directory."
                 )
 
-    def _open_features(self) -> FeatureStore | None:
-        """The teacher's features on disk, if asked for and not finished; refuses when there is no room."""
-        config = self.config
-        if self.teacher is None or config.teacher.cache == "none" or self.counters.step >= config.steps:
-            return None
-        source = self.steps.source
-        digest = [images_digest(source) if self.main else ""]
-        broadcast_object_list(digest)
-        spec = config.model.spec()
-        store = open_features(
-            config.teacher,
-            self.teacher,
-            source,
-            tokens=(spec.max_input_size // spec.patch_size) ** 2,
-            data=digest[0],
-            device=self.device,
-            precision=config.precision,
-        )
-        self.accelerator.wait_for_everyone()  # nobody writes before all have seen that there is room
-        return store
-
-    def _fill_features(self, stop: Stop) -> None:
-        """Compute what is missing, each process its part; from then on the teacher is not needed."""
-        if self.store is None or self.teacher is None:
-            return
-        self.store.fill(
-            self.steps.source,
-            self.teacher,
-            device=self.device,
-            rank=self.accelerator.process_index,
-            ranks=self.work.ranks,
-            workers=self.config.data.workers,
-            stopped=lambda: stop.asked,
-            progress=self.progress,
-        )
-        self.accelerator.wait_for_everyone()
-        self.steps.features, self.teacher = self.store, None
-
     # ----------------------------------------------------------------- a step
 
-    def _gradients(self, batch: Batch) -> Tensor:
-        """Backward through all pieces; the means of the loss parts over this rank's images [4]."""
+    def _gradients(self, batch: Any) -> Tensor:
+        """Backward through all pieces; the means of the loss parts over this rank's images [parts]."""
         size, pieces = self.work.device_batch, self.work.pieces
-        ramp = alignment_ramp(batch.step, self.config.objective.alignment_ramp)
         self.state.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(4, device=self.device)
-        plan = batch.plan.to(self.device)
+        sums = torch.zeros(len(self.objective.parts), device=self.device)
         for piece in range(pieces):
-            rows = slice(piece * size, (piece + 1) * size)
-            images = validation.to_pixels(batch.images[rows], self.device)
-            features = self._features(batch, rows, images)
-            last = piece == pieces - 1
-            with self._piece(last):
+            inputs = self.objective.inputs(batch, slice(piece * size, (piece + 1) * size))
+            with self._piece(piece == pieces - 1):
                 with self.accelerator.autocast() if self.sharded else nullcontext():
-                    parts = self.module(images, plan.select(rows), features, ramp)
-                (parts.total / pieces).backward()
-            shown = [parts.total, parts.flow, parts.repa, parts.srepa]
-            sums += torch.stack([torch.as_tensor(p, device=self.device).detach().float() for p in shown])
+                    parts = self.module(*inputs)
+                (parts[0] / pieces).backward()
+            sums += torch.stack([torch.as_tensor(p, device=self.device).detach().float() for p in parts])
         return sums / pieces
 
     def _piece(self, last: bool) -> AbstractContextManager[None]:
@@ -236,33 +180,24 @@ class Trainer:
         waiting: AbstractContextManager[None] = self.accelerator.no_sync(self.module)
         return nullcontext() if last else waiting
 
-    def _features(self, batch: Batch, rows: slice, images: Tensor) -> TeacherFeatures | None:
-        """Of some images of the batch: from the cache, or computed now; None without a teacher."""
-        if batch.features is not None:
-            return batch.features.select(rows).to(self.device)
-        return None if self.teacher is None else compute_features(self.teacher, images)
-
-    def _step(self, batch: Batch, stop: Stop) -> tuple[list[float], bool]:
-        """One optimizer step. Returns the values of ``PARTS`` and whether to stop, equal on all ranks."""
+    def _step(self, batch: Any, stop: Stop) -> tuple[list[float], bool]:
+        """One optimizer step. Returns the values of ``parts`` and whether to stop, equal on all ranks."""
         means = self._gradients(batch)
         norm = full(nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip))
         flag = torch.full((1,), float(stop.asked), device=self.device)
         shared = torch.cat([means, flag])
         if self.work.ranks > 1:
             shared = torch.as_tensor(self.accelerator.reduce(shared, "mean"))
-        *values, asked = torch.cat([shared[:4], norm.detach().float()[None], shared[4:]]).tolist()
-        optim, counters = self.config.optim, self.counters
+        *values, asked = torch.cat([shared[:-1], norm.detach().float()[None], shared[-1:]]).tolist()
+        counters = self.counters
         if all(math.isfinite(value) for value in values):
-            rate = learning_rate(
-                batch.step,
-                peak=optim.learning_rate,
-                warmup=optim.warmup_steps,
-                cosine_steps=optim.cosine_steps,
-            )
+            rate = self.objective.rate(batch.step)
             for group in self.state.optimizer.param_groups:
                 group["lr"] = rate * group.get("factor", 1.0)
             self.state.optimizer.step()
-            self.state.ema.update(batch.step)
+            if self.state.ema is not None:
+                self.state.ema.update(batch.step)
+            self.objective.after(batch, self.state.optimizer)
             counters.bad_run = 0
             counters.sums = [a + b for a, b in zip(counters.sums, values, strict=True)]
             counters.counted += 1
@@ -275,9 +210,10 @@ class Trainer:
         counters, limit = self.counters, self.config.max_bad_steps
         counters.skipped += 1
         counters.bad_run += 1
-        ids = self.steps.global_ids(step)
+        ids = list(self.steps.global_ids(step))
         if self.main:
-            entry = {"step": step + 1, **{k: str(v) for k, v in zip(PARTS, values, strict=True)}, "ids": ids}
+            named = {name: str(value) for name, value in zip(self.parts, values, strict=True)}
+            entry = {"step": step + 1, **named, "ids": ids}
             with (self.directory / "bad-steps.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
         if counters.bad_run >= limit:
@@ -290,29 +226,21 @@ class Trainer:
 
     # ------------------------------------------------------------ bookkeeping
 
-    def _log(self, batch: Batch, rate: float) -> None:
+    def _log(self, batch: Any, rate: float) -> None:
         counters, count = self.counters, max(self.counters.counted, 1)
         row: dict[str, float | int] = {
             "step": counters.step,
             "images": counters.step * self.config.global_batch,
             "learning_rate": self.state.optimizer.param_groups[0]["lr"],
-            "ramp": alignment_ramp(batch.step, self.config.objective.alignment_ramp),
-            "crops": self._crops(batch),
             "skipped": counters.skipped,
             "images_per_s": round(rate, 2),
+            **self.objective.told(batch),
         }
-        row |= {name: value / count for name, value in zip(PARTS, counters.sums, strict=True)}
-        counters.sums, counters.counted = [0.0] * len(PARTS), 0
+        row |= {name: value / count for name, value in zip(self.parts, counters.sums, strict=True)}
+        counters.sums, counters.counted = [0.0] * len(self.parts), 0
         if self.main:
             self.log.append(row)
             self.board.scalars(TRAIN, counters.step, row)
-
-    def _crops(self, batch: Batch) -> float | int:
-        """Crops of an image in this step, on average over all processes where images differ."""
-        crops = self.config.crops
-        if crops.per == "batch" and crops.count_global:
-            return batch.plan.crops
-        return mean_crops(self.config, step=batch.step, sample_ids=self.steps.global_ids(batch.step))
 
     def _share_broken(self, local: dict[str, str]) -> None:
         """Bring together what all ranks found and stop when it is too much, on all at once."""
@@ -320,42 +248,48 @@ class Trainer:
         if self.work.ranks > 1:
             found = dict(gather_object(list(local.items())))
         local.clear()
-        self.broken.add(found)
+        self.objective.broken.add(found)
 
     def _validate(self) -> bool:
-        """Measure the averaged weights on the main process; whether they are the best so far, on all."""
+        """Measure the weights to export on the main process; whether they are the best so far, on all."""
         better = False
-        with self._averaged() as model:
-            measured = None
-            if self.held is not None and model is not None:
-                measured = validation.validate(model, self.config, self.held, device=self.device)
-        if measured is not None:
-            values, sheet = measured
+        with self._averaged() as network:
+            if network is not None:
+                self._measure(network)
+        if self.main:
             step = self.counters.step
-            self.metrics = values
-            self.validation_log.append({"step": step, **values})
-            picture = self.directory / "pictures" / f"step-{step:08d}.png"
-            save_picture(sheet, picture)
-            self.board.scalars(VALIDATION, step, values)
-            self.board.picture(step, picture)
-            loss, best = values["val_flow"], self.counters.best_value
-            better = math.isfinite(loss) and (best is None or loss < best)
-            if better:
-                self.counters.best_step, self.counters.best_value = step, loss
+            self.validation_log.append({"step": step, **self.metrics})
+            self.board.scalars(VALIDATION, step, self.metrics)
+            self.board.picture(step, self._picture)
+            if self.objective.judge is not None:
+                loss, best = self.metrics[self.objective.judge], self.counters.best_value
+                better = math.isfinite(loss) and (best is None or loss < best)
+                if better:
+                    self.counters.best_step, self.counters.best_value = step, loss
         # all processes save together
         return any(gather_object([better])) if self.work.ranks > 1 else better
 
+    @property
+    def _picture(self) -> Path:
+        return self.directory / "pictures" / f"step-{self.counters.step:08d}.png"
+
+    def _measure(self, network: nn.Module) -> None:
+        self.metrics, sheet = self.objective.validate(network)
+        if sheet is not None:
+            save_picture(sheet, self._picture)
+
     @contextmanager
-    def _averaged(self) -> Iterator[Comit | None]:
-        """The network with the averaged weights, in evaluation mode. All processes must ask together.
+    def _averaged(self) -> Iterator[nn.Module | None]:
+        """The network with the weights to export, in evaluation mode. All processes must ask together.
 
         None on other processes than the main one. With sharded weights the main process holds a whole
         copy for as long as it is needed.
         """
-        if self.sharded:
-            whole = gather(self.state.ema.averages, keep=self.main)
-            fixed = gather(dict(self.model.predictor.state_dict()), keep=self.main)
-            yield whole_copy(self.model, {**fixed, **whole}).to(self.device).eval() if self.main else None
+        ema, averaged = self.state.ema, self.objective.averaged
+        if self.sharded and ema is not None and averaged is not None:
+            whole = gather(ema.averages, keep=self.main)
+            fixed = gather(dict(averaged.state_dict()), keep=self.main)
+            yield self.objective.copy_with({**fixed, **whole}) if self.main else None
             return
         if not self.main:
             yield None
@@ -363,8 +297,8 @@ class Trainer:
         training = self.raw.training
         self.raw.eval()
         try:
-            with self.state.ema.applied():
-                yield self.model
+            with ema.applied() if ema is not None else nullcontext():
+                yield self.objective.network
         finally:
             self.raw.train(training)
 
@@ -374,7 +308,7 @@ class Trainer:
             counters = self.counters
             counters.seconds += time.monotonic() - self.since
             self.since = time.monotonic()
-            checkpoint.save_checkpoint(self.checkpoints, tensors, counters, self.config, self.data_digest)
+            checkpoint.save_checkpoint(self.checkpoints, tensors, counters, self.config, self.objective.data)
             checkpoint.tidy(self.checkpoints, keep_last=self.config.keep_last, best=counters.best_step)
 
     def _due(self, every: int) -> bool:
@@ -387,7 +321,8 @@ class Trainer:
         if self.main:
             checkpoint.sweep(self.checkpoints)
             self.log.start(self.counters.step)
-            self.validation_log.start(self.counters.step)
+            if self.objective.measures:
+                self.validation_log.start(self.counters.step)
             self.board.start(self.counters.step)
 
     def fit(self) -> Path | None:
@@ -418,10 +353,10 @@ class Trainer:
         """All remaining steps; False when asked to stop."""
         from tqdm import tqdm
 
-        self._fill_features(stop)
+        self.objective.fill_cache(lambda: stop.asked, progress=self.progress)
         config, start = self.config, self.counters.step
-        workers, gpu = config.data.workers, self.device.type == "cuda"
-        batches = iterate_steps(self.steps, start, workers=workers, pin=gpu)
+        workers = config.data.workers if isinstance(config, TrainConfig) else 0
+        batches = iterate_steps(self.steps, start, workers=workers, pin=self.device.type == "cuda")
         broken: dict[str, str] = {}
         clock, images = time.monotonic(), 0
         with tqdm(
@@ -440,7 +375,8 @@ class Trainer:
                     self._log(batch, rate)
                     clock, images = time.monotonic(), 0
                 before = time.monotonic()
-                better = self._due(config.validate_every) and self._validate()
+                due = bool(self.objective.measures) and self._due(config.validate_every)
+                better = due and self._validate()
                 if better or asked or self._due(config.save_every):
                     self._save()
                 clock += time.monotonic() - before
@@ -455,9 +391,9 @@ class Trainer:
             smaller += ", or set activation_checkpointing=true"
         return f"{smaller}. The same command then continues from the last checkpoint."
 
-    @staticmethod
-    def _postfix(values: list[float], rate: float) -> str:
-        parts = " ".join(f"{name} {value:.3f}" for name, value in zip(PARTS, values, strict=True) if value)
+    def _postfix(self, values: list[float], rate: float) -> str:
+        named = zip(self.parts, values, strict=True)
+        parts = " ".join(f"{name} {value:.3f}" for name, value in named if value)
         return f"{parts} {rate:.1f} img/s"
 
     def close(self) -> None:
@@ -466,12 +402,12 @@ class Trainer:
         self.accelerator.end_training()
 
     def _finish(self) -> Path | None:
-        """Export the averaged weights with the last measurements, on the main process."""
-        with self._averaged() as model:
-            if model is None:
+        """Export the network with the last measurements, on the main process."""
+        with self._averaged() as network:
+            if network is None:
                 return None
-            if not self.metrics:
-                self._measure_again(model)
+            if self.objective.measures and not self.metrics:  # the last row may be of an earlier step
+                self._measure(network)
             config, counters = self.config, self.counters
             gpu = self.device.type == "cuda"
             kind = torch.cuda.get_device_name(self.device) if gpu else f"CPU with {os.cpu_count()} cores"
@@ -479,20 +415,22 @@ class Trainer:
                 step=counters.step,
                 skipped=counters.skipped,
                 images=counters.step * config.global_batch,
-                train_images=self.steps.order.count,
-                val_images=0 if self.held is None else len(self.held.ids),
+                train_images=self.objective.train_images,
+                val_images=self.objective.val_images,
                 seconds=counters.seconds,
                 hardware=f"{self.work.ranks} x {kind}",
                 command=self.command,
                 metrics=self.metrics,
             )
             target = self.directory / "export" / config.name
-            picture = self.directory / "pictures" / f"step-{counters.step:08d}.png"
-            export(model, config, facts, target, picture=picture, logs=self.directory)
+            self.objective.export(network, facts, target, self._picture)
             return target
 
-    def _measure_again(self, model: Comit) -> None:
-        """Metrics of a run that was finished before (its last row may be of an earlier step)."""
-        assert self.held is not None
-        self.metrics, sheet = validation.validate(model, self.config, self.held, device=self.device)
-        save_picture(sheet, self.directory / "pictures" / f"step-{self.counters.step:08d}.png")
+
+def make_objective(config: AnyRun, place: Place) -> Objective:
+    """What the settings train; raises as its constructor does."""
+    if isinstance(config, TrainConfig):
+        return ComitObjective(config, place)
+    if isinstance(config, AutoencoderRun):
+        return AutoencoderObjective(config, place)
+    return TeacherObjective(config, place)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import UsageError
-from comit_bench.train.config import AutoencoderRun, TrainConfig
+from comit_bench.train.config import AnyRun
 
 
 class Together:
@@ -59,7 +59,7 @@ class Together:
             first += size
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig | AutoencoderRun, device: torch.device) -> Together:
+def make_optimizer(module: nn.Module, config: AnyRun, device: torch.device) -> Together:
     """The optimizer of the trainable parameters of ``module``.
 
     Raises:

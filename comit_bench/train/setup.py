@@ -20,7 +20,7 @@ from comit_bench.tokenizers.comit.checkpoint import build, sd_vae_tensors
 from comit_bench.tokenizers.comit.family import VAE_HUB
 from comit_bench.tokenizers.comit.model import Comit, ComitSpec
 from comit_bench.tokenizers.load import resolve_device
-from comit_bench.train.config import TrainConfig
+from comit_bench.train.config import AnyRun, TrainConfig
 from comit_bench.train.objectives.comit import TrainingModule
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -35,7 +35,7 @@ class Work:
     device_batch: int
 
 
-def divide(config: TrainConfig, ranks: int) -> Work:
+def divide(config: AnyRun, ranks: int) -> Work:
     """Derive the gradient accumulation.
 
     Raises:
@@ -104,7 +104,7 @@ def make_module(config: TrainConfig, teacher: Teacher | None) -> TrainingModule:
         raise UsageError(f"model: {error}") from error
 
 
-def check_device(config: TrainConfig, device: str) -> None:
+def check_device(config: AnyRun, device: str) -> None:
     """The device must exist and support the precision.
 
     Raises:
@@ -120,7 +120,7 @@ def check_device(config: TrainConfig, device: str) -> None:
         raise UsageError("precision bfloat16 needs a CUDA device; on the CPU use precision=float32")
 
 
-def make_accelerator(config: TrainConfig, device: str) -> Accelerator:
+def make_accelerator(config: AnyRun, device: str) -> Accelerator:
     """One process, or the group that ``accelerate launch`` or ``torchrun`` started.
 
     Raises:

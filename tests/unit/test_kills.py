@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from kills import CHANGES, RENAMES, die_everywhere
-from torch import nn
 
 from comit_bench.data.download import download
 from comit_bench.data.scenes.generate import generate, verify
@@ -24,8 +23,7 @@ from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
 from comit_bench.tokenizers.registry import FAMILIES
 from comit_bench.train import checkpoint
 from comit_bench.train.checkpoint import Counters
-from comit_bench.train.config import load_config
-from comit_bench.train.runstate import RunState, only_training
+from comit_bench.train.config import load_run
 
 MOMENTS = [
     pytest.param(RENAMES, id="renames"),
@@ -41,40 +39,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def small_run(root: Path) -> tuple[RunState, nn.Linear]:
-    layer = nn.Linear(2, 1, bias=False)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-    return RunState("autoencoder", root / "run", {"a": 1}, layer, optimizer), layer
-
-
-def train(root: Path, steps: int) -> None:
-    """As the small trainings do: continue, save after every step."""
-    with only_training(root / "run"):
-        state, layer = small_run(root)
-        first = state.load()
-        assert first >= min(1, len(list(root.rglob("optimizer.safetensors")))), "a checkpoint was lost"
-        for step in range(first, steps):
-            with torch.no_grad():
-                layer.weight.fill_(step + 1)
-            state.save(step + 1)
-
-
-def loaded(root: Path) -> tuple[int, list[float]]:
-    state, layer = small_run(root)
-    return state.load(), layer.weight.tolist()[0]
-
-
+@pytest.mark.parametrize("name", ["comit-nano", "vq-grid-nano", "scenes-teacher"])
 @pytest.mark.parametrize("changes", MOMENTS)
-def test_the_checkpoint_of_a_small_training(tmp_path: Path, changes: tuple[str, ...]) -> None:
-    die_everywhere(
-        lambda root: train(root, 1), lambda root: train(root, 2), loaded, tmp_path, changes=changes, least=5
-    )
-    assert loaded(tmp_path / "calm") == (2, [2.0, 2.0])
-
-
-@pytest.mark.parametrize("changes", MOMENTS)
-def test_checkpoints_of_a_training(tmp_path: Path, changes: tuple[str, ...]) -> None:
-    config = load_config("comit-nano", ())
+def test_checkpoints_of_a_training(tmp_path: Path, changes: tuple[str, ...], name: str) -> None:
+    config = load_run(name, ())
 
     def work(root: Path) -> None:
         checkpoint.sweep(root)

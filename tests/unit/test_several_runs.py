@@ -27,10 +27,9 @@ from comit_bench.data.tokens.shards import SharedWork
 from comit_bench.errors import BenchError, UsageError
 from comit_bench.files import locked, try_lock, write_atomic
 from comit_bench.pipeline.folders import detokenize_file, tokenize_folder
+from comit_bench.train.checkpoint import only_training
 from comit_bench.train.config import AutoencoderRun, load_config, load_run
 from comit_bench.train.loop import Trainer
-from comit_bench.train.objectives.autoencoder import fit_autoencoder
-from comit_bench.train.runstate import only_training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -308,7 +307,7 @@ def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
         with pytest.raises(BenchError, match=r"another training is running in this folder.*output="):
             Trainer(config, device="cpu", progress=False)
         with pytest.raises(BenchError, match="another training is running"):
-            fit_autoencoder(autoencoder, progress=False)
+            Trainer(autoencoder, device="cpu", progress=False)
         assert not run_and_die(lambda: _dies_in(tmp_path / "other"), None)
         with only_training(tmp_path / "other"):  # whose process was killed
             pass

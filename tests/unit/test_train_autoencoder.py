@@ -20,14 +20,9 @@ from comit_bench.tokenizers.titok.model import Titok
 from comit_bench.tokenizers.vq_grid.model import VqGrid
 from comit_bench.train.config import AutoencoderRun, load_config, load_run
 from comit_bench.train.data import paint_scenes
+from comit_bench.train.loop import Trainer
 from comit_bench.train.objectives import autoencoder
-from comit_bench.train.objectives.autoencoder import (
-    Objective,
-    fit_autoencoder,
-    make_network,
-    measure,
-    straight_through,
-)
+from comit_bench.train.objectives.autoencoder import PixelLoss, make_network, measure, straight_through
 from comit_bench.train.optimizers import make_optimizer
 
 NAMES = ("vq-grid-nano", "titok-nano")
@@ -39,6 +34,12 @@ def run(name: str, output: Path, *overrides: str) -> AutoencoderRun:
     settings = load_run(name, (*SMALL, *often, f"output={output}", *overrides))
     assert isinstance(settings, AutoencoderRun)
     return settings
+
+
+def fit(settings: AutoencoderRun, command: str = "") -> Path:
+    folder = Trainer(settings, device="cpu", progress=False, command=command).fit()
+    assert folder is not None
+    return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,7 +82,7 @@ def test_the_gradient_of_the_codes_reaches_the_encoder(name: str) -> None:
 
 def test_the_loss_is_that_of_images_between_minus_one_and_one() -> None:
     settings = run("vq-grid-nano", Path("unused"))
-    module = Objective(make_network(settings), settings)
+    module = PixelLoss(make_network(settings), settings)
     pixels = paint_scenes("train", 0, 4, 32).images
     with torch.no_grad():
         loss, error, codebook = module(pixels).tolist()
@@ -96,7 +97,7 @@ def test_rows_that_nobody_chose_become_vectors_of_the_batch() -> None:
     settings = run("titok-nano", Path("unused"))
     network = make_network(settings)
     assert isinstance(network, Titok)
-    module = Objective(network, settings)
+    module = PixelLoss(network, settings)
     optimizer = make_optimizer(module, settings, torch.device("cpu"))
     pixels = paint_scenes("train", 0, 4, 32).images
     module(pixels)[0].backward()
@@ -122,18 +123,18 @@ def _stop_after(settings: AutoencoderRun, steps: int) -> None:
     class Killed(BaseException):
         pass
 
-    save, kept = autoencoder._Run.save, []
+    save, kept = Trainer._save, []
 
-    def save_and_die(self: autoencoder._Run, step: int) -> None:
-        save(self, step)
-        kept.append(step)
-        if step >= steps:
+    def save_and_die(self: Trainer) -> None:
+        save(self)
+        kept.append(self.counters.step)
+        if self.counters.step >= steps:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder._Run, "save", save_and_die)
+        patch.setattr(Trainer, "_save", save_and_die)
         with pytest.raises(Killed):
-            fit_autoencoder(settings, progress=False)
+            fit(settings)
     assert kept == [2, 4]
 
 
@@ -148,15 +149,15 @@ def rows(path: Path) -> list[dict[str, str]]:
 @needs_muon
 @pytest.mark.parametrize("name", NAMES)
 def test_training_continues_bit_for_bit_and_exports(name: str, tmp_path: Path) -> None:
-    straight = fit_autoencoder(run(name, tmp_path / "a"), progress=False, command="the command")
+    straight = fit(run(name, tmp_path / "a"), "the command")
     halfway = run(name, tmp_path / "b")
     _stop_after(halfway, 4)
-    resumed = fit_autoencoder(halfway, progress=False)
+    resumed = fit(halfway)
     one, other = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert all(value.dtype == torch.float16 for value in one.values())
     for log, steps in (("log.csv", ["2", "4", "6"]), ("validation.csv", ["3", "6"])):
-        first, second = (rows(folder.parent / log) for folder in (straight, resumed))
+        first, second = (rows(folder.parents[1] / log) for folder in (straight, resumed))
         assert first == second and [row["step"] for row in first] == steps
     fresh = make_network(run(name, tmp_path / "c"))
     fresh_weights = fresh.state_dict()
@@ -168,16 +169,19 @@ def test_training_continues_bit_for_bit_and_exports(name: str, tmp_path: Path) -
     assert info.weights_licence == "Apache-2.0"
     card = (straight / "README.md").read_text()
     held = paint_scenes("val", autoencoder.PROBE_VAL_SCENES, 8, 32).images
-    assert "`the command`" in card and f"{info.parameters:,} (stored as float16)" in card
+    assert "\nthe command\n" in card and f"{info.parameters:,} (stored as float16)" in card
     found = measure(tokenizer.model.cpu(), held)  # type: ignore[attr-defined]
-    assert f"| PSNR (dB) | {found['psnr']:.2f} |" in card
+    assert f"| PSNR (dB) | {found['psnr']:.4g} |" in card
     assert ("TiTok does not do this" in card) == (name == "titok-nano")
 
-    with pytest.raises(UsageError, match="other settings"):
-        fit_autoencoder(run(name, tmp_path / "a", "optim.learning_rate=1e-4"), progress=False)
-    (tmp_path / "a" / name / "checkpoint" / "state.json").write_text("{")
-    with pytest.raises(CorruptFileError, match="no checkpoint of an autoencoder"):
-        fit_autoencoder(run(name, tmp_path / "a"), progress=False)
+    with pytest.raises(UsageError, match=r"optim\.learning_rate: 0\.002 -> 0\.0001"):
+        fit(run(name, tmp_path / "a", "optim.learning_rate=1e-4"))
+    (tmp_path / "a" / name / "checkpoints" / "step-00000006" / "state.json").write_text("{")
+    with pytest.raises(CorruptFileError, match="not the state of a checkpoint"):
+        fit(run(name, tmp_path / "a"))
+    (tmp_path / "old" / name / "checkpoint").mkdir(parents=True)
+    with pytest.raises(UsageError, match="a checkpoint of an earlier version"):
+        fit(run(name, tmp_path / "old"))
 
 
 def test_measures_are_those_of_the_8_bit_images() -> None:
@@ -201,10 +205,9 @@ def test_measures_are_those_of_the_8_bit_images() -> None:
 @needs_muon
 def test_sixteen_scenes_are_learnt_by_heart(tmp_path: Path) -> None:
     """A few steps on the same images must bring them well above the mean colour."""
-    folder = fit_autoencoder(
+    folder = fit(
         run("vq-grid-nano", tmp_path, "steps=150", "batch=16", "count=16", "optim.warmup_steps=10",
-            "optim.cosine_steps=150", "validate_every=150", "save_every=150"),
-        progress=False,
+            "optim.cosine_steps=150", "validate_every=150", "save_every=150")
     )  # fmt: skip
     tokenizer = load_tokenizer(str(folder), device="cpu")
     found = measure(tokenizer.model, paint_scenes("train", 0, 16, 32).images)  # type: ignore[attr-defined]
@@ -217,7 +220,7 @@ def test_the_command_plans_and_refuses(tmp_path: Path) -> None:
     plan = runner.invoke(app, ["train", "--config", "titok-nano", *SMALL, "--dry-run"])
     assert plan.exit_code == 0 and "output: runs/titok-nano" in plan.output
     done = runner.invoke(app, ["train", "--config", "vq-grid-nano", *SMALL, f"output={tmp_path}", "-q"])
-    folder = tmp_path / "vq-grid-nano" / "vq-grid-nano"
+    folder = tmp_path / "vq-grid-nano" / "export" / "vq-grid-nano"
     assert done.exit_code == 0 and str(folder) in done.output
     assert json.loads((folder / "config.json").read_text())["comit_bench"]["steps"] == 6
     assert "output=" not in (folder / "README.md").read_text()

@@ -169,19 +169,19 @@ def test_broken_images_are_named_replaced_and_limited(
     names = sorted(files)
     source = write_source(kind, tmp_path / "set", files, image_files(4, below="val/", start=60))
     trainer = run(tmp_path / "a", *source, "data.max_broken=0.15", "steps=6")  # 48 of 21: all are met
-    assert trainer.broken.seen == {names[3], names[5], names[7]}
-    for name in trainer.broken.seen:
+    assert trainer.objective.broken.seen == {names[3], names[5], names[7]}
+    for name in trainer.objective.broken.seen:
         (said,) = [r.getMessage() for r in caplog.records if f"{name}: " in r.getMessage()]
         assert said.startswith("broken image, replaced by the next: ")
     steps = trainer.steps
     for batch in batches(trainer.config):
         for place, name in enumerate(batch.ids):
-            if name.partition("@")[0] in trainer.broken.seen:
+            if name.partition("@")[0] in trainer.objective.broken.seen:
                 slot = steps.order.slots(batch.step, 8)[place]
                 after = next(
                     index
                     for shift in range(1, COUNT)
-                    if names[index := steps.order.index(slot, shift)] not in trainer.broken.seen
+                    if names[index := steps.order.index(slot, shift)] not in trainer.objective.broken.seen
                 )
                 assert torch.equal(batch.images[place], steps.source.read(after))
     with pytest.raises(

@@ -316,7 +316,7 @@ def test_broken_images_are_replaced_counted_and_limited(
     image_tree(tmp_path / "data", 40, 3)
     folders = ("data.kind=class-folders", f"data.source={tmp_path}/data", "steps=6", "log_every=6")
     trainer = train(tmp_path, *folders, "data.max_broken=0.2")
-    broken = sorted(trainer.broken.seen)
+    broken = sorted(trainer.objective.broken.seen)
     assert broken
     assert set(broken) <= {"000.png", "001.png", "002.png"}
     batches = [trainer.steps[n] for n in range(5)]
@@ -366,7 +366,7 @@ def test_64_scenes_are_overfitted(tmp_path: Path) -> None:
     trainer.fit()
     scenes = read_all(open_images(run)[0])
     with trainer.state.ema.applied():
-        values, _ = validate(trainer.model, run, scenes, device=torch.device("cpu"))
+        values, _ = validate(trainer.objective.network, run, scenes, device=torch.device("cpu"))
     sys.stdout.write(f"{ {name: round(value, 2) for name, value in values.items()} }\n")
     assert values["psnr_one_step"] > 22
     assert values["psnr_guided"] > 26

@@ -15,7 +15,8 @@ from comit_bench.errors import CorruptFileError, UsageError
 from comit_bench.files import shipped_weights
 from comit_bench.nn.teachers import ScenesTeacher, load_teacher
 from comit_bench.train.config import TeacherRun, load_config, load_run
-from comit_bench.train.objectives.teacher import InverseRendering, fit_teacher, paint_with_targets, read_out
+from comit_bench.train.loop import Trainer
+from comit_bench.train.objectives.teacher import InverseRendering, paint_with_targets, read_out
 from comit_bench.train.setup import make_teacher
 
 SMALL = ("steps=6", "batch=4", "count=100", "val_count=100", "width=8", "depth=0", "dim=8", "save_every=2")
@@ -25,6 +26,12 @@ def run(output: Path, *overrides: str) -> TeacherRun:
     settings = load_run("scenes-teacher", (*SMALL, f"output={output}", *overrides))
     assert isinstance(settings, TeacherRun)
     return settings
+
+
+def fit(settings: TeacherRun, command: str = "") -> Path:
+    folder = Trainer(settings, device="cpu", progress=False, command=command).fit()
+    assert folder is not None
+    return folder
 
 
 def test_targets_are_where_the_painter_painted() -> None:
@@ -50,52 +57,55 @@ def test_the_loss_is_the_mean_square_of_three_targets() -> None:
 
     patches = (16 * power(mask, 1) + 3 * power(alone, 4)) / 19
     want = power(mask, 2) + power(alone, 4) + 0.5 * patches
-    assert abs(module(pixels, cover).item() - want) < 1e-4
+    assert abs(module(pixels, cover)[0].item() - want) < 1e-4
 
 
 def test_training_continues_bit_for_bit_and_exports(tmp_path: Path) -> None:
-    straight = fit_teacher(run(tmp_path / "a"), progress=False, command="the command")
+    straight = fit(run(tmp_path / "a"), "the command")
     halfway = run(tmp_path / "b", "steps=6")
     _stop_after(halfway, 4)
-    resumed = fit_teacher(halfway, progress=False)
+    resumed = fit(halfway)
     one, other = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     card = (straight / "README.md").read_text()
-    assert "`the command`" in card and "renderer-supervised" in card
+    assert "\nthe command\n" in card and "renderer-supervised" in card
     teacher = load_teacher("scenes-teacher", path=straight, grid=8)
     pixels, _ = paint_with_targets("recognition", "train", 4000, 64, 32)
     assert teacher is not None and teacher.dims == (8, 8)
     features = teacher.features(pixels.float() / 127.5 - 1)
     assert features.cls.shape == (64, 8) and features.patches.shape == (64, 64, 8)
     assert features.cls.mean(0).abs().max() < 1.0 and 0.3 < float(features.cls.std(0).mean()) < 2.0
-    card = (fit_teacher(run(tmp_path / "b"), progress=False) / "README.md").read_text()
-    assert "nan" not in card  # exported again, without a step to take
-    with pytest.raises(UsageError, match="other settings"):
-        fit_teacher(run(tmp_path / "a", "learning_rate=1e-4"), progress=False)
-    (tmp_path / "a" / "scenes-teacher" / "checkpoint" / "state.json").write_text("{")
+    card = (fit(run(tmp_path / "b")) / "README.md").read_text()
+    assert (
+        "| nan |" not in card and "| training loss at the end | " in card
+    )  # exported again, without a step to take
+    with pytest.raises(UsageError, match=r"learning_rate: 0\.002 -> 0\.0001"):
+        fit(run(tmp_path / "a", "learning_rate=1e-4"))
+    with pytest.raises(UsageError, match=r"steps: 6 -> 8"):  # the cosine ends with the last step
+        fit(run(tmp_path / "a", "steps=8"))
+    (tmp_path / "a" / "scenes-teacher" / "checkpoints" / "step-00000006" / "state.json").write_text("{")
     with pytest.raises(CorruptFileError, match="checkpoint"):
-        fit_teacher(run(tmp_path / "a"), progress=False)
+        fit(run(tmp_path / "a"))
 
 
 def _stop_after(settings: TeacherRun, steps: int) -> None:
     """Train until a checkpoint after ``steps`` exists, then stop as a kill would."""
-    from comit_bench.train.objectives import teacher
 
     class Killed(BaseException):
         pass
 
-    save, kept = teacher._Run.save, []
+    save, kept = Trainer._save, []
 
-    def save_and_die(self: teacher._Run, step: int) -> None:
-        save(self, step)
-        kept.append(step)
-        if step >= steps:
+    def save_and_die(self: Trainer) -> None:
+        save(self)
+        kept.append(self.counters.step)
+        if self.counters.step >= steps:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher._Run, "save", save_and_die)
+        patch.setattr(Trainer, "_save", save_and_die)
         with pytest.raises(Killed):
-            fit_teacher(settings, progress=False)
+            fit(settings)
     assert kept == [2, 4]
 
 

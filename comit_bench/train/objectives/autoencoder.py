@@ -4,21 +4,20 @@ One loss on pixels (mean squared error of images in [-1, 1]) and, where the quan
 the two losses of vector quantization; gradients pass straight through the rounding. Images, their order and
 the optimizer are those of ``comit-nano``.
 
-``python -m comit_bench.train --config vq-grid-nano`` or ``titok-nano``. One process; everything follows
-from seed and step, so a killed run continues from its last checkpoint, bit for bit on a CPU.
+``python -m comit_bench.train --config vq-grid-nano`` or ``titok-nano``. One process.
 """
 
 from __future__ import annotations
 
-import os
-import time
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.files import atomic_path, user_path
+from comit_bench.files import atomic_path
 from comit_bench.nn.vq import EPS
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import only_finite, to_uint8
@@ -26,19 +25,15 @@ from comit_bench.tokenizers.titok import adapter as titok_files
 from comit_bench.tokenizers.titok import model as titok
 from comit_bench.tokenizers.vq_grid import adapter as grid_files
 from comit_bench.tokenizers.vq_grid import model as vq_grid
-from comit_bench.train.autoencoder_card import Facts, card
+from comit_bench.train.card import USE_TOKENIZER, About, RunFacts, render
 from comit_bench.train.config import AutoencoderRun
-from comit_bench.train.data import PROBE_VAL_SCENES, Order, paint_scenes
-from comit_bench.train.logs import CsvLog
-from comit_bench.train.optimizers import Together, make_optimizer
-from comit_bench.train.runstate import RunState, only_training
-from comit_bench.train.schedule import learning_rate
+from comit_bench.train.data import PROBE_VAL_SCENES, Broken, Order, paint_scenes
+from comit_bench.train.objectives.base import Objective, Place, Rows, RowSteps, only_process
+from comit_bench.train.optimizers import Together
 from comit_bench.train.validation import perplexity, psnr
 
 Network = vq_grid.VqGrid | titok.Titok
-COLUMNS = ("step", "images", "learning_rate", "loss", "pixels", "codebook", "grad_norm", "images_per_s")
-MEASURES = ("step", "psnr", "psnr_mean_colour", "shuffled_gap", "ids_used", "perplexity")
-PARTS = ("loss", "pixels", "codebook")
+MEASURES = ("psnr", "psnr_mean_colour", "shuffled_gap", "ids_used", "perplexity")
 
 
 def make_network(run: AutoencoderRun) -> Network:
@@ -71,7 +66,7 @@ def straight_through(network: Network, z: Tensor) -> tuple[Tensor, Tensor, Tenso
     return codes, F.mse_loss(rows, z.detach()), F.mse_loss(z, rows.detach()), ids
 
 
-class Objective(nn.Module):
+class PixelLoss(nn.Module):
     """The network and its loss.
 
     Args:
@@ -154,121 +149,120 @@ def measure(network: Network, pixels: Tensor, *, batch: int = 64) -> dict[str, f
     }
 
 
-class _Run(RunState):
-    """State of a run on disk, and its logs."""
+class AutoencoderObjective(Objective):
+    """See the module. The last weights are exported, rounded to float16.
 
-    def __init__(self, run: AutoencoderRun, module: Objective) -> None:
-        leave_out = {"output", "log_every", "validate_every", "save_every", "val_count"}
-        settings = run.model_dump(mode="json", exclude=leave_out)
-        self.objective = module
-        self.together = make_optimizer(module, run, torch.device("cpu"))
-        directory = user_path(run.output, "output") / run.name
-        super().__init__("autoencoder", directory, settings, module, self.together)
-        self.log = CsvLog(self.directory / "log.csv", COLUMNS)
-        self.validation = CsvLog(self.directory / "validation.csv", MEASURES)
-
-    def step(self, run: AutoencoderRun, number: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """One update; the parts of the loss [3] and the norm of the gradient."""
-        optim = run.optim
-        losses: Tensor = self.objective(pixels)
-        self.together.zero_grad()
-        losses[0].backward()
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), optim.clip)
-        rate = _rate(run, number)
-        for group in self.together.param_groups:
-            group["lr"] = rate * group.get("factor", 1.0)
-        self.together.step()
-        if run.restart_every and (number + 1) % run.restart_every == 0 and number + 1 < run.restart_until:
-            generator = generator_for(run.seed, f"autoencoder/restart/{number}")
-            self.objective.restart(pixels, generator, self.together)
-        return losses.detach(), norm.detach()
-
-
-def _rate(run: AutoencoderRun, step: int) -> float:
-    optim = run.optim
-    return learning_rate(
-        step, peak=optim.learning_rate, warmup=optim.warmup_steps, cosine_steps=optim.cosine_steps
-    )
-
-
-def _rows(run: AutoencoderRun, order: Order, step: int) -> list[int]:
-    """Images of a step, the same ones as in a COMiT run of this seed."""
-    return [order.index(slot) for slot in order.slots(step, run.batch)]
-
-
-def fit_autoencoder(run: AutoencoderRun, *, progress: bool = True, command: str = "") -> Path:
-    """Train, measure and export.
-
-    Returns:
-        The folder with ``config.json``, ``model.safetensors`` and the card; ``--tokenizer`` takes it.
+    Args:
+        config: Settings.
+        place: Where.
 
     Raises:
-        UsageError: Settings that do not fit, or a checkpoint of other ones.
-        CorruptFileError: A checkpoint that cannot be read.
-        BenchError: Another training runs in this folder, or it cannot be written.
+        UsageError: Several processes.
     """
-    with only_training(run.output.expanduser() / run.name):
-        return _fit(run, progress, command)
+
+    parts = ("loss", "pixels", "codebook")
+    measures = MEASURES
+    config: AutoencoderRun
+    network: Network
+    module: PixelLoss
+
+    def __init__(self, config: AutoencoderRun, place: Place) -> None:
+        only_process(config, place)
+        self.config, self.place = config, place
+        side = make_network(config).spec.image_size
+        self.pixels = paint_scenes("train", 0, config.count, side).images
+        self.held = paint_scenes("val", PROBE_VAL_SCENES, config.val_count, side).images
+        self.train_images, self.val_images = config.count, config.val_count
+        self.order, self.broken = Order(config.count, config.seed), Broken(config.count, 0.0)
+        self.steps = RowSteps(config.steps, self._rows)
+
+    def _rows(self, step: int) -> Tensor:
+        """Images of a step, the same ones as in a COMiT run of this seed."""
+        return torch.tensor([self.order.index(slot) for slot in self.order.slots(step, self.config.batch)])
+
+    def build(self) -> None:
+        self.network = make_network(self.config)
+        self.module = PixelLoss(self.network, self.config).to(self.place.device)
+
+    def inputs(self, batch: Rows, rows: slice) -> tuple[Tensor]:
+        return (self.pixels[batch.rows[rows]].to(self.place.device),)
+
+    def after(self, batch: Rows, optimizer: Together) -> None:
+        run, done = self.config, batch.step + 1
+        if run.restart_every and done % run.restart_every == 0 and done < run.restart_until:
+            generator = generator_for(run.seed, f"autoencoder/restart/{batch.step}")
+            self.module.restart(*self.inputs(batch, slice(None)), generator, optimizer)
+
+    def validate(self, network: nn.Module) -> tuple[dict[str, float], None]:
+        return measure(cast(Network, network), self.held), None
+
+    def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
+        """Round to float16, measure what is left, write the folder."""
+        run, network = self.config, cast(Network, network)
+        for value in network.parameters():
+            value.data = value.detach().half().float()
+        facts = replace(facts, metrics=measure(network, self.held))
+        extra = {
+            "trained": True,
+            "training_data": f"scenes-recognition train ({run.count} scenes)",
+            "weights_licence": run.weights_licence,
+            "steps": facts.step,
+        }
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            if isinstance(network, vq_grid.VqGrid):
+                grid_files.save(network, temporary, extra=extra, dtype=torch.float16)
+            else:
+                config = titok_files.config_from_spec(network.spec) | {"comit_bench": extra}
+                titok_files.save(network, temporary, config=config, dtype=torch.float16)
+            text = render(run, facts, about(run, network))
+            (temporary / "README.md").write_text(text, encoding="utf-8")
 
 
-def _fit(run: AutoencoderRun, progress: bool, command: str) -> Path:
-    from tqdm import tqdm
-
-    network = make_network(run)
-    state = _Run(run, Objective(network, run))
-    first = state.load()
-    state.log.start(first)
-    state.validation.start(first)
-    side = network.spec.image_size
-    pixels = paint_scenes("train", 0, run.count, side).images
-    held = paint_scenes("val", PROBE_VAL_SCENES, run.val_count, side).images
-    order, seen = Order(run.count, run.seed), []
-    began, before = time.monotonic(), state.seconds
-    bar = tqdm(range(first, run.steps), run.name, run.steps, initial=first, disable=not progress, unit="step")
-    for step in bar:
-        seen.append(state.step(run, step, pixels[_rows(run, order, step)]))
-        done, now = step + 1, time.monotonic()
-        state.seconds = before + now - began
-        last = done == run.steps
-        if done % run.log_every == 0 or last:
-            means = torch.stack([losses for losses, _ in seen]).mean(dim=0).tolist()
-            rate = round((done - first) * run.batch / (now - began), 1)
-            row = {"step": done, "images": done * run.batch, "learning_rate": _rate(run, step)}
-            row |= {"grad_norm": float(seen[-1][1]), "images_per_s": rate}
-            state.log.append(row | dict(zip(PARTS, means, strict=True)))
-            bar.set_postfix_str(f"loss {means[0]:.4f} {rate} img/s")
-            seen.clear()
-        if done % run.validate_every == 0 or last:
-            state.validation.append({"step": done, **measure(network, held)})
-        if done % run.save_every == 0 or last:
-            state.save(done)
-    return _export(run, network, state, held, command)
-
-
-def _export(run: AutoencoderRun, network: Network, state: _Run, held: Tensor, command: str) -> Path:
-    """Round to float16, measure what is left, write the folder."""
-    for value in network.parameters():
-        value.data = value.detach().half().float()
-    facts = Facts(
-        parameters=sum(p.numel() for p in network.parameters()),
-        seconds=state.seconds,
-        hardware=f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores",
-        command=command,
-        measures=measure(network, held),
+def about(run: AutoencoderRun, network: Network) -> About:
+    """What the card says of an autoencoder."""
+    side, length = network.spec.image_size, network.spec.message_length
+    loss = "mean squared error of pixels in [-1, 1]"
+    if isinstance(network, vq_grid.VqGrid):
+        size, spec = network.quantizer.vocab_size, network.spec
+        what = "A two-dimensional autoencoder of transformers, made for this comparison"
+        message = f"on a {spec.grid} x {spec.grid} grid, finite scalar quantization with the levels "
+        message += f"({', '.join(map(str, spec.fsq_levels))}): {size} ids"
+    else:
+        size = network.spec.vocab_size
+        what = "TiTok's architecture (arXiv 2406.07550) at nano size, single-stage, trained from scratch"
+        sphere = ", compared on the unit sphere" if network.spec.l2_norm else ""
+        message = f"read off latent tokens, a learned codebook of {size} vectors of {network.spec.code_dim}"
+        message += sphere
+        loss += f", plus {run.codebook_weight:g} x codebook loss, plus "
+        loss += f"{run.codebook_weight * run.commitment:g} x commitment loss"
+    recipe = [f"loss: {loss}"]
+    if run.restart_every:
+        recipe.append(
+            f"codebook: until step {run.restart_until:,}, rows that nothing chose for {run.restart_every} "
+            "steps become encoder vectors of the batch. TiTok does not do this; without it every image got "
+            "the same message here"
+        )
+    optim = run.optim
+    adam = f"Adam (rate {optim.learning_rate:g})"
+    muon = f"Muon (rate {optim.muon_learning_rate:g}) for the matrices inside the blocks"
+    recipe.append(f"optimizer: {f'{muon}, {adam} for the rest' if optim.name == 'muon' else adam}")
+    return About(
+        tags=("image-tokenizer", "discrete-tokens"),
+        what=f"{what}.\nA baseline for embedded scenes of {side} px, with no use on photographs.",
+        facts=(
+            f"parameters: {sum(p.numel() for p in network.parameters()):,} (stored as float16)",
+            f"message: {length} tokens {message}",
+        ),
+        data="painted scenes with one object each (among them those of the probes), whole, without labels",
+        measured="scenes that no probe uses, with the stored weights and 8-bit reconstructions",
+        names={
+            "psnr": "PSNR (dB)",
+            "psnr_mean_colour": "PSNR of the mean-colour image (dB, baseline)",
+            "shuffled_gap": "PSNR lost with another image's message (dB)",
+            "ids_used": f"distinct ids used (of {size})",
+            "perplexity": "perplexity of the ids",
+        },
+        recipe=tuple(recipe),
+        use=USE_TOKENIZER,
     )
-    extra = {
-        "trained": True,
-        "training_data": f"scenes-recognition train ({run.count} scenes)",
-        "weights_licence": run.weights_licence,
-        "steps": run.steps,
-    }
-    target = state.directory / run.name
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        if isinstance(network, vq_grid.VqGrid):
-            grid_files.save(network, temporary, extra=extra, dtype=torch.float16)
-        else:
-            config = titok_files.config_from_spec(network.spec) | {"comit_bench": extra}
-            titok_files.save(network, temporary, config=config, dtype=torch.float16)
-        (temporary / "README.md").write_text(card(run, network, facts), encoding="utf-8")
-    return target

@@ -9,45 +9,41 @@ knows which pixels it painted. So the teacher is label-free and renderer-supervi
 It sees scenes with one and with two objects whose numbers no probe uses. After training the outputs are
 standardised over training scenes, so that a cosine compares what differs between images.
 
-``python -m comit_bench.train --config scenes-teacher``. One process; a killed run continues from its
-last checkpoint, bit for bit on a CPU.
+``python -m comit_bench.train --config scenes-teacher``. One process.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench import __version__
-from comit_bench.files import atomic_path, user_path
+from comit_bench.data.scenes.painting import paint
+from comit_bench.files import atomic_path
 from comit_bench.nn.teachers import WEIGHTS, ScenesTeacherNet
 from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import write_tensors
+from comit_bench.train.card import USE_TEACHER, About, RunFacts, render
 from comit_bench.train.config import TeacherRun
-from comit_bench.train.logs import CsvLog, read_rows
-from comit_bench.train.runstate import RunState, only_training
+from comit_bench.train.data import Broken
+from comit_bench.train.logs import read_rows
+from comit_bench.train.objectives.base import Objective, Place, Rows, RowSteps, only_process
 
 PROBE_SCENES = 4000  # the recipes' train splits end before this number
 PROBE_VAL = 1000  # and their val splits before this one
-COLUMNS = ("step", "images", "learning_rate", "loss", "images_per_s")
 COVER, COLOUR = 16, 8  # sides of the two targets of the image vector
 
 
 def paint_with_targets(layout: Any, split: Any, start: int, count: int, side: int) -> tuple[Tensor, Tensor]:
     """Scenes uint8 [n, 3, S, S] and their coverage bool [n, S, S], any object."""
-    from comit_bench.data.scenes.painting import paint
-
     spec = GeneratorSpec(layout=layout, image_size=side)
     images, covers = [], []
     for first in range(start, start + count, 1000):
@@ -84,7 +80,7 @@ class InverseRendering(nn.Module):
                 if isinstance(module, nn.GroupNorm):
                     module.weight.fill_(1.0)
 
-    def forward(self, pixels: Tensor, cover: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, cover: Tensor) -> tuple[Tensor]:
         """Loss of uint8 pixels [B, 3, S, S] with coverage bool [B, S, S]; mean squared errors."""
         mask = cover[:, None].float()
         images = pixels.float().div(127.5) - 1
@@ -95,29 +91,7 @@ class InverseRendering(nn.Module):
         inside = F.pixel_unshuffle(mask, self.side)
         mean = F.avg_pool2d(alone, self.side)
         here = F.mse_loss(self.patch(patches), torch.cat([inside, mean], dim=1))
-        return where + what + self.patch_weight * here
-
-
-class _Run(RunState):
-    """State of a run on disk."""
-
-    def __init__(self, run: TeacherRun, module: InverseRendering, optimizer: torch.optim.Adam) -> None:
-        settings = run.model_dump(mode="json", exclude={"output", "log_every", "save_every"})
-        super().__init__(
-            "scenes-teacher", user_path(run.output, "output") / run.name, settings, module, optimizer
-        )
-
-
-def _rate(run: TeacherRun, step: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warm = min(1.0, (step + 1) / run.warmup_steps)
-    return run.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / run.steps))
-
-
-def _batch(run: TeacherRun, step: int, total: int) -> Tensor:
-    """Rows of a step, a function of seed and step alone."""
-    generator = generator_for(run.seed, f"scenes-teacher/{step}")
-    return torch.randint(total, (run.batch,), generator=generator)
+        return (where + what + self.patch_weight * here,)
 
 
 @torch.inference_mode()
@@ -158,118 +132,87 @@ def read_out(network: ScenesTeacherNet, count: int, val_count: int, side: int) -
     return scores
 
 
-def _card(run: TeacherRun, facts: dict[str, Any]) -> str:
-    settings = json.dumps(run.model_dump(mode="json"), indent=1)
-    return f"""---
-license: apache-2.0
-library_name: comit_bench
-tags: [comit_bench, scenes-teacher]
----
-# {run.name}
+class TeacherObjective(Objective):
+    """See the module. The last weights are exported, standardised and rounded to float16.
 
-A small convolutional network ({facts["parameters"]:,} parameters) that gives features of the embedded scenes:
-one vector of {run.dim} per image and one per {run.patch} px patch, standardised over training scenes. Made by
-comit_bench {__version__}.
-
-Label-free, renderer-supervised (inverse rendering): it learnt to predict where the painter put objects and
-in which colour, never a class. {run.count:,} scenes with one and {run.count:,} with two objects, none of
-which any probe uses; {run.steps:,} steps of {run.batch}.
-
-- loss at the end: {facts["loss"]:.4f}
-- linear read-out of the image vector on {run.val_count} held-out scenes: digit {facts["digit"]:.3f}, colour
-  {facts["colour"]:.3f} (chance 0.1 each); with random weights: digit {facts["random_digit"]:.3f}, colour
-  {facts["random_colour"]:.3f}
-- time: {facts["seconds"] / 60:.1f} min on {facts["hardware"]}
-- command: `{facts["command"]}`
-
-Settings:
-
-```json
-{settings}
-```
-"""
-
-
-def fit_teacher(run: TeacherRun, *, progress: bool = True, command: str = "") -> Path:
-    """Train, measure and export.
-
-    Returns:
-        The folder with ``config.json``, ``model.safetensors`` and the card; ``teacher.path`` takes it.
+    Args:
+        config: Settings.
+        place: Where.
 
     Raises:
-        UsageError: Settings that do not fit, or a checkpoint of other ones.
-        BenchError: Another training runs in this folder, or it cannot be written.
+        UsageError: Several processes.
     """
-    with only_training(run.output.expanduser() / run.name):
-        return _fit(run, progress, command)
+
+    parts = ("loss",)
+    config: TeacherRun
+    module: InverseRendering
+    network: ScenesTeacherNet
+
+    def __init__(self, config: TeacherRun, place: Place) -> None:
+        only_process(config, place)
+        self.config, self.place = config, place
+        parts = [
+            paint_with_targets(layout, "train", PROBE_SCENES, config.count, config.image_size)
+            for layout in ("recognition", "pairs")
+        ]
+        self.pixels, self.covers = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        self.train_images, self.val_images = len(self.pixels), config.val_count
+        self.broken = Broken(len(self.pixels), 0.0)
+        self.steps = RowSteps(config.steps, self._rows)
+
+    def _rows(self, step: int) -> Tensor:
+        generator = generator_for(self.config.seed, f"scenes-teacher/{step}")
+        return torch.randint(len(self.pixels), (self.config.batch,), generator=generator)
+
+    def build(self) -> None:
+        self.module = InverseRendering(self.config).to(self.place.device)
+        self.network = self.module.network
+
+    def inputs(self, batch: Rows, rows: slice) -> tuple[Tensor, Tensor]:
+        chosen = batch.rows[rows]
+        return self.pixels[chosen].to(self.place.device), self.covers[chosen].to(self.place.device)
+
+    def rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        run = self.config
+        warm = min(1.0, (step + 1) / run.warmup_steps)
+        return run.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / run.steps))
+
+    def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
+        """Standardise the features, measure what can be read off them, write the folder."""
+        run, network = self.config, cast(ScenesTeacherNet, network)
+        standardise(network, self.pixels[:: max(1, len(self.pixels) // 4000)].to(self.place.device))
+        fresh = InverseRendering(run).network
+        random = read_out(fresh, 2000, run.val_count, run.image_size)
+        found = read_out(network, 4000, run.val_count, run.image_size)
+        metrics = {"loss": float(read_rows(target.parent.parent / "log.csv")[-1]["loss"]), **found}
+        metrics |= {f"random_{name}": value for name, value in random.items()}
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            write_tensors(temporary / WEIGHTS, {k: v.half() for k, v in network.state_dict().items()})
+            (temporary / "config.json").write_text(json.dumps(asdict(network.spec), indent=1) + "\n")
+            text = render(run, replace(facts, metrics=metrics), about(run, network))
+            (temporary / "README.md").write_text(text, encoding="utf-8")
 
 
-def _fit(run: TeacherRun, progress: bool, command: str) -> Path:
-    from tqdm import tqdm
-
-    module = InverseRendering(run)
-    random_scores = read_out(module.network, 2000, run.val_count, run.image_size)
-    optimizer = torch.optim.Adam(module.parameters(), lr=run.learning_rate)
-    state = _Run(run, module, optimizer)
-    parts = [
-        paint_with_targets(layout, "train", PROBE_SCENES, run.count, run.image_size)
-        for layout in ("recognition", "pairs")
-    ]
-    pixels, covers = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-    first = state.load()
-    log = CsvLog(state.directory / "log.csv", COLUMNS)
-    log.start(first)
-    logged = read_rows(log.path)  # a finished run that is exported again has no steps left to take a mean of
-    losses, started, mean = [], time.monotonic(), float(logged[-1]["loss"]) if logged else math.nan
-    before = state.seconds
-    bar = tqdm(range(first, run.steps), run.name, run.steps, initial=first, disable=not progress, unit="step")
-    for step in bar:
-        rows = _batch(run, step, len(pixels))
-        loss = module(pixels[rows], covers[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(run, step)
-        optimizer.step()
-        losses.append(loss.detach())
-        done, now = step + 1, time.monotonic()
-        state.seconds = before + now - started
-        if done % run.log_every == 0 or done == run.steps:
-            mean = float(torch.stack(losses).mean())
-            rate = round((done - first) * run.batch / (now - started), 1)
-            losses.clear()
-            log.append({"step": done, "images": done * run.batch, "learning_rate": _rate(run, step),
-                        "loss": mean, "images_per_s": rate})  # fmt: skip
-            bar.set_postfix_str(f"loss {mean:.4f} {rate} img/s")
-        if done % run.save_every == 0 or done == run.steps:
-            state.save(done)
-    standardise(module.network, pixels[:: max(1, len(pixels) // 4000)])
-    return _export(run, module.network, state, mean, random_scores, command)
-
-
-def _export(
-    run: TeacherRun,
-    network: ScenesTeacherNet,
-    state: _Run,
-    loss: float,
-    random_scores: dict[str, float],
-    command: str,
-) -> Path:
-    scores = read_out(network, 4000, run.val_count, run.image_size)
-    facts: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "loss": loss,
-        "seconds": state.seconds,
-        "hardware": f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores",
-        "command": command,
-        **scores,
-        **{f"random_{name}": value for name, value in random_scores.items()},
-    }
-    target = state.directory / run.name
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        write_tensors(temporary / WEIGHTS, {k: v.half() for k, v in network.state_dict().items()})
-        (temporary / "config.json").write_text(json.dumps(asdict(network.spec), indent=1) + "\n")
-        (temporary / "README.md").write_text(_card(run, facts), encoding="utf-8")
-    return target
+def about(run: TeacherRun, network: ScenesTeacherNet) -> About:
+    """What the card says of the teacher."""
+    return About(
+        tags=("scenes-teacher",),
+        what=f"A small convolutional network that gives features of the embedded scenes: one vector of "
+        f"{run.dim} per image and one\nper {run.patch} px patch, standardised over training scenes. "
+        "Label-free, renderer-supervised (inverse rendering):\nit learnt to predict where the painter put "
+        "objects and in which colour, never a class.",
+        facts=(f"parameters: {sum(p.numel() for p in network.parameters()):,} (stored as float16)",),
+        data=f"{run.count:,} scenes with one and {run.count:,} with two objects, none of which any probe uses",
+        measured="scenes; linear read-outs of the image vector (chance 0.1 each), also with random weights",
+        names={
+            "loss": "training loss at the end",
+            "digit": "digit",
+            "colour": "colour",
+            "random_digit": "digit, random weights",
+            "random_colour": "colour, random weights",
+        },
+        recipe=("loss: mean squared errors of coverage and colour of the whole image and of every patch",),
+        use=USE_TEACHER,
+    )

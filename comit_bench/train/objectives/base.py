@@ -1,0 +1,161 @@
+"""What the Trainer asks of what is learned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comit_bench.errors import UsageError
+from comit_bench.train.card import RunFacts
+from comit_bench.train.config import AnyRun, AutoencoderRun, TeacherRun
+from comit_bench.train.data import Broken, StepSource
+from comit_bench.train.optimizers import Together
+from comit_bench.train.pictures import Sheet
+from comit_bench.train.schedule import learning_rate
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process computes, and which of how many it is."""
+
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+class Objective(ABC):
+    """One thing that can be learned. The constructor opens the data, :meth:`build` makes the network.
+
+    Attributes:
+        parts: What ``module`` answers, by name: scalars, the first of which is minimised.
+        columns: Further columns of the training log (:meth:`told`).
+        measures: Columns of the validation log; without any there is no validation.
+        judge: The measure whose lowest value marks the best checkpoint.
+        place: See the class.
+        steps: Batches by step.
+        broken: Counts images that could not be read.
+        data: Digest of the training images' ids, where the settings do not tell.
+        train_images, val_images: How many different ones.
+        module: What is trained, on the device.
+        network: What is measured and exported.
+        averaged: The part of it whose averaged weights are exported; None exports the last weights.
+    """
+
+    parts: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
+    judge: str | None = None
+    place: Place
+    steps: StepSource
+    broken: Broken
+    data: str = ""
+    train_images: int
+    val_images: int
+    module: nn.Module
+    network: nn.Module
+    averaged: nn.Module | None = None
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make ``module``, ``network`` and ``averaged``; raises as the network's loader does."""
+
+    @abstractmethod
+    def inputs(self, batch: Any, rows: slice) -> tuple[Any, ...]:
+        """Arguments of ``module`` for some images of a batch, on the device."""
+
+    @abstractmethod
+    def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
+        """Write the folder of the finished network, whole or not at all.
+
+        Args:
+            network: ``network``, or a copy of it, with the weights to export.
+            facts: For the card.
+            target: The folder.
+            picture: Picture of the last validation, where there is one.
+        """
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        optim = self.config.optim
+        return learning_rate(
+            step, peak=optim.learning_rate, warmup=optim.warmup_steps, cosine_steps=optim.cosine_steps
+        )
+
+    def open_cache(self, main: bool) -> None:
+        """Look for what is computed once and kept, before the first step."""
+        return
+
+    def fill_cache(self, stopped: Callable[[], bool], *, progress: bool) -> None:
+        """Compute what is missing; ``stopped`` ends it with KeyboardInterrupt."""
+        return
+
+    def after(self, batch: Any, optimizer: Together) -> None:
+        """Called after every optimizer step that was taken."""
+        return
+
+    def told(self, batch: Any) -> dict[str, float]:
+        """Values of ``columns`` in this step."""
+        return {}
+
+    def validate(self, network: nn.Module) -> tuple[dict[str, float], Sheet | None]:
+        """Values of ``measures``, and a picture."""
+        raise NotImplementedError
+
+    def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A network of its own with these weights of ``averaged``, where weights can be sharded."""
+        raise NotImplementedError
+
+    config: AnyRun
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A step's images in memory, by number."""
+
+    step: int
+    rows: Tensor
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+class RowSteps:
+    """Batches of images that are held in memory.
+
+    Args:
+        count: Number of steps.
+        rows: Numbers of the images of a step.
+    """
+
+    def __init__(self, count: int, rows: Callable[[int], Tensor]) -> None:
+        self.count, self.rows = count, rows
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, step: int) -> Rows:
+        return Rows(step, self.rows(step))
+
+    def global_ids(self, step: int) -> Sequence[str]:
+        """Names of a step's images."""
+        return [f"scene {row}" for row in self.rows(step).tolist()]
+
+
+def only_process(run: AutoencoderRun | TeacherRun, place: Place) -> None:
+    """Refuse what small trainings do not do.
+
+    Raises:
+        UsageError: Several processes.
+    """
+    if place.ranks > 1:
+        raise UsageError(
+            f"{run.name} is small and trains in one process: start it without torchrun or accelerate launch"
+        )

@@ -1,0 +1,140 @@
+"""A COMiT training: its images, teacher, averages, validation and export around the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
+
+from accelerate.utils import broadcast_object_list, wait_for_everyone
+from torch import Tensor, nn
+
+from comit_bench.files import digest_json
+from comit_bench.nn.teachers import TeacherFeatures
+from comit_bench.tokenizers.comit.model import Comit
+from comit_bench.train import validation
+from comit_bench.train.card import RunFacts
+from comit_bench.train.config import TrainConfig
+from comit_bench.train.data import Batch, Broken, Steps, open_images, read_all
+from comit_bench.train.export import export
+from comit_bench.train.features import FeatureStore, compute_features, images_digest, open_features
+from comit_bench.train.objectives.base import Objective, Place
+from comit_bench.train.pictures import Sheet
+from comit_bench.train.sampling import StepPlan, mean_crops
+from comit_bench.train.scaling import block_runner, compile_frozen
+from comit_bench.train.schedule import alignment_ramp
+from comit_bench.train.setup import check_spec, make_module, make_teacher
+from comit_bench.train.sharding import whole_copy
+
+
+class ComitObjective(Objective):
+    """See the module.
+
+    Args:
+        config: Settings.
+        place: Where.
+
+    Raises:
+        UsageError: Settings that do not fit each other or the data.
+        MissingError: Data that are not here.
+    """
+
+    parts = ("loss", "flow", "repa", "srepa")
+    columns = ("ramp", "crops")
+    measures = validation.COLUMNS[1:]
+    judge = "val_flow"
+    config: TrainConfig
+    steps: Steps
+    network: Comit
+
+    def __init__(self, config: TrainConfig, place: Place) -> None:
+        self.config, self.place = config, place
+        check_spec(config.model.spec())
+        train, held = open_images(config)
+        self.data = digest_json(list(train.ids))
+        self.steps = Steps(config, train, rank=place.rank, ranks=place.ranks)
+        self.held = read_all(held) if place.main else None
+        self.broken = Broken(len(train.ids), config.data.max_broken)
+        self.train_images = len(train.ids)
+        self.val_images = 0 if self.held is None else len(self.held.ids)
+        self.store: FeatureStore | None = None
+
+    def build(self) -> None:
+        config = self.config
+        self.teacher = make_teacher(config, self.place.device)
+        module = make_module(config, self.teacher)
+        self.module = module.to(self.place.device)
+        self.network = module.model
+        module.runner = block_runner(compile=config.compile, recompute=config.activation_checkpointing)
+        self.averaged = module.model.predictor
+        if config.compile:
+            compile_frozen(self.network, self.teacher)
+
+    # -------------------------------------------------------- the teacher's features
+
+    def open_cache(self, main: bool) -> None:
+        """The teacher's features on disk, if asked for; refuses when there is no room."""
+        config, spec = self.config, self.config.model.spec()
+        if self.teacher is None or config.teacher.cache == "none":
+            return
+        digest = [images_digest(self.steps.source) if main else ""]
+        broadcast_object_list(digest)
+        self.store = open_features(
+            config.teacher,
+            self.teacher,
+            self.steps.source,
+            tokens=(spec.max_input_size // spec.patch_size) ** 2,
+            data=digest[0],
+            device=self.place.device,
+            precision=config.precision,
+        )
+        wait_for_everyone()  # nobody writes before all have seen that there is room
+
+    def fill_cache(self, stopped: Callable[[], bool], *, progress: bool) -> None:
+        """Each process computes its part; from then on the teacher is not needed."""
+        if self.store is None or self.teacher is None:
+            return
+        self.store.fill(
+            self.steps.source,
+            self.teacher,
+            device=self.place.device,
+            rank=self.place.rank,
+            ranks=self.place.ranks,
+            workers=self.config.data.workers,
+            stopped=stopped,
+            progress=progress,
+        )
+        wait_for_everyone()
+        self.steps.features, self.teacher = self.store, None
+
+    def _features(self, batch: Batch, rows: slice, images: Tensor) -> TeacherFeatures | None:
+        """Of some images of the batch: from the cache, or computed now; None without a teacher."""
+        if batch.features is not None:
+            return batch.features.select(rows).to(self.place.device)
+        return None if self.teacher is None else compute_features(self.teacher, images)
+
+    # -------------------------------------------------------- steps
+
+    def inputs(self, batch: Batch, rows: slice) -> tuple[Tensor, StepPlan, TeacherFeatures | None, float]:
+        images = validation.to_pixels(batch.images[rows], self.place.device)
+        plan = batch.plan.select(rows).to(self.place.device)
+        ramp = alignment_ramp(batch.step, self.config.objective.alignment_ramp)
+        return images, plan, self._features(batch, rows, images), ramp
+
+    def told(self, batch: Batch) -> dict[str, float]:
+        """Weight of the alignment, and crops of an image, on average over all processes where they differ."""
+        crops: float = batch.plan.crops
+        if self.config.crops.per == "image" or not self.config.crops.count_global:
+            crops = mean_crops(self.config, step=batch.step, sample_ids=self.steps.global_ids(batch.step))
+        return {"ramp": alignment_ramp(batch.step, self.config.objective.alignment_ramp), "crops": crops}
+
+    def validate(self, network: nn.Module) -> tuple[dict[str, float], Sheet | None]:
+        assert self.held is not None
+        return validation.validate(cast(Comit, network), self.config, self.held, device=self.place.device)
+
+    def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        return whole_copy(self.network, weights).to(self.place.device).eval()
+
+    def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
+        logs = target.parent.parent
+        export(cast(Comit, network), self.config, facts, target, picture=picture, logs=logs)
