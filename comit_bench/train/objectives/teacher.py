@@ -204,7 +204,7 @@ def about(run: TeacherRun, network: ScenesTeacherNet) -> About:
         "Label-free, renderer-supervised (inverse rendering):\nit learnt to predict where the painter put "
         "objects and in which colour, never a class.",
         facts=(f"parameters: {sum(p.numel() for p in network.parameters()):,} (stored as float16)",),
-        data=f"{run.count:,} scenes with one and {run.count:,} with two objects, none of which any probe uses",
+        data=f"{run.count:,} scenes with one and {run.count:,} with two objects, none of a probe",
         measured="scenes; linear read-outs of the image vector (chance 0.1 each), also with random weights",
         names={
             "loss": "training loss at the end",
