@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from comit_bench.files import atomic_path
 from comit_bench.nn.flow import Guidance
-from comit_bench.nn.vae import LatentCodec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.codec import decode, encode_crops, one_step_decode, to_uint8
 from comit_bench.tokenizers.comit.crops import CropPolicy
@@ -86,7 +85,7 @@ def make_sheet(
         noise: float32 [n, C, h, w], the latents at t = 0.
         ids: Names, [n].
     """
-    codec, geometry = cast(LatentCodec, model.vae), model.spec.geometry
+    codec, geometry = model.codec, model.spec.geometry
     corners = picture_corners(config, ids)
     places = crop_locations(geometry, corners).to(images.device)
     codes, offsets = [], []

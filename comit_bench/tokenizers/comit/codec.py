@@ -128,37 +128,30 @@ def crop_latents(
     Returns:
         One :data:`Latents` per step.
     """
-    codec = model.codec
+    codec, device = model.codec, images.device
     steps: list[Latents] = [{} for _ in range(table.shape[0])]
     table = table.cpu()  # which crop goes where is counted on the host, whatever computes the latents
     for is_global in (True, False):
-        mask = (table == GLOBAL) if is_global else (table != GLOBAL)
-        where = mask.nonzero()  # [n, 2] of (step, image), ordered by step
-        if where.shape[0] == 0:
+        step, image = ((table == GLOBAL) == is_global).nonzero().unbind(1)  # ordered by step
+        if not len(step):
             continue
-        step, image = where.unbind(1)
         source = image if is_global else image * CELLS + table[step, image]
         if noise is None:
             source, inverse = torch.unique(source, return_inverse=True)  # repeated crops are encoded once
         pixels = images if is_global else model.spec.geometry.local_crops(images).flatten(0, 1)
-        pixels = pixels[source.to(images.device, non_blocking=True)]
-        drawn = None
+        pixels = pixels[source.to(device, non_blocking=True)]
+        present, drawn = step.unique().tolist(), None
         if noise is not None:
             shape = (model.spec.in_channels, *(n // codec.factor for n in pixels.shape[-2:]))
-            parts = [
-                noise("latent", first_step + k, where[step == k, 1].tolist(), shape)
-                for k in range(table.shape[0])
-                if bool(mask[k].any())
-            ]
+            parts = [noise("latent", first_step + k, image[step == k].tolist(), shape) for k in present]
             drawn = torch.cat(parts).to(images)
         latents = codec.encode(pixels, drawn)
         if noise is None:
-            latents = latents[inverse.to(images.device, non_blocking=True)]
-        for k in range(table.shape[0]):
-            if mask[k].any():
-                rows = (step == k).nonzero().flatten()
-                where_to, part = (x.to(images.device, non_blocking=True) for x in (image[rows], rows))
-                steps[k][latents.shape[-1]] = (where_to, latents[part])
+            latents = latents[inverse.to(device, non_blocking=True)]
+        for k in present:
+            rows = (step == k).nonzero().flatten()
+            where, part = (x.to(device, non_blocking=True) for x in (image[rows], rows))
+            steps[k][latents.shape[-1]] = (where, latents[part])
     return steps
 
 
@@ -214,7 +207,6 @@ def encode_sequence(
         cells: int64 [K, B], kept in the trace.
         locations: [K, B, 2].
         backprop_updates: Updates before the last this many run without gradient; None keeps all.
-        network: See above.
     """
     network = network or FastPredictor(model.predictor)
     message = model.prior(1, locations.device)[:, :1]
@@ -248,7 +240,6 @@ def encode(
         generators: One CPU generator per image for random orders, and for noise unless ``noise`` is given.
         noise: Explicit noise for adaptive policies and posterior sampling.
         posterior: ``mode`` (deterministic) or ``sample`` (released) VAE latents.
-        network: See above.
 
     Raises:
         ValueError: A random or adaptive policy without a source of randomness, or a bad order.
@@ -294,16 +285,8 @@ def encode_crops(
     if len(crops) != len(locations) or not crops:
         raise ValueError(f"got {len(crops)} crops and {len(locations)} locations: expected equally many")
     batch = crops[0].shape[0]
-    if policy.order == "raster":
-        order = torch.arange(len(crops))[:, None].expand(-1, batch)[: policy.num_crops]
-    elif policy.order == "random":
-        if generators is None:
-            raise ValueError("a random policy needs one generator per image")
-        fixed = int(policy.global_crop)
-        draws = [torch.randperm(len(crops) - fixed, generator=g) + fixed for g in generators]
-        order = torch.stack([torch.cat([torch.arange(fixed), d]) for d in draws], dim=1)[: policy.num_crops]
-    else:
-        order = policy.indices(batch) + int(policy.global_crop)
+    first = int(policy.global_crop)
+    order = policy.indices(batch, generators, cells=len(crops) - first) + first
     if int(order.max()) >= len(crops):
         raise ValueError(f"the order names crop {int(order.max())}, but only {len(crops)} were given")
     codec, places = model.codec, torch.stack(list(locations))
@@ -314,16 +297,12 @@ def encode_crops(
         encoded[index] = codec.encode(crops[index], drawn)
     latents: list[Latents] = []
     for row in order:
-        by_side: dict[int, list[tuple[int, Tensor]]] = {}
-        for image, index in enumerate(row.tolist()):
-            x = encoded[index]
-            by_side.setdefault(x.shape[-1], []).append((image, x[image]))
-        latents.append(
-            {
-                side: (torch.tensor([i for i, _ in pairs]), torch.stack([x for _, x in pairs]))
-                for side, pairs in by_side.items()
-            }
-        )
+        chosen = [encoded[index][image] for image, index in enumerate(row.tolist())]
+        entry: Latents = {}
+        for side in {x.shape[-1] for x in chosen}:
+            images = [image for image, x in enumerate(chosen) if x.shape[-1] == side]
+            entry[side] = (torch.tensor(images), torch.stack([chosen[image] for image in images]))
+        latents.append(entry)
     return encode_sequence(model, latents, order, places[order, torch.arange(batch)])
 
 
@@ -416,7 +395,6 @@ def decode(
         receive: Gets them as they are computed; None keeps them all in the result. Times that no
             evaluation reaches are left out.
         finish: Go on after the last map; else the latent is that of this time and nothing else is computed.
-        network: See above.
 
     Raises:
         ValueError: Unknown solver, steps below 1, or a layer that does not exist.

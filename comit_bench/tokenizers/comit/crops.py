@@ -104,18 +104,25 @@ class CropPolicy:
     def adaptive(self) -> bool:
         return self.order == "adaptive"
 
-    def indices(self, batch: int, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Crop of every step and image, int64 [steps, B]; ``GLOBAL`` or 0..8. Not for adaptive.
+    def indices(
+        self, batch: int, generators: Sequence[torch.Generator] | None = None, *, cells: int = CELLS
+    ) -> Tensor:
+        """Crop of every step and image, int64 [steps, B]; ``GLOBAL`` or 0..``cells`` - 1. Not for adaptive.
 
         Raises:
             ValueError: An explicit per-image order for another batch size; random without generators.
         """
-        first = 0 if not self.global_crop else 1
-        candidates = CELLS + first
+        first = int(self.global_crop)
         if self.order == "raster":
-            table = torch.arange(candidates)[:, None].expand(-1, batch)
+            table = torch.arange(cells + first)[:, None].expand(-1, batch)
         elif self.order == "random":
-            table = self._random(batch, generators)
+            if generators is None:
+                raise ValueError("a random policy needs one generator per image")
+            own = generators[: 1 if self.shared else None]
+            draws = [
+                torch.cat([torch.arange(first), torch.randperm(cells, generator=g) + first]) for g in own
+            ]
+            table = torch.stack(draws, dim=1).expand(-1, batch)
         else:
             assert not isinstance(self.order, str)
             rows = [row if isinstance(row, tuple) else (row,) * batch for row in self.order]
@@ -126,16 +133,6 @@ class CropPolicy:
             table = torch.tensor(rows)
         table = table[: self.num_crops]
         return table - first  # candidate 0 becomes GLOBAL when there is a global crop
-
-    def _random(self, batch: int, generators: Sequence[torch.Generator] | None) -> Tensor:
-        if generators is None:
-            raise ValueError("a random policy needs one generator per image")
-        first = int(self.global_crop)
-        draws = [torch.randperm(CELLS, generator=g) + first for g in generators[: 1 if self.shared else None]]
-        table = torch.stack(draws, dim=1)  # [9, B or 1]
-        if first:
-            table = torch.cat([torch.zeros(1, table.shape[1], dtype=table.dtype), table])
-        return table.expand(-1, batch)
 
     def __str__(self) -> str:
         if self.order == "raster" and self.global_crop and self.num_crops == 1:

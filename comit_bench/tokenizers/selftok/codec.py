@@ -111,7 +111,6 @@ def sample(
         noise: [B, C, h, w].
         schedule: Which tokens are visible when.
         steps: Euler steps, N.
-        network: See above.
         observe: Told about every step.
 
     Raises:

@@ -232,15 +232,7 @@ class DualAttention(nn.Module):
 
 
 class DualBlock(nn.Module):
-    """One encoder block: latents see latents only; queries see both, and are modulated by their positions.
-
-    Args:
-        width: D.
-        heads: Of the latents.
-        query_width: Q.
-        query_heads: Of the queries.
-        mlp_ratio: Hidden size of both MLPs over their width.
-    """
+    """One encoder block: latents see latents only; queries see both, and are modulated by their positions."""
 
     def __init__(self, width: int, heads: int, query_width: int, query_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -390,7 +382,7 @@ class StreamBlock(nn.Module):
         width: H.
         mlp_ratio: Hidden size of the MLP over the width.
         updates: Whether the stream goes on; the context of the last block does not.
-        positional: Modulated by token positions, through an embedder of its own.
+        positional: Modulated by token positions, through an embedder of its own, and not by the time.
     """
 
     def __init__(self, width: int, mlp_ratio: float, *, updates: bool, positional: bool) -> None:
@@ -415,14 +407,7 @@ class StreamBlock(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Context and image with their own weights and one attention over both.
-
-    Args:
-        width: H.
-        heads: Attention heads.
-        mlp_ratio: Hidden size of the MLPs over the width.
-        last: The context is only looked at.
-    """
+    """Context and image with their own weights and one attention over both; ``last`` updates no context."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, last: bool) -> None:
         super().__init__()

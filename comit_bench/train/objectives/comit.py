@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench.nn.teachers import TeacherFeatures
-from comit_bench.nn.vae import LatentCodec, SDVae
+from comit_bench.nn.vae import SDVae
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.codec import Latents, encode_sequence
 from comit_bench.tokenizers.comit.crops import CropGeometry
@@ -211,7 +211,7 @@ class TrainingModule(nn.Module):
     def _latents(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Mode of the VAE, or a sample of its posterior, float32, without gradient."""
         with torch.no_grad():
-            return cast(LatentCodec, self.model.vae).encode(pixels, noise).float()
+            return self.model.codec.encode(pixels, noise).float()
 
     def _image_latents(self, images: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
         """The target [B, C, h, w] and, where a global crop is no part of it, samples [K, B, C, h, w]."""
