@@ -17,7 +17,6 @@ from comit_bench.errors import MissingError
 from comit_bench.pipeline.jobs import Settings
 from comit_bench.pipeline.plan import human_bytes, human_seconds
 from comit_bench.recipes.specs import (
-    KINDS,
     DatasetSpec,
     Recipe,
     TaskSpec,
@@ -244,7 +243,7 @@ def job_cost(
     if policy is not None and entry.looks_at_crops():
         encode *= _crop_factor(preset, policy)
     length = entry.preset.message_length or 256
-    if not KINDS[task.kind].probed:
+    if not task.task_kind.probed:
         count = getattr(getattr(task, task.kind), "count", None)
         images = min(counts.get(task.split.report, 0), count or counts.get(task.split.report, 0))
         times = find_task(task).decodings(task) * task.seeds

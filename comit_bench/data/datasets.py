@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 from comit_bench.data.digests import file_digests
 from comit_bench.data.disjoint import without_shared
 from comit_bench.data.manifests import FORMAT, Manifest, Rows, read_manifest, write_manifest
-from comit_bench.data.readers import coco, saliency, visual_genome
+from comit_bench.data.readers import coco, visual_genome
 from comit_bench.data.readers.class_folders import read_class_folders
 from comit_bench.data.readers.common import few, files_in, find_folder, how_to_get
+from comit_bench.data.readers.open import build_manifest, manifest_reader
 from comit_bench.data.scenes.generate import generate
 from comit_bench.data.split import OpenData, PathList, Split, Triplets
 from comit_bench.data.splitting import check_pair_disjoint
@@ -171,8 +172,8 @@ def manifest_for(
         CorruptFileError: An annotation file is not what it should be.
     """
     spec = recipe.spec
-    if spec.reader == "saliency":
-        manifest = saliency.build(spec, folder)
+    if spec.reader not in ("coco", "visual-genome"):  # their folders are listed each time
+        manifest = build_manifest(spec, folder)
         key: dict[str, Any] = {"format": FORMAT, "folder": str(folder)}
         path = _manifest_path(spec, cache, key)
         return manifest, write_manifest(path, manifest, key), path
@@ -222,7 +223,7 @@ def _open_manifest(
 ) -> OpenData:
     spec = recipe.spec
     manifest, digest, path = manifest_for(recipe, folder, cache, progress=progress)
-    reader = {"coco": coco, "visual-genome": visual_genome, "saliency": saliency}[spec.reader]
+    reader = manifest_reader(spec.reader)
     places = reader.places(spec, folder)
     finder = _Finder(folder, places)
     splits: dict[str, Split] = {}
@@ -312,7 +313,9 @@ def _split(name: str, rows: Rows, there: NDArray[np.bool_], manifest: Manifest, 
         lengths = np.diff(rows.offsets)
         row = np.repeat(np.cumsum(there) - 1, lengths)[np.repeat(there, lengths)]
         values = rows.values[np.repeat(there, lengths)].astype(np.int64)
-        if manifest.kind == "multilabel":
+        if manifest.kind == "classes":
+            labels = values[:, 0]
+        elif manifest.kind == "multilabel":
             labels = np.zeros((len(chosen), len(manifest.classes)), dtype=np.bool_)
             labels[row, values[:, 0]] = True
         else:

@@ -30,6 +30,7 @@ from comit_bench.files import atomic_path, check_relative, digest_json
 
 FORMAT = 2  # raise it when the same annotations would give another manifest
 COLUMNS: dict[str, tuple[str, ...]] = {
+    "classes": ("class",),
     "multilabel": ("category",),
     "relations": ("subject", "predicate", "object", "kept"),
     "masks": (),

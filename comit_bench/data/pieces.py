@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from comit_bench.data.readers import saliency, visual_genome
+from comit_bench.data.readers import visual_genome
 from comit_bench.data.readers.common import find_directory, find_file, find_folder, folders, images
 from comit_bench.data.readers.encoded import has_encoded
+from comit_bench.data.readers.open import manifest_reader
 from comit_bench.errors import BenchError, MissingError
 from comit_bench.files import DATA_VARIABLE
 from comit_bench.recipes.specs import DatasetSpec
@@ -83,8 +84,8 @@ def _checks(spec: DatasetSpec, folder: Path) -> list[Callable[[], object]]:
         checks = [label_file(what, spec.labels.get(what, visual_genome.FILES[what])) for what in wanted]
         checks += [label_file(f"list of ids for {n!r}", files) for n, files in spec.splits.items() if files]
         return [*checks, *(partial(_one_place, spec, folder, n) for n in visual_genome.folder_names(spec))]
-    if spec.reader == "saliency":
-        return [lambda: saliency.places(spec, folder)]
+    if spec.reader != "class-folders":
+        return [lambda: manifest_reader(spec.reader).places(spec, folder)]
     return [partial(_class_split, spec, folder, n) for n in spec.splits]
 
 

@@ -35,7 +35,6 @@ from comit_bench.pipeline.record import (
 from comit_bench.pipeline.session import Reporter, Session, refuse
 from comit_bench.pipeline.suite import DEFAULT_TOKENIZERS, choose_suite
 from comit_bench.probing.fit import FitProgress, ProgressCallback
-from comit_bench.recipes.specs import KINDS
 from comit_bench.results.schema import Record
 from comit_bench.tasks.base import Inputs, find_task
 from comit_bench.tasks.result import Result
@@ -213,7 +212,7 @@ def _alone(job: Job, work: Path, session: Session, wait: bool) -> Iterator[None]
 def _measure(job: Job, inputs: Inputs, work: Path, session: Session) -> Result | None:
     """Run the task; None in processes that have no part in it."""
     spec, first, reporter = job.task.spec, session.ranks.first, session.reporter
-    task, probed = find_task(spec), KINDS[spec.kind].probed
+    task, probed = find_task(spec), spec.task_kind.probed
     if probed and not first:
         return None
     if session.settings.overwrite == "always" and first:

@@ -13,7 +13,7 @@ from comit_bench.data.splitting import holdout
 from comit_bench.pipeline.jobs import Job, Settings
 from comit_bench.pipeline.messages import ENCODE_SEED, policy_of
 from comit_bench.pipeline.session import Session
-from comit_bench.recipes.specs import KINDS, check_fit
+from comit_bench.recipes.specs import check_fit
 from comit_bench.tasks.base import Inputs, Role, find_task
 from comit_bench.tokenizers.base import Tokenizer
 from comit_bench.tokenizers.identity import code_version
@@ -31,7 +31,7 @@ def roles_of(job: Job, data: OpenData, settings: Settings) -> dict[str, Role]:
     spec = job.task.spec
     source, fraction = spec.split.early_stop.source, spec.split.early_stop.fraction
     kept = {n: np.array(settings.images_of(data.splits[n]), dtype=np.int64) for n in spec.split_names}
-    if not KINDS[spec.kind].probed:
+    if not spec.task_kind.probed:
         every = kept[spec.split.report]
         return {"report": Role(data.splits[spec.split.report], every, np.arange(len(every)))}
     ids = [data.splits[source].ids[image] for image in kept[source]]
@@ -50,7 +50,7 @@ def roles_of(job: Job, data: OpenData, settings: Settings) -> dict[str, Role]:
 def inputs_of(job: Job, data: OpenData, session: Session) -> Inputs:
     """What the task gets, still without tokenizer and messages."""
     spec, settings = job.task.spec, session.settings
-    probed, on_cpu = KINDS[spec.kind].probed, session.device.type == "cpu"
+    probed, on_cpu = spec.task_kind.probed, session.device.type == "cpu"
     return Inputs(
         spec=spec,
         data=data,
@@ -104,6 +104,6 @@ def protocol_of(job: Job, tokenizer: Tokenizer | None, inputs: Inputs, settings:
             "encode_seed": ENCODE_SEED,
         }
         decoder = getattr(tokenizer, "decode_options", None)
-        if decoder and KINDS[spec.kind].decodes:
+        if decoder and spec.task_kind.decodes:
             protocol["tokenizer"]["decode"] = dict(decoder)
     return protocol

@@ -11,7 +11,6 @@ from comit_bench.errors import UsageError, did_you_mean, shown
 from comit_bench.files import cache_root
 from comit_bench.recipes.specs import (
     CONTROLS,
-    KINDS,
     DatasetSpec,
     Recipe,
     TaskSpec,
@@ -203,7 +202,7 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
     datasets = find_datasets(settings.include, allow_override=settings.allow_override)
     chosen = [pick(name, recipes, "task") for name in dict.fromkeys(tasks)]
     if settings.control is not None:
-        probed = [task for task in chosen if KINDS[task.spec.kind].probed]
+        probed = [task for task in chosen if task.spec.task_kind.probed]
         if chosen and not probed:
             raise UsageError(
                 f"--control {settings.control} is about probes, and {', '.join(tasks)} fits none: leave it "
@@ -222,7 +221,7 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
         Job(one, task, d, policy)
         for task, d in zip(chosen, data, strict=True)
         for one, policy in rows
-        if KINDS[task.spec.kind].probed or not isinstance(one, Reference)
+        if task.spec.task_kind.probed or not isinstance(one, Reference)
     ]
     if not jobs:
         names = " and ".join(REFERENCES)

@@ -12,7 +12,7 @@ from comit_bench.pipeline.messages import policy_of
 from comit_bench.pipeline.record import expected_seconds, images_of
 from comit_bench.pipeline.session import Session, why_not
 from comit_bench.pipeline.suite import choose_tasks, with_references
-from comit_bench.recipes.specs import KINDS, DatasetSpec, Recipe
+from comit_bench.recipes.specs import DatasetSpec, Recipe
 from comit_bench.tasks.base import find_task
 from comit_bench.tokenizers.base import Tokenizer
 from comit_bench.tokenizers.load import resolve_dtype
@@ -235,7 +235,7 @@ def _words(part: JobPlan, settings: Settings) -> str:
         return f"{policy}: waits for {' and '.join(part.waits)}"
     if isinstance(part.job.tokenizer, Reference):
         return " (labels only)"
-    probed = KINDS[task.kind].probed
+    probed = task.task_kind.probed
     seeds = (settings.seeds or task.seeds) if probed else task.seeds
     what = "probe seeds" if probed else "seed" if seeds == 1 else "seeds"
     known = "time unknown" if part.seconds is None else f"about {human_seconds(part.seconds)}"

@@ -20,7 +20,6 @@ from comit_bench.files import atomic_path, digest_json, locked, write_atomic
 from comit_bench.pipeline.jobs import Job, Reference, Settings
 from comit_bench.pipeline.messages import broken_images
 from comit_bench.recipes.reading import read_json
-from comit_bench.recipes.specs import KINDS
 from comit_bench.results.records import find_record, record_path, save_record
 from comit_bench.results.schema import (
     Counts,
@@ -177,7 +176,7 @@ def images_of(job: Job, counts: Mapping[str, int], settings: Settings) -> int:
     spec = job.task.spec
     sizes = [counts.get(name, 0) for name in spec.split_names]
     images = sum(min(size, settings.limit or size) for size in sizes)
-    count = None if KINDS[spec.kind].probed else getattr(getattr(spec, spec.kind), "count", None)
+    count = None if spec.task_kind.probed else getattr(getattr(spec, spec.kind, None), "count", None)
     return min(images, count or images)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import DATA_VARIABLE
 from comit_bench.pipeline.jobs import REFERENCES, Settings
-from comit_bench.recipes.specs import KINDS, find_tasks
+from comit_bench.recipes.specs import find_tasks, kinds
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
@@ -44,7 +44,8 @@ def suite_tasks(suite: str, settings: Settings, *, every: bool = False) -> list[
     """
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
     chosen = [recipe.spec for recipe in recipes.values() if recipe.spec.suite == suite]
-    ordered = sorted(chosen, key=lambda spec: (list(KINDS).index(spec.kind), spec.name))
+    order = list(kinds())
+    ordered = sorted(chosen, key=lambda spec: (order.index(spec.kind), spec.name))
     return [spec.name for spec in ordered if every or spec.by_default]
 
 

@@ -1,7 +1,7 @@
 """Recipes: find, read and validate the YAML under ``probes/`` and ``datasets/``.
 
 Recipes are data, never code. Three places are searched, later ones only add: the ones that ship
-with the package, those of installed plugins (entry-point group ``comit_bench.recipes.specs``, each a
+with the package, those of installed plugins (entry-point group ``comit_bench.recipes``, each a
 directory), and ``--include-path DIR``. Taking an existing name twice is an error unless
 ``allow_override`` is set; every recipe remembers where it came from.
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import (
     BaseModel,
     Field,
+    JsonValue,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
@@ -92,6 +95,8 @@ class SplitSpec(SpecModel):
 class TaskKind:
     """How one kind of task is done: everything about a kind stands here and in its module.
 
+    Other packages name theirs as an entry point of the group ``comit_bench.tasks``.
+
     A kind that is not ``probed`` fits nothing: it reads the images of ``split.report`` only, once per
     seed of the recipe, has no majority row, and controls of probes mean nothing to it.
 
@@ -107,7 +112,7 @@ class TaskKind:
     task: str
     data: tuple[str, ...]
     main_metric: str
-    sections: frozenset[str] = frozenset()
+    sections: frozenset[str] = frozenset({"options"})
     probed: bool = True
     decodes: bool = False
 
@@ -141,6 +146,53 @@ KINDS = {
 }
 # What kind of data set a reader makes, see ``comit_bench.data.split``.
 READS = {"class-folders": "classes", "coco": "multilabel", "visual-genome": "relations", "saliency": "masks"}
+
+
+def _of_others(group: str, known: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Name and object of every entry point of a group.
+
+    Raises:
+        UsageError: It takes a name that exists, or cannot be loaded.
+    """
+    for point in entry_points(group=group):
+        if point.name in known:
+            raise UsageError(f"{group}: {point.value!r} takes the name {point.name!r}, which exists already")
+        try:
+            yield point.name, point.load()
+        except Exception as error:  # somebody else's module may raise anything
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UsageError(
+                f"{group}: {point.name!r} cannot be loaded from {point.value!r} ({reason}). Mend it, or "
+                "uninstall its package."
+            ) from error
+
+
+@cache
+def kinds() -> dict[str, TaskKind]:
+    """Kinds of tasks: the built-in ones, and those of other packages (entry points ``comit_bench.tasks``)."""
+    found = dict(KINDS)
+    for name, kind in _of_others("comit_bench.tasks", KINDS):
+        if not isinstance(kind, TaskKind):
+            raise UsageError(
+                f"comit_bench.tasks: {name!r} names a {type(kind).__name__}, expected a "
+                "comit_bench.recipes.specs.TaskKind"
+            )
+        found[name] = kind
+    return found
+
+
+@cache
+def readers() -> dict[str, str]:
+    """Reader -> kind of data it makes; those of other packages (``comit_bench.readers``) say theirs."""
+    return READS | {name: reader.kind for name, reader in _of_others("comit_bench.readers", READS)}
+
+
+@cache
+def reader_of_others(name: str) -> Any:
+    """The reader of another package, see ``comit_bench.data.readers.common.Reader``."""
+    return dict(_of_others("comit_bench.readers", READS))[name]
+
+
 CONTROLS = ("permute-labels", "shuffle-tokens", "bag-of-tokens")
 
 
@@ -149,6 +201,7 @@ class TaskSpec(SpecModel):
 
     Tasks with ``by_default: false`` are done only when they are named, or with
     ``--tasks all``. ``seeds`` are probe seeds, or where nothing is fitted seeds of the decoder's noise.
+    ``options`` are settings of kinds from other packages.
     """
 
     name: Line
@@ -170,41 +223,46 @@ class TaskSpec(SpecModel):
     retrieval: RetrievalSpec = RetrievalSpec()
     codebook: CodebookSpec = CodebookSpec()
     counterfactual: CounterfactualSpec = CounterfactualSpec()
+    options: dict[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, value: str) -> str:
-        if value not in KINDS:
+        if value not in kinds():
             raise ValueError(
-                f"no such kind of task; known are {', '.join(KINDS)}.{did_you_mean(value, KINDS)}"
+                f"no such kind of task; known are {', '.join(kinds())}.{did_you_mean(value, kinds())}"
             )
         return value
 
     @model_validator(mode="after")
     def _sections_of_the_kind(self) -> TaskSpec:
-        own = KINDS[self.kind].sections | ({"probe"} if KINDS[self.kind].probed else set())
-        for other in KINDS.values():
-            for section in sorted((other.sections | {"probe"}) - own):
-                if section in self.model_fields_set and getattr(self, section) is not None:
-                    raise ValueError(f"section {section!r} means nothing to kind {self.kind!r}: remove it")
+        for section in sorted(self._foreign_sections()):
+            if section in self.model_fields_set and getattr(self, section) is not None:
+                raise ValueError(f"section {section!r} means nothing to kind {self.kind!r}: remove it")
         if not self.main_metric:
-            object.__setattr__(self, "main_metric", KINDS[self.kind].main_metric)
+            object.__setattr__(self, "main_metric", self.task_kind.main_metric)
         return self
+
+    def _foreign_sections(self) -> set[str]:
+        """Sections that only other kinds have."""
+        known = {"probe", "options"}.union(*(kind.sections for kind in KINDS.values()))
+        return known - self.task_kind.sections - ({"probe"} if self.task_kind.probed else set())
+
+    @property
+    def task_kind(self) -> TaskKind:
+        return kinds()[self.kind]
 
     @property
     def split_names(self) -> tuple[str, ...]:
         """Splits that the task reads, each once."""
         names = (self.split.train, self.split.report, self.split.early_stop.source)
-        return tuple(dict.fromkeys(names if KINDS[self.kind].probed else (self.split.report,)))
+        return tuple(dict.fromkeys(names if self.task_kind.probed else (self.split.report,)))
 
     @model_serializer(mode="wrap")
     def _own_sections(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the sections of other kinds: their defaults must not enter this recipe's digest."""
         values: dict[str, Any] = handler(self)
-        foreign = set().union(*(kind.sections for kind in KINDS.values())) - KINDS[self.kind].sections
-        if not KINDS[self.kind].probed:
-            foreign.add("probe")
-        foreign.add("by_default")  # no number depends on it
+        foreign = self._foreign_sections() | {"by_default"}  # no number depends on the last one
         return {key: value for key, value in values.items() if key not in foreign}
 
 
@@ -288,7 +346,7 @@ class DatasetSpec(SpecModel):
     name: Line
     version: Version
     title: Line
-    reader: Literal["class-folders", "coco", "visual-genome", "saliency"]
+    reader: str
     folder: Line
     splits: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     class_list: str | None = None
@@ -308,6 +366,15 @@ class DatasetSpec(SpecModel):
     obtain: str | None = None
     max_broken: Annotated[float, Field(ge=0, le=1)] = 0.01
     exif: bool | None = None
+
+    @field_validator("reader")
+    @classmethod
+    def _known_reader(cls, value: str) -> str:
+        if value not in readers():
+            raise ValueError(
+                f"no such reader; known are {', '.join(readers())}.{did_you_mean(value, readers())}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _expected_is_counted(self) -> DatasetSpec:
@@ -390,7 +457,7 @@ def recipe_root(kind: Kind) -> Path:
 
 def _plugin_roots() -> list[tuple[str, Path]]:
     roots = []
-    for point in entry_points(group="comit_bench.recipes.specs"):
+    for point in entry_points(group="comit_bench.recipes"):
         value = point.load()
         roots.append((f"plugin:{point.name}", Path(value() if callable(value) else value)))
     return roots
@@ -460,6 +527,7 @@ def parse_recipe(path: Path, model: type[M]) -> M:
     Raises:
         UsageError: Names the file, the key, the value and the nearest valid key or value.
     """
+    kinds(), readers()  # what is wrong with a package is not the recipe's fault
     spec = validate_mapping(parse_mapping(path), path, model)
     if isinstance(spec, DatasetSpec):
         try:
@@ -513,7 +581,7 @@ def check_fit(task: Recipe[TaskSpec], dataset: Recipe[DatasetSpec]) -> None:
         UsageError: Names the recipe of the task, and what the data set has.
     """
     spec, data = task.spec, dataset.spec
-    kind, found = KINDS[spec.kind], READS[data.reader]
+    kind, found = spec.task_kind, readers()[data.reader]
     if not kind.takes(found):
         raise UsageError(
             f"{task.path}: kind {spec.kind!r} needs data of kind {' or '.join(kind.data)}, but {data.name} "

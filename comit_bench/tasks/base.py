@@ -21,7 +21,7 @@ from comit_bench.errors import UsageError
 from comit_bench.nn.ranks import Ranks
 from comit_bench.probing.fit import FitResult, MessageSource, ProgressCallback
 from comit_bench.probing.pool import Fittable, ProbePool, fit_seeds
-from comit_bench.recipes.specs import KINDS, TaskSpec
+from comit_bench.recipes.specs import TaskSpec
 from comit_bench.tasks.controls import check_control
 from comit_bench.tasks.result import Result
 
@@ -237,7 +237,7 @@ class Task:
 
 def find_task(spec: TaskSpec) -> Task:
     """The task of a recipe's kind."""
-    module, _, name = KINDS[spec.kind].task.partition(":")
+    module, _, name = spec.task_kind.task.partition(":")
     task: Task = getattr(import_module(module), name)()
     return task
 

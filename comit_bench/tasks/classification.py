@@ -182,11 +182,10 @@ class Classification(Task):
             UsageError: An empty split, or a name that does not fit.
             BenchError: A loss is not finite, or a worker was killed.
         """
-        names, attributes, probing = inputs.data.classes, inputs.spec.attributes, inputs.probing
-        parts, chosen = class_parts(names, attributes), _labels(inputs)
-        labels = chosen["report"]
+        names, probing = inputs.data.classes, inputs.probing
+        parts, labels = class_parts(names, inputs.spec.attributes), _labels(inputs)["report"]
         levels = chance_levels(labels, len(names), parts)
-        check_main_metric(inputs.spec, levels)
+        check_main_metric(inputs.spec, self.score(inputs, torch.zeros(len(labels), len(names)), labels))
         splits: dict[str, Any] = {
             name: Split(
                 role.source(),
@@ -196,10 +195,22 @@ class Classification(Task):
             for name, role in inputs.roles.items()
         }
         results = inputs.fit(FitTask(**probing, **splits, outputs=len(names)))
-        scores = [score_outputs(r.outputs, labels, parts) for r in results if r.outputs is not None]
+        scores = [self.score(inputs, r.outputs, labels) for r in results if r.outputs is not None]
         assert len(scores) == len(inputs.seeds)
         metrics = {
-            name: over_seeds([one[name] for one in scores], len(labels), chance=level)
-            for name, level in levels.items()
+            name: over_seeds(
+                [one[name] for one in scores], len(labels), chance=levels.get(name), share=name in levels
+            )
+            for name in scores[0]
         }
         return Result(metrics=metrics, extra=fit_details(results, "top1"))
+
+    def score(self, inputs: Inputs, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Metrics of one fitted probe, in percent; what a kind with a metric of its own adds to.
+
+        Args:
+            inputs: Of the task.
+            outputs: float [n, C] on the report images.
+            labels: int64 [n].
+        """
+        return score_outputs(outputs, labels, class_parts(inputs.data.classes, inputs.spec.attributes))

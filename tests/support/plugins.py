@@ -8,16 +8,25 @@ from pathlib import Path
 
 
 def install(
-    site: Path, modules: dict[str, str], points: dict[str, str], *, name: str = "theirs", version: str = "0.1"
+    site: Path,
+    modules: dict[str, str],
+    points: dict[str, str],
+    *,
+    name: str = "theirs",
+    version: str = "0.1",
+    group: str = "comit_bench.tokenizers",
+    groups: dict[str, dict[str, str]] | None = None,
 ) -> None:
-    """Write modules and a distribution with entry points of ``comit_bench.tokenizers``; what was there goes.
+    """Write modules and a distribution with entry points; what was there goes.
 
     Args:
         site: The folder; the test puts it on the path.
         modules: Path below ``site`` -> source.
-        points: Name of a tokenizer -> ``module:attribute``.
+        points: Name -> ``module:attribute``.
         name: Of the distribution.
         version: Of the distribution.
+        group: Of ``points``.
+        groups: Further groups -> their points.
     """
     for path, source in modules.items():
         file = site / path
@@ -35,6 +44,8 @@ def install(
     info = site / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    lines = [f"{point} = {target}" for point, target in points.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[comit_bench.tokenizers]", *lines, ""]))
+    lines = []
+    for head, named in {group: points, **(groups or {})}.items():
+        lines += [f"[{head}]", *(f"{point} = {target}" for point, target in named.items()), ""]
+    (info / "entry_points.txt").write_text("\n".join(lines))
     invalidate_caches()
