@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -320,9 +319,7 @@ def generated(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespa
             (folder / split / "red_1" / "0.png").write_bytes(b"abc")
         return "sha256:made"
 
-    module = ModuleType("comit_bench.data.scenes.generate")
-    module.generate = generate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "comit_bench.data.scenes.generate", module)
+    monkeypatch.setattr("comit_bench.data.datasets.generate", generate)
     return calls
 
 
