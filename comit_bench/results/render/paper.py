@@ -62,25 +62,35 @@ PAPER_FILE = "table-paper.tex"
 TEX_WIDTH = 118  # characters; a page over two columns
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """A column between labels and scores: its head, and its text for a record."""
+
+    head: str
+    text: Callable[[Record], str]
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """One table of the paper.
+    """One table of the paper: its columns, and the records that have a place in it.
 
     Attributes:
         name: What the command line calls it.
         title: Above it.
-        columns: Keys of ``TASKS``, in order.
-        details: Heads of the columns between labels and scores.
-        describe: A record -> one text per detail.
-        choose: Picks the records that have a place, of those with a value for a column.
+        columns: Details, then keys of ``TASKS``, in order.
+        choose: Picks records, of those with a value for a column.
+        by_policy: Whether rows are named by their policy too.
     """
 
     name: str
     title: str
-    columns: tuple[str, ...]
-    details: tuple[str, ...]
-    describe: Callable[[Record], tuple[str, ...]]
+    columns: tuple[Detail | str, ...]
     choose: Callable[[Sequence[Record]], list[Record]]
+    by_policy: bool = False
+
+    @property
+    def details(self) -> tuple[Detail, ...]:
+        return tuple(column for column in self.columns if isinstance(column, Detail))
 
 
 def policy_of(record: Record) -> str:
@@ -97,11 +107,7 @@ def policy_words(policy: str) -> tuple[str, str, str]:
     return ("yes" if policy.startswith("global+") else "no", crops, ORDERS.get(name, name))
 
 
-def _ablated(suffix: str) -> Callable[[Record], tuple[str, ...]]:
-    return lambda record: ("no" if record.tokenizer.name.endswith(suffix) else "yes",)
-
-
-def _pairs_with(suffix: str) -> Callable[[Sequence[Record]], list[Record]]:
+def _with_ablation(suffix: str) -> Callable[[Sequence[Record]], list[Record]]:
     """Ablated tokenizers and those that they are ablations of, at the paper's policy."""
 
     def choose(records: Sequence[Record]) -> list[Record]:
@@ -112,7 +118,7 @@ def _pairs_with(suffix: str) -> Callable[[Sequence[Record]], list[Record]]:
     return choose
 
 
-def _by_policy(records: Sequence[Record]) -> list[Record]:
+def _with_policies(records: Sequence[Record]) -> list[Record]:
     """Every tokenizer that was run under another policy than the paper's default."""
     varied = {r.tokenizer.name for r in records if policy_of(r) != POLICIES[0]}
     return [r for r in records if r.tokenizer.name in varied]
@@ -122,55 +128,53 @@ def _whole(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if policy_of(r) == POLICIES[0] and not r.tokenizer.name.endswith(ABLATIONS)]
 
 
-def _size(record: Record) -> tuple[str, ...]:
-    row = record.tokenizer
-    counts = (row.message_length, row.vocab_size)
-    return (short_count(row.parameters), *(DASH if n is None else str(n) for n in counts))
+def _without(suffix: str, head: str) -> Detail:
+    return Detail(head, lambda record: "no" if record.tokenizer.name.endswith(suffix) else "yes")
 
 
-SIZE = ("params", "length", "vocab")
+SIZE = (
+    Detail("params", lambda record: short_count(record.tokenizer.parameters)),
+    Detail("length", lambda record: str(record.tokenizer.message_length or DASH)),
+    Detail("vocab", lambda record: str(record.tokenizer.vocab_size or DASH)),
+)
+CROPS = (
+    Detail("global", lambda record: policy_words(policy_of(record))[0]),
+    Detail("crops", lambda record: policy_words(policy_of(record))[1]),
+    Detail("order", lambda record: policy_words(policy_of(record))[2]),
+)
 LAYOUTS: Mapping[str, Layout] = {
     layout.name: layout
     for layout in (
         Layout(
-            name="table-1",
-            title="Table 1: alignment of the message with a teacher (SREPA).",
-            columns=(RECOGNITION,),
-            details=("SREPA",),
-            describe=_ablated(NO_SREPA),
-            choose=_pairs_with(NO_SREPA),
+            "table-1",
+            "Table 1: alignment of the message with a teacher (SREPA).",
+            (_without(NO_SREPA, "SREPA"), RECOGNITION),
+            _with_ablation(NO_SREPA),
         ),
         Layout(
-            name="table-2",
-            title="Table 2: local crops in training; at test time the global crop alone.",
-            columns=(RECOGNITION,),
-            details=("local crops",),
-            describe=_ablated(NO_LOCAL_CROPS),
-            choose=_pairs_with(NO_LOCAL_CROPS),
+            "table-2",
+            "Table 2: local crops in training; at test time the global crop alone.",
+            (_without(NO_LOCAL_CROPS, "local crops"), RECOGNITION),
+            _with_ablation(NO_LOCAL_CROPS),
         ),
         Layout(
-            name="table-3",
-            title="Table 3: cropping policies at test time; crops count the global one.",
-            columns=PROBES,
-            details=("global", "crops", "order"),
-            describe=lambda record: policy_words(policy_of(record)),
-            choose=_by_policy,
+            "table-3",
+            "Table 3: cropping policies at test time; crops count the global one.",
+            (*CROPS, *PROBES),
+            _with_policies,
+            by_policy=True,
         ),
         Layout(
-            name="table-4",
-            title="Table 4: reconstruction and semantic probes.",
-            columns=(RECONSTRUCTION, *PROBES),
-            details=SIZE,
-            describe=_size,
-            choose=_whole,
+            "table-4",
+            "Table 4: reconstruction and semantic probes.",
+            (*SIZE, RECONSTRUCTION, *PROBES),
+            _whole,
         ),
         Layout(
-            name="objectness",
-            title="Objectness of token attention (text, Figures 2 and 8).",
-            columns=(OBJECTNESS,),
-            details=SIZE,
-            describe=_size,
-            choose=list,
+            "objectness",
+            "Objectness of token attention (text, Figures 2 and 8).",
+            (*SIZE, OBJECTNESS),
+            list,
         ),
     )
 }
@@ -210,7 +214,7 @@ def paper_tables(
 def _table(
     layout: Layout, records: Sequence[Record], tasks: Mapping[str, tuple[str, tuple[str, ...]]]
 ) -> Table | None:
-    metrics = dict(tasks[column] for column in layout.columns)
+    metrics = dict(tasks[column] for column in layout.columns if isinstance(column, str))
     useful = [r for r in records if any(name in r.metrics for name in metrics.get(r.task.name, ()))]
     chosen = layout.choose(useful)
     if not chosen:
@@ -220,7 +224,8 @@ def _table(
     table = build_table(chosen, metrics=metrics, tasks=present, row_of=lambda r: home[row_key(r)], decimals=2)
     rows = _in_order([_detailed(layout, row) for row in table.rows])
     notes = tuple(note for note in table.notes if not note.startswith("\N{PLUS-MINUS SIGN}"))
-    return replace(table, rows=tuple(rows), notes=notes, details=layout.details, title=layout.title)
+    heads = tuple(detail.head for detail in layout.details)
+    return replace(table, rows=tuple(rows), notes=notes, details=heads, title=layout.title)
 
 
 def _homes(records: Sequence[Record]) -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -246,18 +251,19 @@ def _homes(records: Sequence[Record]) -> dict[tuple[str, ...], tuple[str, ...]]:
 def _detailed(layout: Layout, row: Row) -> Row:
     """Details of a row: measured ones, and where the paper prints others these too; no spread."""
     cells = [cell for cell in row.cells if cell is not None]
-    details: list[str] = []
-    for index in range(len(layout.details)):
-        own, printed = (
-            next((text for c in cells if (c.record.origin == "paper") is published
-                  and (text := layout.describe(c.record)[index]) != DASH), "")
-            for published in (False, True)
-        )  # fmt: skip
+    details = []
+    for detail in layout.details:
+        texts = {
+            c.record.origin == "paper": text
+            for c in reversed(cells)
+            if (text := detail.text(c.record)) != DASH
+        }
+        own, printed = texts.get(False, ""), texts.get(True, "")
         both = own and printed and own != printed
         details.append(f"{own} ({printed}{PUBLISHED})" if both else own or printed or DASH)
     plain = tuple(c and replace(c, metric=c.metric.model_copy(update={"std": None})) for c in row.cells)
     label = row.label
-    if layout.choose is _by_policy and label == row.tokenizer.name:  # has no namesake of its kind
+    if layout.by_policy and label == row.tokenizer.name:  # has no namesake of its kind
         label = f"{label} ({policy_of(cells[0].record)})"
     return replace(row, label=label, details=tuple(details), cells=plain)
 
