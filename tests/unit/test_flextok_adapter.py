@@ -13,12 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import write_images, write_recipes
 from torch import Tensor
 
-import comit_bench
 import comit_bench.tokenizers.flextok.adapter as adapter
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.nn.vae import KLVaeSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.base import Tokenizer, Tokens
@@ -83,33 +81,6 @@ def ids(tokens: Tokens) -> Tensor:
 # ----------------------------------------------------------------------------- tokens
 
 
-@pytest.mark.parametrize("options", [{}, {"tokens": 3}, {"posterior": "sample"}])
-def test_ids_are_the_same_for_every_batch_size_and_order(options: dict[str, Any]) -> None:
-    tokenizer, count = load(weights="random", **options), 33
-    x = images(count)
-    whole = ids(tokenizer.encode(x, generators=generators(count)))
-    assert whole.shape == (33, options.get("tokens", 8)) and whole.dtype == torch.int64
-    for size in (1, 7, 32):
-        parts = [
-            tokenizer.encode(x[i : i + size], generators=generators(count)[i : i + size])
-            for i in range(0, count, size)
-        ]
-        assert torch.equal(torch.cat([ids(p) for p in parts]), whole)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    shuffled = tokenizer.encode(x[order], generators=[generators(count)[i] for i in order.tolist()])
-    assert torch.equal(ids(shuffled), whole[order])
-
-
-def test_codes_are_what_enters_the_decoder(flextok: FlexTokTokenizer) -> None:
-    tokens = flextok.encode(images(5))
-    assert tokens.codes.shape == (5, 8, 6) and tokens.codes.dtype == torch.float32
-    assert torch.equal(flextok.codes_from_ids(ids(tokens)), tokens.codes)
-    assert len(ids(tokens).unique(dim=0)) == 5
-    for wrong in (64000, -1):
-        with pytest.raises(ValueError, match=r"0\.\.63999"):
-            flextok.codes_from_ids(torch.tensor([wrong]))
-
-
 def test_a_prefix_is_a_prefix(flextok: FlexTokTokenizer) -> None:
     whole = flextok.encode(images(9))
     for count in (1, 5, 8):
@@ -132,39 +103,6 @@ def test_default_is_deterministic_and_says_so(flextok: FlexTokTokenizer) -> None
     }
     assert not flextok.info.trained and flextok.info.weights == "random:0"
     assert flextok.info.preprocessing == "resize_short(32,bilinear)|center_crop(32)"
-
-
-def test_posterior_sampling_is_seeded_per_image() -> None:
-    sampled, x = load(weights="random", posterior="sample"), images(3)
-    once = ids(sampled.encode(x, generators=generators(3)))
-    assert torch.equal(ids(sampled.encode(x[1:], generators=generators(3)[1:])), once[1:])
-    assert not torch.equal(once, ids(load(weights="random").encode(x)))
-    with pytest.raises(ValueError, match="generator"):
-        sampled.encode(x)
-    assert sampled.info.options["posterior"] == "sample"
-
-
-def test_random_weights_come_from_the_seed_alone(flextok: FlexTokTokenizer) -> None:
-    torch.manual_seed(77)
-    again = load(weights="random")
-    assert torch.equal(ids(again.encode(images(4))), ids(flextok.encode(images(4))))
-    pairs = zip(flextok.model.state_dict().items(), again.model.state_dict().values(), strict=True)
-    assert all(torch.equal(v, w) for (_, v), w in pairs)
-    with pytest.raises(UsageError, match="preset"):
-        load(str(CASE), weights="random")
-
-
-def test_decode_is_uint8_and_depends_on_the_seed_alone(flextok: FlexTokTokenizer) -> None:
-    tokens = flextok.encode(images(9))
-    out = flextok.decode(tokens, seeds=range(9))
-    assert out.dtype == torch.uint8 and out.shape == (9, 3, 32, 32)
-    assert torch.equal(flextok.decode(Tokens(None, tokens.codes[4:5]), seeds=[4])[0], out[4])
-    assert not torch.equal(flextok.decode(Tokens(None, tokens.codes[4:5]), seeds=[5])[0], out[4])
-    for bad in (tokens.codes[0], tokens.codes[..., :5], torch.zeros(1, 9, 6), torch.zeros(1, 0, 6)):
-        with pytest.raises(ValueError, match="codes of shape"):
-            flextok.decode(Tokens(None, bad), seeds=[0])
-    with pytest.raises(ValueError, match="2 seeds for 9"):
-        flextok.decode(tokens, seeds=[0, 1])
 
 
 def test_decode_options_matter(flextok: FlexTokTokenizer) -> None:
@@ -194,58 +132,6 @@ def test_decoder_settings_are_told_for_protocols(flextok: FlexTokTokenizer) -> N
     assert load("flextok-d18-d28", weights="random").decode_options == {**usual, "guidance": 7.5}
     other = load(weights="random", steps=3, guidance_mode="cfg").decode_options
     assert other == {"steps": 3, "guidance": 15.0, "guidance_mode": "cfg", "default": False}
-
-
-@pytest.mark.parametrize(
-    "bad", [images(2).float(), images(2, 40), images(2)[:, :1], images(2)[0], images(2).to(torch.int64)]
-)
-def test_wrong_images_are_refused(flextok: FlexTokTokenizer, bad: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"uint8 images of shape \[B, 3, 32, 32\]"):
-        flextok.encode(bad)
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"tokens": 0}, "tokens"),
-        ({"tokens": 9}, "from 1 to 8"),
-        ({"tokens": 2.5}, "whole number"),
-        ({"tokens": "many"}, "tokens"),
-        ({"posterior": "median"}, "mode"),
-        ({"steps": 0}, "steps"),
-        ({"guidance": "strong"}, "guidance"),
-        ({"guidance": float("nan")}, "guidance"),
-        ({"guidance_mode": "auto"}, "apg"),
-        ({"compile": "maybe"}, "auto, true or false"),
-        ({"scaling_factor": 0}, "scaling_factor"),
-        ({"latents": "codes"}, "no option 'latents'"),
-        ({"tokns": 3}, "Did you mean 'tokens'"),
-    ],
-)
-def test_wrong_options(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        load(weights="random", **options)
-
-
-def test_the_whole_benchmark_runs_untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_images(tmp_path / "data")
-    write_recipes(tmp_path / "recipes")
-    monkeypatch.setattr("comit_bench.probing.pool.usable_cores", lambda: 1)
-    (record,) = comit_bench.evaluate(
-        "flextok-d12-d12",
-        ["tiny-colours"],
-        suite="scenes",
-        references=False,
-        weights="random",
-        options={"tokens": 4},
-        data_root=tmp_path / "data",
-        include=(tmp_path / "recipes",),
-        cache=tmp_path / "cache",
-        output=tmp_path / "out",
-    )
-    assert record.tokenizer.name == "flextok-d12-d12" and not record.tokenizer.trained
-    assert record.protocol["tokenizer"]["options"]["tokens"] == "4"
-    assert record.protocol["tokenizer"]["options"]["posterior"] == "mode"
 
 
 # ------------------------------------------------------------------------------ files
@@ -423,83 +309,6 @@ def test_values_that_nothing_states_are_in_the_record(checkpoint: Path, flextok:
     assert same(checkpoint, flextok).info.options["assumed"] == "dec_time_embedder.max_timestep=1000.0"
 
 
-def _damage(checkpoint: Path, kind: str) -> None:
-    path = checkpoint / "model.safetensors"
-    tensors = load_file(path)
-    block = f"{E}enc_transformer.blocks.1.attn.wq.weight"
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "missing key":
-        save_file({k: v for k, v in tensors.items() if k != block}, path)
-    elif kind == "extra key":
-        save_file({**tensors, f"{E}enc_transformer.lora": torch.zeros(2)}, path)
-    elif kind == "shape":
-        save_file({**tensors, f"{D}dec_latent_dropout.nullcond": torch.zeros(7)}, path)
-    elif kind == "half a vae":
-        save_file({k: v for k, v in tensors.items() if not k.startswith("vae.vae.decoder")}, path)
-    elif kind == "foreign":
-        save_file({"encoder.weight": torch.zeros(3)}, path)
-    elif kind == "config":
-        (checkpoint / "config.json").write_text("{not json")
-    elif kind == "no weights":
-        path.unlink()
-    else:
-        assert kind == "depth"
-        rewrite(checkpoint, lambda c: c["encoder"]["module_dict"]["enc_transformer"].update(depth=3))
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "says"),
-    [
-        ("truncated", CorruptFileError, "truncated"),
-        ("empty", CorruptFileError, "model.safetensors"),
-        ("missing key", UsageError, r"missing \(1\): .*blocks.1.attn.wq.weight"),
-        ("extra key", UsageError, r"unexpected \(1\): .*lora"),
-        ("shape", UsageError, r"nullcond \[7\] instead of \[48\]"),
-        ("half a vae", UsageError, r"missing \(\d+\): vae.vae.decoder"),
-        ("foreign", UsageError, "Is this a FlexTok checkpoint"),
-        ("config", CorruptFileError, "config.json"),
-        ("no weights", MissingError, "model.safetensors"),
-        ("depth", UsageError, r"missing .*blocks.2"),
-    ],
-)
-def test_damaged_checkpoints_are_refused_with_a_reason(
-    checkpoint: Path, kind: str, error: type[Exception], says: str
-) -> None:
-    _damage(checkpoint, kind)
-    with pytest.raises(error, match=says):
-        load(weights=str(checkpoint))
-
-
-def _set(part: str, module: str, **values: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda config: config[part]["module_dict"].setdefault(module, {}).update(values)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (_set("encoder", "enc_seq_packer", mask_mode="full"), "causal_last"),
-        (_set("decoder", "dec_seq_packer", mask_mode="causal"), "mask_mode"),
-        (_set("encoder", "enc_to_latents", use_mup_readout=True), "use_mup_readout"),
-        (_set("encoder", "enc_transformer", gated_mlp=False), "gated_mlp"),
-        (_set("decoder", "dec_transformer", adaLN_expansion=3), "adaLN_expansion 3"),
-        (_set("decoder", "dec_seq_packer", per_subseq_embs=False), "per_subseq_embs"),
-        (_set("decoder", "dec_to_patches", patch_sizes=[4, 4]), "patch sizes"),
-        (_set("encoder", "enc_posemb_module", posemb_scaling="wrapped"), "posemb_scaling"),
-        (_set("encoder", "enc_transformer", head_dim=5), "whole number of heads"),
-        (_set("encoder", "enc_register_module", n_max=9), "9 registers"),
-    ],
-)
-def test_variants_that_are_not_computed_are_refused(
-    checkpoint: Path, change: Callable[[dict[str, Any]], None], says: str
-) -> None:
-    rewrite(checkpoint, change)
-    with pytest.raises(UsageError, match=says):
-        load(weights=str(checkpoint))
-
-
 # ----------------------------------------------------------------- the VAE and the hub
 
 
@@ -546,34 +355,6 @@ def test_scale_of_the_latents_is_never_guessed(
     rewrite(checkpoint, lambda config: config["vae"].update(scaling_factor=0.88))
     with pytest.raises(UsageError, match=r"0\.88, but the option says 0\.5"):
         load(weights=str(checkpoint), scaling_factor=0.5)
-
-
-@pytest.mark.parametrize("name", ["flextok-d18-d28-dfn", "EPFL-VILAB/flextok_d18_d28_dfn"])
-def test_offline_without_a_cache_says_what_is_missing_and_how_to_give_it(name: str, no_hub: None) -> None:
-    with pytest.raises(MissingError) as caught:
-        load(name)
-    text = str(caught.value)
-    for part in (
-        "config.json, model.safetensors",
-        "EPFL-VILAB/flextok_d18_d28_dfn",
-        "--weights DIR",
-        "--offline",
-    ):
-        assert part in text
-    assert caught.value.exit_code == 3
-    with pytest.raises(MissingError, match="no such file or directory"):
-        load(name, weights="/nowhere/at/all")
-
-
-def test_unreachable_hub_is_told_at_once(no_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("comit_bench.tokenizers.hub.getproxies", dict)
-
-    def nobody(*_: object) -> None:
-        raise OSError(-2, "Name or service not known")
-
-    monkeypatch.setattr("socket.getaddrinfo", nobody)
-    with pytest.raises(BenchError, match=r"flextok_d18_d18_in1k .*cannot be reached"):
-        load("flextok-d18-d18", offline=False)
 
 
 def test_released_weights_carry_their_licence(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from selftok_sizes import SMALL
-from tiny import write_images, write_recipes
 from torch import Tensor
 
-import comit_bench
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.seeding import generator_for
 from comit_bench.tokenizers import weights as store
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 from comit_bench.tokenizers.load import load_tokenizer
@@ -97,27 +93,6 @@ def diffusers_vae(checkpoint: Path, folder: Path) -> Path:
 # ----------------------------------------------------------------------------- tokens
 
 
-@pytest.mark.parametrize("decoder", ["diffusion", "renderer"])
-def test_ids_and_images_do_not_depend_on_batch_or_order(decoder: str) -> None:
-    tokenizer, count = load(weights="random", decoder=decoder), 19
-    x = images(count)
-    whole = tokenizer.encode(x, generators=[generator_for(0, f"{i}") for i in range(count)])
-    assert ids(whole).shape == (count, K) and ids(whole).dtype == torch.int64
-    pictures = tokenizer.decode(whole, seeds=range(count))
-    assert pictures.dtype == torch.uint8 and pictures.shape == (count, 3, SIDE, SIDE)
-    for size in (1, 7):
-        parts = [tokenizer.encode(x[i : i + size]) for i in range(0, count, size)]
-        assert torch.equal(torch.cat([ids(p) for p in parts]), ids(whole))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    shuffled = tokenizer.encode(x[order])
-    assert torch.equal(ids(shuffled), ids(whole)[order])
-    again = tokenizer.decode(shuffled, seeds=order.tolist())
-    assert torch.equal(again, pictures[order])
-    assert len(ids(whole).unique(dim=0)) > count / 2  # of untrained messages about uniform noise
-    other = tokenizer.decode(Tokens(None, whole.codes[3:4]), seeds=[99])
-    assert torch.equal(other[0], pictures[3]) == (decoder == "renderer")
-
-
 def test_codes_are_what_enters_the_decoder(selftok: SelftokTokenizer) -> None:
     tokens = selftok.encode(images(3))
     assert tokens.codes.shape == (3, K, 16) and tokens.codes.dtype == torch.float32
@@ -162,15 +137,6 @@ def test_defaults_are_deterministic_and_in_the_protocol(selftok: SelftokTokenize
     assert not info.trained and info.weights == "random:0" and info.name == "selftok-512"
 
 
-def test_random_weights_come_from_the_seed_alone(selftok: SelftokTokenizer) -> None:
-    torch.manual_seed(77)
-    again = load(weights="random")
-    pairs = zip(selftok.model.state_dict().values(), again.model.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    with pytest.raises(UsageError, match="needs a preset"):
-        load("nonesuch", weights="random", family="selftok")
-
-
 def test_settings_of_the_sampler_change_pictures(selftok: SelftokTokenizer) -> None:
     tokens = selftok.encode(images(2))
     outs = [
@@ -194,67 +160,6 @@ def test_an_unpublished_schedule_is_assumed_and_said(tmp_path: Path) -> None:
     assert "assumed" not in load("selftok-1024", weights="random", decoder="renderer").info.options
     with pytest.raises(UsageError, match=r"with 12 tokens is not known.*k_per_stage"):
         choose_schedule(replace(SMALL, schedule=None))
-
-
-@pytest.mark.parametrize(
-    "bad", [images(2).float(), images(2, 40), images(2)[:, :1], images(2)[0], images(2).to(torch.int64)]
-)
-def test_wrong_images_are_refused(selftok: SelftokTokenizer, bad: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"uint8 images of shape \[B, 3, 64, 64\]"):
-        selftok.encode(bad)
-
-
-def test_wrong_messages_are_refused(selftok: SelftokTokenizer) -> None:
-    codes = torch.zeros(2, K, 16)
-    for bad in (codes[0], codes[..., :5], codes[:, :11]):
-        with pytest.raises(ValueError, match="codes of shape"):
-            selftok.decode(Tokens(None, bad), seeds=[0, 1])
-    with pytest.raises(ValueError, match="1 seeds for 2"):
-        selftok.decode(Tokens(None, codes), seeds=[0])
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"decoder": "renderr"}, "Did you mean 'renderer'"),
-        ({"latents": "queries"}, "codes, prequant, raw"),
-        ({"steps": 0}, "at least 1"),
-        ({"steps": 2.5}, "whole number"),
-        ({"steps": 3, "decoder": "renderer"}, "one step"),
-        ({"k_per_stage": "1,1,1,1,1"}, "add up to 12"),
-        ({"k_per_stage": "12", "stages": "900"}, "end at 1000"),
-        ({"k_per_stage": "4,3,x"}, "whole numbers"),
-        ({"k_per_stage": "6,6"}, "rising ends"),
-        ({"stages": "500,1000"}, "needs k_per_stage"),
-        ({"k_per_stage": "12", "decoder": "renderer"}, "decoder=diffusion"),
-        ({"vae_dtype": "float16"}, "float32, bfloat16"),
-        ({"compile": "maybe"}, "auto, true or false"),
-        ({"step": 3}, "Did you mean 'steps'"),
-    ],
-)
-def test_wrong_options(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        load(weights="random", **options)
-
-
-def test_the_whole_benchmark_runs_untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_images(tmp_path / "data")
-    write_recipes(tmp_path / "recipes")
-    monkeypatch.setattr("comit_bench.probing.pool.usable_cores", lambda: 1)
-    (record,) = comit_bench.evaluate(
-        "selftok-512",
-        ["tiny-colours"],
-        suite="scenes",
-        references=False,
-        weights="random",
-        options={"decoder": "renderer"},
-        data_root=tmp_path / "data",
-        include=(tmp_path / "recipes",),
-        cache=tmp_path / "cache",
-        output=tmp_path / "out",
-    )
-    assert record.tokenizer.name == "selftok-512" and not record.tokenizer.trained
-    assert record.protocol["tokenizer"]["options"]["decoder"] == "renderer"
 
 
 # ------------------------------------------------------------------------------ files
@@ -381,89 +286,6 @@ def test_missing_weights_say_how_to_get_them(tmp_path: Path, checkpoint: Path) -
     assert load(str(checkpoint), vae=str(vae)).info.options["vae"].startswith("sha256:")
     vae.rename(checkpoint / "vae")
     assert find_vae({}, checkpoint, None, offline=True)[1].parent == checkpoint / "vae"
-
-
-def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
-
-
-def _damage(checkpoint: Path, kind: str) -> None:
-    path = checkpoint / "model.safetensors"
-    tensors = load_file(path)
-    block = "encoder.blocks.1.attn.to_query_kv.weight"
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == "truncated vae":
-        vae = checkpoint / "vae_weights.safetensors"
-        vae.write_bytes(vae.read_bytes()[:1000])
-    elif kind == "missing key":
-        save_file({k: v for k, v in tensors.items() if k != block}, path)
-    elif kind == "positions":
-        save_file({k: v for k, v in tensors.items() if k != "model.pos_embed"}, path)
-    elif kind == "extra key":
-        save_file({**tensors, "encoder.lora": torch.zeros(2)}, path)
-    elif kind == "shape":
-        save_file({**tensors, block: torch.zeros(7)}, path)
-    elif kind == "foreign":
-        save_file({"encoder.weight": torch.zeros(3)}, path)
-    elif kind == "config":
-        (checkpoint / "config.json").write_text("{not json")
-    else:
-        assert kind == "no weights"
-        path.unlink()
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "says"),
-    [
-        ("truncated", CorruptFileError, "truncated"),
-        ("truncated vae", CorruptFileError, "vae_weights.safetensors"),
-        ("missing key", UsageError, r"missing \(1\): encoder.blocks.1.attn.to_query_kv.weight"),
-        ("positions", UsageError, r"model.pos_embed is missing"),
-        ("extra key", UsageError, r"unexpected \(1\): encoder.lora"),
-        ("shape", UsageError, r"to_query_kv.weight \[7\] instead of \[64, 16\]"),
-        ("foreign", UsageError, "no whole SelfTok checkpoint"),
-        ("config", CorruptFileError, "config.json"),
-        ("no weights", MissingError, "model.safetensors"),
-    ],
-)
-def test_damaged_checkpoints_are_refused_with_a_reason(
-    checkpoint: Path, kind: str, error: type[Exception], says: str
-) -> None:
-    _damage(checkpoint, kind)
-    with pytest.raises(error, match=says):
-        load(weights=str(checkpoint))
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda c: c.update(kind="renderer"), "those of a diffusion decoder"),
-        (lambda c: c.update(k=13), "k is 13, but the tensors have 12"),
-        (lambda c: c["encoder"].update(depth=4), "encoder.depth is 4"),
-        (lambda c: c["encoder"].update(num_heads=3), "make no transformer"),
-        (lambda c: c["encoder"].update(qk_norm=True), "qk_norm"),
-        (lambda c: c["encoder"].update(num_heads="4"), "positive whole number"),
-        (lambda c: c["decoder"].update(pos_embed_max_size=9), "pos_embed_max_size is 9"),
-        (lambda c: c["quantizer"].update(codebook_size=65), "codebook_size is 65"),
-        (lambda c: c.update(quantizer=3), "quantizer should be a mapping"),
-        (lambda c: c.update(k_per_stage="1,2"), "rising ends"),
-        (lambda c: c.update(context_see_xt="yes"), "context_see_xt"),
-        (lambda c: c["vae"].update(scaling_factor=0.18), "scaling_factor is 0.18"),
-        (lambda c: c["vae"].update(use_quant_conv=True), "quant conv"),
-        (lambda c: c["vae"].update(latent_channels=4), "4 channels, the latents have 16"),
-        (lambda c: c.update(image_size=40), "no whole patches"),
-    ],
-)
-def test_configs_that_do_not_fit(
-    checkpoint: Path, change: Callable[[dict[str, Any]], Any], says: str
-) -> None:
-    rewrite(checkpoint, change)
-    with pytest.raises(UsageError, match=says):
-        load(str(checkpoint))
 
 
 def test_a_checkpoint_of_another_length_is_not_the_preset(checkpoint: Path) -> None:

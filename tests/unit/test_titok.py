@@ -13,14 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.nn.vit import PlainBlock, run_blocks
 from comit_bench.nn.vq import VectorQuantizer, nearest
 from comit_bench.nn.vqgan import VqganBlock, VqganDecoder, VqganSpec
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.registry import builtin
-from comit_bench.tokenizers.titok import adapter as titok
 from comit_bench.tokenizers.titok.adapter import (
     TitokTokenizer,
     build,
@@ -324,20 +322,6 @@ def test_unit_codebooks_compare_directions_and_hand_out_unit_vectors() -> None:
 # ------------------------------------------------------------------ adapter
 
 
-def test_ids_do_not_depend_on_batch_size_or_order(tokenizer: TitokTokenizer) -> None:
-    x = images(19)
-    whole = tokenizer.encode(x)
-    assert whole.ids is not None and whole.ids.shape == (19, 6) and whole.codes.shape == (19, 6, 5)
-    assert whole.ids.dtype == torch.int64
-    assert len(whole.ids.unique(dim=0)) > 5
-    for size in (1, 7):
-        parts = [tokenizer.encode(x[i : i + size]) for i in range(0, 19, size)]
-        assert torch.equal(torch.cat([p.ids for p in parts if p.ids is not None]), whole.ids)
-        assert torch.equal(torch.cat([p.codes for p in parts]), whole.codes)
-    order = torch.randperm(19, generator=generator())
-    assert torch.equal(tokenizer.encode(x[order]).ids, whole.ids[order])  # type: ignore[arg-type]
-
-
 def test_codes_come_back_from_ids_and_decode_to_images(tokenizer: TitokTokenizer) -> None:
     tokens = tokenizer.encode(images(9))
     assert tokens.ids is not None
@@ -352,18 +336,6 @@ def test_codes_come_back_from_ids_and_decode_to_images(tokenizer: TitokTokenizer
         tokenizer.decode(Tokens(None, tokens.codes[:, :3]), seeds=range(9))
     raw = tokenizer.model.decode(tokens.codes)
     assert ((raw.clamp(0, 1) * 255 - out.float()).abs() <= 0.5 + 1e-3).all()
-
-
-def test_round_trip_through_the_released_layout(
-    checkpoint: Path, tokenizer: TitokTokenizer, tmp_path: Path
-) -> None:
-    tokenizer.save(tmp_path / "again")
-    before, after = (load_file(p / "model.safetensors") for p in (checkpoint, tmp_path / "again"))
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    again = load_tokenizer(str(tmp_path / "again"), device="cpu")
-    assert again.info.weights == tokenizer.info.weights and again.info.weights.startswith("sha256:")
-    assert again.info.family == "titok" and again.info.name == "again" and again.info.trained
-    assert torch.equal(again.encode(images(4)).ids, tokenizer.encode(images(4)).ids)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("spec", [*PRESETS.values(), LEGACY, PIXEL])
@@ -391,76 +363,6 @@ def test_parity_case_saves_what_it_loaded(tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-def _change(checkpoint: Path, **values: object) -> None:
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text())
-    config["model"]["vq_model"].update(values)
-    path.write_text(json.dumps(config))
-
-
-def _damage(checkpoint: Path, kind: str) -> None:
-    path = checkpoint / "model.safetensors"
-    tensors = load_file(path)
-    config = json.loads((checkpoint / "config.json").read_text())
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "missing key":
-        del tensors["encoder.transformer.0.attn.in_proj_bias"]
-        save_file(tensors, path)
-    elif kind == "extra key":
-        save_file({**tensors, "decoder.lora": torch.zeros(2)}, path)
-    elif kind == "shape":
-        save_file({**tensors, "latent_tokens": torch.zeros(6, 31)}, path)
-    elif kind == "config":
-        (checkpoint / "config.json").write_text("{not json")
-    elif kind == "no config":
-        (checkpoint / "config.json").unlink()
-    elif kind == "no weights":
-        path.unlink()
-    elif kind == "no node":
-        (checkpoint / "config.json").write_text(json.dumps({"model": {"vq_model": {}}}))
-    elif kind == "no crop":
-        del config["dataset"]["preprocessing"]["crop_size"]
-        (checkpoint / "config.json").write_text(json.dumps(config))
-    elif kind == "size":
-        del config["reduced"]["encoder"]
-        (checkpoint / "config.json").write_text(json.dumps(config))
-    else:
-        _change(checkpoint, **json.loads(kind))
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "says"),
-    [
-        ("truncated", CorruptFileError, "truncated"),
-        ("empty", CorruptFileError, "model.safetensors"),
-        ("missing key", UsageError, r"missing \(1\): encoder.transformer.0.attn.in_proj_bias"),
-        ("extra key", UsageError, r"unexpected \(1\): decoder.lora"),
-        ("shape", UsageError, r"latent_tokens \[6, 31\] instead of \[6, 32\]"),
-        ("config", CorruptFileError, "config.json"),
-        ("no config", MissingError, "config.json"),
-        ("no weights", MissingError, "model.safetensors"),
-        ("no node", UsageError, "num_latent_tokens|dataset.preprocessing|size"),
-        ("no crop", UsageError, "crop_size"),
-        ("size", UsageError, "'custom' is not one of small, base, large"),
-        ('{"quantize_mode": "vae"}', UsageError, "continuous"),
-        ('{"is_legacy": true, "finetune_decoder": false}', UsageError, "finetune_decoder"),
-        ('{"use_l2_norm": "yes"}', UsageError, "true or false"),
-        ('{"codebook_size": 0}', UsageError, "codebook_size"),
-        ('{"vit_enc_patch_size": 5}', UsageError, "patch 5 does not tile"),
-        ('{"token_size": 9}', UsageError, "wrong shape"),
-    ],
-)
-def test_damaged_checkpoints_are_refused_with_a_reason(
-    checkpoint: Path, kind: str, error: type[Exception], says: str
-) -> None:
-    _damage(checkpoint, kind)
-    with pytest.raises(error, match=says):
-        load_tokenizer("titok-s-128", weights=str(checkpoint), device="cpu")
-
-
 def test_a_pixel_decoder_that_does_not_match_the_patches() -> None:
     with pytest.raises(ValueError, match="enlarges 4 times"):
         replace(LEGACY, decoder_patch=8)
@@ -472,105 +374,6 @@ def test_training_leftovers_are_ignored(checkpoint: Path, tokenizer: TitokTokeni
     save_file({**load_file(path), **extra}, path)
     again = load_tokenizer(str(checkpoint), device="cpu")
     assert torch.equal(again.encode(images(2)).ids, tokenizer.encode(images(2)).ids)  # type: ignore[arg-type]
-
-
-def test_pickles_only_when_allowed_and_only_plain_tensors(
-    checkpoint: Path, tokenizer: TitokTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    safe, pickled = checkpoint / "model.safetensors", checkpoint / "pytorch_model.bin"
-    torch.save(load_file(safe), pickled)
-    safe.unlink()
-    with pytest.raises(UsageError, match="allow_pickle=true"):
-        load_tokenizer(str(checkpoint), device="cpu")
-    again = load_tokenizer(str(checkpoint), device="cpu", allow_pickle="true")
-    assert torch.equal(again.encode(images(2)).ids, tokenizer.encode(images(2)).ids)  # type: ignore[arg-type]
-    monkeypatch.setitem(titok.PRESETS, "titok-s-128", tokenizer.model.spec)
-    single = load_tokenizer("titok-s-128", weights=str(pickled), device="cpu", allow_pickle="true")
-    assert single.info.name == "titok-s-128" and single.info.weights == again.info.weights
-    with pytest.raises(UsageError, match="single file"):
-        load_tokenizer(str(checkpoint), weights=str(pickled), device="cpu", allow_pickle="true")
-    torch.save({"model": Path("x")}, pickled)
-    with pytest.raises(CorruptFileError, match="plain tensors"):
-        load_tokenizer(str(checkpoint), device="cpu", allow_pickle="true")
-    torch.save({"model": {"a": torch.zeros(1)}}, pickled)
-    with pytest.raises(CorruptFileError, match="flat dictionary"):
-        load_tokenizer(str(checkpoint), device="cpu", allow_pickle="true")
-    pickled.write_bytes(b"PK\x03\x04 and then nothing")
-    with pytest.raises(CorruptFileError, match="truncated"):
-        load_tokenizer(str(checkpoint), device="cpu", allow_pickle="true")
-
-
-@pytest.mark.parametrize(
-    "bad", [images(2).float(), images(2, 15), images(2, 32), images(2)[:, :1], images(2)[0]]
-)
-def test_wrong_images_are_refused(tokenizer: TitokTokenizer, bad: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"uint8 images of shape \[B, 3, 16, 16\]"):
-        tokenizer.encode(bad)
-
-
-def test_offline_without_a_cache_says_what_is_missing_and_how_to_give_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name in ("TiTok-L-32", "yucornetto/tokenizer_titok_l32_imagenet"):
-        with pytest.raises(MissingError) as caught:
-            load_tokenizer(name, offline=True, device="cpu")
-        for part in ("config.json, model.safetensors", "titok_l32_imagenet", "--weights DIR", "--offline"):
-            assert part in str(caught.value)
-        assert caught.value.exit_code == 3
-    with pytest.raises(MissingError, match=r"pytorch_model\.bin"):
-        load_tokenizer("titok-l-32", offline=True, device="cpu", allow_pickle="true")
-
-
-def test_hub_files_that_are_there_are_used_and_described(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    repository = cache / "models--yucornetto--tokenizer_titok_b64_imagenet"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("abc")
-    (repository / "snapshots").mkdir()
-    checkpoint.rename(repository / "snapshots" / "abc")
-    loaded = load_tokenizer("titok-b-64", offline=True, device="cpu")
-    assert loaded.info.training_data == "ImageNet-1k" and "Apache-2.0" in loaded.info.weights_licence
-    assert loaded.info.name == "titok-b-64"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"name_or_path": "titok-s-64"}, "Did you mean"),
-        ({"name_or_path": "titok-s-128", "weights": "random", "posterior": "mode"}, "no option 'posterior'"),
-        ({"name_or_path": "titok-s-128", "weights": "random", "compile": "perhaps"}, "true or false"),
-        ({"name_or_path": "titok-s-128", "weights": "random", "dtype": "bfloat16"}, "CUDA"),
-        ({"name_or_path": "yucornetto/titok-x", "weights": "random"}, "needs a preset"),
-    ],
-)
-def test_wrong_arguments(arguments: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(titok.PRESETS, "titok-s-128", LEGACY)
-    with pytest.raises(UsageError, match=says):
-        load_tokenizer(**arguments, device="cpu")
-
-
-def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="no such file or directory"):
-        load_tokenizer("titok-s-128", weights=str(tmp_path / "gone"), device="cpu")
-
-
-@pytest.mark.parametrize("spec", [LEGACY, PIXEL])
-def test_random_weights_are_seeded_marked_and_differ_between_images(
-    spec: TitokSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(titok.PRESETS, "titok-s-128", replace(spec, vocab_size=4096))
-    first, again = (load_tokenizer("titok-s-128", weights="random", device="cpu") for _ in range(2))
-    other = load_tokenizer("titok-s-128", weights="random", device="cpu", seed=1)
-    ids = first.encode(images(16)).ids
-    assert ids is not None and len(ids.unique(dim=0)) > 8
-    assert torch.equal(ids, again.encode(images(16)).ids)  # type: ignore[arg-type]
-    assert not torch.equal(ids, other.encode(images(16)).ids)  # type: ignore[arg-type]
-    assert not first.info.trained and first.info.weights == "random:0"
-    assert (first.info.training_data, first.info.weights_licence) == ("none", "none")
 
 
 def test_initialisation_follows_the_spec() -> None:
