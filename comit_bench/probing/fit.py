@@ -38,54 +38,41 @@ def slices(rows: Tensor, size: int) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MessageSource:
-    """Messages: codes in memory, ids in memory and a way to look their codes up, or a reader.
+    """Messages: codes in memory, or a reader of codes that stay on the disk.
 
     Attributes:
-        ids: integer [N, K], or None.
         codes: float [N, K, d], or None.
-        lookup: ids [n, K] -> float [n, K, d]; needed with ids.
-        read: rows int64 [n] -> float [n, K, d], for messages that stay on the disk; needs ``count``.
+        read: rows int64 [n] -> float [n, K, d]; needs ``count``.
         count: N, with ``read``.
         orders: int64 [N, K], a permutation of the positions of every message, or None.
     """
 
-    ids: Tensor | None = None
     codes: Tensor | None = None
-    lookup: Callable[[Tensor], Tensor] | None = None
     read: Callable[[Tensor], Tensor] | None = None
     count: int | None = None
     orders: Tensor | None = None
 
     def __post_init__(self) -> None:
-        given = sum(value is not None for value in (self.ids, self.codes, self.read))
-        if given != 1 or (self.ids is not None and self.lookup is None):
+        if (self.codes is None) == (self.read is None) or (self.read is None) != (self.count is None):
             raise ValueError(
-                "a MessageSource takes either codes [N, K, d], or ids [N, K] with a lookup, or a reader"
+                "a MessageSource takes either codes [N, K, d], or a reader and the count of messages"
             )
-        if self.read is not None and self.count is None:
-            raise ValueError("a MessageSource with a reader needs the count of messages")
 
     def __len__(self) -> int:
-        if self.count is not None:
-            return self.count
-        stored = self.codes if self.codes is not None else self.ids
-        assert stored is not None
-        return int(stored.shape[0])
+        return len(self.codes) if self.codes is not None else int(self.count or 0)
 
     @property
     def plain(self) -> bool:
-        """Whether ``codes`` is all there is: float32, nothing to look up, nothing to reorder."""
+        """Whether ``codes`` is all there is: float32, nothing to read, nothing to reorder."""
         return self.codes is not None and self.codes.dtype == torch.float32 and self.orders is None
 
     def take(self, rows: Tensor) -> Tensor:
         """Codes of the selected messages: int64 [n] -> float32 [n, K, d]."""
-        if self.read is not None:
-            picked = self.read(rows)
-        elif self.codes is not None:
+        if self.codes is not None:
             picked = self.codes[rows.to(self.codes.device)]
         else:
-            assert self.ids is not None and self.lookup is not None
-            picked = self.lookup(self.ids[rows.to(self.ids.device)].long())
+            assert self.read is not None
+            picked = self.read(rows)
         if self.orders is not None:
             order = self.orders[rows.cpu()].to(picked.device)  # [n, K]
             picked = picked.gather(1, order[:, :, None].expand_as(picked))

@@ -35,14 +35,10 @@ SPEC = ProbeSpec(width=16, depth=1, heads=2, batch_size=32, learning_rate=3e-3, 
 CODEBOOK = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
 
 
-def look_up(ids: Tensor) -> Tensor:
-    return CODEBOOK[ids]
-
-
 def split(count: int, seed: int, *, length: int = 4) -> Split:
     """The class is decided by the first id."""
     ids = torch.randint(12, (count, length), generator=torch.Generator().manual_seed(seed))
-    return Split(MessageSource(ids=ids, lookup=look_up), ids[:, 0] % 4)
+    return Split(MessageSource(read=lambda rows: CODEBOOK[ids[rows]], count=count), ids[:, 0] % 4)
 
 
 def task(**changes: object) -> FitTask:
@@ -92,7 +88,7 @@ def test_same_seed_same_bits_whatever_the_global_state_and_threads() -> None:
     assert task().fit(4).history != first.history
 
 
-def test_ids_looked_up_per_batch_give_the_same_bits_as_codes_in_memory(
+def test_codes_read_per_batch_give_the_same_bits_as_codes_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     held = task().fit(0)
@@ -106,13 +102,13 @@ def test_ids_looked_up_per_batch_give_the_same_bits_as_codes_in_memory(
     same(held, task(train=padded).fit(0))
     largest = 0
 
-    def watched(ids: Tensor) -> Tensor:
+    def watched(rows: Tensor) -> Tensor:
         nonlocal largest
-        largest = max(largest, ids.shape[0])
-        return look_up(ids)
+        largest = max(largest, rows.shape[0])
+        return shared.messages.take(rows)
 
     monkeypatch.setattr(Split, "in_memory", lambda self, limit=0: None)
-    streamed = Split(MessageSource(ids=shared.messages.ids, lookup=watched), shared.targets)
+    streamed = Split(MessageSource(read=watched, count=150), shared.targets)
     same(held, task(train=streamed).fit(0))
     assert 0 < largest <= SPEC.batch_size
 
@@ -232,7 +228,7 @@ def test_mistakes_in_the_data_are_named() -> None:
     with pytest.raises(UsageError, match="early-stop set of the probe is empty"):
         task(early_stop=Split(split(40, 1).messages, torch.zeros(40), torch.zeros(0))).fit(0)
     with pytest.raises(ValueError, match="either codes"):
-        MessageSource(ids=torch.zeros(3, 2))
+        MessageSource(read=lambda rows: rows)
     with pytest.raises(ValueError, match="3 messages but 2 targets"):
         Split(MessageSource(codes=torch.zeros(3, 2, 1)), torch.zeros(2))
     with pytest.raises(ValueError, match="at least one seed"):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from versions import needs_muon
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.train.card import training_data
 from comit_bench.train.config import DataConfig, TrainConfig, load_config
 from comit_bench.train.data import Batch, Steps, iterate_steps, open_images
-from comit_bench.train.export import training_data
 from comit_bench.train.loop import Trainer
 from comit_bench.train.sources import DecodedImages
 

@@ -23,8 +23,8 @@ from comit_bench.train import board, checkpoint, pictures
 from comit_bench.train.card import RunFacts, front_matter
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.curves import PANELS, draw_curves, save_curves
-from comit_bench.train.export import export
 from comit_bench.train.loop import Trainer
+from comit_bench.train.objectives.comit_run import export
 from comit_bench.train.pictures import COLOURS, GAP, LABEL, UNSEEN, Sheet, draw_sheet, picture_corners
 
 TINY = (

@@ -28,7 +28,7 @@ from comit_bench.tokenizers.vq_grid import model as vq_grid
 from comit_bench.train.card import USE_TOKENIZER, About, RunFacts, render
 from comit_bench.train.config import AutoencoderRun
 from comit_bench.train.data import PROBE_VAL_SCENES, Broken, Order, paint_scenes
-from comit_bench.train.objectives.base import Objective, Place, Rows, RowSteps, only_process
+from comit_bench.train.objectives.base import Objective, Place, Rows, RowSteps, only_process, weights_facts
 from comit_bench.train.optimizers import Together
 from comit_bench.train.validation import perplexity, psnr
 
@@ -202,12 +202,7 @@ class AutoencoderObjective(Objective):
         for value in network.parameters():
             value.data = value.detach().half().float()
         facts = replace(facts, metrics=measure(network, self.held))
-        extra = {
-            "trained": True,
-            "training_data": f"scenes-recognition train ({run.count} scenes)",
-            "weights_licence": run.weights_licence,
-            "steps": facts.step,
-        }
+        extra = weights_facts(run, facts, f"scenes-recognition train ({run.count} scenes)")
         with atomic_path(target) as temporary:
             temporary.mkdir()
             if isinstance(network, vq_grid.VqGrid):

@@ -159,3 +159,9 @@ def only_process(run: AutoencoderRun | TeacherRun, place: Place) -> None:
         raise UsageError(
             f"{run.name} is small and trains in one process: start it without torchrun or accelerate launch"
         )
+
+
+def weights_facts(config: AnyRun, facts: RunFacts, data: str) -> dict[str, Any]:
+    """What a configuration says about exported weights, for tables."""
+    licence = config.weights_licence
+    return {"trained": True, "training_data": data, "weights_licence": licence, "steps": facts.step}

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
+import torch
 from accelerate.utils import broadcast_object_list, wait_for_everyone
 from torch import Tensor, nn
 
-from comit_bench.files import digest_json
+from comit_bench.files import atomic_path, digest_json
 from comit_bench.nn.teachers import TeacherFeatures
+from comit_bench.tokenizers.comit.checkpoint import config_from_spec, save
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train import validation
-from comit_bench.train.card import RunFacts
+from comit_bench.train.card import CURVES, PICTURE, RunFacts, model_card, training_data
 from comit_bench.train.config import TrainConfig
+from comit_bench.train.curves import save_curves
 from comit_bench.train.data import Batch, Broken, Steps, open_images, read_all
-from comit_bench.train.export import export
 from comit_bench.train.features import FeatureStore, compute_features, images_digest, open_features
-from comit_bench.train.objectives.base import Objective, Place
+from comit_bench.train.objectives.base import Objective, Place, weights_facts
 from comit_bench.train.pictures import Sheet
 from comit_bench.train.sampling import StepPlan, mean_crops
 from comit_bench.train.scaling import block_runner, compile_frozen
@@ -136,5 +139,44 @@ class ComitObjective(Objective):
         return whole_copy(self.network, weights).to(self.place.device).eval()
 
     def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
-        logs = target.parent.parent
-        export(cast(Comit, network), self.config, facts, target, picture=picture, logs=logs)
+        export(cast(Comit, network), self.config, facts, target, picture=picture, logs=target.parents[1])
+
+
+def export(
+    model: Comit,
+    config: TrainConfig,
+    facts: RunFacts,
+    directory: Path,
+    *,
+    picture: Path | None,
+    logs: Path | None = None,
+) -> None:
+    """Write the folder, whole or not at all; an older one at the same place is replaced.
+
+    Args:
+        model: Holds the averaged weights.
+        config: Settings of the run.
+        facts: For the model card.
+        directory: Its last part is the name of the row in tables.
+        picture: Grid of reconstructions to put beside the card.
+        logs: Directory of the run's CSV logs, for the learning curves.
+
+    Raises:
+        BenchError: Disk full or not writable, or weights too large for ``export.dtype``.
+    """
+    layout = config_from_spec(model.spec)
+    layout["comit_bench"] = {
+        **layout.get("comit_bench", {}),
+        **weights_facts(config, facts, training_data(config)),
+    }
+    pictures = set()
+    with atomic_path(directory) as temporary:
+        temporary.mkdir()
+        save(model, temporary, config=layout, dtype=getattr(torch, config.export.dtype))
+        if picture is not None and picture.is_file():
+            shutil.copyfile(picture, temporary / PICTURE)
+            pictures.add(PICTURE)
+        if logs is not None and save_curves(logs, temporary / CURVES):
+            pictures.add(CURVES)
+        card = model_card(config, model, facts, frozenset(pictures))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
