@@ -139,7 +139,7 @@ class Trainer:
             self.counters = checkpoint.load_checkpoint(start, self.state, config, objective.data)
         self._agree(self.counters.step)
         if self.counters.step < config.steps:
-            objective.open_cache(self.main)
+            objective.open_cache()
         self.module: nn.Module = self.raw if self.sharded else self.accelerator.prepare_model(self.raw)
 
     def _alone(self) -> AbstractContextManager[None]:
@@ -234,7 +234,7 @@ class Trainer:
             "learning_rate": self.state.optimizer.param_groups[0]["lr"],
             "skipped": counters.skipped,
             "images_per_s": round(rate, 2),
-            **self.objective.told(batch),
+            **self.objective.log_values(batch),
         }
         row |= {name: value / count for name, value in zip(self.parts, counters.sums, strict=True)}
         counters.sums, counters.counted = [0.0] * len(self.parts), 0

@@ -38,10 +38,10 @@ class Objective(ABC):
 
     Attributes:
         parts: What ``module`` answers, by name: scalars, the first of which is minimised.
-        columns: Further columns of the training log (:meth:`told`).
+        columns: Further columns of the training log (:meth:`log_values`).
         measures: Columns of the validation log; without any there is no validation.
         judge: The measure whose lowest value marks the best checkpoint.
-        place: See the class.
+        config, place: Settings, and where to compute.
         steps: Batches by step.
         broken: Counts images that could not be read.
         data: Digest of the training images' ids, where the settings do not tell.
@@ -55,6 +55,7 @@ class Objective(ABC):
     columns: tuple[str, ...] = ()
     measures: tuple[str, ...] = ()
     judge: str | None = None
+    config: AnyRun
     place: Place
     steps: StepSource
     broken: Broken
@@ -91,7 +92,7 @@ class Objective(ABC):
             step, peak=optim.learning_rate, warmup=optim.warmup_steps, cosine_steps=optim.cosine_steps
         )
 
-    def open_cache(self, main: bool) -> None:
+    def open_cache(self) -> None:
         """Look for what is computed once and kept, before the first step."""
         return
 
@@ -103,7 +104,7 @@ class Objective(ABC):
         """Called after every optimizer step that was taken."""
         return
 
-    def told(self, batch: Any) -> dict[str, float]:
+    def log_values(self, batch: Any) -> dict[str, float]:
         """Values of ``columns`` in this step."""
         return {}
 
@@ -114,8 +115,6 @@ class Objective(ABC):
     def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A network of its own with these weights of ``averaged``, where weights can be sharded."""
         raise NotImplementedError
-
-    config: AnyRun
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -75,12 +75,12 @@ class ComitObjective(Objective):
 
     # -------------------------------------------------------- the teacher's features
 
-    def open_cache(self, main: bool) -> None:
+    def open_cache(self) -> None:
         """The teacher's features on disk, if asked for; refuses when there is no room."""
         config, spec = self.config, self.config.model.spec()
         if self.teacher is None or config.teacher.cache == "none":
             return
-        digest = [images_digest(self.steps.source) if main else ""]
+        digest = [images_digest(self.steps.source) if self.place.main else ""]
         broadcast_object_list(digest)
         self.store = open_features(
             config.teacher,
@@ -124,7 +124,7 @@ class ComitObjective(Objective):
         ramp = alignment_ramp(batch.step, self.config.objective.alignment_ramp)
         return images, plan, self._features(batch, rows, images), ramp
 
-    def told(self, batch: Batch) -> dict[str, float]:
+    def log_values(self, batch: Batch) -> dict[str, float]:
         """Weight of the alignment, and crops of an image, on average over all processes where they differ."""
         crops: float = batch.plan.crops
         if self.config.crops.per == "image" or not self.config.crops.count_global:
