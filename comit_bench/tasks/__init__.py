@@ -1,1 +1,1 @@
-"""The probe, its fit, tokenization, and one executor per kind of task."""
+"""One module per kind of task, what they share, and what they hand back."""
