@@ -11,24 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from comit_bench.errors import CorruptFileError, MissingError, shown
+
 LARGEST_JSON, DEEPEST_JSON, DIGITS = 64 << 20, 64, 40
 SHOWN = 8
-
-
-class BadFile(ValueError):
-    """A file that cannot be what it claims to be."""
 
 
 def some(items: Sequence[str]) -> str:
     """The first few of them."""
     more = f" … and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
-
-
-def shown(value: object) -> str:
-    """``repr``, cut where it gets long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}…"
 
 
 # ---------------------------------------------------------------- what lies there
@@ -38,22 +30,22 @@ def head_of(path: Path, size: int = 512) -> bytes:
     """The first bytes of a file.
 
     Raises:
-        FileNotFoundError: Nothing there, or a link to nothing.
-        BadFile: A directory, a pipe or a device, or not readable.
+        MissingError: Nothing there, or a link to nothing.
+        CorruptFileError: A directory, a pipe or a device, or not readable.
     """
     if path.is_dir():
-        raise BadFile(f"{path}: this is a directory, where a file is expected")
+        raise CorruptFileError(f"{path}: this is a directory, where a file is expected")
     if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path}: a link to a file that is not there. Download it again.")
+        raise MissingError(f"{path}: a link to a file that is not there. Download it again.")
     if path.exists() and not path.is_file():  # a pipe would wait for ever
-        raise BadFile(f"{path}: this is a pipe or a device, where a file is expected")
+        raise CorruptFileError(f"{path}: this is a pipe or a device, where a file is expected")
     try:
         with path.open("rb") as stream:
             return stream.read(size)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise MissingError(f"{path}: no such file") from None
     except OSError as error:
-        raise BadFile(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise CorruptFileError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 # first bytes -> what it is
@@ -97,8 +89,8 @@ def foreign(path: Path) -> str | None:
     """What a file is when it is neither safetensors nor written by ``torch.save``; None for these two.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        BadFile: A directory, a pipe or a device, or not readable.
+        MissingError: Nothing there.
+        CorruptFileError: A directory, a pipe or a device, or not readable.
     """
     head = head_of(path)
     if not head:
@@ -133,40 +125,67 @@ def is_safetensors(path: Path) -> bool:
 # ---------------------------------------------------------------- JSON
 
 
+def parse_json(text: str, where: object, *, strict: bool = True) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: The text.
+        where: File or place, for the message.
+        strict: Also refuse a key that occurs twice, numbers that are not finite or of more than 40 digits,
+            and text that is not Unicode (half of a surrogate pair). Takes time for hundreds of megabytes.
+
+    Raises:
+        CorruptFileError: Not JSON, nested too deeply, or with a number of thousands of digits.
+    """
+    hooks: dict[str, Any] = {
+        "object_pairs_hook": _once,
+        "parse_int": _whole,
+        "parse_float": _finite,
+        "parse_constant": _finite,
+    }
+    try:
+        value = json.loads(text, **(hooks if strict else {}))
+        if strict and "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise CorruptFileError(f"{where}: not valid JSON: nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise CorruptFileError(f"{where}: not valid JSON: text with half of a surrogate pair") from error
+    except (ValueError, MemoryError) as error:
+        reason = "a number of too many digits" if "integer string" in str(error) else str(error)
+        raise CorruptFileError(f"{where}: not valid JSON: {reason}") from error
+    return value
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, read strictly: UTF-8 without a mark, every key once, finite numbers of usual size.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        BadFile: Says what is wrong with it.
+        MissingError: Nothing there.
+        CorruptFileError: Says what is wrong with it.
     """
     head = head_of(path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:4]:
-        raise BadFile(f"{path}: not valid JSON: it is UTF-16, or no text. Save it as UTF-8.")
+        raise CorruptFileError(f"{path}: not valid JSON: it is UTF-16, or no text. Save it as UTF-8.")
     if head.startswith(b"\xef\xbb\xbf"):
-        raise BadFile(
+        raise CorruptFileError(
             f"{path}: not valid JSON: it begins with a byte-order mark. Save it as UTF-8 without one."
         )
     if not head.lstrip().startswith((b"{", b"[")) and (what := foreign(path)) is not None:
-        raise BadFile(f"{path}: not valid JSON: it is {what}")
+        raise CorruptFileError(f"{path}: not valid JSON: it is {what}")
     if path.stat().st_size > LARGEST_JSON:
-        raise BadFile(f"{path}: {path.stat().st_size:,} bytes are too many for a JSON file of this kind")
-    try:
-        content = json.loads(
-            path.read_bytes().decode("utf-8"),
-            object_pairs_hook=_once,
-            parse_int=_whole,
-            parse_float=_finite,
-            parse_constant=_finite,
+        raise CorruptFileError(
+            f"{path}: {path.stat().st_size:,} bytes are too many for a JSON file of this kind"
         )
-    except RecursionError as error:
-        raise BadFile(f"{path}: not valid JSON: nested too deeply") from error
-    except (ValueError, OSError, MemoryError) as error:
-        raise BadFile(f"{path}: not valid JSON ({error}). Download it again, or correct it.") from error
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise CorruptFileError(f"{path}: not valid JSON ({error}). Download it again.") from error
+    content = parse_json(text, path)
     if not isinstance(content, dict):
-        raise BadFile(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise CorruptFileError(f"{path}: expected a JSON object, found {type(content).__name__}")
     if too_deep(content):
-        raise BadFile(f"{path}: nested more than {DEEPEST_JSON} levels deep, which no such file is")
+        raise CorruptFileError(f"{path}: nested more than {DEEPEST_JSON} levels deep, which no such file is")
     return content
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from comit_bench.nn.plain_files import shown
+from comit_bench.errors import shown
 
 DEPTH, WIDTH, HEADS = 512, 1 << 16, 1 << 12
 SIDE, PATCH, TOKENS = 1 << 14, 1 << 10, 1 << 16

@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from comit_bench.nn.plain_files import BadFile, foreign, head_of, is_safetensors, read_json, shown, some
+from comit_bench.errors import CorruptFileError, MissingError, UsageError, shown
+from comit_bench.nn.plain_files import foreign, head_of, is_safetensors, read_json, some
 
 INDEX = ".safetensors.index.json"
 AVERAGES = re.compile(r"(.+_)?ema(_.+)?|(.+_)?averaged?(_.+)?|shadow(_.+)?")  # parts of names of averages
@@ -36,10 +37,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-class Misfit(ValueError):
-    """Tensors of another network."""
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -47,13 +44,13 @@ def is_pickle(path: Path) -> bool:
     """Whether :func:`read` takes a file for one that ``torch.save`` wrote.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        BadFile: A file of another kind; says which.
+        MissingError: Nothing there.
+        CorruptFileError: A file of another kind; says which.
     """
     if path.name.endswith(".index.json") or path.suffix == ".safetensors" or is_safetensors(path):
         return False
     if (what := foreign(path)) is not None:
-        raise BadFile(f"{path}: not a readable weight file of plain tensors: it is {what}")
+        raise CorruptFileError(f"{path}: not a readable weight file of plain tensors: it is {what}")
     return True
 
 
@@ -68,8 +65,8 @@ def read(path: Path, *, allow: Sequence[type] = ()) -> tuple[dict[str, Tensor], 
         The tensors, and whether they lay in nested mappings.
 
     Raises:
-        FileNotFoundError: The file, or a shard, is not there.
-        BadFile: Damaged or of another kind; says which.
+        MissingError: The file, or a shard, is not there.
+        CorruptFileError: Damaged or of another kind; says which.
     """
     if path.name.endswith(".index.json"):
         return read_shards(path), False
@@ -82,8 +79,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        BadFile: Truncated, empty or of another kind.
+        MissingError: Nothing there.
+        CorruptFileError: Truncated, empty or of another kind.
     """
     from safetensors.torch import load_file
 
@@ -95,8 +92,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The free texts in the header of a safetensors file.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        BadFile: See :func:`read_safetensors`.
+        MissingError: Nothing there.
+        CorruptFileError: See :func:`read_safetensors`.
     """
     from safetensors import safe_open
 
@@ -113,7 +110,7 @@ def _refuse_foreign(path: Path) -> None:
     if what is None and not is_safetensors(path) and head_of(path, 2).startswith((b"PK", b"\x80")):
         what = "a torch file (pickle) with the wrong name: call it .pth, or convert it"
     if what is not None:
-        raise BadFile(f"{path}: not a readable safetensors file: it is {what}")
+        raise CorruptFileError(f"{path}: not a readable safetensors file: it is {what}")
 
 
 def _guarded(path: Path, function: Callable[[], T]) -> T:
@@ -121,7 +118,7 @@ def _guarded(path: Path, function: Callable[[], T]) -> T:
         return function()
     except Exception as error:  # which one depends on the damage and on the library's version
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadFile(
+        raise CorruptFileError(
             f"{path}: not a readable safetensors file ({reason}). It is truncated or of another format: "
             "download or export it again."
         ) from error
@@ -131,23 +128,25 @@ def read_torch(path: Path, *, allow: Sequence[type] = ()) -> Any:
     """What ``torch.save`` wrote, without running anything it names.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        BadFile: Damaged, of another kind, or it names a class that is not allowed.
+        MissingError: Nothing there.
+        CorruptFileError: Damaged, of another kind, or it names a class that is not allowed.
     """
     if not is_pickle(path):
-        raise BadFile(f"{path}: not a readable weight file of plain tensors: it is a safetensors file")
+        raise CorruptFileError(
+            f"{path}: not a readable weight file of plain tensors: it is a safetensors file"
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *allow]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the reader raises whatever the bytes make of it
         named = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's own text advises to run it: not repeated
         if named:
-            raise BadFile(
+            raise CorruptFileError(
                 f"{path}: not a readable weight file of plain tensors: it names {named[1]}, which is no "
                 "tensor and will not be loaded. Where this is a whole network or a training state, save its "
                 "state_dict() alone, best as safetensors."
             ) from error
-        raise BadFile(
+        raise CorruptFileError(
             f"{path}: not a readable weight file of plain tensors ({type(error).__name__}). It is truncated "
             "or of another format: download it again."
         ) from error
@@ -157,7 +156,7 @@ def flatten(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
     """Tensors in nested mappings -> ``outer.inner`` names; anything else in it is left out.
 
     Raises:
-        BadFile: No mapping, no tensor, or two of one name.
+        CorruptFileError: No mapping, no tensor, or two of one name.
     """
     found: dict[str, Tensor] = {}
     nested = False
@@ -166,7 +165,7 @@ def flatten(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
         nonlocal nested
         if isinstance(value, Tensor):
             if name in found:
-                raise BadFile(f"{path}: holds two tensors of the name {name}")
+                raise CorruptFileError(f"{path}: holds two tensors of the name {name}")
             found[name] = value.detach()
         elif isinstance(value, Mapping) and depth < DEEPEST_PREFIX:
             nested = nested or depth > 0
@@ -179,7 +178,7 @@ def flatten(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
         keys = [str(key) for key in content] if isinstance(content, Mapping) else []
         what = f"{type(content).__name__} with the entries {some(keys)}" if keys else type(content).__name__
         empty = " with nothing in it" if isinstance(content, Mapping) and not keys else ""
-        raise BadFile(
+        raise CorruptFileError(
             f"{path}: expected a state dict, a flat dictionary of tensors, alone or under an entry such as "
             f"state_dict, model or ema; found {what}{empty}"
         )
@@ -194,8 +193,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
             beside or below it.
 
     Raises:
-        FileNotFoundError: A shard is not there.
-        BadFile: The index is damaged, points elsewhere, or does not agree with its shards.
+        MissingError: A shard is not there.
+        CorruptFileError: The index is damaged, points elsewhere, or does not agree with its shards.
     """
     listed: dict[str, set[str]] = {name: set() for name in shards(index)}
     for tensor, name in read_json(index)["weight_map"].items():
@@ -208,7 +207,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
             ("holds tensors that the index does not name there", held.keys() - wanted),
         ):
             if wrong:
-                raise BadFile(f"{index.parent / name}: this shard {what}: {some(sorted(wrong))}")
+                raise CorruptFileError(f"{index.parent / name}: this shard {what}: {some(sorted(wrong))}")
         found |= held
     return found
 
@@ -221,23 +220,25 @@ def shards(index: Path, *, present: bool = True) -> list[str]:
         present: All of them must be there.
 
     Raises:
-        FileNotFoundError: A shard is not there.
-        BadFile: The index is damaged or points outside of its folder.
+        MissingError: A shard is not there.
+        CorruptFileError: The index is damaged or points outside of its folder.
     """
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
-        raise BadFile(f"{index}: no index of shards: expected 'weight_map' with a file for every tensor")
+        raise CorruptFileError(
+            f"{index}: no index of shards: expected 'weight_map' with a file for every tensor"
+        )
     names = sorted(set(table.values()))
     for name in names:
         parts = PurePosixPath(name).parts
         plain = parts and len(name) < 256 and not set("\\\0") & set(name) and not PureWindowsPath(name).drive
         if not plain or name.startswith("/") or ".." in parts or not name.endswith(".safetensors"):
-            raise BadFile(
+            raise CorruptFileError(
                 f"{index}: names the shard {shown(name)}, expected a .safetensors file in the same folder"
             )
     missing = [name for name in names if not (index.parent / name).exists()]
     if present and missing:
-        raise FileNotFoundError(
+        raise MissingError(
             f"{index.parent}: {len(missing)} of {len(names)} shards are not there: {some(missing)}. Download "
             "them again."
         )
@@ -248,8 +249,8 @@ def stored_types(path: Path) -> dict[str, str]:
     """Names and types (``F32``, ``I8``, …) in the header of a safetensors file; no tensor is read.
 
     Raises:
-        FileNotFoundError: Nothing there.
-        BadFile: See :func:`read_safetensors`.
+        MissingError: Nothing there.
+        CorruptFileError: See :func:`read_safetensors`.
     """
 
     def read() -> dict[str, str]:
@@ -284,14 +285,14 @@ def select(
             Which one was taken is logged.
 
     Raises:
-        BadFile: Several networks and no way to tell which; or nested entries without this network.
+        CorruptFileError: Several networks and no way to tell which; or nested entries without this network.
     """
     plain = _unwrapped(tensors, path)
     prefixes = _prefixes(plain, landmarks)
     if not prefixes:
         if nested:
             entries = sorted({key.partition(".")[0] for key in plain})
-            raise BadFile(
+            raise CorruptFileError(
                 f"{path}: expected a state dict, a flat dictionary of tensors, alone or under an entry such "
                 f"as state_dict, model or ema; its entries {some(entries)} hold no {' or '.join(landmarks)}"
             )
@@ -301,7 +302,9 @@ def select(
     choice = (averages or others) if average else (others or averages)
     if len(choice) > 1:
         names = ", ".join(prefix.rstrip(".") or "(no prefix)" for prefix in choice)
-        raise BadFile(f"{path}: holds several such networks ({names}). Save the one that is meant alone.")
+        raise CorruptFileError(
+            f"{path}: holds several such networks ({names}). Save the one that is meant alone."
+        )
     chosen = _below(plain, choice[0], prefixes)
     if averages and others:
         if choice[0] in averages and len(others) == 1:  # an average of parameters has no buffers
@@ -321,7 +324,9 @@ def _unwrapped(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     for key, value in tensors.items():
         name = ".".join(part for part in key.split(".") if part not in WRAPPERS) or key
         if name in found:
-            raise BadFile(f"{path}: {key} and another tensor have the same name without their wrappers")
+            raise CorruptFileError(
+                f"{path}: {key} and another tensor have the same name without their wrappers"
+            )
         found[name] = value
     return found
 
@@ -376,7 +381,7 @@ def compare(
             the first difference is named.
 
     Raises:
-        Misfit: Lists missing keys, unexpected keys and shapes that differ.
+        UsageError: Lists missing keys, unexpected keys and shapes that differ.
     """
     missing = [k for k in expected if k not in tensors and not k.startswith(optional or ("\0",))]
     unexpected = [k for k in tensors if k not in expected]
@@ -398,7 +403,7 @@ def compare(
     key = next((setting for pattern, setting in settings if re.match(pattern, first)), None)
     told = f" {first} is decided by {key}." if key else ""
     lines.append(f"Check that config.json and the weights belong together.{told}")
-    raise Misfit("\n".join(lines))
+    raise UsageError("\n".join(lines))
 
 
 def _stacked(keys: Iterable[str], prefix: str) -> int:
@@ -442,7 +447,7 @@ def check_types(
         values: False looks at types only.
 
     Raises:
-        BadFile: Names file and tensors.
+        CorruptFileError: Names file and tensors.
     """
     problems = [
         f"{key} {problem}"
@@ -450,7 +455,7 @@ def check_types(
         if key in expected and (problem := _problem(value, expected[key], values=values)) is not None
     ]
     if problems:
-        raise BadFile(f"{path}: {some(problems)}. Download or export it again.")
+        raise CorruptFileError(f"{path}: {some(problems)}. Download or export it again.")
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

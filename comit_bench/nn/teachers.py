@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.nn.plain_files import read_json, shown
-from comit_bench.nn.state_dicts import INDEX, Misfit, check_types, compare, fill, read, select
+from comit_bench.errors import UsageError, shown
+from comit_bench.nn.plain_files import read_json
+from comit_bench.nn.state_dicts import INDEX, check_types, compare, fill, read, select
 
 DINOV2 = {
     "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
@@ -362,7 +363,7 @@ def _load(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     name, expected = type(network).__name__, network.state_dict()
     try:
         compare(expected, tensors, path, what=name)
-    except Misfit as error:
+    except UsageError as error:
         raise ValueError(f"the weights do not fit {name}: {error}") from error
     check_types(expected, tensors, path)
     fill(network, tensors)

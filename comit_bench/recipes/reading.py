@@ -5,12 +5,12 @@ Whatever bytes a file holds, reading it ends in a value or in one of our errors 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comit_bench.errors import SHOWN, BenchError, CorruptFileError, MissingError, UsageError, shown
+from comit_bench.nn.plain_files import parse_json as parse_json
 
 if TYPE_CHECKING:
     import yaml
@@ -48,49 +48,6 @@ def read_text(path: Path, *, most: int = LARGE_TEXT) -> str:
         raise BenchError(
             f"{shown(str(path))}: cannot be read: {getattr(error, 'strerror', error)}"
         ) from error
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {shown(next(key for key in keys if keys.count(key) > 1))} occurs twice")
-    return found
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")) or value != value:
-        raise ValueError(f"{shown(text)} is no finite number")
-    return value
-
-
-def parse_json(text: str, where: object, *, strict: bool = True) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        text: The text.
-        where: File or place, for the message.
-        strict: Also refuse a key that occurs twice, numbers that are not finite, and text that is not Unicode
-            (half of a surrogate pair). Costs time for files of hundreds of megabytes.
-    """
-    hooks: dict[str, Any] = {
-        "object_pairs_hook": _no_repeats,
-        "parse_float": _finite,
-        "parse_constant": _finite,
-    }
-    try:
-        value = json.loads(text, **(hooks if strict else {}))
-        if strict and "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError as error:
-        raise CorruptFileError(f"{where}: not valid JSON: nested too deeply") from error
-    except UnicodeEncodeError as error:
-        raise CorruptFileError(f"{where}: not valid JSON: text with half of a surrogate pair") from error
-    except ValueError as error:
-        reason = "a number of too many digits" if "integer string" in str(error) else str(error)
-        raise CorruptFileError(f"{where}: not valid JSON: {reason}") from error
-    return value
 
 
 def read_json(path: Path, *, most: int = LARGE_TEXT, strict: bool = True) -> Any:

@@ -17,10 +17,9 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from comit_bench.errors import BenchError, UsageError, did_you_mean
+from comit_bench.errors import BenchError, UsageError, did_you_mean, shown
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.finite import observe, watching
-from comit_bench.nn.plain_files import shown
 from comit_bench.nn.precision import exact_products, full_precision
 from comit_bench.tokenizers.options import OFF, ON
 

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, shown
 from comit_bench.files import atomic_path, digest_json, sha256_file
 from comit_bench.nn import state_dicts
-from comit_bench.nn.plain_files import BadFile, read_json, shown, some
+from comit_bench.nn.plain_files import read_json, some
 
 WEIGHT_FILES = ("model.safetensors", "weights.safetensors")
 PICKLED = "pytorch_model.bin"
@@ -35,30 +34,12 @@ Spec = TypeVar("Spec")
 _log = logging.getLogger(__name__)
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with a file, as errors of the command line."""
-    try:
-        yield
-    except state_dicts.Misfit as error:
-        raise UsageError(str(error)) from error
-    except BadFile as error:
-        raise CorruptFileError(str(error)) from error
-    except FileNotFoundError as error:
-        if isinstance(error, MissingError):
-            raise
-        raise MissingError(str(error)) from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, read strictly.
-
-    Raises:
-        MissingError: No such file.
-        CorruptFileError: Not a JSON object in UTF-8; a key twice, numbers that are not finite.
-    """
-    with _told():
-        return read_json(path)
+# What is wrong with a file, ``nn`` says in errors of the command line.
+is_pickle = state_dicts.is_pickle
+read_tensors = state_dicts.read_safetensors
+read_metadata = state_dicts.read_metadata
+read_torch = state_dicts.read_torch
+check_values = state_dicts.check_types
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -66,14 +47,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         MissingError: No such file.
-        CorruptFileError: Not a JSON object; see :func:`read_object`.
+        CorruptFileError: Not a JSON object; read strictly.
     """
     path = directory / "config.json"
     if not path.exists() and not path.is_symlink():
         raise MissingError(
             f"{path}: not found. A checkpoint directory holds config.json and {WEIGHT_FILES[0]}."
         )
-    return read_object(path)
+    return read_json(path)
 
 
 def checkpoint_path(text: str) -> Path:
@@ -181,8 +162,7 @@ def shard_names(index: Path) -> list[str]:
         MissingError: No such file.
         CorruptFileError: The index is damaged or points outside of its folder.
     """
-    with _told():
-        return state_dicts.shards(index, present=False)
+    return state_dicts.shards(index, present=False)
 
 
 def weights_digest(path: Path) -> str:
@@ -194,42 +174,8 @@ def weights_digest(path: Path) -> str:
     """
     if not path.name.endswith(".index.json"):
         return sha256_file(path)
-    with _told():
-        names = state_dicts.shards(path)
+    names = state_dicts.shards(path)
     return digest_json({"shards": {name: sha256_file(path.parent / name) for name in names}})
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether a file is read as one that ``torch.save`` wrote; told by its content.
-
-    Raises:
-        MissingError: No such file.
-        CorruptFileError: A file of another kind, a directory, or not readable.
-    """
-    with _told():
-        return state_dicts.is_pickle(path)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, as they are.
-
-    Raises:
-        MissingError: No such file.
-        CorruptFileError: Truncated, empty or not a safetensors file.
-    """
-    with _told():
-        return state_dicts.read_safetensors(path)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free texts in the header of a safetensors file.
-
-    Raises:
-        MissingError: No such file.
-        CorruptFileError: Truncated, empty or not a safetensors file.
-    """
-    with _told():
-        return state_dicts.read_metadata(path)
 
 
 def require_allowed(path: Path, allow: bool) -> None:
@@ -262,11 +208,10 @@ def read_weights(
         UsageError: A pickle that was not allowed.
         CorruptFileError: Damaged, of another kind, or without this network.
     """
-    with _told():
-        if state_dicts.is_pickle(path):
-            require_allowed(path, allow_pickle)
-        tensors, nested = state_dicts.read(path)
-        return state_dicts.select(tensors, landmarks, path, nested=nested, average=average)
+    if state_dicts.is_pickle(path):
+        require_allowed(path, allow_pickle)
+    tensors, nested = state_dicts.read(path)
+    return state_dicts.select(tensors, landmarks, path, nested=nested, average=average)
 
 
 def select_weights(
@@ -277,24 +222,8 @@ def select_weights(
     Raises:
         CorruptFileError: It does not hold this network.
     """
-    with _told():
-        tensors, nested = state_dicts.flatten(content, path)
-        return state_dicts.select(tensors, landmarks, path, nested=nested, average=average)
-
-
-def read_torch(path: Path, *, allow: Sequence[type] = ()) -> Any:
-    """What a torch file holds, read without running anything it names.
-
-    Args:
-        path: Written by ``torch.save``.
-        allow: Further classes that may appear.
-
-    Raises:
-        MissingError: No such file.
-        CorruptFileError: Truncated, of another format, or it names a class that is not allowed.
-    """
-    with _told():
-        return state_dicts.read_torch(path, allow=allow)
+    tensors, nested = state_dicts.flatten(content, path)
+    return state_dicts.select(tensors, landmarks, path, nested=nested, average=average)
 
 
 def modern_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -359,19 +288,8 @@ def check_tensors(
         UsageError: Lists missing keys, unexpected keys and shapes that differ.
         CorruptFileError: Other types, NaN or infinity.
     """
-    with _told():
-        state_dicts.compare(expected, tensors, source, what=what, optional=optional)
-        state_dicts.check_types(expected, tensors, source)
-
-
-def check_values(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Refuse tensors of another type than ``expected`` has under their names, NaN and infinity.
-
-    Raises:
-        CorruptFileError: Names file and tensors.
-    """
-    with _told():
-        state_dicts.check_types(expected, tensors, source)
+    state_dicts.compare(expected, tensors, source, what=what, optional=optional)
+    state_dicts.check_types(expected, tensors, source)
 
 
 def read_floats(path: Path, landmarks: Sequence[str], *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -393,8 +311,7 @@ def check_float_file(path: Path) -> None:
         MissingError: No such file.
         CorruptFileError: Damaged, or tensors of another type.
     """
-    with _told():
-        types = state_dicts.stored_types(path)
+    types = state_dicts.stored_types(path)
     wrong = [f"{key} is {kind}" for key, kind in types.items() if kind not in ("F64", "F32", "F16", "BF16")]
     if wrong:
         raise CorruptFileError(
@@ -427,9 +344,8 @@ def load_checked(
     """
     expected = module.state_dict()
     what = f"{type(module).__name__} as config.json describes it"
-    with _told():
-        state_dicts.compare(expected, tensors, source, what=what, optional=optional, settings=settings)
-        state_dicts.check_types(expected, tensors, source, values=values)
+    state_dicts.compare(expected, tensors, source, what=what, optional=optional, settings=settings)
+    state_dicts.check_types(expected, tensors, source, values=values)
     state_dicts.fill(module, tensors)
 
 

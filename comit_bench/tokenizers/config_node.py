@@ -15,8 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.nn.plain_files import shown
+from comit_bench.errors import UsageError, did_you_mean, shown
 from comit_bench.nn.sizes import LEVEL, LEVELS, VOCABULARY, WIDTH
 from comit_bench.nn.vae import KLVaeSpec
 

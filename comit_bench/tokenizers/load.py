@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from comit_bench.errors import MissingError, UsageError, did_you_mean
-from comit_bench.nn.plain_files import shown
+from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
 from comit_bench.tokenizers.base import Tokenizer
 from comit_bench.tokenizers.checkpoints import checkpoint_path, read_config
 from comit_bench.tokenizers.contract import check_tokenizer

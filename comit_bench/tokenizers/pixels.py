@@ -17,9 +17,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from comit_bench.errors import UnsupportedOperation, UsageError
+from comit_bench.errors import UnsupportedOperation, UsageError, shown
 from comit_bench.nn.finite import observe
-from comit_bench.nn.plain_files import shown
 from comit_bench.tokenizers.base import (
     TokenizerInfo,
     Tokens,

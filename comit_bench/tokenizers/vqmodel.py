@@ -20,9 +20,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from comit_bench.errors import MissingError, UsageError
+from comit_bench.errors import MissingError, UsageError, shown
 from comit_bench.nn.finite import observe
-from comit_bench.nn.plain_files import shown
 from comit_bench.nn.sizes import SIDE
 from comit_bench.nn.vq import nearest
 from comit_bench.tokenizers.base import (

@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from comit_bench.errors import MissingError, UsageError
+from comit_bench.errors import MissingError, UsageError, shown
 from comit_bench.files import shipped_weights
-from comit_bench.nn.plain_files import shown
 from comit_bench.nn.ranks import launched, meeting, without_launcher
 from comit_bench.nn.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for

@@ -21,7 +21,7 @@ ARROWS = {
     "seeding": set(),
     "files": {"errors"},
     "nn": {"errors"},
-    "recipes": GROUND,
+    "recipes": GROUND | {"nn"},
     "data": GROUND | {"recipes"},
     "tokenizers": LOW,
     "metrics": LOW | {"data", "tokenizers"},

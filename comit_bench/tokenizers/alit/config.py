@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comit_bench.errors import UsageError
-from comit_bench.nn.plain_files import shown
+from comit_bench.errors import UsageError, shown
 from comit_bench.nn.sizes import DEPTH, HEADS, SIDE, TOKENS, WIDTH
 from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers.alit.base_model import VaeSpec

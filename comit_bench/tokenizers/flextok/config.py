@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from comit_bench.errors import UsageError
-from comit_bench.nn.plain_files import shown
+from comit_bench.errors import UsageError, shown
 from comit_bench.nn.sizes import DEPTH
 from comit_bench.nn.state_dicts import numbered
 from comit_bench.nn.vae import KLVaeSpec

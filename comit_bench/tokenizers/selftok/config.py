@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from comit_bench.errors import UsageError
-from comit_bench.nn.plain_files import shown
+from comit_bench.errors import UsageError, shown
 from comit_bench.nn.sizes import HEADS, SIDE
 from comit_bench.nn.state_dicts import numbered
 from comit_bench.nn.vae import KLVaeSpec

@@ -18,10 +18,9 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from comit_bench.errors import UsageError
+from comit_bench.errors import UsageError, shown
 from comit_bench.files import write_atomic
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
-from comit_bench.nn.plain_files import shown
 from comit_bench.nn.sizes import DEPTH, HEADS, SIDE, TOKENS
 from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers.base import (
