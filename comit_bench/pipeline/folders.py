@@ -260,11 +260,7 @@ def _write(output: Path, content: bytes, *, overwrite: bool) -> None:
 
 
 def check_origin(tokenizer: Tokenizer, origin: Origin, path: Path) -> None:
-    """Refuse to decode tokens that another tokenizer made; say so when only its code has changed.
-
-    Raises:
-        UsageError: Names what differs.
-    """
+    """Refuse to decode tokens that another tokenizer made; say so when only its code has changed."""
     info = tokenizer.info
     fields = ["family", "weights", "message_length", "vocab_size", "code_dim", "resolution"]
     fields += ["configuration"] if origin.configuration else []  # older files do not say it
@@ -377,11 +373,7 @@ def _maker_of(tokenizer: Tokenizer, source: Path, seed: int) -> dict[str, Any]:
 def _claim(
     output: Path, targets: Sequence[Path], note: Path, maker: dict[str, Any], *, overwrite: bool
 ) -> None:
-    """Remember what makes the images of a folder; those that something else made are refused, or removed.
-
-    Raises:
-        UsageError: Something else made them.
-    """
+    """Remember what makes the images of a folder; those that something else made are refused, or removed."""
     text = json.dumps({"folder": str(output.resolve()), **maker}, indent=1, sort_keys=True) + "\n"
     there = [target for target in targets if target.is_file()]
     if there and not overwrite and not note.is_file():

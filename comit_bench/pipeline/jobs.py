@@ -192,10 +192,6 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
     """Resolve names into jobs, task by task.
 
     Kinds that fit no probe have no reference rows, and under a control of probes they are left out.
-
-    Raises:
-        UsageError: An unknown tokenizer, task or data set, with the nearest names; an object that is no
-            tokenizer; or no task is left.
     """
     who = each_once(tokenizers)
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
@@ -289,11 +285,7 @@ def options_for(entry: TokenizerEntry, options: Options) -> dict[str, str | int 
 
 
 def check_options(tokenizers: Iterable[Who], options: Options) -> None:
-    """Refuse an option that no tokenizer of the run knows, and a value that one of them cannot read.
-
-    Raises:
-        UsageError: Names the option and the nearest that are known, or the value and what is expected.
-    """
+    """Refuse an option that no tokenizer of the run knows, and a value that one of them cannot read."""
     entries = _entries(tokenizers).values() if options else ()
     for entry in entries:
         entry.typed(options_for(entry, options))

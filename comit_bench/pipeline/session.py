@@ -149,11 +149,7 @@ def why_not(job: Job, tokenizer: Tokenizer | None) -> str | None:
 
 
 def refuse(job: Job, tokenizer: Tokenizer | None) -> None:
-    """Say what a tokenizer cannot do before anything is tokenized.
-
-    Raises:
-        UnsupportedOperation: As :func:`why_not` says.
-    """
+    """Say what a tokenizer cannot do before anything is tokenized."""
     reason = why_not(job, tokenizer)
     if reason is not None:
         raise UnsupportedOperation(f"{job.label} is left out of {job.task.spec.name}: {reason}")

@@ -20,11 +20,7 @@ SUITES = ("scenes", "paper")
 
 
 def choose_suite(suite: str | None, data_root: Path | None) -> tuple[str, str]:
-    """The suite and the reason for it.
-
-    Raises:
-        UsageError: Unknown suite.
-    """
+    """The suite and the reason for it."""
     if suite is not None:
         if suite not in SUITES:
             raise UsageError(f"unknown suite {suite!r}.{did_you_mean(suite, SUITES)}")

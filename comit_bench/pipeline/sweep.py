@@ -31,11 +31,7 @@ _log = logging.getLogger(__name__)
 def sweep_points(
     steps: Sequence[int], guidance: Sequence[float], options: Mapping[str, Value]
 ) -> Iterator[dict[str, Value]]:
-    """Options of the decoder, one mapping per point: each list is one sweep, the other setting stays.
-
-    Raises:
-        UsageError: A value that no decoder can have.
-    """
+    """Options of the decoder, one mapping per point: each list is one sweep, the other setting stays."""
     for axis, values in (("steps", steps), ("guidance", guidance)):
         for value in values:
             least, most = (1, 100_000) if axis == "steps" else (0, 1e9)
@@ -110,11 +106,7 @@ def sweep(
 
 
 def check_point(record: Record, options: Mapping[str, Value]) -> None:
-    """Refuse a record that does not say where in the sweep it stands: it might be another point's.
-
-    Raises:
-        UnsupportedOperation: Names the tokenizer and the setting.
-    """
+    """Refuse a record that does not say where in the sweep it stands: it might be another point's."""
     for axis in AXES:
         if axis in options and record.decoder_setting(axis) != float(options[axis]):
             raise UnsupportedOperation(

@@ -223,11 +223,7 @@ class FitTask:
     positions: bool = True
 
     def check(self) -> None:
-        """Refuse empty splits.
-
-        Raises:
-            UsageError: Says which one and what to do.
-        """
+        """Refuse empty splits."""
         for name, split in (
             ("training", self.train),
             ("early-stop", self.early_stop),
@@ -391,11 +387,7 @@ class Fit(ABC):
         """Outputs on the report split."""
 
     def _check(self, losses: Tensor, epoch: int, where: str) -> None:
-        """Stop at the first loss that is not a number.
-
-        Raises:
-            BenchError: Names epoch and step.
-        """
+        """Stop at the first loss that is not a number."""
         broken = (~torch.isfinite(losses)).nonzero()
         if len(broken):
             raise BenchError(

@@ -187,9 +187,6 @@ class Probe(nn.Module):
         Args:
             codes: float [B, K, d].
             extra: float [B, E, extra_dim] with E = ``types`` - 2, or None when E is 0.
-
-        Raises:
-            ValueError: A shape differs from what the probe was built for.
         """
         count = 0 if extra is None else extra.shape[1]
         if codes.shape[1] != self.message_length or count != self.extra_tokens:

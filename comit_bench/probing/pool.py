@@ -52,11 +52,7 @@ class Fittable(Protocol):
 
 @contextmanager
 def _exchange() -> Iterator[Path]:
-    """A folder for data on their way to workers; if this process is killed, the next one removes it.
-
-    Raises:
-        BenchError: There is no place for temporary files.
-    """
+    """A folder for data on their way to workers; if this process is killed, the next one removes it."""
     with ExitStack() as stack:
         try:
             place = stack.enter_context(private_folder(Path(tempfile.gettempdir())))
@@ -92,11 +88,7 @@ class _Worker:
         self.job: int | None = None
 
     def talk(self, exchange: Callable[[], T]) -> T:
-        """Send or receive.
-
-        Raises:
-            BenchError: The worker is gone; says how it ended and what to do.
-        """
+        """Send or receive."""
         try:
             return exchange()
         except (EOFError, OSError) as error:

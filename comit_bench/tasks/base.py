@@ -176,11 +176,7 @@ class Inputs:
         )
 
     def check(self) -> None:
-        """Refuse empty roles before anything is computed.
-
-        Raises:
-            UsageError: Names the role and what to do.
-        """
+        """Refuse empty roles before anything is computed."""
         names = {"train": "training", "early_stop": "early-stop", "report": "report"}
         for name, role in self.roles.items():
             if len(role) == 0:
@@ -243,11 +239,7 @@ def find_task(spec: TaskSpec) -> Task:
 
 
 def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:
-    """Refuse a main metric that does not exist.
-
-    Raises:
-        UsageError: Names the nearest that does.
-    """
+    """Refuse a main metric that does not exist."""
     from comit_bench.errors import did_you_mean
 
     if spec.main_metric not in metrics:

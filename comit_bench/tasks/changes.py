@@ -69,11 +69,7 @@ class Pairs:
 
 
 def pair_up(names: Sequence[str]) -> Pairs:
-    """Find the scenes among images named ``<edit>/<scene>``; scenes without an original are left out.
-
-    Raises:
-        UsageError: There is no original, or an edit has no scene.
-    """
+    """Find the scenes among images named ``<edit>/<scene>``; scenes without an original are left out."""
     rows: dict[str, dict[str, int]] = {}
     for row, name in enumerate(names):
         edit, _, scene = name.rpartition("/")

@@ -39,9 +39,6 @@ def class_parts(class_names: Sequence[str], attributes: AttributesSpec | None) -
 
     Returns:
         Field name -> int64 [C], equal numbers for equal parts, numbered by first appearance.
-
-    Raises:
-        UsageError: A name has another number of parts than the recipe says.
     """
     if attributes is None:
         return {}
@@ -141,12 +138,7 @@ def majority_metrics(
 
 
 def _checked(name: str, labels: Tensor, classes: int) -> Tensor:
-    """Labels as int64 on the CPU.
-
-    Raises:
-        UsageError: There are none.
-        ValueError: A label is no class number.
-    """
+    """Labels as int64 on the CPU."""
     if labels.numel() == 0:
         raise UsageError(f"the {name} set is empty. Use more images (a larger --limit).")
     low, high = int(labels.min()), int(labels.max())

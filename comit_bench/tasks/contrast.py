@@ -65,11 +65,7 @@ class ContrastTask(FitTask):
     predicates: Tensor
 
     def check(self) -> None:
-        """Refuse sets without a sample.
-
-        Raises:
-            UsageError: Says which one and what to do.
-        """
+        """Refuse sets without a sample."""
         counts = {
             "training": len(np.unique(self.table[:, 0])) - 1,  # one image alone has no negatives
             "early-stop": len(self.stop_lists.images),

@@ -30,11 +30,7 @@ SHUFFLE_SEED = 0
 
 
 def check_control(control: str | None) -> None:
-    """Refuse a control that does not exist.
-
-    Raises:
-        UsageError: Names the nearest that does.
-    """
+    """Refuse a control that does not exist."""
     if control is not None and control not in CONTROLS:
         raise UsageError(f"unknown control {control!r}.{did_you_mean(control, CONTROLS)}")
 

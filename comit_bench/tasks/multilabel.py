@@ -188,11 +188,7 @@ class Multilabel(Task):
         return Result(metrics=metrics, extra=fit_details(results, stop))
 
     def _report(self, inputs: Inputs) -> Tensor:
-        """The report set's targets.
-
-        Raises:
-            UsageError: There are none.
-        """
+        """The report set's targets."""
         inputs.check()
         targets = _targets(inputs.roles["report"], every=False)
         if not bool(targets.any()):

@@ -221,9 +221,6 @@ def stored_lists(
         spec: How many of what.
         cache: The cache directory.
         fingerprint: Of the split.
-
-    Raises:
-        CorruptFileError: The stored file is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file

@@ -92,11 +92,7 @@ class Plan:
 
 
 def make_plan(spec: ObjectnessSpec, tokenizer: Tokenizer) -> Plan:
-    """Layers and times of a recipe, for one tokenizer.
-
-    Raises:
-        UnsupportedOperation: It has no attention maps, not the first layer, or decodes in too few steps.
-    """
+    """Layers and times of a recipe, for one tokenizer."""
     if not isinstance(tokenizer, Attends):
         raise UnsupportedOperation(
             "its adapter gives no attention maps between message and image (COMiT, TiTok and ALIT do)"
@@ -176,9 +172,6 @@ def examine_masks(role: Role, preprocessing: str, most: float, name: str) -> Non
         preprocessing: Of the images.
         most: Share of the masks that may be of no use.
         name: Of the data set.
-
-    Raises:
-        BenchError: More are; the message names some and says how their pixels were read.
     """
     found = read_masks(role, preprocessing, np.arange(len(role)))
     if not found.problems:

@@ -87,11 +87,7 @@ class Reconstruction(Task):
         return protocol
 
     def prepare(self, spec: TaskSpec, *, cache: Path, offline: bool) -> None:
-        """Weights of the feature network; nothing is ever downloaded for a measurement.
-
-        Raises:
-            MissingError: They, or torch-fidelity, are not on this machine.
-        """
+        """Weights of the feature network; nothing is ever downloaded for a measurement."""
         name = spec.reconstruction.features
         if name == "inception":
             perceptual.find_inception()

@@ -76,9 +76,6 @@ def nearest(
         chunk: Messages per side of a block.
         device: Where to compute.
         progress: Called with the number of messages that are done.
-
-    Raises:
-        UsageError: There are no k others.
     """
     if not 1 <= k < count:
         raise UsageError(

@@ -21,11 +21,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def check_tensorboard(asked: bool) -> None:
-    """Refuse before the first step what would fail at the first row.
-
-    Raises:
-        MissingError: Asked for, but not installed.
-    """
+    """Refuse before the first step what would fail at the first row."""
     if not asked:
         return
     try:

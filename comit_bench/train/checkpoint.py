@@ -37,11 +37,7 @@ _NAME = re.compile(r"step-(\d{8})")
 
 @contextmanager
 def only_training(directory: Path) -> Iterator[None]:
-    """Make the folder of a run, and let nobody else train in it during the block.
-
-    Raises:
-        BenchError: Another training is running there, or it cannot be written.
-    """
+    """Make the folder of a run, and let nobody else train in it during the block."""
     require_folder(directory)
     with locked(directory / ".lock", "training there", wait=False) as ours:
         if not ours:
@@ -196,13 +192,7 @@ def config_differences(saved: dict[str, Any], config: AnyRun) -> list[str]:
 
 
 def read_counters(directory: Path, config: AnyRun, data: str) -> Counters:
-    """Counters of a checkpoint, after making sure that it belongs to this configuration.
-
-    Raises:
-        MissingError: Not a checkpoint.
-        CorruptFileError: Its state cannot be read.
-        UsageError: It was made with another configuration; all keys that differ are named.
-    """
+    """Counters of a checkpoint, after making sure that it belongs to this configuration."""
     path = directory / STATE
     if not path.is_file():
         raise MissingError(f"{directory}: no checkpoint here (no {STATE})")
@@ -265,10 +255,6 @@ def choose(root: Path, resume: str) -> Path | None:
     Args:
         root: Directory of this run's checkpoints.
         resume: ``auto`` (the latest, if any), ``never``, or a checkpoint directory.
-
-    Raises:
-        UsageError: ``never`` where checkpoints exist, or a directory older than the latest here.
-        MissingError: No such checkpoint.
     """
     if (older := root.parent / "checkpoint").is_dir():
         raise UsageError(

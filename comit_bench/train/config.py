@@ -74,11 +74,7 @@ class ModelConfig(SpecModel):
     init: Literal["released", "message"] = "released"
 
     def spec(self) -> ComitSpec:
-        """The network's spec.
-
-        Raises:
-            UsageError: Unknown preset, or values that contradict each other.
-        """
+        """The network's spec."""
         from dataclasses import replace
 
         if self.preset not in PRESETS:
@@ -380,11 +376,7 @@ class TeacherRun(SmallRun):
         return OptimConfig(learning_rate=self.learning_rate, warmup_steps=self.warmup_steps)
 
     def spec(self) -> ScenesTeacherSpec:
-        """The network's sizes.
-
-        Raises:
-            UsageError: They do not fit each other.
-        """
+        """The network's sizes."""
         try:
             return ScenesTeacherSpec(
                 image_size=self.image_size,
@@ -484,12 +476,7 @@ def _read(name_or_file: str, overrides: tuple[str, ...]) -> tuple[dict[str, Any]
 
 
 def load_run(name_or_file: str, overrides: tuple[str, ...] = ()) -> AnyRun:
-    """Like :func:`load_config`, for anything that can be trained: ``kind`` says what.
-
-    Raises:
-        UsageError: Unknown preset, file, kind or key (with the nearest valid one), or values that do
-            not fit.
-    """
+    """Like :func:`load_config`, for anything that can be trained: ``kind`` says what."""
     raw, path = _read(name_or_file, overrides)
     kind = raw.get("kind", "comit")
     if kind == "scenes-teacher":
@@ -509,10 +496,6 @@ def load_config(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConf
     """Read a preset or file, apply ``key=value`` overrides, validate everything.
 
     A file may start from a preset with ``extends: NAME`` (one level); sections are merged key by key.
-
-    Raises:
-        UsageError: Unknown preset, file or key (with the nearest valid one), values that do not fit, or
-            a file that trains something else than a COMiT network.
     """
     run = load_run(name_or_file, overrides)
     if not isinstance(run, TrainConfig):

@@ -88,9 +88,6 @@ def paint_scenes(split: str, start: int, count: int, side: int) -> MemoryImages:
         start: First number; images 0 to 3999 of ``train`` are those of the recognition recipe.
         count: How many.
         side: Pixels.
-
-    Raises:
-        UsageError: Scenes of this size cannot be painted, or an unknown split.
     """
     from comit_bench.data.scenes.painting import paint
 
@@ -108,12 +105,7 @@ def paint_scenes(split: str, start: int, count: int, side: int) -> MemoryImages:
 
 
 def list_images(root: Path) -> tuple[str, ...]:
-    """Paths of all image files below ``root``, relative to it and sorted.
-
-    Raises:
-        MissingError: No such directory.
-        UsageError: No image in it.
-    """
+    """Paths of all image files below ``root``, relative to it and sorted."""
     if not root.is_dir():
         raise MissingError(
             f"data.source {root}: no such directory. Give data.source=DIR with images below it."
@@ -129,11 +121,7 @@ def list_images(root: Path) -> tuple[str, ...]:
 
 
 def _more_than_one_class(root: Path, names: Sequence[str]) -> None:
-    """Class folders must be several; images without any folder are a set without classes, and fine.
-
-    Raises:
-        UsageError: All images lie in one folder below ``root``.
-    """
+    """Class folders must be several; images without any folder are a set without classes, and fine."""
     folders = {name.rpartition("/")[0] for name in names}
     if len(folders) == 1 and (only := folders.pop()):
         raise UsageError(
@@ -189,11 +177,7 @@ def open_images(config: TrainConfig) -> tuple[Images, Images]:
 
 
 def read_all(source: Images) -> MemoryImages:
-    """Read every image; broken ones are named in the log and left out.
-
-    Raises:
-        BenchError: None can be read.
-    """
+    """Read every image; broken ones are named in the log and left out."""
     if isinstance(source, MemoryImages):
         return source
     images, ids = [], []
@@ -361,11 +345,7 @@ class Broken:
         self.seen: set[str] = set()
 
     def add(self, broken: dict[str, str]) -> None:
-        """Name new ones in the log.
-
-        Raises:
-            BenchError: More than the configured share is broken.
-        """
+        """Name new ones in the log."""
         for name in broken.keys() - self.seen:
             _log.warning("broken image, replaced by the next: %s", broken[name])
         self.seen |= broken.keys()

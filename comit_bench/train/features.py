@@ -180,11 +180,7 @@ class FeatureStore:
         return [i for i in range(self.num_shards) if not self.shard_path(i).is_file()]
 
     def check_room(self) -> None:
-        """Refuse to begin what will not fit.
-
-        Raises:
-            BenchError: Says how much is needed and how much is free.
-        """
+        """Refuse to begin what will not fit."""
         need = self.layout.nbytes(sum(len(self.shard_range(i)) for i in self.missing()))
         free = shutil.disk_usage(self.directory).free
         if need > free:

@@ -330,10 +330,6 @@ class Trainer:
 
         Returns:
             The exported folder; None when a signal asked to stop (a checkpoint was saved).
-
-        Raises:
-            BenchError: Too many broken images or steps that are not finite; disk full; another run in this
-                folder.
         """
         with self._alone(), Stop() as stop:
             last = checkpoint.found(self.checkpoints)[-1:]

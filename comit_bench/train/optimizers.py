@@ -60,11 +60,7 @@ class Together:
 
 
 def make_optimizer(module: nn.Module, config: AnyRun, device: torch.device) -> Together:
-    """The optimizer of the trainable parameters of ``module``.
-
-    Raises:
-        UsageError: Muon with a torch that does not have it.
-    """
+    """The optimizer of the trainable parameters of ``module``."""
     optim = config.optim
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if optim.name == "muon" and is_hidden_matrix(name, p)]

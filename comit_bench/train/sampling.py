@@ -130,9 +130,6 @@ def plan_step(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> S
         config: The run.
         step: Optimizer step, from 0. Before ``crops.warmup_steps`` there is one, global crop.
         sample_ids: One id per image; an id names a sample for good.
-
-    Raises:
-        ValueError: Images smaller than a local crop.
     """
     spec = config.model.spec()
     places = spec.image_size - spec.geometry.crop + 1

@@ -35,11 +35,7 @@ class Work:
 
 
 def divide(config: AnyRun, ranks: int) -> Work:
-    """Derive the gradient accumulation.
-
-    Raises:
-        UsageError: The global batch does not divide.
-    """
+    """Derive the gradient accumulation."""
     if config.global_batch % ranks:
         raise UsageError(f"global_batch {config.global_batch} is no multiple of {ranks} processes")
     part = config.global_batch // ranks
@@ -53,11 +49,7 @@ def divide(config: AnyRun, ranks: int) -> Work:
 
 
 def check_spec(spec: ComitSpec) -> None:
-    """Image, latent, patch and crop sizes must fit each other.
-
-    Raises:
-        UsageError: They do not.
-    """
+    """Image, latent, patch and crop sizes must fit each other."""
     crop, cell = spec.geometry.crop, spec.vae_factor * spec.patch_size
     if crop % cell or crop >= spec.image_size:
         raise UsageError(
@@ -71,12 +63,7 @@ def check_spec(spec: ComitSpec) -> None:
 
 
 def make_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
-    """The frozen teacher, None without one; a scenes-teacher without a path is the one that ships.
-
-    Raises:
-        MissingError: Its weights are not here and cannot be had.
-        UsageError: Files that are no such teacher.
-    """
+    """The frozen teacher, None without one; a scenes-teacher without a path is the one that ships."""
     spec, teacher = config.model.spec(), config.teacher
     grid = spec.max_input_size // spec.patch_size
     try:
@@ -104,11 +91,7 @@ def make_module(config: TrainConfig, teacher: Teacher | None) -> TrainingModule:
 
 
 def check_device(config: AnyRun, device: str) -> None:
-    """The device must exist and support the precision.
-
-    Raises:
-        UsageError: It does not.
-    """
+    """The device must exist and support the precision."""
     if device not in DEVICES:
         raise UsageError(
             f"--device {shown(device)}: supported are {', '.join(DEVICES)}. To choose a GPU set "

@@ -93,9 +93,6 @@ def hold_out(ids: Sequence[str], count: int, source: object) -> tuple[tuple[str,
 
     Returns:
         Names for training, in their order, and for validation.
-
-    Raises:
-        UsageError: Fewer than four images.
     """
     if len(ids) < 4:
         raise UsageError(f"data.source {source}: {len(ids)} images; training and validation need 4 or more")

@@ -149,11 +149,7 @@ class RowSteps:
 
 
 def only_process(run: AutoencoderRun | TeacherRun, place: Place) -> None:
-    """Refuse what small trainings do not do.
-
-    Raises:
-        UsageError: Several processes.
-    """
+    """Refuse what small trainings do not do."""
     if place.ranks > 1:
         raise UsageError(
             f"{run.name} is small and trains in one process: start it without torchrun or accelerate launch"
