@@ -40,11 +40,7 @@ class AttentionRequest:
     softmax: bool = False
 
     def check(self, depth: int) -> None:
-        """Refuse a request that a decoder of ``depth`` blocks cannot answer.
-
-        Raises:
-            ValueError: No layer or no time, one of them twice, or a layer that does not exist.
-        """
+        """Refuse a request that a decoder of ``depth`` blocks cannot answer."""
         if not self.layers or not all(0 <= layer < depth for layer in self.layers):
             raise ValueError(f"attention layers must be 0..{depth - 1}, got {list(self.layers)}")
         if not self.times:

@@ -20,11 +20,7 @@ SOLVERS = ("euler", "midpoint")
 
 
 def time_grid(steps: int) -> Tensor:
-    """float32 [steps + 1] from 0 to 1.
-
-    Raises:
-        ValueError: Fewer than one step.
-    """
+    """float32 [steps + 1] from 0 to 1."""
     if steps < 1:
         raise ValueError(f"the number of solver steps must be at least 1, got {steps}")
     return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float32)
@@ -53,9 +49,6 @@ def integrate(velocity: Velocity, noise: Tensor, *, steps: int, solver: str = "e
         noise: y at t = 0.
         steps: Grid intervals.
         solver: ``euler`` (one evaluation per interval) or ``midpoint`` (two).
-
-    Raises:
-        ValueError: Unknown solver or fewer than one step.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")

@@ -27,12 +27,7 @@ def some(items: Sequence[str]) -> str:
 
 
 def head_of(path: Path, size: int = 512) -> bytes:
-    """The first bytes of a file.
-
-    Raises:
-        MissingError: Nothing there, or a link to nothing.
-        CorruptFileError: A directory, a pipe or a device, or not readable.
-    """
+    """The first bytes of a file."""
     if path.is_dir():
         raise CorruptFileError(f"{path}: this is a directory, where a file is expected")
     if path.is_symlink() and not path.exists():
@@ -133,9 +128,6 @@ def parse_json(text: str, where: object, *, strict: bool = True) -> Any:
         where: File or place, for the message.
         strict: Also refuse a key that occurs twice, numbers that are not finite or of more than 40 digits,
             and text that is not Unicode (half of a surrogate pair). Takes time for hundreds of megabytes.
-
-    Raises:
-        CorruptFileError: Not JSON, nested too deeply, or with a number of thousands of digits.
     """
     hooks: dict[str, Any] = {
         "object_pairs_hook": _once,

@@ -37,10 +37,6 @@ def launched() -> Launched:
 
     Variables of SLURM alone mean nothing: each task of ``srun`` is a run of its own (several may run at the
     same time, and share their work).
-
-    Raises:
-        UsageError: Some of them are missing, no numbers, or contradict each other; no process would ever find
-            the others.
     """
     world, rank, local = (_number(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     if world is None or world == 1:
@@ -58,11 +54,7 @@ def launched() -> Launched:
 
 
 def _number(name: str) -> int | None:
-    """A whole number from 0 in the environment; None when it is not set.
-
-    Raises:
-        UsageError: Something else, or empty.
-    """
+    """A whole number from 0 in the environment; None when it is not set."""
     text = os.environ.get(name)
     if text is None:
         return None
@@ -76,9 +68,6 @@ def meeting(place: Launched) -> Iterator[None]:
     """A block in which the processes find each other: first all must come, for ``RENDEZVOUS`` at most.
 
     What then sets up its own group waits with its own patience, for processes that are there.
-
-    Raises:
-        BenchError: Not all have come, or the block could not connect them.
     """
     if place.world < 2:
         yield
@@ -160,11 +149,7 @@ class Ranks:
         return shared
 
     def agree(self, error: Exception | None) -> None:
-        """Go on when no process has failed; else all of them raise.
-
-        Raises:
-            BenchError: The first error among the others; a process's own error is raised as it is.
-        """
+        """Go on when no process has failed; else all of them raise."""
         if self.world > 1:
             from torch import distributed
 

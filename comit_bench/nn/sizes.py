@@ -18,11 +18,7 @@ LEVELS, LEVEL, VOCABULARY = 64, 1 << 20, 1 << 31  # of a scalar quantizer: how m
 
 
 def check_sizes(owner: object, **limits: int) -> None:
-    """Attributes that must be whole numbers from 1 to a limit.
-
-    Raises:
-        ValueError: Names the attribute, its value and the limit.
-    """
+    """Attributes that must be whole numbers from 1 to a limit."""
     for name, high in limits.items():
         value = getattr(owner, name)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
@@ -32,21 +28,13 @@ def check_sizes(owner: object, **limits: int) -> None:
 
 
 def check_ratio(value: object) -> None:
-    """The width of a hidden layer over that of its block.
-
-    Raises:
-        ValueError: Not a number above 0 and at most 64.
-    """
+    """The width of a hidden layer over that of its block."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 64:
         raise ValueError(f"mlp_ratio must be a number above 0 and at most 64, got {shown(value)}")
 
 
 def check_levels(levels: Sequence[object]) -> None:
-    """Levels of a finite scalar quantizer.
-
-    Raises:
-        ValueError: None, too many, a level below 2, or more ids than can be counted.
-    """
+    """Levels of a finite scalar quantizer."""
     good = [v for v in levels if isinstance(v, int) and not isinstance(v, bool) and 2 <= v <= LEVEL]
     if not 1 <= len(levels) <= LEVELS or len(good) != len(levels) or math.prod(good) > VOCABULARY:
         raise ValueError(

@@ -153,11 +153,7 @@ def read_torch(path: Path, *, allow: Sequence[type] = ()) -> Any:
 
 
 def flatten(content: object, path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Tensors in nested mappings -> ``outer.inner`` names; anything else in it is left out.
-
-    Raises:
-        CorruptFileError: No mapping, no tensor, or two of one name.
-    """
+    """Tensors in nested mappings -> ``outer.inner`` names; anything else in it is left out."""
     found: dict[str, Tensor] = {}
     nested = False
 
@@ -218,10 +214,6 @@ def shards(index: Path, *, present: bool = True) -> list[str]:
     Args:
         index: See :func:`read_shards`.
         present: All of them must be there.
-
-    Raises:
-        MissingError: A shard is not there.
-        CorruptFileError: The index is damaged or points outside of its folder.
     """
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
@@ -283,9 +275,6 @@ def select(
         nested: Whether the tensors lay in nested mappings.
         average: Where a file holds a network and its average, take the average (what papers evaluate).
             Which one was taken is logged.
-
-    Raises:
-        CorruptFileError: Several networks and no way to tell which; or nested entries without this network.
     """
     plain = _unwrapped(tensors, path)
     prefixes = _prefixes(plain, landmarks)
@@ -379,9 +368,6 @@ def compare(
         optional: Prefixes of keys that may be absent.
         settings: Pattern of keys -> what in ``config.json`` decides about them; the first that matches
             the first difference is named.
-
-    Raises:
-        UsageError: Lists missing keys, unexpected keys and shapes that differ.
     """
     missing = [k for k in expected if k not in tensors and not k.startswith(optional or ("\0",))]
     unexpected = [k for k in tensors if k not in expected]
@@ -445,9 +431,6 @@ def check_types(
         tensors: The checkpoint.
         path: Named in the error.
         values: False looks at types only.
-
-    Raises:
-        CorruptFileError: Names file and tensors.
     """
     problems = [
         f"{key} {problem}"

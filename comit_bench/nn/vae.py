@@ -284,11 +284,7 @@ class KLVae(nn.Module):
 
 
 def build_vae(kind: str, factor: int = 8) -> IdentityVae | DctVae | StandInVae | SDVae:
-    """Make an autoencoder with untrained weights: ``none``, ``dct``, ``stand-in`` or ``sd``.
-
-    Raises:
-        ValueError: Unknown kind.
-    """
+    """Make an autoencoder with untrained weights: ``none``, ``dct``, ``stand-in`` or ``sd``."""
     if kind == "none":
         return IdentityVae()
     if kind == "dct":

@@ -58,12 +58,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def checkpoint_path(text: str) -> Path:
-    """A path as somebody typed it; the hub cache's folder of a repository stands for its main snapshot.
-
-    Raises:
-        MissingError: Such a folder holds no snapshot.
-        UsageError: It holds several and does not say which is the main one; or no path at all.
-    """
+    """A path as somebody typed it; the hub cache's folder of a repository stands for its main snapshot."""
     try:
         path = Path(text).expanduser()
         path.is_dir()
@@ -110,11 +105,7 @@ def described(name: str, local: Path, presets: Container[str]) -> tuple[str, str
 
 
 def single_file_spec(name: str, path: Path, presets: Mapping[str, Spec]) -> Spec:
-    """Sizes of a single file of weights: those of the preset that was named with it.
-
-    Raises:
-        UsageError: No preset was named.
-    """
+    """Sizes of a single file of weights: those of the preset that was named with it."""
     if name.lower() not in presets:
         raise UsageError(
             f"--weights {path}: a single file says nothing about sizes. Name the preset it belongs to "
@@ -129,10 +120,6 @@ def weight_file(directory: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
     Args:
         directory: Of the checkpoint.
         names: Accepted names, the preferred ones first.
-
-    Raises:
-        MissingError: None of the accepted names exists.
-        CorruptFileError: One of them is a directory.
     """
     if not directory.is_dir():
         raise MissingError(f"{directory}: no such directory")
@@ -179,11 +166,7 @@ def weights_digest(path: Path) -> str:
 
 
 def require_allowed(path: Path, allow: bool) -> None:
-    """The one place where a pickle that is loaded as a tokenizer is let through.
-
-    Raises:
-        UsageError: It was not allowed.
-    """
+    """The one place where a pickle that is loaded as a tokenizer is let through."""
     if not allow:
         raise UsageError(
             f"{path}: a pickled checkpoint. It is read as tensors only, but even that must be asked for: "
@@ -252,11 +235,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights in the type that they are exported in; whole numbers stay what they are.
-
-    Raises:
-        BenchError: A weight is not finite, or too large for ``dtype``.
-    """
+    """Weights in the type that they are exported in; whole numbers stay what they are."""
     stored = {k: v.detach().to(dtype if v.is_floating_point() else v.dtype) for k, v in tensors.items()}
     large = [key for key, value in stored.items() if not bool(value.isfinite().all())]
     if large:

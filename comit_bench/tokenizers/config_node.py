@@ -68,9 +68,6 @@ class Node:
         Args:
             key: Its name.
             hint: Ends the message when it is not there, e.g. ``Is this a COMiT checkpoint?``.
-
-        Raises:
-            UsageError: It is not there, or no mapping.
         """
         found = self
         for part in key.split("."):
@@ -106,9 +103,6 @@ class Node:
             unread: Keys that belong there but change nothing here.
             strict: Refuse every unknown key (a format of our own).
             told: Name unknown keys in the log; not where most of a node is foreign by design.
-
-        Raises:
-            UsageError: An unknown key that looks like a known one that is absent.
         """
         names = tuple(known)
         strange = [str(key) for key in self.values if key not in {*names, *unread}]
@@ -238,9 +232,6 @@ def kl_vae_spec(node: Node, base: KLVaeSpec, **changes: Any) -> KLVaeSpec:
         node: Its ``config.json``.
         base: What holds for keys that are absent.
         **changes: Fields that are known otherwise.
-
-    Raises:
-        UsageError: A value of another type or out of range, or one that would change the arithmetic.
     """
     for key, only in (
         ("act_fn", "silu"),

@@ -26,9 +26,6 @@ def check_tokenizer(tokenizer: Any, who: str) -> None:
     Args:
         tokenizer: Of a loader, or an object handed over.
         who: Named in errors.
-
-    Raises:
-        UsageError: Names what is missing or wrong, and what the contract wants.
     """
     info = getattr(tokenizer, "info", None)
     absent = [name for name in ("encode", "codes_from_ids") if not callable(getattr(tokenizer, name, None))]
@@ -109,9 +106,6 @@ def check_values(tokenizer: Tokenizer, name: str, values: Tensor) -> None:
         tokenizer: Whose.
         name: ``ids``, ``codes`` or ``offsets``.
         values: On the CPU, or once per batch.
-
-    Raises:
-        BenchError: As :func:`check_tokens`.
     """
     if values.is_floating_point():
         if not bool(values.isfinite().all()):

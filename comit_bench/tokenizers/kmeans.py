@@ -148,11 +148,7 @@ class KMeansPatchTokenizer:
         return self._codes[ids.to(self.device).long()]
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Paste the centroids: uint8 [B, 3, S, S]; ``seeds`` are not used.
-
-        Raises:
-            ValueError: No ids, a wrong message length or an id outside 0..V-1.
-        """
+        """Paste the centroids: uint8 [B, 3, S, S]; ``seeds`` are not used."""
         length = self.info.message_length
         if tokens.ids is None or tokens.ids.ndim != 2 or tokens.ids.shape[1] != length:
             got = "none" if tokens.ids is None else list(tokens.ids.shape)
@@ -285,12 +281,7 @@ class KMeansPatchTokenizer:
 
     @classmethod
     def load(cls, directory: Path, *, device: torch.device | str = "cpu") -> KMeansPatchTokenizer:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            MissingError: The directory or one of its two files is not there.
-            CorruptFileError: Truncated, changed or of another format; names the file.
-        """
+        """Read what :meth:`save` wrote."""
         config = read_config(directory)
         path = directory / "model.safetensors"
         if not path.exists():
@@ -361,11 +352,7 @@ def load(
 
 
 def check_settings(*, patch: int = 8, vocab: int = 1024, resolution: int = 32) -> None:
-    """Refuse settings of a fit that cannot be, before images are read.
-
-    Raises:
-        UsageError: Names the setting.
-    """
+    """Refuse settings of a fit that cannot be, before images are read."""
     check_grid(resolution, patch)
     if type(vocab) is not int or not 1 <= vocab <= MAX_PATCHES:
         raise UsageError(

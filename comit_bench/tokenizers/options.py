@@ -29,9 +29,6 @@ def taken_by(loader: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     Returns:
         Name -> type, ``Any`` where there is no annotation or its names cannot be found; and whether the
         loader is open-ended (``**options``).
-
-    Raises:
-        UsageError: It has no signature, or cannot be called with a name.
     """
     try:
         parameters = list(signature(loader).parameters.values())
@@ -68,9 +65,6 @@ def convert(value: Any, annotation: Any, what: str) -> Any:
         value: Of the command line, or from Python.
         annotation: What it should be. Without one, texts that look like numbers become numbers.
         what: Named in the error.
-
-    Raises:
-        UsageError: It cannot be that.
     """
     if not isinstance(value, str | int | float):
         return value

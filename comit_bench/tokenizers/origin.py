@@ -46,11 +46,7 @@ def untrained(name: str, seed: int) -> Origin:
 
 
 def spec_of(name: str, presets: Mapping[str, Spec]) -> Spec:
-    """Sizes of the network that ``--weights random`` asks for.
-
-    Raises:
-        UsageError: Not the name of a preset.
-    """
+    """Sizes of the network that ``--weights random`` asks for."""
     if name.lower() not in presets:
         raise UsageError(f"--weights random needs a preset, not {name!r}.{did_you_mean(name, presets)}")
     return presets[name.lower()]

@@ -44,12 +44,7 @@ LARGEST = 1 << 14  # pixels of a side
 
 
 def check_grid(resolution: int, patch: int) -> int:
-    """Patches per side of a square image.
-
-    Raises:
-        UsageError: No whole numbers, or the patches do not tile the image; names the nearest sizes that
-            they do tile.
-    """
+    """Patches per side of a square image."""
     for what, value in (("resolution", resolution), ("patch", patch)):
         if type(value) is not int:  # they may come from a command line
             raise UsageError(f"{what} must be a whole number of pixels, got {shown(value)}")
@@ -144,11 +139,7 @@ class PixelOracleTokenizer:
         return Tokens(None, to_codes(to_patches(images_u8.to(self.device), self.patch)))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Refuse: there is no vocabulary.
-
-        Raises:
-            UnsupportedOperation: Always.
-        """
+        """Refuse: there is no vocabulary."""
         raise UnsupportedOperation(f"{self.info.name} has continuous codes and no ids to look up")
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:

@@ -52,11 +52,7 @@ class Upload:
 
 
 def check_repository(name: str, where: str = "--repo") -> str:
-    """A repository name of the form ``USER/NAME``, returned as it is.
-
-    Raises:
-        UsageError: Another form.
-    """
+    """A repository name of the form ``USER/NAME``, returned as it is."""
     parts = name.split("/")
     good = len(parts) == 2 and all(_NAME.fullmatch(part) for part in parts)
     if not good or "--" in name or ".." in name or name.endswith(".git") or len(name) > 96:

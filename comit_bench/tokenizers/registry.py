@@ -70,11 +70,7 @@ class TokenizerEntry:
         return self.preset.name
 
     def loader(self) -> Callable[..., Any]:
-        """Import and return the loader.
-
-        Raises:
-            UsageError: A plugin's is not there, or is nothing that can be called.
-        """
+        """Import and return the loader."""
         who = f"tokenizer {self.name} of {self.family.origin}"
         try:
             loader = resolve(self.family.loader)
@@ -163,11 +159,7 @@ def tokenizers() -> dict[str, TokenizerEntry]:
 
 
 def find_tokenizer(name: str) -> TokenizerEntry:
-    """Look a name up, case-insensitively.
-
-    Raises:
-        UsageError: Unknown; suggests the nearest names.
-    """
+    """Look a name up, case-insensitively."""
     known = tokenizers()
     if name.lower() not in known:
         raise UsageError(
@@ -183,11 +175,7 @@ def downloads() -> list[Preset | Part]:
 
 
 def find_release(name: str) -> tuple[str, Release]:
-    """Name and released file of a preset or part, in any case.
-
-    Raises:
-        UsageError: There is none; suggests the nearest names.
-    """
+    """Name and released file of a preset or part, in any case."""
     known = {item.name: item.source for item in downloads() if isinstance(item.source, Release)}
     if name.lower() not in known:
         raise UsageError(f"no released file is known for {name!r}.{did_you_mean(name, known)}")

@@ -81,11 +81,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_config(config: dict[str, Any], source: Path) -> int:
-    """Look at every size before diffusers builds from it; the pixels per token, on one side.
-
-    Raises:
-        UsageError: Another class, or a value of another type or out of range.
-    """
+    """Look at every size before diffusers builds from it; the pixels per token, on one side."""
     if config.get("_class_name") != "VQModel":
         raise UsageError(f"{source}: _class_name is {shown(config.get('_class_name'))}, expected 'VQModel'")
     node = Node(config, source)
@@ -125,9 +121,6 @@ def read_spec(config: dict[str, Any], source: Path, resolution: object) -> tuple
         config: Content of ``config.json``.
         source: File named in errors.
         resolution: What the user asked for, or None.
-
-    Raises:
-        UsageError: See :func:`check_config`; or images that the network cannot cut into whole tokens.
     """
     factor = check_config(config, source)
     if resolution is None:
@@ -235,11 +228,7 @@ class VqModelTokenizer:
 
 
 def _directory(source: str, *, offline: bool) -> Path:
-    """The checkpoint directory of that name, or of a hub id.
-
-    Raises:
-        MissingError: It is not here and cannot be had.
-    """
+    """The checkpoint directory of that name, or of a hub id."""
     from comit_bench.tokenizers.hub import fetch_checkpoint
 
     local = checkpoint_path(source)

@@ -54,11 +54,7 @@ def stored(name: str) -> Path | None:
 
 
 def required(name: str, *, hint: str = "") -> Path:
-    """The folder of fetched weights.
-
-    Raises:
-        MissingError: They are not on this machine; says how to get them.
-    """
+    """The folder of fetched weights."""
     folder = stored(name)
     if folder is not None:
         return folder
@@ -77,11 +73,7 @@ def _locked() -> AbstractContextManager[bool]:
 
 
 def _checksums() -> dict[str, str]:
-    """Source -> checksum of all files that were ever fetched or converted.
-
-    Raises:
-        CorruptFileError: Their list cannot be read.
-    """
+    """Source -> checksum of all files that were ever fetched or converted."""
     path = weights_root() / CHECKSUMS
     if not path.is_file():
         return {}
@@ -95,11 +87,7 @@ def _checksums() -> dict[str, str]:
 
 
 def _compare(source: str, digest: str) -> None:
-    """Compare a file with what its source gave the first time.
-
-    Raises:
-        CorruptFileError: That was another file.
-    """
+    """Compare a file with what its source gave the first time."""
     known = _checksums()
     if known.get(source, digest) != digest:
         raise CorruptFileError(
@@ -235,12 +223,7 @@ def state(name: str) -> str:
 
 
 def weight_source(name: str, weights: Path, *, allow_pickle: bool) -> Path:
-    """What ``--weights PATH`` means: a directory or safetensors file as it is, a pickle converted.
-
-    Raises:
-        MissingError: No such path.
-        UsageError: A file of another kind, or a pickle that was not allowed.
-    """
+    """What ``--weights PATH`` means: a directory or safetensors file as it is, a pickle converted."""
     if weights.is_dir():
         return weights
     if not weights.is_file():

@@ -91,11 +91,7 @@ VARIANTS = {
 
 
 def choose_variant(name: str, base: str | None, latent: str | None) -> tuple[str, Variant]:
-    """Apply the options ``base`` and ``latent`` to a name; a combination may have no released file.
-
-    Raises:
-        UsageError: Unknown option values.
-    """
+    """Apply the options ``base`` and ``latent`` to a name; a combination may have no released file."""
     known = VARIANTS[name]
     for option, value, allowed in (
         ("base", base, ("vqgan", "vae")),
@@ -161,12 +157,7 @@ def _vae(node: Node) -> VaeSpec:
 
 
 def spec_from_config(config: Mapping[str, Any], source: Path) -> AlitSpec:
-    """Read a ``config.json``; what it leaves out has the released value.
-
-    Raises:
-        UsageError: Nodes are missing or contradict each other, values have another type or are out of
-            range, or they ask for an unreleased kind of model.
-    """
+    """Read a ``config.json``; what it leaves out has the released value."""
     top = Node(config, source)
     inner, node = (top.node(key, IS_IT) for key in ("base_tokenizer", "adaptive_tokenizer"))
     node.check_keys((*SIZES, *OPTIONAL), unread=("vq_commitment_cost",))

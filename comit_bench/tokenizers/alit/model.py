@@ -126,11 +126,7 @@ PRESETS: dict[str, AlitSpec] = {
 
 
 def variant(preset: str, *, base: str = "vqgan", quantized: bool = True) -> AlitSpec:
-    """A preset with another base tokenizer or without the codebook.
-
-    Raises:
-        ValueError: ``base`` is neither ``vqgan`` nor ``vae``.
-    """
+    """A preset with another base tokenizer or without the codebook."""
     if base not in ("vqgan", "vae"):
         raise ValueError(f"base must be 'vqgan' or 'vae', got {base!r}")
     spec = replace(PRESETS[preset], quantized=quantized)
@@ -314,10 +310,6 @@ class Alit(nn.Module):
             features: Base features [B, C, 16, 16], if they are known already.
             noise: [B, C, 16, 16] of the VAE's posterior; None takes its mean.
             uniforms: Halting noise in [0, 1), at least ``iterations - 1`` times [B, N]. None is no halting.
-
-        Raises:
-            ValueError: Not 1 to T iterations, images of another size, too little halting noise, or
-                halting noise for a VAE base.
         """
         spec, base = self.spec, self.base
         count = spec.iterations if iterations is None else iterations

@@ -121,11 +121,7 @@ class ComitTokenizer:
         self.info = replace(info, options={**info.options, **options, "dtype": str(dtype).split(".")[-1]})
 
     def policy(self, name: str | None) -> CropPolicy:
-        """Parse a policy name; None is the default.
-
-        Raises:
-            UsageError: Not a policy.
-        """
+        """Parse a policy name; None is the default."""
         try:
             return parse_policy(name or self.default_policy)
         except ValueError as error:

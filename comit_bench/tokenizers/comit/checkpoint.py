@@ -116,12 +116,7 @@ def _geometry(extra: Node, image_size: int, cell: int) -> CropGeometry:
 
 
 def spec_from_config(config: dict[str, Any], source: Path) -> ComitSpec:
-    """Read a released (or our own) ``config.json``.
-
-    Raises:
-        UsageError: A node is missing, of another class, or its values have another type, are out of range
-            or contradict each other.
-    """
+    """Read a released (or our own) ``config.json``."""
     top = Node(config, source)
     top.check_keys(("predictor", "quantizer", "vae", "comit_bench"))
     predictor, quantizer = _node(top, "predictor", "RuledDiT"), _node(top, "quantizer", "FSQ")

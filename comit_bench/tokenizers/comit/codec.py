@@ -240,9 +240,6 @@ def encode(
         generators: One CPU generator per image for random orders, and for noise unless ``noise`` is given.
         noise: Explicit noise for adaptive policies and posterior sampling.
         posterior: ``mode`` (deterministic) or ``sample`` (released) VAE latents.
-
-    Raises:
-        ValueError: A random or adaptive policy without a source of randomness, or a bad order.
     """
     if noise is None and generators is not None:
         noise = noise_from_generators(generators)
@@ -276,9 +273,6 @@ def encode_crops(
 
     With a null VAE the crops are latents. Only the order and truncation of the policy apply: with
     ``global_crop`` entry 0 counts as the global crop for ``random``; explicit indices name entries.
-
-    Raises:
-        ValueError: An adaptive policy, lists of different length, or an index beyond the list.
     """
     if policy.adaptive:
         raise ValueError("an adaptive policy chooses its own crops: pass images, not extracted crops")

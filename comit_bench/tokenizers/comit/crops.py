@@ -31,11 +31,7 @@ class CropGeometry:
     half: int = 128
 
     def stride(self, side: int) -> int:
-        """Distance between grid crops in an image of ``side`` pixels.
-
-        Raises:
-            ValueError: The image is too small for three distinct crops per side.
-        """
+        """Distance between grid crops in an image of ``side`` pixels."""
         stride = (side - self.crop) // (GRID - 1)
         if stride < 1:
             raise ValueError(f"an image of {side} px has no room for a grid of {self.crop} px crops")
@@ -107,11 +103,7 @@ class CropPolicy:
     def indices(
         self, batch: int, generators: Sequence[torch.Generator] | None = None, *, cells: int = CELLS
     ) -> Tensor:
-        """Crop of every step and image, int64 [steps, B]; ``GLOBAL`` or 0..``cells`` - 1. Not for adaptive.
-
-        Raises:
-            ValueError: An explicit per-image order for another batch size; random without generators.
-        """
+        """Crop of every step and image, int64 [steps, B]; ``GLOBAL`` or 0..``cells`` - 1. Not for adaptive."""
         first = int(self.global_crop)
         if self.order == "raster":
             table = torch.arange(cells + first)[:, None].expand(-1, batch)
@@ -158,9 +150,6 @@ def parse_policy(text: str) -> CropPolicy:
 
     The names are ``global``, ``[global+](raster|random|adaptive)[-shared]:N`` and
     ``[global+]order:i,j,…``; N counts the global crop.
-
-    Raises:
-        ValueError: Not such a name, or a count that the policy cannot give.
     """
     cleaned = text.strip().lower()
     if cleaned == "global":

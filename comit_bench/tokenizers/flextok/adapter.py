@@ -71,11 +71,7 @@ def _sampling(
     compile: object = "auto",
     **_: object,
 ) -> Sampling:
-    """The sampler's settings, after a look at all options: before minutes of drawing or reading weights.
-
-    Raises:
-        UsageError: A value that an option cannot have.
-    """
+    """The sampler's settings, after a look at all options: before minutes of drawing or reading weights."""
     if tokens is not None:
         _prefix(tokens, max(spec.registers for spec in PRESETS.values()))
     if posterior not in ("mode", "sample"):
@@ -162,11 +158,7 @@ class FlexTokTokenizer:
         policy: str | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Tokens:
-        """Tokenize uint8 [B, 3, S, S]; see the contract.
-
-        Raises:
-            ValueError: Wrong shape or type, or ``posterior=sample`` without generators.
-        """
+        """Tokenize uint8 [B, 3, S, S]; see the contract."""
         warn_policy(self.info.name, policy)
         noise = torch.zeros(len(images_u8), 0)
         sampled = self.posterior == "sample"
@@ -192,11 +184,7 @@ class FlexTokTokenizer:
         return self.model.regularizer.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Messages of any length up to the model's -> uint8 [B, 3, S, S], one noise seed per image.
-
-        Raises:
-            ValueError: Codes of another shape, or not one seed per image.
-        """
+        """Messages of any length up to the model's -> uint8 [B, 3, S, S], one noise seed per image."""
         spec, codes = self.model.spec, tokens.codes
         if codes.ndim != 3 or codes.shape[2] != spec.code_dim or not 1 <= codes.shape[1] <= spec.registers:
             raise ValueError(

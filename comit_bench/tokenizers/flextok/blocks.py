@@ -90,21 +90,13 @@ class PositionTable(nn.Module):
         return line[:, :count]
 
     def line(self, count: int) -> Tensor:
-        """The first ``count`` positions of a 1D table, [count, D].
-
-        Raises:
-            ValueError: More positions than the table has.
-        """
+        """The first ``count`` positions of a 1D table, [count, D]."""
         if count > self.spec.size[0]:
             raise ValueError(f"{count} registers, but the table has {self.spec.size[0]} positions")
         return self.posembs[0, 0, :, :count].T
 
     def grid(self, rows: int, columns: int) -> Tensor:
-        """A patch grid, row-major, [rows * columns, D].
-
-        Raises:
-            ValueError: A grid larger than the table, without interpolation.
-        """
+        """A patch grid, row-major, [rows * columns, D]."""
         high, wide = self.spec.sides
         if not self.spec.interpolate and (rows > high or columns > wide):
             raise ValueError(
@@ -142,11 +134,7 @@ class PatchEmbed(nn.Module):
         self.patch_proj = nn.Linear(channels * patch[0] * patch[1], width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, P, D].
-
-        Raises:
-            ValueError: A size that is no multiple of the patch.
-        """
+        """[B, C, h, w] -> [B, P, D]."""
         p, q = self.patch
         if x.shape[-2] % p or x.shape[-1] % q:
             raise ValueError(f"latents of {list(x.shape[-2:])} cannot be cut into patches of {p} x {q}")

@@ -87,11 +87,7 @@ SIGNATURES: dict[str, dict[str, Callable[[Shapes, int], bool]]] = {
 
 
 def header_config(path: Path, blocks: Sequence[str] = BLOCKS) -> dict[str, Any]:
-    """Config blocks in the header of a safetensors file; values are parsed as literals, never run.
-
-    Raises:
-        CorruptFileError: Not a safetensors file, or a block that is no literal.
-    """
+    """Config blocks in the header of a safetensors file; values are parsed as literals, never run."""
     metadata = read_metadata(path)
     found: dict[str, Any] = {}
     for key in blocks:

@@ -85,11 +85,7 @@ class ConfigReader:
         return self.shapes[part].get(name, {}).get(suffix)
 
     def size(self, node: Node, key: str, part: str, name: str, suffix: str, axis: int) -> int:
-        """A size from the config, else from the shapes.
-
-        Raises:
-            UsageError: Neither has it, or the config has no size there.
-        """
+        """A size from the config, else from the shapes."""
         shape = self.shape(part, name, suffix)
         if node.values.get(key) is not None:
             return node.whole(key)
@@ -219,11 +215,7 @@ def vae_spec(config: dict[str, Any], channels: int, scale: float = 1.0, *, sourc
 
 
 def spec_from_reader(reader: ConfigReader) -> FlexTokSpec:
-    """Everything but the scale of the latents, from config and shapes.
-
-    Raises:
-        UsageError: A value is missing, contradicts the weights, or is of a variant that is not computed.
-    """
+    """Everything but the scale of the latents, from config and shapes."""
     _refuse_variants(reader)
     time = reader.module("decoder", "dec_time_embedder", "frequency_embedding_size", "max_timestep")
     vae = reader.block("vae")

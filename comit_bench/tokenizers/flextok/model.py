@@ -190,11 +190,7 @@ class Encoder(nn.Module):
         )
 
     def sequence(self, latents: Tensor, tokens: int) -> Tensor:
-        """[B, C, h, w] -> [B, P + tokens, D], the trunk's input.
-
-        Raises:
-            ValueError: Latents larger than the positions, or more tokens than registers.
-        """
+        """[B, C, h, w] -> [B, P + tokens, D], the trunk's input."""
         if not 1 <= tokens <= self.spec.registers:
             raise ValueError(f"tokens must be 1..{self.spec.registers}, got {tokens}")
         names, (p, q) = self.module_dict, self.spec.encoder.patch

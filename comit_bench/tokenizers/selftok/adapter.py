@@ -100,9 +100,6 @@ def choose_schedule(
         spec: Of the network.
         stages: Ends of the stages; None is 200, 400, 600, 800, 1000.
         k_per_stage: Tokens per stage; None is what the checkpoint says.
-
-    Raises:
-        UsageError: None is known, or the tokens do not add up.
     """
     if spec.kind == "renderer":
         if stages is not None or k_per_stage is not None:

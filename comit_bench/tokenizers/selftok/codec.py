@@ -52,22 +52,14 @@ def encode_latents(model: Selftok, latents: Tensor, network: FastSelftok | None 
 
 
 def encode(model: Selftok, images: Tensor, network: FastSelftok | None = None) -> Encoded:
-    """Tokenize images float32 [B, 3, S, S] in [-1, 1].
-
-    Raises:
-        ValueError: The network has no VAE, or images larger than the positions.
-    """
+    """Tokenize images float32 [B, 3, S, S] in [-1, 1]."""
     if model.vae is None:
         raise ValueError("this network has no VAE: it takes latents only")
     return encode_latents(model, model.vae.encode(images).float(), network)
 
 
 def time_grid(steps: int) -> Tensor:
-    """Times from 1 to 0, float32 [steps + 1], counted from the nearer end and rounded once.
-
-    Raises:
-        ValueError: Fewer than one step.
-    """
+    """Times from 1 to 0, float32 [steps + 1], counted from the nearer end and rounded once."""
     if steps < 1:
         raise ValueError(f"the number of sampling steps must be at least 1, got {steps}")
     width = torch.tensor(-1.0 / steps, dtype=torch.float32).double()
@@ -137,11 +129,7 @@ def render(model: Selftok, codes: Tensor, network: FastSelftok | None = None) ->
 
 
 def decode_latents(model: Selftok, latents: Tensor) -> Tensor:
-    """Scaled latents -> images [B, 3, S, S] in [0, 1], float32.
-
-    Raises:
-        ValueError: The network has no VAE.
-    """
+    """Scaled latents -> images [B, 3, S, S] in [0, 1], float32."""
     if model.vae is None:
         raise ValueError("this network has no VAE: it makes latents only")
     pixels = observe("pixels", model.vae.decode(latents))  # clamping would hide an infinity

@@ -148,11 +148,7 @@ class _Node(Node):
 
 
 def _numbers(value: object, what: str) -> tuple[int, ...]:
-    """``"200,400"``, ``[200, 400]`` or ``200`` -> whole numbers.
-
-    Raises:
-        UsageError: Something else.
-    """
+    """``"200,400"``, ``[200, 400]`` or ``200`` -> whole numbers."""
     parts = value if isinstance(value, list | tuple) else str(value).split(",")
     try:
         return tuple(int(str(part).strip()) for part in parts)
@@ -161,11 +157,7 @@ def _numbers(value: object, what: str) -> tuple[int, ...]:
 
 
 def read_schedule(stages: object, counts: object, what: str) -> Schedule:
-    """Stage ends and tokens per stage, as text or lists.
-
-    Raises:
-        UsageError: They make no schedule.
-    """
+    """Stage ends and tokens per stage, as text or lists."""
     try:
         return Schedule(ends=_numbers(stages, what), counts=_numbers(counts, what))
     except UsageError:
@@ -189,11 +181,7 @@ def _schedule(config: Mapping[str, Any], tokens: int, source: Path) -> Schedule 
 
 
 def vae_spec(config: Mapping[str, Any], source: Path) -> KLVaeSpec:
-    """Sizes of a VAE from its constructor arguments (a diffusers ``config.json``).
-
-    Raises:
-        UsageError: Another latent scale than the one that SelfTok's latents have.
-    """
+    """Sizes of a VAE from its constructor arguments (a diffusers ``config.json``)."""
     node = Node(config, source)
     for key, wanted in (("scaling_factor", SD3_VAE.scale), ("shift_factor", SD3_VAE.shift)):
         stated = config.get(key)
@@ -267,9 +255,6 @@ def spec_from_config(
         shapes: Key -> shape of the tensors.
         source: File named in errors.
         vae: Sizes of the VAE, or None for a network of latents only.
-
-    Raises:
-        UsageError: They contradict each other, say too little, or ask for an unreleased kind of network.
     """
     top, codes = _Node(config, "", source), _Node(config, "quantizer", source)
     kind = "renderer" if is_renderer(shapes) else "diffusion"

@@ -178,11 +178,7 @@ def context_table(count: int, width: int) -> Tensor:
 
 
 def central_crop(table: Tensor, rows: int, columns: int) -> Tensor:
-    """The middle of a square table of positions: [1, G^2, D] -> [1, rows * columns, D].
-
-    Raises:
-        ValueError: More rows or columns than the table has.
-    """
+    """The middle of a square table of positions: [1, G^2, D] -> [1, rows * columns, D]."""
     side = math.isqrt(table.shape[1])
     if rows > side or columns > side:
         raise ValueError(f"{rows} x {columns} patches, but the position table is {side} x {side}")
@@ -354,11 +350,7 @@ class Encoder(nn.Module):
 
 
 def count_patches(latents: Tensor, patch: int) -> tuple[int, int]:
-    """Rows and columns of patches.
-
-    Raises:
-        ValueError: Not a whole number of them.
-    """
+    """Rows and columns of patches."""
     high, wide = latents.shape[-2:]
     if high % patch or wide % patch:
         raise ValueError(f"latents of {high} x {wide} cannot be cut into patches of {patch} x {patch}")

@@ -127,12 +127,7 @@ def _pixels(reduced: Node) -> VqganSpec:
 
 
 def spec_from_config(config: Mapping[str, Any], source: Path) -> TitokSpec:
-    """Read a released (or our own) ``config.json``.
-
-    Raises:
-        UsageError: A node or value is missing, of another type or out of range, or describes a model that
-            is not discrete.
-    """
+    """Read a released (or our own) ``config.json``."""
     top = Node(config, source)
     node, images = top.node("model.vq_model", IS_IT), top.node("dataset.preprocessing", IS_IT)
     node.check_keys(VQ_KEYS, unread=("commitment_cost",))

@@ -70,11 +70,7 @@ SETTINGS = (
 
 
 def spec_from_config(config: Mapping[str, Any], source: Path) -> VqGridSpec:
-    """Read ``config.json``.
-
-    Raises:
-        UsageError: Another family, or a size that is missing, unknown, of another type or does not fit.
-    """
+    """Read ``config.json``."""
     if config.get("family") != FAMILY.name or not isinstance(config.get("model"), dict):
         raise UsageError(f"{source}: expected family {FAMILY.name!r} and a node 'model' with the sizes")
     node = Node(config, source).node("model")
