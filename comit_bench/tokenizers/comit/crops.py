@@ -103,7 +103,7 @@ class CropPolicy:
     def indices(
         self, batch: int, generators: Sequence[torch.Generator] | None = None, *, cells: int = CELLS
     ) -> Tensor:
-        """Crop of every step and image, int64 [steps, B]; ``GLOBAL`` or 0..``cells`` - 1. Not for adaptive."""
+        """Crop of every step and image, int64 [steps, B]: ``GLOBAL`` or below ``cells``. Not for adaptive."""
         first = int(self.global_crop)
         if self.order == "raster":
             table = torch.arange(cells + first)[:, None].expand(-1, batch)
