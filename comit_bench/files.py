@@ -51,6 +51,8 @@ def cache_root() -> Path:
     """
     override = os.environ.get(CACHE_VARIABLE)
     if override:
+        if not override.isprintable():  # it stands in messages, and in files that are UTF-8
+            raise UsageError(f"{CACHE_VARIABLE} {shown(override)}: expected a path in readable letters")
         return user_path(override, CACHE_VARIABLE)
     from platformdirs import user_cache_path
 
@@ -656,11 +658,8 @@ def user_path(text: str | Path, what: str = "path") -> Path:
     if not str(text) or "\0" in str(text):
         raise UsageError(f"{what} {shown(str(text))}: {'empty' if not str(text) else 'a NUL in it'}, no path")
     try:
-        str(text).encode("utf-8")
         path = Path(text).expanduser()
         path.stat()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{what} {shown(str(text))}: not valid UTF-8. Rename it.") from error
     except RuntimeError as error:
         raise UsageError(f"{what} {shown(str(text))}: there is no such home directory ({error})") from error
     except OSError as error:
