@@ -591,7 +591,7 @@ def check_folder(folder: Path) -> None:
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     if not there.is_dir():
-        raise UsageError(f"{folder}: {there} is a file, where a folder is expected. Choose another name.")
+        raise UsageError(f"{folder}: {there} is not a folder. Choose another name.")
 
 
 def require_file(path: Path) -> None:

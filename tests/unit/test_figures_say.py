@@ -305,7 +305,7 @@ def test_long_names_that_differ_at_the_end_stay_different() -> None:
 def test_one_photo_costs_one(nano: Any, scenes: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that the network sees for one image: one per look, nothing is padded."""
     rows: dict[str, list[int]] = {"messages": [], "one_step": [], "decode": []}
-    messages, one_step = type(nano).messages, type(nano).one_step
+    messages, one_step = type(nano)._messages, type(nano).one_step
 
     def watched_messages(self: Any, images: torch.Tensor, *rest: Any, **more: Any) -> Any:
         rows["messages"].append(len(images))
@@ -322,7 +322,7 @@ def test_one_photo_costs_one(nano: Any, scenes: Inputs, monkeypatch: pytest.Monk
     import comit_bench.tokenizers.comit.adapter as adapter
 
     whole = adapter.decode
-    monkeypatch.setattr(type(nano), "messages", watched_messages)
+    monkeypatch.setattr(type(nano), "_messages", watched_messages)
     monkeypatch.setattr(type(nano), "one_step", watched_step)
     monkeypatch.setattr(adapter, "decode", watched_decode)
     one = replace(scenes, names=scenes.names[:1], images=scenes.images[:1], paths=scenes.paths[:1])

@@ -12,8 +12,9 @@ from kills import leftovers, run_and_die
 from tiny import write_images, write_recipes
 from typer.testing import CliRunner
 
-from comit_bench import load_tokenizer, run
+from comit_bench import load_tokenizer
 from comit_bench.commands.app import app
+from comit_bench.commands.options import data_root_from
 from comit_bench.errors import BenchError, UsageError
 from comit_bench.pipeline.folders import tokenize_folder
 from comit_bench.probing import pool
@@ -93,7 +94,7 @@ def test_nobody_has_a_home(root: Path, monkeypatch: pytest.MonkeyPatch, command:
 def test_the_data_root_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMIT_BENCH_DATA", "~no-such-user/data")
     with pytest.raises(UsageError, match=r"COMIT_BENCH_DATA .*no-such-user/data.*home"):
-        run.data_root_from(None)
+        data_root_from(None)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
