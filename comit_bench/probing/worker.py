@@ -32,13 +32,16 @@ class _Pickler(pickle.Pickler):
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream)
         self.arrays: dict[str, NDArray[Any]] = {}
+        self.seen: list[object] = []  # alive while we pickle: what is gone leaves its number to another
 
     def persistent_id(self, value: Any) -> tuple[str, str] | None:
         if not isinstance(value, torch.Tensor | np.ndarray):
             return None
         kind, array = ("array", value) if isinstance(value, np.ndarray) else ("tensor", value.numpy())
         key = str(id(value))
-        self.arrays[key] = np.ascontiguousarray(array)
+        if key not in self.arrays:
+            self.seen.append(value)
+            self.arrays[key] = np.ascontiguousarray(array)
         return kind, key
 
 

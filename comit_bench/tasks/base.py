@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.errors import UsageError
+from comit_bench.errors import UnsupportedOperation, UsageError
 from comit_bench.nn.ranks import Ranks
 from comit_bench.probing.fit import FitResult, MessageSource, ProgressCallback
 from comit_bench.probing.pool import Fittable, ProbePool, fit_seeds
@@ -224,7 +224,7 @@ class Task:
 
     def majority(self, inputs: Inputs) -> Result:
         """For kinds that fit probes: the row of a reader that knows the training labels and no image."""
-        raise NotImplementedError
+        raise UnsupportedOperation(f"kind {inputs.spec.kind!r} does not say what a guesser scores")
 
     def decodings(self, spec: TaskSpec) -> float:
         """For plans: how often each image is decoded, about."""

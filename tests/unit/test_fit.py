@@ -18,6 +18,7 @@ from torch import Tensor
 from comit_bench.errors import BenchError, UsageError
 from comit_bench.probing import fit as fit_module
 from comit_bench.probing import pool as pool_module
+from comit_bench.probing import worker
 from comit_bench.probing.fit import (
     FitProgress,
     FitResult,
@@ -396,3 +397,22 @@ def test_workers_leave_when_their_owner_is_killed(tmp_path: Path) -> None:
     while any(place.exists() for place in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(place.exists() for place in workers)
+
+
+class _Row:
+    """Makes its tensor only while it is pickled: the next one may get the same place in memory."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __getstate__(self) -> Tensor:
+        return torch.full((64,), self.value)
+
+    def __setstate__(self, row: Tensor) -> None:
+        self.value = int(row[0])
+
+
+def test_tensors_that_are_made_while_a_task_is_packed_stay_apart(tmp_path: Path) -> None:
+    rest = worker.pack([_Row(value) for value in range(1, 50)], tmp_path / "data.safetensors")
+    found = worker.unpack(tmp_path / "data.safetensors", rest)
+    assert [row.value for row in found] == list(range(1, 50))
