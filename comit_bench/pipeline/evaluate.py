@@ -136,7 +136,7 @@ def run_job(job: Job, session: Session, *, wait: bool = True) -> Record | None:
             return None
         spent = {"tokenize": tokenized - started, "probe": time.perf_counter() - tokenized}
         record = make_record(result, identity, inputs, settings, spent)
-        record = keep_record(record, result.per_image, settings, replace=mended)
+        record = keep_record(record, result.outcomes, settings, replace=mended)
         remove_folder(work)
         seconds = time.perf_counter() - started
         images = images_of(job, {name: len(split) for name, split in inputs.data.splits.items()}, settings)
@@ -235,13 +235,15 @@ def _measure(job: Job, inputs: Inputs, work: Path, session: Session) -> Result |
 
 
 def _epochs(inputs: Inputs, start: Callable[[str, int, str], Callable[[int], None]]) -> ProgressCallback:
-    """Epochs of all seeds in one progress bar."""
+    """Epochs of all fits in one progress bar; one that stops early counts as if it had not."""
     most, seen = inputs.spec.probe.max_epochs, dict[int, int]()
-    advance = start("probing", len(inputs.seeds) * most, "epochs")
+    fits = len(inputs.seeds) * inputs.spec.split.folds * max(1, len(inputs.learning_rates))
+    advance = start("probing", fits * most, "epochs")
 
     def progress(state: FitProgress) -> None:
+        before = seen.get(state.seed, 0) if state.log.epoch > 1 else 0
         epochs = most if state.finished else state.log.epoch
-        advance(epochs - seen.get(state.seed, 0))
+        advance(epochs - before)
         seen[state.seed] = epochs
 
     return progress

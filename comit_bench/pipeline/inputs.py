@@ -62,6 +62,7 @@ def inputs_of(job: Job, data: OpenData, session: Session) -> Inputs:
         device=session.device,
         pool=session.pool if on_cpu and probed else None,
         workers=None if on_cpu else 1,
+        learning_rates=settings.probe_lr if probed else (),
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
         ranks=session.ranks,
@@ -88,6 +89,8 @@ def protocol_of(job: Job, tokenizer: Tokenizer | None, inputs: Inputs, settings:
         "seeds": inputs.seeds,
         **find_task(spec).protocol(replace(inputs, tokenizer=tokenizer)),
     }
+    if inputs.learning_rates:
+        protocol["probe_lr"] = list(inputs.learning_rates)
     if inputs.control is not None:
         protocol["control"] = inputs.control
     if settings.limit is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,8 @@ class Settings:
         num_workers: Image-reading processes.
         overwrite: What to do about records that exist: keep them (``only-missing``), stop there (``never``),
             or measure again from the images on, with new tokens (``always``).
+        probe_lr: Learning rates to try for every probe, the best on early-stop images counts; empty is the
+            recipe's alone.
         control: None, ``permute-labels``, ``shuffle-tokens`` or ``bag-of-tokens``.
         offline: Never ask a hub.
         include: Further recipe directories.
@@ -77,6 +80,7 @@ class Settings:
     batch_size: int = 64
     num_workers: int = 0
     overwrite: Overwrite = "only-missing"
+    probe_lr: tuple[float, ...] = ()
     control: str | None = None
     offline: bool = False
     include: tuple[Path, ...] = ()
@@ -93,6 +97,11 @@ class Settings:
             if value is not None and (value < least or (most is not None and value > most)):
                 bounds = f"at least {least}" if most is None else f"from {least} to {most}"
                 raise UsageError(f"--{name} must be {bounds}, got {shown(value)}")
+        for rate in self.probe_lr:
+            if not 0 < rate < math.inf or self.probe_lr.count(rate) > 1:
+                raise UsageError(
+                    f"--probe-lr {shown(rate)}: expected different learning rates above 0, e.g. 1e-4,3e-4,1e-3"
+                )
         if self.control is not None and self.control not in CONTROLS:
             raise UsageError(
                 f"--control {shown(self.control)}: unknown control; one of {', '.join(CONTROLS)}."

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from comit_bench.data.split import OpenData
 from comit_bench.errors import BenchError
-from comit_bench.files import atomic_path, digest_json, locked, write_atomic
+from comit_bench.files import digest_json, locked, write_atomic
 from comit_bench.pipeline.jobs import Job, Reference, Settings
 from comit_bench.pipeline.messages import broken_images
 from comit_bench.recipes.reading import read_json
+from comit_bench.results.outcomes import Outcomes, outcomes_path, write_outcomes
 from comit_bench.results.records import find_record, record_path, save_record
 from comit_bench.results.schema import (
     Counts,
@@ -37,7 +36,13 @@ from comit_bench.tokenizers.base import Tokenizer
 from comit_bench.tokenizers.load import resolve_device
 
 FURTHEST = 4  # times as many images as were measured: beyond that the time of a job is unknown
-NOTES = ("best_epoch", "epochs_run", "left_out")  # of a result's remarks, those that a record keeps
+NOTES = (
+    "best_epoch",
+    "epochs_run",
+    "left_out",
+    "learning_rate",
+    "learning_rates",
+)  # of a result's remarks, those that a record keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,7 @@ def make_record(
         timings=timings,
         notes=tuple(notes),
         details=dict(result.details),
+        unconverged=result.unconverged,
     )
 
 
@@ -137,16 +143,16 @@ def device_name(device: torch.device) -> str:
 
 
 def keep_record(
-    record: Record, per_image: Mapping[str, Any] | None, settings: Settings, *, replace: bool = False
+    record: Record, outcomes: Outcomes | None, settings: Settings, *, replace: bool = False
 ) -> Record:
-    """Write a record and, before it, its numbers per image as Parquet beside it.
+    """Write a record and, before it, its outcomes beside it.
 
     If another process has written the same record meanwhile, that one is kept, unless records are always
     replaced.
 
     Args:
         record: What was measured.
-        per_image: Columns of one entry per image, or None.
+        outcomes: What every image contributed, or None.
         settings: Where to, and what to do about a record that exists.
         replace: Whether a record that exists is replaced whatever the settings say.
 
@@ -162,11 +168,9 @@ def keep_record(
             found = find_record(settings.records, record.tokenizer, record.task, record.protocol_digest)
             if found is not None:
                 return found
-        if per_image is not None:
-            path = record_path(settings.records, record).with_suffix(".parquet")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as partial:
-                pq.write_table(pa.table(dict(per_image)), partial, compression="zstd")
+        if outcomes is not None:
+            path = outcomes_path(record_path(settings.records, record))
+            record = record.model_copy(update={"outcomes": write_outcomes(path, outcomes)})
         save_record(settings.records, record, overwrite=replace)
         return record
 

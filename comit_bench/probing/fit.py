@@ -45,12 +45,14 @@ class MessageSource:
         read: rows int64 [n] -> float [n, K, d]; needs ``count``.
         count: N, with ``read``.
         orders: int64 [N, K], a permutation of the positions of every message, or None.
+        moments: Mean and deviation [d] that codes are standardised with, or None.
     """
 
     codes: Tensor | None = None
     read: Callable[[Tensor], Tensor] | None = None
     count: int | None = None
     orders: Tensor | None = None
+    moments: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if (self.codes is None) == (self.read is None) or (self.read is None) != (self.count is None):
@@ -63,8 +65,9 @@ class MessageSource:
 
     @property
     def plain(self) -> bool:
-        """Whether ``codes`` is all there is: float32, nothing to read, nothing to reorder."""
-        return self.codes is not None and self.codes.dtype == torch.float32 and self.orders is None
+        """Whether ``codes`` is all there is: float32, nothing to read, reorder or standardise."""
+        done = self.orders is None and self.moments is None
+        return self.codes is not None and self.codes.dtype == torch.float32 and done
 
     def take(self, rows: Tensor) -> Tensor:
         """Codes of the selected messages: int64 [n] -> float32 [n, K, d]."""
@@ -76,7 +79,11 @@ class MessageSource:
         if self.orders is not None:
             order = self.orders[rows.cpu()].to(picked.device)  # [n, K]
             picked = picked.gather(1, order[:, :, None].expand_as(picked))
-        return picked.float()
+        picked = picked.float()
+        if self.moments is not None:
+            mean, std = (moment.to(picked.device) for moment in self.moments)
+            picked = (picked - mean) / std
+        return picked
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -124,6 +131,26 @@ class Split:
         step = max(1, EVAL_TOKENS // length)
         codes = torch.cat([self.messages.take(part).cpu() for part in slices(rows, step)])
         return Split(MessageSource(codes=codes), self.chosen().cpu())
+
+
+def moments(split: Split) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every code dimension over all tokens of a split, float32 [d] each.
+
+    A dimension that never changes gets the deviation 1.
+    """
+    rows = split.index()
+    length, dim = split.code_shape()
+    count, mean, squares = 0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
+    for part in slices(rows, max(1, EVAL_TOKENS // length)):
+        codes = split.messages.take(part).double().cpu().flatten(0, 1)  # [m K, d]
+        new = count + len(codes)
+        own = codes.mean(dim=0)
+        squares += (codes - own).square().sum(dim=0) + (own - mean).square() * (count * len(codes) / new)
+        mean += (own - mean) * (len(codes) / new)
+        count = new
+    std = (squares / count).sqrt()
+    std[std <= 1e-7 * mean.abs().clamp_min(1e-30)] = 1.0
+    return mean.float(), std.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +214,7 @@ class FitResult:
         best_epoch: Number of the best epoch, from 1.
         seconds: Wall time.
         outputs: float32 [n, C] on the report split at the best epoch; None without one.
+        learning_rate: That it was fitted with.
     """
 
     seed: int
@@ -195,6 +223,12 @@ class FitResult:
     best_epoch: int
     seconds: float
     outputs: Tensor | None = None
+    learning_rate: float = 0.0
+
+    @property
+    def best(self) -> EpochLog:
+        """The best epoch."""
+        return self.history[self.best_epoch - 1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -211,6 +245,8 @@ class FitTask:
         permute_targets: The control: targets of ``train`` and ``early_stop`` are shuffled together
             before the fit, for every seed in another way. No message may belong to both.
         positions: False is the control ``bag-of-tokens``: the probe gets no positions.
+        standardise: Whether every dimension of the codes is brought to mean 0 and deviation 1 over the
+            training messages, so that the size of codes decides nothing.
     """
 
     spec: ProbeSpec
@@ -221,6 +257,7 @@ class FitTask:
     objective: Objective = CLASSIFICATION
     permute_targets: bool = False
     positions: bool = True
+    standardise: bool = True
 
     def check(self) -> None:
         """Refuse empty splits."""
@@ -240,6 +277,16 @@ class FitTask:
         given = {name: split for name in _SPLITS if (split := getattr(self, name)) is not None}
         held = {name: split.in_memory() for name, split in given.items()}
         return None if None in held.values() else replace(self, **held)
+
+    def standardised(self) -> Self:
+        """The task with standardised codes; itself when they are already."""
+        if not self.standardise:
+            return self
+        found = moments(self.train)
+        given = {name: split for name in _SPLITS if (split := getattr(self, name)) is not None}
+        sources = {id(split.messages): replace(split.messages, moments=found) for split in given.values()}
+        splits = {name: replace(split, messages=sources[id(split.messages)]) for name, split in given.items()}
+        return replace(self, **splits, standardise=False)
 
     def begin(self, seed: int, device: torch.device) -> Fit:
         """A fit of which no epoch has been done."""
@@ -265,7 +312,7 @@ class FitTask:
         self.check()
         place = torch.device(device)
         with one_thread() if place.type == "cpu" else nullcontext():
-            return self.begin(seed, place).run(progress)
+            return self.standardised().begin(seed, place).run(progress)
 
 
 def keyed_generator(*key: object) -> torch.Generator:
@@ -428,6 +475,7 @@ class Fit(ABC):
             best_epoch,
             time.perf_counter() - start,
             None if outputs is None else outputs.cpu(),
+            spec.learning_rate,
         )
 
 

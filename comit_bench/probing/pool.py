@@ -45,6 +45,8 @@ class Fittable(Protocol):
 
     def held(self) -> Self | None: ...
 
+    def standardised(self) -> Self: ...
+
     def fit(
         self, seed: int, *, device: str | torch.device = "cpu", progress: ProgressCallback | None = None
     ) -> FitResult: ...
@@ -233,6 +235,7 @@ def fit_seeds(
     if not seeds:
         raise ValueError("fit_seeds needs at least one seed")
     task.check()
+    task = task.standardised()
     held = task.held()
     with ExitStack() as stack:
         count = min(len(seeds), workers or usable_cores())

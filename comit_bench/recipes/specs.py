@@ -84,11 +84,16 @@ class EarlyStopSpec(SpecModel):
 
 
 class SplitSpec(SpecModel):
-    """Which split plays which role."""
+    """Which split plays which role.
+
+    ``folds`` above 1 (kind ``multilabel``): the sets of categories are divided into that many parts, and
+    the report images of each part are answered by probes that were trained on the other parts.
+    """
 
     train: str = "train"
     report: str = "val"
     early_stop: EarlyStopSpec = EarlyStopSpec()
+    folds: Annotated[int, Field(ge=1, le=100)] = 1
 
 
 @dataclass(frozen=True, slots=True)

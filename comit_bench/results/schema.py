@@ -1,7 +1,7 @@
-"""What a result record holds (schema 2).
+"""What a result record holds (schema 3).
 
-Schema 2 adds optional keys to schema 1 and changes none: files of either load, and each is written back as
-the schema it came with. An optional key stands in a file only when it says something; a model names those
+Schemas 2 and 3 add optional keys to schema 1 and change none: files of each load, and each is written back
+as the schema it came with. An optional key stands in a file only when it says something; a model names those
 keys in ``OPTIONAL``.
 
 A record holds everything a table prints and everything needed to judge whether two numbers may
@@ -47,12 +47,11 @@ from pydantic import (
 from comit_bench import __version__
 from comit_bench.files import digest_json
 from comit_bench.recipes.kinds import Line
-from comit_bench.seeding import binomial_error, over_seeds
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import TokenizerInfo
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 TOKENIZER_KEY = "tokenizer"
 _TOLERANCE = 1e-6
 
@@ -87,8 +86,9 @@ class Metric(_Model):
     - ``std`` is the sample standard deviation (n - 1) over seeds: how much the fit varies. It is
       what tables print after the ±. None with a single seed.
     - ``stderr`` is the standard error of ``value``: how much it would vary with other images and other
-      seeds, see :func:`comit_bench.seeding.over_seeds`. None for metrics of a whole set (a Fréchet
-      distance). Records made before version 2 of the schema hold the part of the images alone.
+      seeds, see :mod:`comit_bench.metrics.statistics`. None for metrics of a whole set (a Fréchet
+      distance). Records made before version 3 of the schema count clusters of images as independent, and
+      those before version 2 hold the part of the images alone.
 
     Attributes:
         value: Mean over seeds, in ``unit``.
@@ -116,10 +116,9 @@ class Metric(_Model):
         higher_is_better: bool = True,
         chance: float | None = None,
         unit: str = "%",
-        binomial: bool | None = None,
-        sampling: float | None = None,
+        stderr: float | None = None,
     ) -> Metric:
-        """Summarise one value per seed.
+        """Summarise one value per seed, all of the same ``n`` samples.
 
         Args:
             per_seed: At least one value, in ``unit``.
@@ -127,21 +126,12 @@ class Metric(_Model):
             higher_is_better: Direction of the metric.
             chance: Score of guessing, in ``unit``.
             unit: See the class.
-            binomial: Whether the value is a share of samples; default: whether ``unit`` is ``%``.
-            sampling: Error over images of a value that is no share of samples.
-
-        Raises:
-            ValueError: No values, or a share outside 0..100.
+            stderr: Standard error of the mean.
         """
         values = [float(v) for v in per_seed]
-        if unit == "%" if binomial is None else binomial:
-            if not all(0 <= v <= 100 for v in values):
-                raise ValueError(f"shares are in percent, 0 to 100; got {values}")
-            sampling = binomial_error(over_seeds(values, None).mean, n)
-        mean, std, stderr = over_seeds(values, sampling)
         return cls(
-            value=mean,
-            std=std,
+            value=statistics.fmean(values),
+            std=statistics.stdev(values) if len(values) > 1 else None,
             stderr=stderr,
             n=n,
             per_seed=tuple(values),
@@ -174,6 +164,8 @@ class TokenizerRow(_Model):
     published numbers, ``unknown``. The other fields are those of ``TokenizerInfo``.
     """
 
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"group"})
+
     name: Line
     family: Line
     kind: Literal["learned", "baseline", "reference"]
@@ -188,6 +180,7 @@ class TokenizerRow(_Model):
     training_data: str = "unknown"
     code_licence: str = "unknown"
     weights_licence: str = "unknown"
+    group: Line | None = None
 
     @classmethod
     def from_info(cls, info: TokenizerInfo) -> TokenizerRow:
@@ -284,11 +277,13 @@ class Record(_Model):
         origin: ``measured`` here, published in a ``paper``, or our committed ``reference`` run.
         timings: Seconds by stage.
         details: Break-downs that no table prints, e.g. scores by predicate.
+        outcomes: Digest of the file of outcomes beside the record (``comit_bench.results.outcomes``).
+        unconverged: Seeds whose best epoch was the last one allowed: their probes may not have finished.
     """
 
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"details", "incomplete"})
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"details", "incomplete", "outcomes", "unconverged"})
 
-    schema_version: Literal[1, 2] = Field(default=SCHEMA_VERSION, alias="schema")
+    schema_version: Literal[1, 2, 3] = Field(default=SCHEMA_VERSION, alias="schema")
     tokenizer: TokenizerRow
     task: TaskRow
     metrics: Annotated[dict[Line, Metric], Field(min_length=1)]
@@ -308,6 +303,8 @@ class Record(_Model):
     environment: Environment | None = None
     notes: tuple[str, ...] = ()
     details: dict[str, JsonValue] = {}
+    outcomes: Digest | None = None
+    unconverged: tuple[int, ...] = ()
 
     model_config = ConfigDict(populate_by_name=True)
 

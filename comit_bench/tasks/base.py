@@ -19,8 +19,8 @@ from torch import Tensor
 
 from comit_bench.errors import UnsupportedOperation, UsageError
 from comit_bench.nn.ranks import Ranks
-from comit_bench.probing.fit import FitResult, MessageSource, ProgressCallback
-from comit_bench.probing.pool import Fittable, ProbePool, fit_seeds
+from comit_bench.probing.fit import FitResult, FitTask, MessageSource, ProgressCallback
+from comit_bench.probing.pool import ProbePool, fit_seeds
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.tasks.controls import check_control
 from comit_bench.tasks.result import Result
@@ -116,6 +116,7 @@ class Inputs:
         pool: Worker processes, or None.
         workers: Without a pool, the number of processes; None is one per usable core.
         progress: Called after every epoch of every seed.
+        learning_rates: Tried one after the other; empty is the recipe's alone.
         tokenizer: Who is measured; None for a row that sees no image.
         batch_size: Images per call of the tokenizer; no number depends on it.
         num_workers: Image-reading processes.
@@ -137,6 +138,7 @@ class Inputs:
     pool: ProbePool | None = None
     workers: int | None = None
     progress: ProgressCallback | None = None
+    learning_rates: Sequence[float] = ()
     tokenizer: Tokenizer | None = None
     batch_size: int = 64
     num_workers: int = 0
@@ -164,16 +166,27 @@ class Inputs:
             "positions": self.control != "bag-of-tokens",
         }
 
-    def fit(self, task: Fittable) -> list[FitResult]:
-        """One probe per seed; see :func:`~comit_bench.probing.pool.fit_seeds`."""
-        return fit_seeds(
-            task,
-            self.seeds,
-            device=self.device,
-            pool=self.pool,
-            workers=self.workers,
-            progress=self.progress,
-        )
+    def fit(self, task: FitTask) -> Fitted:
+        """One probe per seed, see :func:`~comit_bench.probing.pool.fit_seeds`.
+
+        With several learning rates every seed is fitted with each; the one whose probes do best on the
+        early-stop images is taken for all seeds.
+        """
+        tries: dict[float, list[FitResult]] = {}
+        for rate in self.learning_rates or (task.spec.learning_rate,):
+            tries[rate] = fit_seeds(
+                replace(task, spec=task.spec.model_copy(update={"learning_rate": rate})),
+                self.seeds,
+                device=self.device,
+                pool=self.pool,
+                workers=self.workers,
+                progress=self.progress,
+            )
+        scores = {
+            rate: sum(one.best.stop_score for one in results) / len(results)
+            for rate, results in tries.items()
+        }
+        return Fitted(tries[max(scores, key=scores.__getitem__)], scores, task.spec.max_epochs)
 
     def check(self) -> None:
         """Refuse empty roles before anything is computed."""
@@ -249,21 +262,45 @@ def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:
         )
 
 
-def fit_details(results: Sequence[FitResult], score: str) -> dict[str, Any]:
-    """How the fits went, one entry per seed; scores (in percent) are those of the best epoch.
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Fitted probes, one per seed.
 
-    The train score is a running mean over the epoch, so it lags behind the weights.
-
-    Args:
-        results: One per seed.
-        score: Name of the score the fits stopped by.
+    Attributes:
+        results: In the order of the seeds.
+        tries: Learning rate -> early-stop score in 0..1, mean over the seeds.
+        max_epochs: Most epochs allowed.
     """
-    best = [r.history[r.best_epoch - 1] for r in results]
-    return {
-        "seeds": [r.seed for r in results],
-        "best_epoch": [r.best_epoch for r in results],
-        "epochs_run": [len(r.history) for r in results],
-        "seconds": [r.seconds for r in results],
-        f"train_{score}": [100.0 * log.train_score for log in best],
-        f"early_stop_{score}": [100.0 * log.stop_score for log in best],
-    }
+
+    results: Sequence[FitResult]
+    tries: Mapping[float, float]
+    max_epochs: int
+
+    def outputs(self) -> list[Tensor]:
+        """Outputs on the report images, one per seed."""
+        return [result.outputs for result in self.results if result.outputs is not None]
+
+    def unconverged(self) -> tuple[int, ...]:
+        """Seeds whose best epoch was the last one allowed."""
+        return tuple(one.seed for one in self.results if one.best_epoch == self.max_epochs)
+
+    def details(self, score: str) -> dict[str, Any]:
+        """How the fits went, one entry per seed; scores (in percent) are those of the best epoch.
+
+        The train score is a running mean over the epoch, so it lags behind the weights.
+
+        Args:
+            score: Name of the score the fits stopped by.
+        """
+        found: dict[str, Any] = {
+            "seeds": [one.seed for one in self.results],
+            "best_epoch": [one.best_epoch for one in self.results],
+            "epochs_run": [len(one.history) for one in self.results],
+            "seconds": [one.seconds for one in self.results],
+            f"train_{score}": [100.0 * one.best.train_score for one in self.results],
+            f"early_stop_{score}": [100.0 * one.best.stop_score for one in self.results],
+        }
+        if len(self.tries) > 1:
+            found["learning_rate"] = self.results[0].learning_rate
+            found["learning_rates"] = {f"{rate:g}": 100.0 * mean for rate, mean in self.tries.items()}
+        return found

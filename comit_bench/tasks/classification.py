@@ -5,7 +5,7 @@ recipe names parts of the class names (``red_3`` -> colour, digit), how often th
 likely class is right. Ties between outputs go to the lower class number.
 
 Two yardsticks: ``chance`` beside every metric is the expected value of a uniform guess over the
-classes; :func:`majority_metrics` is the row of a reader that never looks. The control
+classes; :func:`majority_outcomes` is the row of a reader that never looks. The control
 ``permute-labels`` trains on shuffled labels and must land at chance, or the report set leaks. Under it
 a part that is plain to see spreads widely over the seeds: images of one colour get one arbitrary
 answer, so the colours come out right or wrong in tens of percent. Compare with the standard error.
@@ -23,9 +23,9 @@ from torch import Tensor
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import FitTask, Split
 from comit_bench.recipes.kinds import AttributesSpec
-from comit_bench.results.schema import Metric
-from comit_bench.tasks.base import Inputs, Task, check_main_metric, fit_details
-from comit_bench.tasks.result import Result, over_seeds, same_for_all
+from comit_bench.results.outcomes import Outcomes
+from comit_bench.tasks.base import Inputs, Task, check_main_metric
+from comit_bench.tasks.result import Result
 
 TOP5_FROM = 10  # with fewer classes the top five say little
 
@@ -64,12 +64,8 @@ def _rank(outputs: Tensor, labels: Tensor) -> Tensor:
     return ((outputs > truth) | ((outputs == truth) & lower)).sum(dim=1)
 
 
-def _percent(right: Tensor) -> float:
-    return 100.0 * int(right.sum()) / right.shape[0]
-
-
-def score_outputs(outputs: Tensor, labels: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Metrics of one fitted probe, in percent.
+def score_outputs(outputs: Tensor, labels: Tensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What every image contributes to each metric, bool [n].
 
     Args:
         outputs: float [n, C].
@@ -77,12 +73,12 @@ def score_outputs(outputs: Tensor, labels: Tensor, parts: Mapping[str, Tensor]) 
         parts: From :func:`class_parts`.
     """
     rank = _rank(outputs, labels)
-    scores = {"top1": _percent(rank < 1)}
+    scores = {"top1": rank < 1}
     if outputs.shape[1] >= TOP5_FROM:
-        scores["top5"] = _percent(rank < 5)
+        scores["top5"] = rank < 5
     guess = outputs.argmax(dim=1)
     for field, numbers in parts.items():
-        scores[field] = _percent(numbers[guess] == numbers[labels])
+        scores[field] = numbers[guess] == numbers[labels]
     return scores
 
 
@@ -108,13 +104,10 @@ def _most_frequent(labels: Tensor, classes: int) -> Tensor:
     return torch.argsort(torch.bincount(labels, minlength=classes), descending=True, stable=True)
 
 
-def majority_metrics(
-    train_labels: Tensor,
-    report_labels: Tensor,
-    class_names: Sequence[str],
-    attributes: AttributesSpec | None = None,
-) -> dict[str, Metric]:
-    """The reference row of a reader that never looks at the image.
+def majority_outcomes(
+    train_labels: Tensor, report_labels: Tensor, classes: int, parts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The reference row of a reader that never looks at the image: bool [n] by metric.
 
     For each metric it answers what was most frequent in training: a class (``top1``), the five most
     frequent classes (``top5``), a part (each attribute). Ties go to the lowest number.
@@ -122,19 +115,17 @@ def majority_metrics(
     Args:
         train_labels: int64 [N].
         report_labels: int64 [n].
-        class_names: C names.
-        attributes: As in the recipe.
+        classes: C.
+        parts: From :func:`class_parts`.
     """
-    classes, parts = len(class_names), class_parts(class_names, attributes)
-    train, report = _checked("training", train_labels, classes), _checked("report", report_labels, classes)
-    order, levels = _most_frequent(train, classes), chance_levels(report, classes, parts)
-    scores = {"top1": _percent(report == order[0])}
+    order = _most_frequent(train_labels, classes)
+    scores = {"top1": report_labels == order[0]}
     if classes >= TOP5_FROM:
-        scores["top5"] = _percent(torch.isin(report, order[:5]))
+        scores["top5"] = torch.isin(report_labels, order[:5])
     for field, numbers in parts.items():
-        favourite = _most_frequent(numbers[train], int(numbers.max()) + 1)[0]
-        scores[field] = _percent(numbers[report] == favourite)
-    return {name: over_seeds([value], len(report), chance=levels[name]) for name, value in scores.items()}
+        favourite = _most_frequent(numbers[train_labels], int(numbers.max()) + 1)[0]
+        scores[field] = numbers[report_labels] == favourite
+    return scores
 
 
 def _checked(name: str, labels: Tensor, classes: int) -> Tensor:
@@ -160,12 +151,15 @@ class Classification(Task):
     """Which of C classes is in the image."""
 
     def majority(self, inputs: Inputs) -> Result:
-        """See :func:`majority_metrics`."""
-        labels = _labels(inputs)
-        once = majority_metrics(
-            labels["train"], labels["report"], inputs.data.classes, inputs.spec.attributes
-        )
-        return same_for_all(inputs.seeds, once)
+        """See :func:`majority_outcomes`."""
+        labels, names = _labels(inputs), inputs.data.classes
+        parts = class_parts(names, inputs.spec.attributes)
+        rows = majority_outcomes(labels["train"], labels["report"], len(names), parts)
+        ids, seeds = inputs.roles["report"].ids, inputs.seeds
+        found = Outcomes.same_for_all(ids, seeds, {name: row.numpy() for name, row in rows.items()})
+        levels = chance_levels(labels["report"], len(names), parts)
+        metrics = {name: found.metric(name, chance=levels[name]) for name in rows}
+        return Result(metrics=metrics, outcomes=found)
 
     def run(self, inputs: Inputs) -> Result:
         """Fit one probe per seed and measure it on the report split.
@@ -186,23 +180,32 @@ class Classification(Task):
             )
             for name, role in inputs.roles.items()
         }
-        results = inputs.fit(FitTask(**probing, **splits, outputs=len(names)))
-        scores = [self.score(inputs, r.outputs, labels) for r in results if r.outputs is not None]
-        assert len(scores) == len(inputs.seeds)
-        metrics = {
-            name: over_seeds(
-                [one[name] for one in scores], len(labels), chance=levels.get(name), share=name in levels
-            )
-            for name in scores[0]
-        }
-        return Result(metrics=metrics, extra=fit_details(results, "top1"))
+        fitted = inputs.fit(FitTask(**probing, **splits, outputs=len(names)))
+        scores = [self.score(inputs, outputs, labels) for outputs in fitted.outputs()]
+        said = [[names[guess] for guess in outputs.argmax(dim=1).tolist()] for outputs in fitted.outputs()]
+        found = Outcomes(
+            ids=inputs.roles["report"].ids,
+            seeds=inputs.seeds,
+            values={name: torch.stack([one[name] for one in scores]).double().numpy() for name in scores[0]},
+            columns={"answer": said, "truth": [names[label] for label in labels.tolist()]},
+        )
+        metrics = {name: found.metric(name, chance=levels.get(name)) for name in found.values}
+        return Result(
+            metrics=metrics,
+            extra=fitted.details("top1"),
+            outcomes=found,
+            unconverged=fitted.unconverged(),
+        )
 
-    def score(self, inputs: Inputs, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Metrics of one fitted probe, in percent; what a kind with a metric of its own adds to.
+    def score(self, inputs: Inputs, outputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What every image contributes to each metric; a kind with a metric of its own adds to it.
 
         Args:
             inputs: Of the task.
             outputs: float [n, C] on the report images.
             labels: int64 [n].
+
+        Returns:
+            Metric -> bool or float [n], shares in 0..1.
         """
         return score_outputs(outputs, labels, class_parts(inputs.data.classes, inputs.spec.attributes))

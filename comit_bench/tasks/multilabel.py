@@ -8,7 +8,13 @@ report split:
   measure, for images with exactly two categories); from six columns on;
 - ``top2``: the same among the two highest;
 - ``mAP``: mean over the categories that occur in the report split of the average precision (the mean,
-  over the images that have the category, of the precision at their rank).
+  over the images that have the category, of the precision at their rank). It is no mean over images: its
+  outcomes are the influences of the images (``comit_bench.metrics.statistics.influences``).
+
+Images of one set of categories (a pair) stand or fall together, so they are one cluster in every standard
+error and test. With ``split.folds`` above 1 the sets are divided into that many parts, and the images of a
+part are answered by probes that saw none of its sets in training: every set of the report split is held out
+once, where a single division would rest on few of them.
 
 Equal outputs rank by column for an image, by image for a category. ``chance`` is that of a uniformly
 random order of the *categories that exist* (columns without a category are no candidates for a guesser).
@@ -21,22 +27,26 @@ have it are spread evenly over the rest, so that the expected average precision 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import comb
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from comit_bench.errors import UsageError
+from comit_bench.metrics.statistics import influences
 from comit_bench.probing.fit import FitTask, Objective, Split
 from comit_bench.recipes.specs import TaskSpec
-from comit_bench.results.schema import Metric
-from comit_bench.tasks.base import Inputs, Role, Task, check_main_metric, fit_details
-from comit_bench.tasks.result import Result, over_seeds, same_for_all
+from comit_bench.results.outcomes import Outcomes
+from comit_bench.seeding import seed_for
+from comit_bench.tasks.base import Inputs, Role, Task, check_main_metric
+from comit_bench.tasks.result import Result
 
 TOPS = (5, 2)
 
@@ -53,38 +63,46 @@ def all_within(outputs: Tensor, targets: Tensor, *, k: int) -> Tensor:
     return (found == targets.bool().sum(dim=1)).float()
 
 
-def average_precisions(outputs: Tensor, targets: Tensor) -> dict[int, float]:
-    """Average precision of every column that occurs, in 0..1.
+def average_precision(outputs: Tensor, hits: Tensor) -> tuple[float, Tensor]:
+    """Average precision of one column in 0..1, and the same without each of the images, float64 [n].
 
     Args:
-        outputs: float [n, C].
-        targets: bool [n, C].
+        outputs: float [n].
+        hits: bool [n], at least one is true. Where an image is the only hit, leaving it out changes nothing.
     """
-    found: dict[int, float] = {}
-    ranks = torch.arange(1, outputs.shape[0] + 1, dtype=torch.float64)
-    for column in range(outputs.shape[1]):
-        if not bool(targets[:, column].any()):
-            continue
-        order = outputs[:, column].argsort(descending=True, stable=True)
-        hits = targets[order, column].double()
-        found[column] = float((hits.cumsum(0) / ranks * hits).sum() / hits.sum())
-    return found
+    order = outputs.argsort(descending=True, stable=True)
+    hit = hits[order].double()
+    ranks = torch.arange(1, len(hit) + 1, dtype=torch.float64)
+    before, total = hit.cumsum(0), hit.sum()
+    terms = before / ranks * hit  # precision at every hit
+
+    def below(values: Tensor) -> Tensor:
+        """Sum over all later ranks."""
+        return values.sum() - values.cumsum(0)
+
+    ahead = (ranks - 1).clamp_min(1)  # the rank of later images moves up by one
+    missed = (terms.sum() + below(hit * before * (1 / ahead - 1 / ranks))) / total
+    taken = (terms.sum() - terms + below(hit * ((before - 1) / ahead - before / ranks))) / (total - 1)
+    average = terms.sum() / total
+    left_out = torch.empty_like(terms)
+    left_out[order] = torch.where(hit > 0, taken if total > 1 else average, missed)
+    return float(average), left_out
 
 
-def score_outputs(outputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """All metrics of one fitted probe, in percent.
+def score_outputs(outputs: Tensor, targets: Tensor) -> dict[str, NDArray[np.float64]]:
+    """What every image contributes to each metric, float64 [n]; shares and precisions in 0..1.
 
     Args:
         outputs: float [n, C].
         targets: bool [n, C], every column with a true entry is a category.
     """
     scores = {
-        f"top{k}": 100.0 * float(all_within(outputs, targets, k=k).double().mean())
-        for k in TOPS
-        if k < outputs.shape[1]
+        f"top{k}": all_within(outputs, targets, k=k).double().numpy() for k in TOPS if k < outputs.shape[1]
     }
-    precisions = average_precisions(outputs, targets)
-    scores["mAP"] = 100.0 * sum(precisions.values()) / len(precisions)
+    columns = [c for c in range(outputs.shape[1]) if bool(targets[:, c].any())]
+    found = [average_precision(outputs[:, c], targets[:, c]) for c in columns]
+    value = sum(one for one, _ in found) / len(found)
+    scores["mAP"] = influences(value, torch.stack([rest for _, rest in found]).mean(dim=0).numpy())
     return scores
 
 
@@ -119,7 +137,7 @@ def chance_levels(targets: Tensor, categories: int, columns: int) -> dict[str, f
     return levels
 
 
-def majority_metrics(train: Tensor, report: Tensor, categories: int) -> dict[str, Metric]:
+def majority_outcomes(train: Tensor, report: Tensor, categories: int) -> dict[str, NDArray[np.float64]]:
     """The row of a reader that answers every image with the frequencies of the training labels.
 
     Args:
@@ -128,12 +146,30 @@ def majority_metrics(train: Tensor, report: Tensor, categories: int) -> dict[str
         categories: How many of the columns are categories.
     """
     outputs = train.double().mean(dim=0).expand(report.shape[0], -1)
-    levels = chance_levels(report, categories, report.shape[1])
     scores = score_outputs(outputs, report)
     # All images tie in every column: the expectation over their order, not the order of their ids.
-    scores["mAP"] = levels["mAP"]
-    n = report.shape[0]
-    return {k: over_seeds([v], n, chance=levels[k], share=k != "mAP") for k, v in scores.items()}
+    level = chance_levels(report, categories, report.shape[1])["mAP"] / 100
+    return {**scores, "mAP": np.full(len(report), level)}
+
+
+def names_of_sets(targets: Tensor) -> list[str]:
+    """One name for every image, equal for equal sets of categories: bool [n, C] -> [n]."""
+    return ["+".join(map(str, row.nonzero()[0])) for row in targets.numpy()]
+
+
+def folds_of(names: Sequence[str], count: int) -> NDArray[np.int64]:
+    """The part that every image belongs to: whole sets of categories, dealt out in the order of a hash.
+
+    Args:
+        names: [n], from :func:`names_of_sets`.
+        count: Number of parts.
+
+    Returns:
+        int64 [n], in 0..count - 1.
+    """
+    order = sorted(set(names), key=lambda name: seed_for(0, f"folds/{name}"))
+    fold = {name: place % count for place, name in enumerate(order)}
+    return np.array([fold[name] for name in names], dtype=np.int64)
 
 
 def _targets(role: Role, *, every: bool) -> Tensor:
@@ -151,41 +187,72 @@ class Multilabel(Task):
     """Which categories are in the image."""
 
     def majority(self, inputs: Inputs) -> Result:
-        """See :func:`majority_metrics`."""
+        """See :func:`majority_outcomes`."""
         report = self._report(inputs)
         train = _targets(inputs.roles["train"], every=False)
-        return same_for_all(inputs.seeds, majority_metrics(train, report, _categories(inputs)))
+        rows = majority_outcomes(train, report, _categories(inputs))
+        clusters = names_of_sets(report)
+        ids = inputs.roles["report"].ids
+        return self._result(inputs, report, Outcomes.same_for_all(ids, inputs.seeds, rows, clusters=clusters))
 
     def run(self, inputs: Inputs) -> Result:
-        """Fit one probe per seed and measure it on the report split.
+        """Fit one probe per seed and part, and measure them on the report split.
 
         Raises:
             UsageError: An empty split or label, or a metric or control that does not exist.
             BenchError: A loss is not finite, or a worker was killed.
         """
-        probing = inputs.probing
-        targets = self._report(inputs)
-        levels = chance_levels(targets, _categories(inputs), targets.shape[1])
+        report = self._report(inputs)
+        levels = chance_levels(report, _categories(inputs), report.shape[1])
         check_main_metric(inputs.spec, levels)
-        stop = _stop_score(inputs.spec, levels)
-        splits: dict[str, Any] = {
+        stop, sets = _stop_score(inputs.spec, levels), names_of_sets(report)
+        outputs = torch.empty(len(inputs.seeds), *report.shape)
+        fits = []
+        for task, places in self._fits(inputs, sets, int(stop.removeprefix("top"))):
+            fits.append(inputs.fit(task))
+            outputs[:, places] = torch.stack(fits[-1].outputs())
+        scores = [score_outputs(one, report) for one in outputs]
+        found = Outcomes(
+            ids=inputs.roles["report"].ids,
+            seeds=inputs.seeds,
+            values={name: np.stack([one[name] for one in scores]) for name in levels},
+            clusters=sets,
+        )
+        result = self._result(inputs, report, found)
+        details = [fit.details(stop) for fit in fits]
+        extra = {key: [one[key] for one in details] for key in details[0]} if len(fits) > 1 else details[0]
+        unconverged = {seed for fit in fits for seed in fit.unconverged()}
+        return replace(result, extra=extra, unconverged=tuple(sorted(unconverged)))
+
+    def _fits(self, inputs: Inputs, sets: list[str], k: int) -> Iterator[tuple[FitTask, Tensor]]:
+        """What to fit for every part, and the report images [m] that it answers."""
+        probing, count = inputs.probing, inputs.spec.split.folds
+        splits = {
             name: Split(role.source(), _targets(role, every=True), role.row_tensor())
             for name, role in inputs.roles.items()
         }
-        task = FitTask(
-            **probing,
-            **splits,
-            outputs=targets.shape[1],
-            objective=Objective(binary_cross_entropy, partial(all_within, k=int(stop.removeprefix("top")))),
-        )
-        results = inputs.fit(task)
-        scores = [score_outputs(r.outputs, targets) for r in results if r.outputs is not None]
-        assert len(scores) == len(inputs.seeds)
-        metrics = {
-            k: over_seeds([one[k] for one in scores], len(targets), chance=level, share=k != "mAP")
-            for k, level in levels.items()
-        }
-        return Result(metrics=metrics, extra=fit_details(results, stop))
+        objective = Objective(binary_cross_entropy, partial(all_within, k=k))
+        if count == 1:
+            given: dict[str, Any] = {**splits, "outputs": splits["report"].targets.shape[1]}
+            yield FitTask(**probing, **given, objective=objective), torch.arange(len(sets))
+            return
+        own = {name: names_of_sets(split.chosen()) for name, split in splits.items()}
+        every = sorted({one for names in own.values() for one in names})
+        fold = dict(zip(every, folds_of(every, count).tolist(), strict=True))
+        for number in range(count):
+            parts = {}
+            for name, split in splits.items():
+                inside = torch.tensor([(fold[one] == number) == (name == "report") for one in own[name]])
+                parts[name] = replace(split, rows=split.index()[inside])
+            given = {**parts, "outputs": splits["report"].targets.shape[1]}
+            places = torch.tensor([place for place, one in enumerate(sets) if fold[one] == number])
+            if len(places):
+                yield FitTask(**probing, **given, objective=objective), places
+
+    def _result(self, inputs: Inputs, report: Tensor, found: Outcomes) -> Result:
+        levels = chance_levels(report, _categories(inputs), report.shape[1])
+        metrics = {name: found.metric(name, chance=level) for name, level in levels.items()}
+        return Result(metrics=metrics, outcomes=found)
 
     def _report(self, inputs: Inputs) -> Tensor:
         """The report set's targets."""
