@@ -71,7 +71,7 @@ class Difference(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """Variances of a mean: of the images (``images``, with ``groups`` - 1 degrees), of the units, the rest."""
+    """Variances of a mean: of the images (``groups`` independent ones), of the units, and the rest."""
 
     images: float
     groups: int

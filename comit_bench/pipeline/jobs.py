@@ -100,7 +100,7 @@ class Settings:
         for rate in self.probe_lr:
             if not 0 < rate < math.inf or self.probe_lr.count(rate) > 1:
                 raise UsageError(
-                    f"--probe-lr {shown(rate)}: expected different learning rates above 0, e.g. 1e-4,3e-4,1e-3"
+                    f"--probe-lr {shown(rate)}: expected different numbers above 0, e.g. 1e-4,3e-4,1e-3"
                 )
         if self.control is not None and self.control not in CONTROLS:
             raise UsageError(
