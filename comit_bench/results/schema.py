@@ -96,7 +96,11 @@ class Metric(_Model):
         per_seed: One value per seed in the order of ``Record.seeds``; may be empty when published.
         chance: Score of guessing, in ``unit``; None when there is no such thing.
         unit: ``%``, ``dB``, or empty for plain numbers.
+        unranked: True where rows must not be ranked by it, because it favours some of them by how they
+            were made.
     """
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"unranked"})
 
     value: float
     std: Annotated[float, Field(ge=0)] | None = None
@@ -106,6 +110,7 @@ class Metric(_Model):
     higher_is_better: bool
     chance: float | None = None
     unit: Annotated[str, Field(max_length=12)] = "%"
+    unranked: bool = False
 
     @classmethod
     def from_seeds(
@@ -117,6 +122,7 @@ class Metric(_Model):
         chance: float | None = None,
         unit: str = "%",
         stderr: float | None = None,
+        unranked: bool = False,
     ) -> Metric:
         """Summarise one value per seed, all of the same ``n`` samples.
 
@@ -127,6 +133,7 @@ class Metric(_Model):
             chance: Score of guessing, in ``unit``.
             unit: See the class.
             stderr: Standard error of the mean.
+            unranked: See the class.
         """
         values = [float(v) for v in per_seed]
         return cls(
@@ -138,6 +145,7 @@ class Metric(_Model):
             higher_is_better=higher_is_better,
             chance=chance,
             unit=unit,
+            unranked=unranked,
         )
 
     @model_validator(mode="after")

@@ -239,17 +239,17 @@ def readout(patterns: Patterns) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Score:
-    """One score with its null and its error; shares in 0..1.
+    """One score with its null; shares in 0..1.
 
     Attributes:
         value: As measured.
         null: Of every draw of the null, [draws].
-        stderr: Standard error over the scenes (jackknife); None with a single scene.
+        left_out: Without each of the scenes, float64 [n].
     """
 
     value: float
     null: Floats
-    stderr: float | None
+    left_out: Floats
 
     @property
     def chance(self) -> float:
@@ -276,7 +276,7 @@ def score_groups(patterns: Patterns, groups: Sequence[Sequence[int]], *, draws: 
 
     null = [told(chosen.permuted(o).profiles()) for o in permutations_within(scenes, edits, draws, seed)]
     left_out = [told(chosen.profiles_without(scene)) for scene in range(scenes)]
-    return Score(told(chosen.profiles()), np.array(null), jackknife(left_out))
+    return Score(told(chosen.profiles()), np.array(null), np.array(left_out))
 
 
 def permutations_within(scenes: int, edits: int, draws: int, seed: int) -> list[Ints]:
@@ -286,9 +286,35 @@ def permutations_within(scenes: int, edits: int, draws: int, seed: int) -> list[
     return [rng.permuted(table, axis=1) for _ in range(draws)]
 
 
-def jackknife(left_out: Sequence[float]) -> float | None:
-    """Standard error from the values without each of the scenes."""
-    count = len(left_out)
-    if count < 2:
-        return None
-    return float(np.sqrt((count - 1) * np.var(left_out)))
+def object_gaps(patterns: Patterns, pairs: Pairs) -> Floats:
+    """How much more alike two edits of one object are than edits of two objects, by scene, float64 [n].
+
+    Of a scene, every two edits of *different attributes* are compared by the cosine of their patterns (0 to
+    1). The gap is the mean over those that edit the same object minus the mean over those that edit
+    different objects: 1 where each object has positions of its own, 0 where the object makes no difference.
+    Attributes differ on both sides, so a message that knows attributes only is at 0 as well. Edits of no
+    object (the background) are left out. For an edit that changes nothing the mean of all patterns stands in,
+    as in the profiles.
+
+    Permuting the edits' names within a scene makes both means the mean over all pairs in expectation, so
+    chance is exactly 0. A scene without pairs of both sorts has no gap (NaN), whoever is measured.
+    """
+    parts = [name.split(SEPARATOR) for name in pairs.edits]
+    edits = [f for f, names in enumerate(parts) if len(names) == 2]
+    attributes, objects = (np.array([parts[f][place] for f in edits]) for place in (0, 1))
+    mean = patterns.share.sum(axis=(0, 1)) / max(int(patterns.active.sum()), 1)
+    filled = np.where(patterns.active[:, edits, None], patterns.share[:, edits], mean)
+    length = np.linalg.norm(filled, axis=-1, keepdims=True)
+    unit = filled / np.where(length > 0, length, 1.0)  # [n, E, K]
+    first, second = np.triu_indices(len(edits), k=1)
+    different = attributes[first] != attributes[second]
+    first, second = first[different], second[different]
+    cosine = (unit @ unit.swapaxes(1, 2))[:, first, second]  # [n, pairs]
+    present = patterns.present[:, edits]
+    there, same = present[:, first] & present[:, second], objects[first] == objects[second]
+
+    def mean_over(chosen: Bools) -> Floats:
+        mean: Floats = np.ma.masked_array(cosine, ~chosen).mean(axis=1).filled(np.nan)
+        return mean
+
+    return mean_over(there & same) - mean_over(there & ~same)

@@ -27,7 +27,7 @@ from comit_bench.recipes.specs import TaskSpec
 from comit_bench.results.schema import Metric
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.base import Inputs, Task, check_main_metric
-from comit_bench.tasks.result import Result, over_set
+from comit_bench.tasks.result import Result
 from comit_bench.tokenizers.base import Tokenizer
 
 Ids = NDArray[np.int64]
@@ -215,20 +215,22 @@ def count_use(ids: Ids, vocab: int, spec: CodebookSpec) -> CodebookUse:
     )
 
 
-def summary(use: CodebookUse) -> Result:
-    """Metrics and details of what was counted."""
+def summary(use: CodebookUse, seeds: int = 1) -> Result:
+    """Metrics and details of what was counted; none is a mean over images, and every seed has the same."""
     even = even_entropy(use.images, use.vocab)
     percent = 100.0 * even_unused(use.draws, use.vocab)
     pairs = use.information
+
+    def counted(value: float, unit: str, chance: float, *, more: bool = True) -> Metric:
+        return Metric.from_seeds(
+            [value] * seeds, n=use.images, unit=unit, chance=chance, higher_is_better=more
+        )
+
     metrics: dict[str, Metric] = {
-        "perplexity": over_set(
-            [use.perplexity], use.images, chance=float(2.0 ** even_entropy(use.draws, use.vocab))
-        ),
-        "entropy": over_set([float(use.entropy.mean())], use.images, unit="bits", chance=even),
-        "unused": over_set([100 * use.unused], use.images, unit="%", chance=percent, higher_is_better=False),
-        "mutual_information": over_set(
-            [100 * pairs.share()], use.images, unit="%", chance=0.0, higher_is_better=False
-        ),
+        "perplexity": counted(use.perplexity, "", 2.0 ** even_entropy(use.draws, use.vocab)),
+        "entropy": counted(float(use.entropy.mean()), "bits", even),
+        "unused": counted(100 * use.unused, "%", percent, more=False),
+        "mutual_information": counted(100 * pairs.share(), "%", 0.0, more=False),
     }
     ranked = np.sort(use.counts)[::-1]
     places = np.unique(np.geomspace(1, use.vocab, RANKS).round().astype(np.int64)) - 1
@@ -271,4 +273,5 @@ class Codebook(Task):
         inputs.check()
         assert role.store is not None and role.store.layout.vocab_size is not None
         ids = np.asarray(role.store.ids(role.rows), dtype=np.int64)
-        return summary(count_use(ids, role.store.layout.vocab_size, inputs.spec.codebook))
+        use = count_use(ids, role.store.layout.vocab_size, inputs.spec.codebook)
+        return summary(use, len(inputs.seeds))

@@ -2,25 +2,32 @@
 
 The scenes are painted by us, so the truth is known: every scene comes once more with one object moved,
 recoloured, replaced or removed, and with another background. ``tasks/changes.py`` says what is measured
-on the messages of such pairs; nothing is fitted. Metrics, all in percent:
+on the messages of such pairs; nothing is fitted. Metrics, all in percent but the last:
 
 * ``disentanglement``: what the position of a changed token tells about the edit (all edits).
 * ``object``: the same about the object that was edited, whatever was done to it.
 * ``attribute``: the same about what was done, whichever object it was done to.
-* ``changed``: mean share of the positions that an edit changes; beside it what changes when nothing did.
+* ``changed``: share of the positions that an edit changes, mean over the edits of a scene, then over the
+  scenes; beside it what changes when nothing did.
+* ``object_gap``: within a scene, mean cosine similarity of the patterns of two edits of the same object minus
+  that of two edits of different objects (``changes.object_gaps``), mean over the scenes; -1 to 1, chance 0.
 
-The chance level of the first three is the mean of the null.
+The chance level of the first three is the mean of the null. They are no means over scenes: their outcomes
+are the influences of the scenes (``comit_bench.metrics.statistics.influences``), so that their standard error
+is the jackknife's and two rows are compared scene by scene.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from comit_bench.metrics.statistics import influences
 from comit_bench.recipes.kinds import CounterfactualSpec
-from comit_bench.results.schema import Metric
+from comit_bench.results.outcomes import Outcomes
 from comit_bench.tasks.base import Inputs, Task, check_main_metric
 from comit_bench.tasks.changes import (
     Changes,
@@ -32,14 +39,14 @@ from comit_bench.tasks.changes import (
     grouped,
     information,
     moved_codes,
+    object_gaps,
     pair_up,
     permutations_within,
     readout,
     score_groups,
 )
-from comit_bench.tasks.result import Result, over_set
+from comit_bench.tasks.result import Result
 
-METRICS = ("disentanglement", "object", "attribute", "changed")
 BAND = (2.5, 97.5)  # percentiles of the null's profiles
 
 
@@ -54,6 +61,7 @@ class Assignment:
         band: float64 [3, K], mean, lower and upper percentile of the null's profiles.
         scores: Metric name -> score; ``object`` and ``attribute`` only where there are two or more.
         readout: Share of patterns whose edit the nearest profile names.
+        object_gap: float64 [n], see :func:`object_gaps`.
     """
 
     pairs: Pairs
@@ -62,6 +70,7 @@ class Assignment:
     band: Floats
     scores: dict[str, Score]
     readout: float
+    object_gap: Floats
 
 
 def assign(pairs: Pairs, changes: Changes, spec: CounterfactualSpec) -> Assignment:
@@ -81,6 +90,7 @@ def assign(pairs: Pairs, changes: Changes, spec: CounterfactualSpec) -> Assignme
         band=_band(patterns, spec),
         scores=scores,
         readout=readout(patterns),
+        object_gap=object_gaps(patterns, pairs),
     )
 
 
@@ -92,39 +102,35 @@ def _band(patterns: Patterns, spec: CounterfactualSpec) -> Floats:
 
 
 def changed_share(changes: Changes) -> Floats:
-    """Percent of the positions that change, float64 [n, F]; NaN without a pair. Distances count up to 1."""
-    share = 100.0 * np.minimum(changes.change, 1.0).mean(axis=-1)
+    """Share of the positions that change, float64 [n, F]; NaN without a pair. Distances count up to 1."""
+    share = np.minimum(changes.change, 1.0).mean(axis=-1)
     return np.where(changes.present, share, np.nan)
 
 
-def _as_metric(score: Score, scenes: int) -> Metric:
-    error = None if score.stderr is None else 100 * score.stderr
-    return over_set([100 * score.value], scenes, unit="%", chance=100 * score.chance, sampling=error)
-
-
-def summary(found: Assignment, *, also: Assignment | None = None) -> Result:
-    """Metrics, details and numbers per image.
+def summary(found: Assignment, *, seeds: Sequence[int] = (0,), also: Assignment | None = None) -> Result:
+    """Metrics, details and the outcomes of every scene; nothing is random, so every seed has the same.
 
     Args:
         found: The main measure.
+        seeds: Of the record.
         also: The same on distances of codes, for the details.
     """
-    scenes = len(found.pairs.scenes)
     share, floor = changed_share(found.changes), found.changes.floor
-    by_scene = np.nanmean(share, axis=1)[np.isfinite(share).any(axis=1)]
-    metrics = {name: _as_metric(score, scenes) for name, score in found.scores.items()}
-    metrics["changed"] = over_set(
-        [float(np.nanmean(share))],
-        scenes,
-        unit="%",
-        chance=100.0 * float(np.minimum(floor, 1.0).mean()) if len(floor) else None,
-        higher_is_better=False,
-        sampling=float(by_scene.std(ddof=1)) / len(by_scene) ** 0.5 if len(by_scene) > 1 else None,
-    )
+    values = {name: influences(score.value, score.left_out) for name, score in found.scores.items()}
+    values["changed"] = np.ma.masked_invalid(share).mean(axis=1).filled(np.nan)
+    if np.isfinite(found.object_gap).any():  # there are two objects or more
+        values["object_gap"] = found.object_gap
+    columns = {f"changed/{edit}": share[:, f] for f, edit in enumerate(found.pairs.edits)}
+    outcomes = Outcomes.same_for_all(found.pairs.scenes, seeds, values, columns=columns)
+    metrics = {name: outcomes.metric(name, chance=100 * score.chance) for name, score in found.scores.items()}
+    still = 100 * float(np.minimum(floor, 1.0).mean()) if len(floor) else None
+    metrics["changed"] = outcomes.metric("changed", chance=still, higher_is_better=False)
+    if "object_gap" in values:
+        metrics["object_gap"] = outcomes.metric("object_gap", unit="", chance=0.0)
     details = _details(found)
     if also is not None:
         details["by_distance_of_codes"] = {name: _tell(score) for name, score in also.scores.items()}
-    return Result(metrics=metrics, details=details, per_image=_per_image(found, share))
+    return Result(metrics=metrics, details=details, outcomes=outcomes)
 
 
 def _tell(score: Score) -> dict[str, float]:
@@ -158,7 +164,7 @@ def _details(found: Assignment) -> dict[str, Any]:
         "scores": {name: _tell(score) for name, score in found.scores.items()},
         "most_possible": 100 * min(1.0, float(np.log(columns.shape[0]) / np.log(len(pairs.edits)))),
         "readout": {"value": 100 * found.readout, "chance": 100 / len(pairs.edits)},
-        "changed_by_edit": np.nanmean(changed_share(changes), axis=0).tolist(),
+        "changed_by_edit": (100 * np.nanmean(changed_share(changes), axis=0)).tolist(),
         "noticed_by_edit": (100 * active.sum(axis=0) / changes.present.sum(axis=0)).tolist(),
         "effective_positions_by_edit": _means(effective, active),
         "rate": rate.round(5).tolist(),
@@ -195,17 +201,6 @@ def _means(values: Floats, there: Any) -> list[float | None]:
     ]
 
 
-def _per_image(found: Assignment, share: Floats) -> dict[str, Any]:
-    where = np.argwhere(found.changes.present)
-    scenes, edits = found.pairs.scenes, found.pairs.edits
-    return {
-        "id": [f"{edits[f]}/{scenes[i]}" for i, f in where.tolist()],
-        "scene": [scenes[i] for i in where[:, 0].tolist()],
-        "edit": [edits[f] for f in where[:, 1].tolist()],
-        "changed": share[where[:, 0], where[:, 1]],
-    }
-
-
 class Counterfactual(Task):
     """Which tokens change when one thing in a scene changes."""
 
@@ -219,9 +214,10 @@ class Counterfactual(Task):
         by_code = assign(pairs, moved_codes(codes, pairs), spec)
         assert role.store is not None
         if role.store.layout.vocab_size is None:
-            result = summary(by_code)
+            result = summary(by_code, seeds=inputs.seeds)
         else:
             ids = np.asarray(role.store.ids(role.rows), dtype=np.int64)
-            result = summary(assign(pairs, changed_ids(ids, pairs), spec), also=by_code)
+            by_id = assign(pairs, changed_ids(ids, pairs), spec)
+            result = summary(by_id, seeds=inputs.seeds, also=by_code)
         check_main_metric(inputs.spec, result.metrics)
         return result

@@ -1,10 +1,13 @@
 """Retrieval: are the nearest neighbours of a message of the same class? Paper, Figure 9.
 
 The codes of a message are put end to end; neighbours are those with the least cosine distance among
-all other images of the report split. Nothing is fitted.
+all other images of the report split. Nothing is fitted. Metrics are in percent:
 
 * ``recall@k``: share of the images that have one of their class among the k nearest.
 * ``<part>@k`` for the smallest k: the same for a part of the class name (``red_3`` -> colour, digit).
+* ``recall@k_std``, ``<part>@k_std``: the same after every dimension of every position is brought to mean 0
+  and deviation 1 over all messages of the split. Cosine depends on where the origin lies and on which
+  dimensions are wide; where the two differ much, the geometry of the codes decides and not their content.
 * In the details, for every k: ``precision@k``, the share of the k nearest that are of the class.
 
 Chance is exact for the split's class sizes: what a random order of the other images gives.
@@ -18,7 +21,7 @@ Shape legend: ``n`` images of the report split, ``k`` neighbours, ``K`` message 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +32,14 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import Split
-from comit_bench.results.schema import Metric
+from comit_bench.results.outcomes import Outcomes
 from comit_bench.tasks.base import Inputs, Task, check_main_metric
 from comit_bench.tasks.classification import class_parts
-from comit_bench.tasks.result import Result, over_images
+from comit_bench.tasks.result import Result
 
 CHUNK = 512  # messages on each side of a block of similarities; no number depends on it
 GRID = 10**9  # similarities are whole multiples of 1 / GRID
+STANDARDISED = "_std"  # ends the names of metrics on standardised codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +112,23 @@ def _block(queries: Tensor, mine: Tensor, others: Tensor, theirs: Tensor, count:
     return keys.masked_fill(self_.to(keys.device), torch.iinfo(torch.int64).min)
 
 
+def moments(read: Callable[[Tensor], Tensor], count: int, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """Mean and deviation float64 [K, d] over messages; the deviation of what never changes is 1.
+
+    Args:
+        read: As in :func:`nearest`.
+        count: n.
+        chunk: Messages in memory.
+    """
+    pieces = [torch.arange(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    mean = sum(read(rows).double().sum(dim=0) for rows in pieces) / count
+    assert isinstance(mean, Tensor)
+    squares = sum((read(rows).double() - mean).square().sum(dim=0) for rows in pieces)
+    assert isinstance(squares, Tensor)
+    deviation = (squares / count).sqrt()
+    return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, 1.0)
+
+
 def chance_of_hit(labels: NDArray[np.int64], k: int) -> float:
     """Expected share of samples with one of their label among k others in random order.
 
@@ -128,47 +149,58 @@ def chance_of_share(labels: NDArray[np.int64]) -> float:
     return float(((sizes - 1) / max(len(labels) - 1, 1))[inverse].mean())
 
 
-def _percent(values: NDArray[np.bool_] | NDArray[np.float64], chance: float) -> Metric:
-    return over_images(100.0 * values.astype(np.float64)[None], unit="%", chance=100.0 * chance)
-
-
 def score(
-    found: Neighbours,
+    found: Mapping[str, Neighbours],
     labels: NDArray[np.int64],
     depths: Sequence[int],
-    parts: dict[str, NDArray[np.int64]] | None = None,
+    *,
+    ids: Sequence[str],
+    seeds: Sequence[int],
+    parts: Mapping[str, NDArray[np.int64]],
 ) -> Result:
-    """Metrics of neighbours.
+    """Metrics of neighbours; nothing is random about them, so every seed has the same.
 
     Args:
-        found: At least ``max(depths)`` neighbours.
+        found: End of the metrics' names -> at least ``max(depths)`` neighbours.
         labels: int64 [n], class numbers.
         depths: The k of recall@k.
+        ids: [n].
+        seeds: Of the record.
         parts: Name -> int64 [n], numbers of a part of the class name.
     """
     depths = sorted(set(depths))
-    metrics: dict[str, Metric] = {}
-    per_image: dict[str, Any] = {}
+    values: dict[str, NDArray[Any]] = {}
+    levels: dict[str, float] = {}
     details: dict[str, Any] = {"precision": {}, "parts": {}}
-    same = labels[found.index] == labels[:, None]  # [n, k]
-    for k in depths:
-        hit, share = same[:, :k].any(axis=1), same[:, :k].mean(axis=1)
-        metrics[f"recall@{k}"] = _percent(hit, chance_of_hit(labels, k))
-        details["precision"][f"precision@{k}"] = {
-            "value": 100.0 * float(share.mean()),
-            "chance": 100.0 * chance_of_share(labels),
-        }
-        per_image |= {f"recall@{k}": hit, f"precision@{k}": share}
-    for name, numbers in (parts or {}).items():
-        alike = numbers[found.index] == numbers[:, None]
-        results = {k: _percent(alike[:, :k].any(axis=1), chance_of_hit(numbers, k)) for k in depths}
-        metrics[f"{name}@{depths[0]}"] = results[depths[0]]
-        per_image[f"{name}@{depths[0]}"] = alike[:, : depths[0]].any(axis=1)
-        details["parts"][name] = {
-            f"recall@{k}": {"value": one.value, "chance": one.chance} for k, one in results.items()
-        }
-    per_image["distance"] = found.distance[:, 0]
-    return Result(metrics=metrics, details=details, per_image=per_image)
+    columns: dict[str, Any] = {}
+    for end, near in found.items():
+        for name, numbers in {"recall": labels, **parts}.items():
+            same = numbers[near.index] == numbers[:, None]  # [n, k]
+            hits = {k: same[:, :k].any(axis=1) for k in depths}
+            chances = {k: 100 * chance_of_hit(numbers, k) for k in depths}
+            for k in depths if name == "recall" else depths[:1]:
+                values[f"{name}@{k}{end}"] = hits[k]
+                levels[f"{name}@{k}{end}"] = chances[k]
+            if name == "recall":
+                details["precision"] |= {
+                    f"precision@{k}{end}": {
+                        "value": 100 * float(same[:, :k].mean()),
+                        "chance": 100 * chance_of_share(labels),
+                    }
+                    for k in depths
+                }
+            else:
+                details["parts"].setdefault(name, {}).update(
+                    {
+                        f"recall@{k}{end}": {"value": 100 * float(hits[k].mean()), "chance": chances[k]}
+                        for k in depths
+                    }
+                )
+        columns[f"nearest{end}"] = [ids[first] for first in near.index[:, 0]]
+        columns[f"distance{end}"] = near.distance[:, 0]
+    outcomes = Outcomes.same_for_all(ids, seeds, values, columns=columns)
+    metrics = {name: outcomes.metric(name, chance=level) for name, level in levels.items()}
+    return Result(metrics=metrics, details=details, outcomes=outcomes)
 
 
 class Retrieval(Task):
@@ -180,22 +212,23 @@ class Retrieval(Task):
         labels = np.asarray(role.split.labels[role.images], dtype=np.int64)
         table = class_parts(inputs.data.classes, inputs.spec.attributes)
         parts = {name: numbers.numpy()[labels] for name, numbers in table.items()}
-        named = dict.fromkeys([f"recall@{k}" for k in depths] + [f"{name}@{min(depths)}" for name in parts])
-        check_main_metric(inputs.spec, named)
+        named = [f"recall@{k}" for k in depths] + [f"{name}@{min(depths)}" for name in parts]
+        ends = ("", STANDARDISED)
+        check_main_metric(inputs.spec, dict.fromkeys(name + end for end in ends for name in named))
         if not inputs.ranks.first:
             return None
         messages = Split(role.source(), torch.arange(len(role.kept)), role.row_tensor())
         held = messages.in_memory() or messages
         rows = held.index()
-        found = nearest(
-            lambda positions: held.messages.take(rows[positions]),
-            len(role),
-            max(depths),
-            device=inputs.device,
-            progress=inputs.start("neighbours of", len(role), "images"),
-        )
-        result = score(found, labels, depths, parts)
-        ids = role.ids
-        assert result.per_image is not None
-        result.per_image.update(id=ids, nearest=[ids[first] for first in found.index[:, 0]])
-        return result
+
+        def read(positions: Tensor) -> Tensor:
+            return held.messages.take(rows[positions])
+
+        def search(codes: Callable[[Tensor], Tensor]) -> Neighbours:
+            advance = inputs.start("neighbours of", len(role), "images")
+            return nearest(codes, len(role), max(depths), device=inputs.device, progress=advance)
+
+        found = {"": search(read)}
+        mean, deviation = moments(read, len(role))
+        found[STANDARDISED] = search(lambda positions: (read(positions).double() - mean) / deviation)
+        return score(found, labels, depths, ids=role.ids, seeds=inputs.seeds, parts=parts)

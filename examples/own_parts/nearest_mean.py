@@ -3,8 +3,9 @@
 import torch
 
 from comit_bench.recipes.specs import TaskKind
+from comit_bench.results.outcomes import Outcomes
 from comit_bench.tasks.base import Task
-from comit_bench.tasks.result import Result, over_seeds, same_for_all
+from comit_bench.tasks.result import Result
 
 
 class NearestMean(Task):
@@ -15,10 +16,9 @@ class NearestMean(Task):
         codes = role.source().take(role.row_tensor()).flatten(1)  # [n, K * d]
         labels = torch.from_numpy(role.split.labels[role.images])  # [n]
         means = torch.stack([codes[labels == c].mean(dim=0) for c in range(classes)])
-        right = torch.cdist(codes, means).argmin(dim=1) == labels
-        top1 = over_seeds([100 * right.float().mean().item()], len(labels), chance=100 / classes)
-        result = same_for_all(inputs.seeds, {"top1": top1})
-        return Result(metrics=result.metrics, per_image={"id": role.ids, "right": right.tolist()})
+        right = torch.cdist(codes, means).argmin(dim=1) == labels  # [n], the same for every seed
+        outcomes = Outcomes.same_for_all(role.ids, inputs.seeds, {"top1": right.numpy()})
+        return Result(metrics={"top1": outcomes.metric("top1", chance=100 / classes)}, outcomes=outcomes)
 
 
 KIND = TaskKind("nearest_mean:NearestMean", ("classes",), "top1", probed=False)

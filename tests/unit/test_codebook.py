@@ -63,6 +63,15 @@ def test_even_ids_are_at_chance_in_every_metric() -> None:
     assert result.details["pairs"]["determined"] == 64
 
 
+def test_counts_are_those_of_a_set_and_the_same_for_every_seed() -> None:
+    use = count_use(even_ids(50, 3, 7), 7, CodebookSpec())
+    thrice, once = summary(use, 3), summary(use)
+    assert thrice.outcomes is None
+    for name, metric in thrice.metrics.items():
+        assert metric.per_seed == once.metrics[name].per_seed * 3 and metric.stderr is None
+        assert metric.std == 0 and once.metrics[name].std is None and metric.n == 50
+
+
 def test_plain_mutual_information_is_that_of_scikit_learn_and_far_from_zero() -> None:
     ids = even_ids(300, 2, 400)
     found = excess_information(ids, np.array([[0, 1]]), shuffles=8, seed=0)

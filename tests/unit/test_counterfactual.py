@@ -27,7 +27,9 @@ from comit_bench.tasks.changes import (
     changed_ids,
     information,
     moved_codes,
+    object_gaps,
     pair_up,
+    permutations_within,
     readout,
     score_groups,
 )
@@ -276,17 +278,105 @@ def test_fewer_positions_than_edits_bound_the_score() -> None:
     assert summary(found).details["most_possible"] == pytest.approx(50)
 
 
-def test_the_jackknife_sees_the_spread_over_scenes() -> None:
-    """Its error is that of other draws of scenes, within a factor."""
+def test_outcomes_are_the_jackknife_and_see_the_spread_over_scenes() -> None:
+    """The standard error of a score is the jackknife's, and that of other draws of scenes within a factor."""
     rng = np.random.default_rng(3)
     rate = rng.random((9, 12)) * 0.6
-    values, errors = [], []
+    found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(30):
-        found = patterns(rng.random((40, 9, 12)) < rate)
-        score = score_groups(found, [[f] for f in range(9)], draws=2, seed=0)
-        values.append(score.value)
-        errors.append(score.stderr)
-    assert np.std(values) == pytest.approx(np.mean(errors), rel=0.4)
+        change = (rng.random((40, 9, 12)) < rate).astype(np.float64)
+        changes = Changes(change, np.ones((40, 9), bool), change[:0, 0])
+        assigned = assign(pair_up(names_of(40)), changes, CounterfactualSpec(null_draws=2))
+        result = summary(assigned)
+        assert result.outcomes is not None and result.outcomes.ids == assigned.pairs.scenes
+        for name, metric in result.metrics.items():
+            assert metric.stderr is not None and metric.n == 40
+            found.setdefault(name, []).append((metric.value, metric.stderr))
+        left_out = assigned.scores["object"].left_out
+        jackknife = 100 * math.sqrt(39 / 40 * ((left_out - left_out.mean()) ** 2).sum())
+        assert result.metrics["object"].stderr == pytest.approx(jackknife)
+        assert result.metrics["object"].value == pytest.approx(100 * assigned.scores["object"].value)
+    for name, pairs in found.items():
+        values, errors = np.array(pairs).T
+        assert np.std(values) == pytest.approx(np.mean(errors), rel=0.4), name
+
+
+def test_scores_without_a_scene_are_those_of_the_others() -> None:
+    table = np.random.default_rng(5).random((6, 9, 8)) < 0.4
+    groups = [[f] for f in range(9)]
+    score = score_groups(patterns(table), groups, draws=2, seed=0)
+    for scene in range(6):
+        rest = score_groups(patterns(np.delete(table, scene, axis=0)), groups, draws=2, seed=0)
+        assert score.left_out[scene] == pytest.approx(rest.value)
+
+
+def gaps_by_hand(table: np.ndarray, edits: Sequence[str]) -> list[float]:
+    """The object gap of every scene with plain loops, from changes [n, F, K] that all change something."""
+    gaps = []
+    for scene in table.astype(float):
+        same, cross = [], []
+        for i, one in enumerate(edits):
+            for j, other in enumerate(edits[:i]):
+                if "_" not in one or "_" not in other or one.split("_")[0] == other.split("_")[0]:
+                    continue
+                cosine = scene[i] @ scene[j] / np.linalg.norm(scene[i]) / np.linalg.norm(scene[j])
+                (same if one.split("_")[1] == other.split("_")[1] else cross).append(cosine)
+        gaps.append(float(np.mean(same) - np.mean(cross)))
+    return gaps
+
+
+def gaps_of(table: np.ndarray) -> np.ndarray:
+    """Of changes [n, F, K], edits in the order of ``FACTORS``."""
+    pairs = pair_up(names_of(len(table)))
+    order = [FACTORS.index(edit) for edit in pairs.edits]
+    return object_gaps(patterns(table[:, order]), pairs)
+
+
+def test_the_object_gap_is_that_of_plain_loops() -> None:
+    table = np.random.default_rng(6).random((10, 9, 7)) * (np.arange(9)[:, None] % 2 + 0.1)
+    np.testing.assert_allclose(gaps_of(table), gaps_by_hand(table, FACTORS))
+
+
+@pytest.mark.parametrize(("part", "gap"), [(1, 1.0), (0, 0.0)])
+def test_object_gaps_that_are_known(part: int, gap: float) -> None:
+    """A position for each object: 1. A position for each attribute: 0, as for a hash of the whole image."""
+    known = OBJECTS if part else ATTRIBUTES
+    found = scores_of(lambda scene, edit, k: edit.split("_")[part:][:1] == [known[k]], len(known))
+    metric = summary(found).metrics["object_gap"]
+    assert metric.value == pytest.approx(gap) and metric.chance == 0 and metric.unit == ""
+    hashed = summary(scores_of(lambda scene, edit, k: edit in FACTORS, 16)).metrics["object_gap"]
+    assert hashed.value == pytest.approx(0)
+
+
+def test_the_object_gap_has_chance_0_when_names_are_permuted() -> None:
+    """Objects with positions of their own, some edits unnoticed: 0 in the mean."""
+    rng = np.random.default_rng(7)
+    pairs = pair_up(names_of(40))
+    left = np.array([edit.endswith("left") for edit in pairs.edits])
+    table = rng.random((40, 9, 10)) < np.where(left[:, None] == (np.arange(10) < 5), 0.5, 0.05)
+    table[rng.random((40, 9)) < 0.1] = False
+    change = table.astype(np.float64)
+    seen = Patterns.of(Changes(change, np.ones((40, 9), bool), change[:0, 0]))
+    assert np.mean(object_gaps(seen, pairs)) > 0.2
+    inside = [f for f, edit in enumerate(pairs.edits) if "_" in edit]
+    drawn = []
+    for order in permutations_within(40, len(inside), 400, 0):
+        whole = np.tile(np.arange(9), (40, 1))
+        whole[:, inside] = np.array(inside)[order]
+        drawn.append(np.mean(object_gaps(seen.permuted(whole), pairs)))
+    assert abs(np.mean(drawn)) < 4 * np.std(drawn) / math.sqrt(400) < 0.01
+
+
+def test_scenes_without_pairs_of_both_sorts_have_no_gap() -> None:
+    names = [name for name in names_of(5) if not (name.endswith("00002") and "right" in name)]
+    pairs = pair_up(names)
+    ids = np.random.default_rng(8).integers(0, 2, (len(names), 6))
+    result = summary(assign(pairs, changed_ids(ids, pairs), CounterfactualSpec(null_draws=2)))
+    assert result.outcomes is not None and result.metrics["object_gap"].n == 4
+    assert np.isnan(result.outcomes.values["object_gap"][0]).tolist() == [False, False, True, False, False]
+    still = np.zeros_like(ids)  # nobody notices anything: at chance, not left out
+    quiet = summary(assign(pairs, changed_ids(still, pairs), CounterfactualSpec(null_draws=2)))
+    assert quiet.metrics["object_gap"].value == 0 and quiet.metrics["object_gap"].n == 4
 
 
 def test_readout_is_that_of_a_plain_loop() -> None:
@@ -320,7 +410,8 @@ def test_pairs_that_are_not_there_are_left_out() -> None:
     assert changes.present.sum() == 80 and changes.change[changes.present].all()
     assert not changes.change[~changes.present].any() and changes.floor.shape == (8, 4)
     result = summary(assign(pairs, changes, CounterfactualSpec(null_draws=4)))
-    assert result.per_image is not None and len(result.per_image["id"]) == 80
+    assert result.outcomes is not None and len(result.outcomes.ids) == 9
+    assert np.isnan(result.outcomes.columns["changed/moved_left"]).tolist() == [i == 3 for i in range(9)]
     assert result.metrics["changed"].value == 100 == result.metrics["changed"].chance
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +16,8 @@ from message_inputs import inputs_of, spec_of, write_recipe
 import comit_bench
 from comit_bench.errors import UsageError
 from comit_bench.results.records import load_records
-from comit_bench.tasks.retrieval import Retrieval, chance_of_hit, chance_of_share, nearest
+from comit_bench.tasks.result import Result
+from comit_bench.tasks.retrieval import Retrieval, chance_of_hit, chance_of_share, moments, nearest
 
 
 def some_codes(count: int = 37, length: int = 4, dim: int = 3, seed: int = 0) -> torch.Tensor:
@@ -92,22 +95,74 @@ def clusters(count: int = 60) -> tuple[torch.Tensor, np.ndarray]:
     return codes, labels
 
 
-def test_metrics_details_and_values_per_image() -> None:
-    codes, labels = clusters()
-    spec = spec_of("retrieval", retrieval={"k": [1, 5]}, attributes={"fields": ["colour", "digit"]})
+def colours_and_letters(codes: torch.Tensor, labels: np.ndarray, **more: Any) -> Result:
+    spec = spec_of("retrieval", retrieval={"k": [1, 5]}, attributes={"fields": ["colour", "digit"]}, **more)
     result = Retrieval().run(inputs_of(spec, codes, labels, ("red_a", "red_b", "blue_a", "blue_b")))
-    assert result is not None and result.per_image is not None
-    assert set(result.metrics) == {"recall@1", "recall@5", "colour@1", "digit@1"}
+    assert result is not None
+    return result
+
+
+def test_metrics_details_and_outcomes() -> None:
+    codes, labels = clusters()
+    result = colours_and_letters(codes, labels)
+    raw = {"recall@1", "recall@5", "colour@1", "digit@1"}
+    assert set(result.metrics) == raw | {f"{name}_std" for name in raw}
     assert result.metrics["colour@1"].value == 100
     assert result.metrics["colour@1"].chance == pytest.approx(100 * 29 / 59)
     assert result.metrics["recall@1"].value < 90 < result.metrics["recall@5"].value
     assert result.metrics["recall@1"].chance == pytest.approx(100 * 14 / 59)
     precision = result.details["precision"]
     assert precision["precision@1"]["value"] == pytest.approx(result.metrics["recall@1"].value)
-    assert precision["precision@5"]["value"] == pytest.approx(100 * np.mean(result.per_image["precision@5"]))
-    assert {len(column) for column in result.per_image.values()} == {60}
-    index, _ = plain(codes, 1)
-    assert result.per_image["nearest"] == [f"{i:05d}" for i in index[:, 0]]
+    assert precision["precision@5_std"]["chance"] == pytest.approx(100 * 14 / 59)
+    parts = result.details["parts"]
+    assert set(parts) == {"colour", "digit"}
+    assert set(parts["digit"]) == {"recall@1", "recall@5", "recall@1_std", "recall@5_std"}
+    assert parts["digit"]["recall@1_std"]["value"] == result.metrics["digit@1_std"].value
+    outcomes = result.outcomes
+    assert outcomes is not None and set(outcomes.values) == set(result.metrics)
+    index, distance = plain(codes, 5)
+    hits = (labels[index] == labels[:, None]).any(axis=1)
+    np.testing.assert_array_equal(outcomes.values["recall@5"], hits[None])
+    assert result.metrics["recall@5"].stderr == pytest.approx(100 * hits.std(ddof=1) / np.sqrt(60))
+    assert outcomes.columns["nearest"] == [f"{i:05d}" for i in index[:, 0]]
+    np.testing.assert_allclose(outcomes.columns["distance"], distance[:, 0], atol=2e-9)
+
+
+def test_standardised_neighbours_are_those_of_standardised_codes() -> None:
+    codes, labels = clusters()
+    codes[:, 3, 2] = 7.0  # never changes
+    mean, deviation = moments(lambda rows: codes[rows], 60, chunk=7)
+    np.testing.assert_allclose(mean, codes.double().mean(dim=0))
+    assert deviation[3, 2] == 1
+    np.testing.assert_allclose(deviation[:3], codes.double().std(dim=0, correction=0)[:3])
+    result = colours_and_letters(codes, labels)
+    assert result.outcomes is not None
+    index, _ = plain(((codes.double() - mean) / deviation), 1)
+    assert result.outcomes.columns["nearest_std"] == [f"{i:05d}" for i in index[:, 0]]
+
+
+def test_origin_and_width_of_a_dimension_do_not_matter_once_it_is_standardised() -> None:
+    """One dimension far from 0 and wide: the raw neighbours follow it, the standardised ones do not."""
+    codes, labels = clusters()
+    moved = codes * torch.tensor([1.0, 50.0, 1.0]) + torch.tensor([0.0, 9.0, 20.0])
+    one, other = (colours_and_letters(c, labels) for c in (codes, moved))
+    assert one.outcomes is not None and other.outcomes is not None
+    assert one.outcomes.columns["nearest_std"] == other.outcomes.columns["nearest_std"]
+    assert one.metrics["recall@1_std"] == other.metrics["recall@1_std"]
+    assert one.outcomes.columns["nearest"] != other.outcomes.columns["nearest"]
+
+
+def test_every_seed_of_a_recipe_has_the_same() -> None:
+    codes, labels = clusters(12)
+    spec = spec_of("retrieval", retrieval={"k": [1]})
+    given = replace(inputs_of(spec, codes, labels, ("a", "b", "c", "d")), seeds=[0, 1, 2])
+    result = Retrieval().run(given)
+    assert result is not None and result.outcomes is not None
+    once = Retrieval().run(replace(given, seeds=[0]))
+    assert once is not None
+    metric, alone = result.metrics["recall@1"], once.metrics["recall@1"]
+    assert metric.per_seed == alone.per_seed * 3 and metric.std == 0 and alone.std is None
+    assert metric.stderr == pytest.approx(alone.stderr)
 
 
 def test_messages_without_content_are_at_chance() -> None:
