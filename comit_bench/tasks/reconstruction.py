@@ -5,16 +5,22 @@ image that was saved or resized again. Decoded images stay where they were decod
 no image is written. In the same pass both sides go through the feature network, unless an earlier
 tokenizer with the same preprocessing has left the statistics of the originals in the cache.
 
+Decoders that draw noise decode once per seed. Those that draw none (``tokenizers.base.decodes_with_noise``)
+decode once, and every seed has the same values: their spread over seeds is 0.
+
 =====================  =========================================================================
 ``psnr``               dB, mean over images; ``chance``: every image painted in the mean colour of all
 ``ssim``               at most 1, mean over images
 ``lpips``              mean over images, when its weights are on this machine
 ``rfid``               Fréchet distance of Inception features
-``fd_scenes_teacher``  the same on features of the scenes-teacher; never comparable with an FID
+``fd_scenes_teacher``  the same on features of the scenes-teacher; never comparable with an FID, and never
+                       ranked: tokenizers trained with SREPA had this teacher
 ``kid``, ``kd_...``    kernel distance on the same features
 ``precision``,         improved precision and recall on the same features
 ``recall``
 =====================  =========================================================================
+
+Means over images (the first three) have outcomes; distances between sets have none and no standard error.
 """
 
 from __future__ import annotations
@@ -37,10 +43,11 @@ from comit_bench.metrics import frechet, perceptual, similarity
 from comit_bench.metrics.frechet import Statistics
 from comit_bench.recipes.kinds import ReconstructionSpec
 from comit_bench.recipes.specs import TaskSpec
+from comit_bench.results.outcomes import Outcomes
 from comit_bench.results.schema import Metric
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.base import Inputs, Role, Rows, Task, check_main_metric
-from comit_bench.tasks.result import Result, over_images, over_set
+from comit_bench.tasks.result import Result
 from comit_bench.tasks.shards import (
     Batch,
     Columns,
@@ -50,6 +57,7 @@ from comit_bench.tasks.shards import (
     save_columns,
     shard_by_shard,
 )
+from comit_bench.tokenizers.base import check_decoded, decodes_with_noise
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
@@ -107,12 +115,13 @@ class Reconstruction(Task):
         return 1.0
 
     def run(self, inputs: Inputs) -> Result | None:
-        """Decode everything once per noise seed and compare."""
+        """Decode everything, once per noise seed where there is noise, and compare."""
         inputs.check()
         role = _first(inputs.roles["report"], inputs.spec.reconstruction.count)
         meter = _Meter.of(inputs, role)
         runs = []
-        for number, seed in enumerate(inputs.seeds):
+        seeds = inputs.seeds if decodes_with_noise(inputs.the_tokenizer()) else inputs.seeds[:1]
+        for number, seed in enumerate(seeds):
             shards = meter.look(seed, originals=number == 0)
             if shards is None:
                 continue
@@ -288,8 +297,6 @@ class _Meter:
             UnsupportedOperation: The tokenizer has no decoder; names it.
             BenchError: It returned no such images.
         """
-        from comit_bench.tokenizers.base import check_decoded
-
         tokenizer = self.inputs.the_tokenizer()
         try:
             decoded = tokenizer.decode(batch.tokens, seeds=noise_seeds(seed, batch.ids))
@@ -334,27 +341,29 @@ def _gather(shards: Iterable[Columns], *, keep: bool) -> _Run:
 
 def _result(meter: _Meter, runs: Sequence[_Run]) -> Result:
     inputs, ids = meter.inputs, meter.role.ids
-    values = {name: np.stack([run.pixels[name] for run in runs]) for name in PIXELS if name in runs[0].pixels}
+    times = len(inputs.seeds) // len(runs)  # that a run stands for: 1, or all where nothing is random
+    values = {
+        name: np.stack([run.pixels[name] for run in runs] * times).astype(np.float64)
+        for name in PIXELS
+        if name in runs[0].pixels
+    }
+    outcomes = Outcomes(ids=ids, seeds=inputs.seeds, values=values)
     null = null_psnr(runs[0].pixels["moments"], inputs.the_tokenizer().info.resolution)
     metrics: dict[str, Metric] = {}
-    for name, seen in values.items():
+    for name in values:
         unit, better = PIXELS[name]
         chance = null["all"] if name == "psnr" else None
-        metrics[name] = over_images(seen, unit=unit, chance=chance, higher_is_better=better)
-    metrics |= _between_sets(meter, runs, null["colour"])
+        metrics[name] = outcomes.metric(name, unit=unit, chance=chance, higher_is_better=better)
+    metrics |= _between_sets(meter, runs, null["colour"], times)
     check_main_metric(inputs.spec, metrics)
-    per_image: dict[str, Any] = {"id": ids}
-    for name, seen in values.items():
-        per_image[name] = seen.mean(axis=0)
-        if len(runs) > 1:
-            per_image |= {f"{name}/{seed}": row for seed, row in zip(inputs.seeds, seen, strict=True)}
     details: dict[str, Any] = {
         "psnr_own_mean_colour": null["own"],
         "identical": int((values["psnr"] >= similarity.PSNR_CAP).all(axis=0).sum()),
-        **_extremes(ids, per_image["psnr"]),
+        "decodings": len(runs),
+        **_extremes(ids, values["psnr"].mean(axis=0)),
     }
     extra = {"left_out": "; ".join(meter.left_out)} if meter.left_out else {}
-    return Result(metrics=metrics, extra=extra, details=details, per_image=per_image)
+    return Result(metrics=metrics, extra=extra, details=details, outcomes=outcomes)
 
 
 def null_psnr(moments: NDArray[np.generic], side: int) -> dict[str, Any]:
@@ -379,8 +388,11 @@ def null_psnr(moments: NDArray[np.generic], side: int) -> dict[str, Any]:
     return {"all": mean_psnr(colour), "own": mean_psnr(np.rint(sums / pixels)), "colour": colour}
 
 
-def _between_sets(meter: _Meter, runs: Sequence[_Run], colour: Float) -> dict[str, Metric]:
-    """Distances between the set of originals and the set of reconstructions, per seed."""
+def _between_sets(meter: _Meter, runs: Sequence[_Run], colour: Float, times: int) -> dict[str, Metric]:
+    """Distances between the set of originals and the set of reconstructions, per run ``times`` over.
+
+    The scenes-teacher is no judge to rank by: it taught the tokenizers that were trained with SREPA.
+    """
     network, reference, spec = meter.network, meter.reference, meter.spec
     if network is None or reference is None:
         return {}
@@ -389,21 +401,27 @@ def _between_sets(meter: _Meter, runs: Sequence[_Run], colour: Float) -> dict[st
     side = meter.inputs.the_tokenizer().info.resolution
     plain = torch.from_numpy(colour).to(torch.uint8)[None, :, None, None].expand(1, 3, side, side)
     point = network(plain.contiguous())[0].numpy()
+
+    def metric(values: list[float], unit: str, *, chance: float | None = None, more: bool) -> Metric:
+        return Metric.from_seeds(
+            values * times, n=n, unit=unit, chance=chance, higher_is_better=more, unranked=not inception
+        )
+
     distances = [frechet.frechet_distance(reference.statistics, _known(run.decoded)) for run in runs]
     null = frechet.distance_to_point(reference.statistics, point)
     name = "rfid" if inception else "fd_scenes_teacher"
-    metrics = {name: over_set(distances, n, chance=null, higher_is_better=False)}
+    metrics = {name: metric(distances, "", chance=null, more=False)}
     if spec.kid:
         pairs = ((_known(reference.features), _known(run.features)) for run in runs)
         kernel = [1000 * frechet.kernel_distance(*pair)[0] for pair in pairs]
         name = "kid" if inception else "kd_scenes_teacher"
-        metrics[name] = over_set(kernel, n, unit="×1e-3", higher_is_better=False)
+        metrics[name] = metric(kernel, "×1e-3", more=False)
     if spec.precision_recall and n <= frechet.NEIGHBOURS:
         meter.left_out.append(f"precision and recall (they need more than {frechet.NEIGHBOURS} images)")
     elif spec.precision_recall:
         both = [frechet.precision_recall(_known(reference.features), _known(run.features)) for run in runs]
-        metrics["precision"] = over_set([p for p, _ in both], n, unit="%")
-        metrics["recall"] = over_set([r for _, r in both], n, unit="%")
+        metrics["precision"] = metric([p for p, _ in both], "%", more=True)
+        metrics["recall"] = metric([r for _, r in both], "%", more=True)
     return metrics
 
 

@@ -125,7 +125,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Reconstruct uint8 [B, 3, S, S]; one noise seed per image.
+        """Reconstruct uint8 [B, 3, S, S]; one noise seed per image, see :func:`decodes_with_noise`.
 
         Raises:
             UnsupportedOperation: When the tokenizer has no decoder.
@@ -199,6 +199,21 @@ class LooksAtCrops(Protocol):
 def looks_at_crops(tokenizer: object) -> TypeGuard[LooksAtCrops]:
     """Whether a tokenizer is a :class:`LooksAtCrops`, also one that hands calls on to another."""
     return callable(getattr(tokenizer, "policy", None))
+
+
+def decodes_with_noise(tokenizer: object) -> bool:
+    """Whether the seeds that ``decode`` gets can change what it returns.
+
+    A tokenizer says no by an attribute ``decodes_with_noise = False``, of its class or of itself. One that
+    says nothing may use them; so may a class that writes a ``decode`` of its own and inherits the attribute.
+    """
+    for part in (tokenizer, *type(tokenizer).__mro__):
+        own = getattr(part, "__dict__", {})
+        if "decodes_with_noise" in own:
+            break
+        if "decode" in own:
+            return True
+    return bool(getattr(tokenizer, "decodes_with_noise", True))
 
 
 @runtime_checkable

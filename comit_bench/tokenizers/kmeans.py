@@ -71,6 +71,8 @@ class KMeansPatchTokenizer:
         UsageError: The patches do not tile the image, or the centroids have another shape or type.
     """
 
+    decodes_with_noise = False
+
     def __init__(
         self,
         centroids: Tensor,

@@ -100,6 +100,8 @@ class PixelOracleTokenizer:
         UsageError: The patches do not tile the image.
     """
 
+    decodes_with_noise = False
+
     def __init__(self, *, resolution: int = 32, patch: int = 8, device: torch.device | str = "cpu") -> None:
         grid = check_grid(resolution, patch)
         self.patch = patch

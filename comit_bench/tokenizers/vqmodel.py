@@ -154,6 +154,8 @@ class VqModelTokenizer:
             stay in float32.
     """
 
+    decodes_with_noise = False
+
     def __init__(
         self,
         model: Any,

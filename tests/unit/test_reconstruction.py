@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,18 @@ from comit_bench.commands.listing import examine
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.metrics import perceptual
 from comit_bench.metrics.similarity import psnr
+from comit_bench.metrics.statistics import estimate
 from comit_bench.pipeline.evaluate import run_jobs
 from comit_bench.pipeline.inputs import roles_of
 from comit_bench.pipeline.jobs import Settings, make_jobs
 from comit_bench.pipeline.session import Session
 from comit_bench.recipes.specs import TaskSpec, find_tasks
+from comit_bench.results.outcomes import Outcomes, read_outcomes
 from comit_bench.results.schema import Record
 from comit_bench.results.table import build_table
 from comit_bench.tasks import reconstruction, shards
-from comit_bench.tokenizers.base import Tokens
+from comit_bench.tokenizers.base import Tokens, decodes_with_noise
+from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.pixels import PixelOracleTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +99,13 @@ def values(record: Record) -> dict[str, Any]:
 def per_image(root: Path, output: str = "out") -> dict[str, list[Any]]:
     (path,) = (root / output / "records").rglob("*.parquet")
     return dict(pq.read_table(path).to_pydict())
+
+
+def outcomes_of(root: Path, record: Record, output: str = "out") -> Outcomes:
+    (path,) = (root / output / "records").rglob("*.json")
+    found = read_outcomes(path, record)
+    assert found is not None
+    return found
 
 
 def references(root: Path) -> dict[str, bytes]:
@@ -196,12 +207,92 @@ def test_more_damage_scores_worse_everywhere(root: Path) -> None:
 def test_every_seed_is_another_noise_and_the_spread_is_told(root: Path) -> None:
     write_task(root, "tiny-three", seeds=3)
     record = measure(Noisy(30), root, task="tiny-three")
-    psnrs = record.metrics["psnr"].per_seed
-    assert len(set(psnrs)) == 3 and record.metrics["psnr"].std is not None
-    table = per_image(root)
-    seeds = np.array([table[f"psnr/{seed}"] for seed in range(3)])
-    np.testing.assert_allclose(seeds.mean(axis=0), table["psnr"])
-    np.testing.assert_allclose(seeds.mean(axis=1), psnrs)
+    metric = record.metrics["psnr"]
+    assert len(set(metric.per_seed)) == 3 and metric.std is not None and metric.std > 0
+    assert len(set(record.metrics["fd_scenes_teacher"].per_seed)) == 3
+    found = outcomes_of(root, record)
+    assert found.seeds == (0, 1, 2) and set(found.values) == {"psnr", "ssim"}
+    seeds = found.values["psnr"]
+    np.testing.assert_allclose(seeds.mean(axis=1), metric.per_seed)
+    assert (seeds[0] != seeds[1]).all() and record.details["decodings"] == 3
+    assert metric.stderr == pytest.approx(estimate(seeds).stderr)
+    worst = [entry["psnr"] for entry in record.details["worst"]]  # type: ignore[index, union-attr]
+    np.testing.assert_allclose(worst, sorted(seeds.mean(axis=0))[:10])
+
+
+def test_a_decoder_without_noise_decodes_once_for_all_seeds(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_task(root, "tiny-three", seeds=3, kid=True)
+    decoded, decode = [], PixelOracleTokenizer.decode
+
+    def counting(self: Any, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        decoded.append(len(seeds))
+        return (decode(self, tokens, seeds=seeds) + 9).clamp(0, 200)
+
+    monkeypatch.setattr(PixelOracleTokenizer, "decode", counting)
+    record = measure("pixel-oracle", root, task="tiny-three")
+    assert sum(decoded) == IMAGES and record.details["decodings"] == 1 and record.seeds == (0, 1, 2)
+    once = measure("pixel-oracle", root, "once")
+    for name, metric in record.metrics.items():
+        assert metric.std == 0 and len(set(metric.per_seed)) == 1 and len(metric.per_seed) == 3
+        if name in once.metrics:
+            assert metric.value == pytest.approx(once.metrics[name].value, rel=1e-12)
+            assert metric.stderr == pytest.approx(once.metrics[name].stderr)
+    assert outcomes_of(root, record).values["psnr"].shape == (3, IMAGES)
+
+
+class Wrapped:
+    """Hands everything on to another tokenizer."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Declared(Noisy):
+    decodes_with_noise = False
+
+
+def test_who_draws_noise_when_decoding() -> None:
+    oracle = PixelOracleTokenizer(device="cpu")
+    assert not decodes_with_noise(oracle) and not decodes_with_noise(Wrapped(oracle))
+    assert decodes_with_noise(Noisy(3))  # a decoder of its own, whatever it inherits
+    assert decodes_with_noise(Wrapped(SimpleNamespace())) and not decodes_with_noise(Declared(3))
+    oracle.decode = Noisy(3).decode  # type: ignore[method-assign]
+    assert decodes_with_noise(oracle)
+    assert not decodes_with_noise(SimpleNamespace(decodes_with_noise=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "noise", "options"),
+    [
+        ("comit-nano", True, {}),
+        ("titok-nano", False, {}),
+        ("vq-grid-nano", False, {}),
+        ("flextok-d12-d12", True, {}),
+        ("selftok-512", True, {}),
+        ("selftok-512", False, {"decoder": "renderer"}),
+        ("alit-small", False, {}),
+    ],
+)
+def test_every_family_says_whether_it_draws_noise(name: str, noise: bool, options: dict[str, Any]) -> None:
+    weights = None if name.endswith("nano") else "random"
+    device = "cpu" if name.endswith("nano") else "meta"
+    assert decodes_with_noise(load_tokenizer(name, weights=weights, device=device, **options)) == noise
+
+
+def test_the_teacher_of_some_rows_is_no_judge_to_rank_by(root: Path) -> None:
+    write_task(root, "tiny-all", kid=True, precision_recall=True)
+    record = measure(Noisy(30), root, task="tiny-all")
+    ranked = {name for name, metric in record.metrics.items() if not metric.unranked}
+    assert ranked == {"psnr", "ssim"}
+    stored = json.loads(record.to_json())["metrics"]
+    assert stored["fd_scenes_teacher"]["unranked"] is True and "unranked" not in stored["psnr"]
+    assert record.metrics["fd_scenes_teacher"].stderr is None
+    assert Record.model_validate_json(record.to_json()).metrics == record.metrics
 
 
 # ------------------------------------------------------------------- invariance

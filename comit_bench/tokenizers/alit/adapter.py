@@ -106,6 +106,8 @@ class AlitTokenizer:
             quantizers stay in float32.
     """
 
+    decodes_with_noise = False
+
     def __init__(
         self,
         model: Alit,

@@ -236,6 +236,11 @@ class SelftokTokenizer:
             quantizer.ids(quantizer.project(codes) if self.latents == "raw" else codes)
         )
 
+    @property
+    def decodes_with_noise(self) -> bool:
+        """The renderer draws nothing."""
+        return self.schedule is not None
+
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
         """Messages -> uint8 [B, 3, S, S]; one noise seed per image, which the renderer does not use.
 

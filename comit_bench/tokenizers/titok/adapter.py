@@ -265,6 +265,8 @@ class TitokTokenizer:
         compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
     """
 
+    decodes_with_noise = False
+
     def __init__(
         self,
         model: Titok,

@@ -159,6 +159,8 @@ class VqGridTokenizer:
             stay in float32.
     """
 
+    decodes_with_noise = False
+
     def __init__(
         self,
         model: VqGrid,
