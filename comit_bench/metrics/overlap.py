@@ -1,4 +1,4 @@
-"""How well attention maps cover an object: binary maps, intersection over union, random blobs.
+"""How well attention maps cover an object: binary maps, intersection over union, its limits, random blobs.
 
 Shape legend: ``n`` maps, ``K`` tokens, ``h w`` grid of a map, ``S`` side of a mask, ``P`` shares.
 """
@@ -86,6 +86,33 @@ def _both(values: Tensor, target: Tensor, kept: Sequence[int]) -> Tensor:
         chosen = above | (equal & (equal.cumsum(dim=0) <= kept[column] - above.sum()))
         both[row, column] = (chosen & target).sum()
     return both
+
+
+def most_possible(pixels: int, side: int, shares: Sequence[int]) -> list[float]:
+    """The highest intersection over union that any map can have at each share, [P].
+
+    A map that keeps m pixels covers at best min(m, a) of an object's ``pixels`` a, in a union of max(m, a).
+    """
+    kept = [pixels_kept(share, side * side) for share in shares]
+    return [min(count, pixels) / max(count, pixels) for count in kept]
+
+
+def on_grid(mask: Tensor, height: int, width: int) -> Tensor:
+    """A mask as an attention map: the share of every cell that is object, bool [S, S] -> float32 [h, w]."""
+    return F.adaptive_avg_pool2d(mask.float()[None], (height, width))[0]
+
+
+def best_threshold(values: Tensor, mask: Tensor, *, resize: str) -> float:
+    """The highest intersection over union that a map [h, w] has with a mask bool [S, S] under any threshold.
+
+    The map is resized to the mask first.
+    """
+    ordered, order = enlarge(values[None].float(), mask.shape[-1], resize).flatten().sort(descending=True)
+    both = mask.flatten()[order].double().cumsum(dim=0)
+    kept = torch.arange(1, len(order) + 1)
+    whole = torch.ones_like(kept, dtype=torch.bool)
+    whole[:-1] = ordered[:-1] > ordered[1:]  # equal values are kept together
+    return float((both / (kept + mask.sum() - both))[whole].max())
 
 
 def shifted(maps: Tensor, generator: torch.Generator) -> Tensor:

@@ -37,6 +37,7 @@ from comit_bench.tokenizers.load import resolve_device
 
 FURTHEST = 4  # times as many images as were measured: beyond that the time of a job is unknown
 NOTES = (
+    "attainable",
     "best_epoch",
     "epochs_run",
     "left_out",

@@ -118,7 +118,7 @@ class ObjectnessSpec(SpecModel):
         values: What is averaged over heads: ``logits`` as the released extraction gives them, or attention
             ``weights`` (after the softmax). Families whose queries are image places always give weights.
         resize: How maps are brought to the mask's size before the largest are taken.
-        null_draws: Random sets of K blobs per image for the null model.
+        null_draws: Other images per image whose maps the null models take.
         null_seed: Of the null model.
     """
 

@@ -4,10 +4,17 @@ While a message is decoded, the maps between its tokens and the image are read, 
 to the object's mask and cut to their largest 10, 20, ... percent of pixels. An image counts with the token
 whose binary map has the highest intersection over union (IoU) with the mask, once per share.
 
-The best of K maps is far from zero by chance, so every number stands beside a null model: the best of K
-*random blobs*, which are the maps of another image, each rolled around the edges by a random amount of its
-own. They have the tokenizer's number of maps, their smoothness and their size, but know nothing of the image
-or of where objects usually are. The same maps left where they are (``other_image``) know the latter.
+The best of K maps is far from zero by chance, so every number stands beside a null model: the same image
+with the K maps of *another image*. They have the tokenizer's number of maps, their smoothness, their size and
+the places it usually looks at, but know nothing of this image. ``chance`` is the mean of that null and the
+gain the difference to it, image by image. Each of ``null_draws`` draws hands the maps of 64 images round in a
+circle of random order, so everybody's maps are used once (a derangement), and the same for all tokenizers.
+
+The details hold a second null, the same maps each rolled around the edges by a random amount of its own. It
+does not know where objects usually are, so a tokenizer that always looks at the middle beats it without
+seeing anything; one that always looks at a corner falls below it. Neither of the two is always the larger.
+
+They also say what is attainable: at a share that is not the object's nobody reaches 1.
 
 Shape legend: ``S`` seeds, ``C`` cells (layers x times), ``P`` shares, ``n`` images, ``K`` tokens,
 ``H`` heads.
@@ -27,12 +34,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import BenchError, CorruptFileError, UnsupportedOperation, UsageError
-from comit_bench.metrics.overlap import overlaps, shifted
+from comit_bench.metrics.overlap import best_threshold, most_possible, on_grid, overlaps, shifted
+from comit_bench.metrics.statistics import estimate
 from comit_bench.nn.attention import AttentionRequest
-from comit_bench.results.schema import Metric
-from comit_bench.seeding import generator_for
+from comit_bench.results.outcomes import Outcomes
+from comit_bench.seeding import generator_for, seed_for
 from comit_bench.tasks.base import Inputs, Role, Rows, Task, check_main_metric
-from comit_bench.tasks.result import Result, over_images
+from comit_bench.tasks.result import Result
 from comit_bench.tasks.shards import Columns, in_shards, joined, noise_seeds
 from comit_bench.tokenizers.base import Attends
 
@@ -41,7 +49,7 @@ if TYPE_CHECKING:
     from comit_bench.recipes.specs import TaskSpec
     from comit_bench.tokenizers.base import Tokenizer
 
-LEVELS = ("best", "head", "mean", "null", "null_head", "null_mean", "other_image")
+LEVELS = ("best", "head", "mean", "null_other", "null_other_head", "null_other_mean", "null_rolled")
 Floats = NDArray[np.float64]
 _log = logging.getLogger(__name__)
 OPTIMISTIC = (
@@ -190,8 +198,9 @@ def examine_masks(role: Role, preprocessing: str, most: float, name: str) -> Non
 class _Shard:
     """Scores of the images of one shard, as they are computed.
 
-    ``scores`` holds for every level float64 [n, S, P], except ``best`` [n, S, C, P]. ``kept`` has the main
-    layer's maps by head, [H, K, h, w] per image, for the null model.
+    ``scores`` holds for every level float64 [n, S, P], except ``best`` [n, S, C, P]; ``mask_as_map`` [n, P]
+    and ``threshold`` [n] are those of the mask itself on the maps' grid, cut by share or by the best
+    threshold. ``kept`` has the main layer's maps by head, [H, K, h, w] per image, for the null model.
     """
 
     spec: ObjectnessSpec
@@ -199,6 +208,8 @@ class _Shard:
     times: int
     scores: dict[str, Floats]
     token: NDArray[np.int64]
+    mask_as_map: Floats
+    threshold: Floats
     kept: list[Tensor] = field(default_factory=list)
 
     @classmethod
@@ -208,7 +219,9 @@ class _Shard:
         cells = plan.shape[0] * plan.shape[1]
         scores = {level: np.full((count, seeds, shares), np.nan) for level in LEVELS}
         scores["best"] = np.full((count, seeds, cells, shares), np.nan)
-        return cls(spec, masks, plan.shape[1], scores, np.full((count, seeds), -1, dtype=np.int64))
+        token = np.full((count, seeds), -1, dtype=np.int64)
+        grid = np.full((count, shares), np.nan), np.full(count, np.nan)
+        return cls(spec, masks, plan.shape[1], scores, token, *grid)
 
     def score(self, image: int, maps: Tensor) -> Floats:
         """IoU float64 [P, ...] of maps [..., h, w] with an image's mask."""
@@ -230,31 +243,47 @@ class _Shard:
             self.scores["mean"][image, seed] = by_token.mean(axis=1)
             self.scores["head"][image, seed] = self.score(image, maps).max(axis=(1, 2))
             self.token[image, seed] = by_token.mean(axis=0).argmax()
+        if main and seed == 0:
+            mask = torch.from_numpy(self.masks[image])
+            itself = on_grid(mask, *maps.shape[-2:])
+            self.mask_as_map[image] = self.score(image, itself)
+            self.threshold[image] = best_threshold(itself, mask, resize=self.spec.resize)
 
     def compare(self, seed: int, ids: Sequence[str]) -> None:
-        """Score the null model: maps of other images of the shard, where they are and rolled at random."""
-        count = len(self.kept)
+        """Score the null models: maps of other images of the shard, where they are and rolled at random.
+
+        An image that is alone in its shard has no other; its own maps are rolled.
+        """
+        count, draws = len(self.kept), self.spec.null_draws
+        partners = [derangement(ids, self.spec.null_seed, draw) for draw in range(draws)]
         for image, name in enumerate(ids):
             if not self.masks[image].any():
                 continue
             generator = generator_for(self.spec.null_seed, f"objectness-null/{name}")
-            best, mean = [], []
-            for draw in range(self.spec.null_draws):
-                other = int(torch.randint(max(count - 1, 1), (), generator=generator))
-                other += int(other >= image and count > 1)  # another image, unless there is none
-                maps = self.kept[other]
-                blobs = shifted(maps, generator)
-                by_token = self.score(image, blobs.mean(dim=0))
-                best.append(by_token.max(axis=1))
-                mean.append(by_token.mean(axis=1))
-                if draw == 0:
-                    self.scores["null_head"][image, seed] = self.score(image, blobs).max(axis=(1, 2))
-                    if count > 1:
-                        there = self.score(image, maps.mean(dim=0))
-                        self.scores["other_image"][image, seed] = there.max(axis=1)
-            self.scores["null"][image, seed] = np.mean(best, axis=0)
-            self.scores["null_mean"][image, seed] = np.mean(mean, axis=0)
+            other, rolled = [], []
+            for partner in partners:
+                maps = self.kept[int(partner[image])]
+                other.append(self.score(image, maps.mean(dim=0)))  # [P, K]
+                rolled.append(self.score(image, shifted(maps.mean(dim=0), generator)).max(axis=1))
+            self.scores["null_rolled"][image, seed] = np.mean(rolled, axis=0)
+            if count > 1:
+                best, mean = np.max(other, axis=2), np.mean(other, axis=2)  # [draws, P]
+                self.scores["null_other"][image, seed] = best.mean(axis=0)
+                self.scores["null_other_mean"][image, seed] = mean.mean(axis=0)
+                heads = self.score(image, self.kept[int(partners[0][image])])  # [P, H, K]
+                self.scores["null_other_head"][image, seed] = heads.max(axis=(1, 2))
         self.kept.clear()
+
+
+def derangement(ids: Sequence[str], seed: int, draw: int) -> Rows:
+    """For each of some images another one, and each once: int64 [n], positions; [0] of a single image.
+
+    The images stand in a circle, in the order of a hash of seed, draw and id; everybody takes the one before.
+    """
+    order = sorted(range(len(ids)), key=lambda image: seed_for(seed, f"objectness-null/{draw}/{ids[image]}"))
+    partner = np.empty(len(ids), dtype=np.int64)
+    partner[order] = np.roll(order, 1)
+    return partner
 
 
 def score_images(inputs: Inputs, role: Role, plan: Plan, positions: Rows) -> Mapping[str, NDArray[Any]]:
@@ -267,8 +296,9 @@ def score_images(inputs: Inputs, role: Role, plan: Plan, positions: Rows) -> Map
         positions: int64 [n], positions in the role.
 
     Returns:
-        Scores by level as in :class:`_Shard`, ``token`` [n, S], ``object`` [n] (share of the cropped pixels
-        that are object), and of the files ``whole`` [n], ``form`` [n] and ``resized`` bool [n].
+        Scores by level as in :class:`_Shard`, ``token`` [n, S], ``mask_as_map`` [n, P], ``threshold`` [n],
+        ``any_map`` [n, P] (the most any map can have), ``object`` [n] (share of the cropped pixels that are
+        object), and of the files ``whole`` [n], ``form`` [n] and ``resized`` bool [n].
     """
     tokenizer = inputs.the_tokenizer()
     spec = inputs.spec.objectness
@@ -293,16 +323,32 @@ def score_images(inputs: Inputs, role: Role, plan: Plan, positions: Rows) -> Map
                 seeds=noise_seeds(seed, ids[start : start + len(part)]),
             )
         shard.compare(number, ids)
-    files = {"whole": masks.whole, "form": np.array(masks.forms), "resized": masks.resized}
-    return {**shard.scores, "token": shard.token, "object": masks.pixels.mean(axis=(1, 2)), **files}
+    side = masks.pixels.shape[-1]
+    most = [most_possible(int(mask.sum()), side, spec.shares) for mask in masks.pixels]
+    return {
+        **shard.scores,
+        "token": shard.token,
+        "any_map": np.array(most),
+        "mask_as_map": shard.mask_as_map,
+        "threshold": shard.threshold,
+        "object": masks.pixels.mean(axis=(1, 2)),
+        "whole": masks.whole,
+        "form": np.array(masks.forms),
+        "resized": masks.resized,
+    }
 
 
 def _counted(forms: NDArray[Any]) -> str:
     return ", ".join(f"{count} read as {form}" for form, count in sorted(Counter(forms.tolist()).items()))
 
 
-def _summary(metric: Metric) -> dict[str, float | None]:
-    return {"value": metric.value, "stderr": metric.stderr, "chance": metric.chance}
+def _told(values: Floats, chance: Floats | None = None) -> dict[str, float | None]:
+    """Mean over seeds and images [S, n] with its error, and the mean of a null; NaN is left out."""
+    there = values[:, np.isfinite(values).all(axis=0)]
+    if not there.size:
+        return {"value": None, "stderr": None, "chance": None}
+    found, null = estimate(there), None if chance is None else _told(chance)["value"]
+    return {"value": found.value, "stderr": found.stderr, "chance": null}
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,18 +358,52 @@ class _Scores:
     levels: dict[str, Floats]
     shares: tuple[int, ...]
 
-    def metric(self, level: str, share: int, null: str | None) -> Metric:
-        """One level at one share of the main layer and time, over images."""
-        values = self.values(level, share)
-        chance = None if null is None else float(self.values(null, share).mean())
-        return over_images(values, unit="", chance=chance)
-
     def values(self, level: str, share: int) -> Floats:
-        """[S, n] of the main layer and time; images for which the level is not defined are left out."""
+        """[S, n] of the main layer and time; NaN for images for which the level is not defined."""
         column = self.shares.index(share)
         values = self.levels[level]
-        values = values[:, :, 0, column] if level == "best" else values[:, :, column]
-        return values[:, np.isfinite(values).all(axis=0)]
+        return values[:, :, 0, column] if level == "best" else values[:, :, column]
+
+    def told(self, level: str, null: str | None) -> dict[str, Any]:
+        """One level in the details, by share."""
+        return {
+            f"top{share}": _told(
+                self.values(level, share), None if null is None else self.values(null, share)
+            )
+            for share in self.shares
+        }
+
+
+def _outcomes(
+    scores: _Scores, columns: Columns, main: int, ids: Sequence[str], seeds: Sequence[int]
+) -> Outcomes:
+    """IoU at every share, the gain at the main one, and beside them both nulls and what is attainable.
+
+    Without another image to compare with there is no gain.
+    """
+    values = {f"miou_top{share}": scores.values("best", share) for share in scores.shares}
+    gain = scores.values("best", main) - scores.values("null_other", main)
+    if np.isfinite(gain).any():
+        values[f"gain_top{main}"] = gain
+    further: dict[str, Any] = {"object_share": columns["object"], "best_token": columns["token"].T}
+    for column, share in enumerate(scores.shares):
+        for null in ("null_other", "null_rolled"):
+            further[f"{null}_top{share}"] = scores.values(null, share)
+        further[f"any_map_top{share}"] = columns["any_map"][:, column]
+    return Outcomes(ids=ids, seeds=seeds, values=values, columns=further)
+
+
+def _attainable(columns: Columns, shares: Sequence[int]) -> dict[str, Any]:
+    """Mean over images of the highest IoU, without and with the share fixed."""
+    means = {
+        name: columns[name].astype(np.float64).mean(axis=0)
+        for name in ("threshold", "any_map", "mask_as_map")
+    }
+    by_share = {
+        f"top{share}": {name: float(means[name][column]) for name in ("any_map", "mask_as_map")}
+        for column, share in enumerate(shares)
+    }
+    return {"best_threshold": float(means["threshold"]), **by_share}
 
 
 class Objectness(Task):
@@ -334,7 +414,7 @@ class Objectness(Task):
         return {
             "objectness": {
                 "mask": "through the image's crop, nearest pixel, white is object; useless ones left out",
-                "null": "maps of another image of the same 64, each rolled at random",
+                "null": "maps of another image of the same 64, everybody's once per draw",
             }
         }
 
@@ -387,23 +467,22 @@ class Objectness(Task):
                 else f" and something else in it ({_counted(forms)}): look at the files, not at the crop"
             )
             raise UsageError(f"{inputs.spec.name}: none of the {len(role)} masks has an object{why}")
-        levels = {level: joined(shards, level).astype(np.float64)[there].swapaxes(0, 1) for level in LEVELS}
-        scores = _Scores(levels, spec.shares)
-        metrics = {f"miou_top{share}": scores.metric("best", share, "null") for share in spec.shares}
+        columns = {name: joined(shards, name)[there] for name in shards[0] if name != "form"}
+        levels = {level: columns[level].astype(np.float64).swapaxes(0, 1) for level in LEVELS}
+        scores, ids = _Scores(levels, spec.shares), np.array(role.ids)
         main = int(inputs.spec.main_metric.rpartition("top")[2])
-        over_null = scores.values("best", main) - scores.values("null", main)
-        metrics[f"gain_top{main}"] = over_images(over_null, unit="", chance=0.0)
-        ids = np.array(role.ids)
-        columns: dict[str, Any] = {
-            "id": ids[there].tolist(),
-            "object_share": joined(shards, "object").astype(np.float64)[there],
-            "best_token": joined(shards, "token").astype(np.int64)[there][:, 0],
-        }
-        for level in LEVELS:
-            for column, share in enumerate(spec.shares):
-                values = levels[level][:, :, 0, column] if level == "best" else levels[level][:, :, column]
-                columns[f"{'miou' if level == 'best' else level}_top{share}"] = values.mean(axis=0)
-        details = self._details(plan, scores)
+        outcomes = _outcomes(scores, columns, main, ids[there].tolist(), inputs.seeds)
+        metrics = {}
+        for name in outcomes.values:
+            kind, _, share = name.rpartition("_top")
+            chance = 0.0 if kind == "gain" else _told(scores.values("null_other", int(share)))["value"]
+            metrics[name] = outcomes.metric(name, unit="", chance=chance)
+        if inputs.spec.main_metric not in metrics:
+            raise UsageError(
+                f"{inputs.spec.name}: {inputs.spec.main_metric} compares with the maps of another image, and "
+                "there is one image only. Use more images (a larger --limit)."
+            )
+        details = self._details(plan, scores) | {"attainable": _attainable(columns, spec.shares)}
         details["images"] = {
             "measured": int(there.sum()),
             "left_out_without_object": ids[~there].tolist(),
@@ -412,16 +491,26 @@ class Objectness(Task):
             "masks_unreadable": ids[np.isnan(whole)].tolist(),
             "masks_read_as": dict(sorted(Counter(forms.tolist()).items())),
             "masks_of_another_size": int(joined(shards, "resized").sum()),
-            "mean_object_share": float(columns["object_share"].mean()),
+            "mean_object_share": float(columns["object"].astype(np.float64).mean()),
         }
-        return Result(metrics=metrics, details={"objectness": details}, per_image=columns)
+        most = details["attainable"][f"top{main}"]
+        note = (
+            f"miou_top{main} {most['any_map']:.2f} by any map, {most['mask_as_map']:.2f} by the mask itself "
+            "at the resolution of the maps"
+        )
+        return Result(
+            metrics=metrics,
+            extra={"attainable": note},
+            details={"objectness": details},
+            outcomes=outcomes,
+        )
 
     def _details(self, plan: Plan, scores: _Scores) -> dict[str, Any]:
         layers, times = plan.shape
         sweep: dict[str, Any] = {}
         for column, share in enumerate(scores.shares):
             cells = scores.levels["best"][:, :, :, column]  # [S, n, C]
-            found = [over_images(cells[:, :, cell], unit="") for cell in range(layers * times)]
+            found = [estimate(cells[:, :, cell]) for cell in range(layers * times)]
             sweep[f"top{share}"] = {
                 key: [
                     [getattr(found[row * times + time], key) for time in range(times)]
@@ -429,17 +518,17 @@ class Objectness(Task):
                 ]
                 for key in ("value", "stderr")
             }
-
-        def each(level: str, null: str | None) -> dict[str, Any]:
-            return {f"top{share}": _summary(scores.metric(level, share, null)) for share in scores.shares}
-
-        others = scores.levels["other_image"]
+        over_rolled = {
+            f"top{share}": _told(scores.values("best", share) - scores.values("null_rolled", share))
+            for share in scores.shares
+        }
         return {
             "layer": plan.request.layers[0],
             "time": plan.read_at[0] if plan.read_at else None,
-            "best_head": each("head", "null_head"),
-            "mean_over_tokens": each("mean", "null_mean"),
-            "other_image": each("other_image", None) if np.isfinite(others).any() else None,
+            "best_head": scores.told("head", "null_other_head"),
+            "mean_over_tokens": scores.told("mean", "null_other_mean"),
+            "null_rolled": scores.told("null_rolled", None),
+            "gain_over_rolled": over_rolled,
             "sweep": {
                 "layers": list(plan.request.layers),
                 "times": list(plan.request.times) if plan.read_at else [],

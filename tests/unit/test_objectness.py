@@ -20,7 +20,15 @@ from comit_bench.commands import app as cli
 from comit_bench.data.images import header_size, load_mask
 from comit_bench.data.split import OpenData, PathList, Split
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.metrics.overlap import enlarge, overlaps, pixels_kept, shifted
+from comit_bench.metrics.overlap import (
+    best_threshold,
+    enlarge,
+    most_possible,
+    on_grid,
+    overlaps,
+    pixels_kept,
+    shifted,
+)
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.ranks import Ranks
 from comit_bench.recipes.kinds import ObjectnessSpec
@@ -28,7 +36,7 @@ from comit_bench.recipes.specs import TaskSpec
 from comit_bench.results.records import load_records
 from comit_bench.tasks import shards
 from comit_bench.tasks.base import Inputs, Role
-from comit_bench.tasks.objectness import Objectness, resolve_layers
+from comit_bench.tasks.objectness import Objectness, derangement, resolve_layers
 from comit_bench.tasks.result import Result
 from comit_bench.tokenizers.base import TileReceiver, TokenizerInfo, Tokens, attention_in_tiles
 
@@ -97,6 +105,49 @@ def test_blobs_keep_values_and_neighbours() -> None:
         tuple(torch.roll(maps[0, 0], (d, r), (0, 1)).flatten().tolist()) for d in range(4) for r in range(5)
     }
     assert {tuple(t[0].flatten().tolist()) for t in tries} == rolled
+
+
+def test_no_map_reaches_more_than_the_most_possible() -> None:
+    rng = np.random.default_rng(0)
+    shares = (5, 10, 30, 90)
+    for count in (1, 40, 102, 500, 1024):
+        mask = np.zeros(SIDE * SIDE, dtype=bool)
+        mask[rng.permutation(SIDE * SIDE)[:count]] = True
+        target = torch.from_numpy(mask.reshape(SIDE, SIDE))
+        limit = most_possible(count, SIDE, shares)
+        assert limit == pytest.approx(overlaps(target.float()[None], target, shares, resize="nearest")[:, 0])
+        maps = torch.rand(50, SIDE, SIDE) + 0.5 * target  # they know something
+        assert (overlaps(maps, target, shares, resize="nearest").numpy() <= np.array(limit)[:, None]).all()
+
+
+@pytest.mark.parametrize("resize", ["nearest", "bilinear"])
+def test_the_mask_on_the_grid_of_the_maps(resize: str) -> None:
+    mask = torch.from_numpy(squares(1, side=11, seed=4)[0])
+    itself = on_grid(mask, 8, 8)
+    blocks = mask.reshape(8, 4, 8, 4).double().mean(dim=(1, 3))
+    assert torch.equal(itself.double(), blocks)
+    best, values = 0.0, enlarge(itself[None], SIDE, resize)[0]
+    for threshold in values.unique():
+        kept = values >= threshold
+        best = max(best, float((kept & mask).sum() / (kept | mask).sum()))
+    assert best_threshold(itself, mask, resize=resize) == pytest.approx(best)
+    assert 0.5 < best < 1
+    assert best_threshold(on_grid(mask, SIDE, SIDE), mask, resize=resize) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_everybodys_maps_are_used_once_and_by_another_image(count: int) -> None:
+    ids = [f"{i:04d}" for i in range(count)]
+    drawn = [derangement(ids, 0, draw) for draw in range(6)]
+    for partner in drawn:
+        assert sorted(partner.tolist()) == list(range(count))
+        assert count == 1 or (partner != np.arange(count)).all()
+    np.testing.assert_array_equal(drawn[0], derangement(ids, 0, 0))
+    order = np.random.default_rng(0).permutation(count)
+    names = derangement([ids[i] for i in order], 0, 0)  # it belongs to the ids, not to their order
+    assert [order[names[np.flatnonzero(order == i)[0]]] for i in range(count)] == drawn[0].tolist()
+    if count > 2:
+        assert any((one != drawn[0]).any() for one in [*drawn[1:], derangement(ids, 1, 0)])
 
 
 def test_layers_of_a_recipe() -> None:
@@ -274,8 +325,9 @@ def test_maps_that_are_the_mask(tmp_path: Path) -> None:
     )
     assert result.metrics["miou_top10"].stderr == pytest.approx(0) and result.metrics["miou_top10"].n == 5
     assert result.metrics["miou_top10"].unit == ""
-    assert result.per_image is not None and result.per_image["best_token"].tolist() == [1] * 5
-    assert result.per_image["id"] == [f"{i:04d}" for i in range(5)]
+    outcomes = result.outcomes
+    assert outcomes is not None and outcomes.columns["best_token"].tolist() == [[1] * 5]
+    assert outcomes.ids == [f"{i:04d}" for i in range(5)]
     details = result.details["objectness"]
     flat = [
         float(overlaps(torch.zeros(1, 4, 4), torch.from_numpy(m), (10,), resize="nearest")) for m in masks
@@ -286,6 +338,13 @@ def test_maps_that_are_the_mask(tmp_path: Path) -> None:
     gain = result.metrics["gain_top10"]
     assert gain.value == pytest.approx(100 / 102 - result.metrics["miou_top10"].chance)  # type: ignore[operator]
     assert gain.value > 0.5 and details["images"]["mean_object_share"] == pytest.approx(100 / 1024)
+    # these maps are the mask at its own resolution: they reach all that can be reached
+    attainable = details["attainable"]
+    assert attainable["best_threshold"] == 1
+    for share in (5, 10, 20):
+        limit = pytest.approx(result.metrics[f"miou_top{share}"].value)
+        assert attainable[f"top{share}"] == {"any_map": limit, "mask_as_map": limit}
+    assert "0.98 by any map" in result.extra["attainable"]
 
 
 def test_heads_are_averaged_and_the_best_head_is_another_number(tmp_path: Path) -> None:
@@ -298,32 +357,70 @@ def test_heads_are_averaged_and_the_best_head_is_another_number(tmp_path: Path) 
     assert result.details["objectness"]["best_head"]["top10"]["value"] == pytest.approx(100 / 102)
 
 
-def test_the_null_model_gives_what_chance_gives(tmp_path: Path) -> None:
-    """Maps that know nothing: the metric and its chance level agree within three standard errors."""
+def test_the_null_models_give_what_chance_gives(tmp_path: Path) -> None:
+    """Maps that know nothing: metric, chance level and rolled null agree within three standard errors."""
     masks = squares(128)
     result = run(make_inputs(tmp_path, masks, Fake(smooth(128, 8)), {"null_draws": 4}))
+    details = result.details["objectness"]
     for share in (10, 20, 30, 40):
         metric = result.metrics[f"miou_top{share}"]
         assert metric.stderr is not None and metric.chance is not None
         assert abs(metric.value - metric.chance) < 3 * metric.stderr
         assert metric.chance > 0.12  # the best of eight is far above the mean over tokens
+        rolled = details["null_rolled"][f"top{share}"]
+        assert abs(metric.value - rolled["value"]) < 3.5 * metric.stderr
+        assert details["gain_over_rolled"][f"top{share}"]["value"] == pytest.approx(
+            metric.value - rolled["value"]
+        )
+    gain = result.metrics["gain_top10"]
+    assert gain.chance == 0 and gain.stderr is not None and abs(gain.value) < 3 * gain.stderr
     for name in ("best_head", "mean_over_tokens"):
-        for entry in result.details["objectness"][name].values():
+        for entry in details[name].values():
             assert abs(entry["value"] - entry["chance"]) < 3.5 * entry["stderr"]
-    other = result.details["objectness"]["other_image"]["top20"]
-    assert abs(other["value"] - result.metrics["miou_top20"].chance) < 3.5 * other["stderr"]  # type: ignore[operator]
 
 
-def test_maps_that_share_a_place_are_told_from_maps_that_see(tmp_path: Path) -> None:
-    """All objects are in the middle and so are all maps: far above blobs, not above another image's maps."""
+def test_the_null_is_the_maps_of_other_images_by_hand(tmp_path: Path) -> None:
+    masks, maps = squares(9), smooth(9, 3)
+    result = run(make_inputs(tmp_path, masks, Fake(maps), {"shares": (10, 30), "null_draws": 2}))
+    ids = [f"{i:04d}" for i in range(9)]
+    want = np.zeros((2, 9))
+    for draw in range(2):
+        for image, other in enumerate(derangement(ids, 0, draw)):
+            mean = maps[0, 0, other].mean(dim=0)
+            found = overlaps(mean, torch.from_numpy(masks[image]), (10, 30), resize="bilinear")
+            want[:, image] += found.max(dim=1).values.numpy() / 2
+    outcomes = result.outcomes
+    assert outcomes is not None
+    for row, share in zip(want, (10, 30), strict=True):
+        np.testing.assert_allclose(outcomes.columns[f"null_other_top{share}"][0], row)
+        assert result.metrics[f"miou_top{share}"].chance == pytest.approx(row.mean())
+    gain = outcomes.values["gain_top10"]
+    np.testing.assert_allclose(gain, outcomes.values["miou_top10"] - want[:1])
+    assert result.metrics["gain_top10"].stderr == pytest.approx(gain.std(ddof=1) / 3)
+
+
+def test_maps_that_share_a_place_gain_nothing(tmp_path: Path) -> None:
+    """All objects are in the middle and so are all maps: far above rolled maps, not above other images'."""
     masks = np.zeros((20, SIDE, SIDE), dtype=bool)
     masks[:, 10:22, 10:22] = True
     maps = smooth(20, 4) * 0.01 + torch.from_numpy(masks[:, ::2, ::2]).float()[None, None, :, None, None]
     result = run(make_inputs(tmp_path, masks, Fake(maps)))
-    details = result.details["objectness"]
-    metric = result.metrics["miou_top10"]
-    assert metric.chance is not None and metric.value > metric.chance + 0.2
-    assert details["other_image"]["top10"]["value"] == pytest.approx(metric.value, abs=0.02)
+    details, metric = result.details["objectness"], result.metrics["miou_top10"]
+    assert metric.chance == pytest.approx(metric.value, abs=0.02)
+    assert result.metrics["gain_top10"].value == pytest.approx(0, abs=0.02)
+    assert details["gain_over_rolled"]["top10"]["value"] > 0.2
+
+
+def test_maps_that_always_look_elsewhere_gain_nothing(tmp_path: Path) -> None:
+    """All objects in the middle, all maps in a corner: below rolled maps, which is no loss of knowledge."""
+    masks = np.zeros((20, SIDE, SIDE), dtype=bool)
+    masks[:, 10:22, 10:22] = True
+    corner = torch.zeros(20, 16, 16)
+    corner[:, :5, :5] = 1
+    maps = smooth(20, 4) * 0.01 + corner[None, None, :, None, None]
+    result = run(make_inputs(tmp_path, masks, Fake(maps)))
+    assert result.metrics["gain_top10"].value == pytest.approx(0, abs=0.02)
+    assert result.details["objectness"]["gain_over_rolled"]["top10"]["value"] < -0.1
 
 
 def test_more_tokens_have_more_luck(tmp_path: Path) -> None:
@@ -338,8 +435,9 @@ def test_more_tokens_have_more_luck(tmp_path: Path) -> None:
 
 
 def same(a: Result, b: Result) -> bool:
-    assert a.per_image is not None and b.per_image is not None
-    columns = all(np.array_equal(a.per_image[name], b.per_image[name]) for name in a.per_image)
+    assert a.outcomes is not None and b.outcomes is not None
+    ours, theirs = ({**o.values, **o.columns, "id": o.ids} for o in (a.outcomes, b.outcomes))
+    columns = ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
     return columns and a.metrics == b.metrics and a.details == b.details
 
 
@@ -424,9 +522,10 @@ def test_images_without_object_are_left_out_and_listed(tmp_path: Path) -> None:
     result = run(make_inputs(tmp_path / "b", masks, Fake(maps)))
     images = result.details["objectness"]["images"]
     assert images["left_out_without_object"] == ["0000", "0003"] and images["measured"] == 4
-    assert result.metrics["miou_top10"].n == 4 and result.per_image is not None
-    assert result.per_image["id"] == ["0001", "0002", "0004", "0005"]
-    assert all(np.isfinite(v).all() for k, v in result.per_image.items() if k != "id")
+    outcomes = result.outcomes
+    assert result.metrics["miou_top10"].n == 4 and outcomes is not None
+    assert outcomes.ids == ["0001", "0002", "0004", "0005"]
+    assert all(np.isfinite(v).all() for v in [*outcomes.values.values(), *outcomes.columns.values()])
     (tmp_path / "c").mkdir()
     with pytest.raises(UsageError, match="none of the 2 masks has an object"):
         run(make_inputs(tmp_path / "c", np.zeros((2, SIDE, SIDE), dtype=bool), Fake(maps)))
@@ -434,8 +533,19 @@ def test_images_without_object_are_left_out_and_listed(tmp_path: Path) -> None:
 
 def test_one_image_alone_has_no_other(tmp_path: Path) -> None:
     result = run(make_inputs(tmp_path, squares(1), Fake(smooth(1, 3))))
-    assert result.details["objectness"]["other_image"] is None
-    assert result.metrics["miou_top10"].chance is not None and result.metrics["miou_top10"].stderr is None
+    metric, details = result.metrics["miou_top10"], result.details["objectness"]
+    assert metric.chance is None and metric.stderr is None and "gain_top10" not in result.metrics
+    assert details["null_rolled"]["top10"]["value"] is not None
+    assert details["best_head"]["top10"]["chance"] is None
+    with pytest.raises(UsageError, match="one image only"):
+        run(make_inputs(tmp_path, squares(1), Fake(smooth(1, 3)), main_metric="gain_top10"))
+
+
+def test_an_image_alone_in_its_shard_has_no_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD", 6)
+    result = run(make_inputs(tmp_path, squares(7), Fake(smooth(7, 3))))
+    assert result.metrics["miou_top10"].n == 7 and result.metrics["gain_top10"].n == 6
+    assert result.outcomes is not None and np.isnan(result.outcomes.values["gain_top10"][0, 6])
 
 
 def test_masks_of_another_size_are_counted(tmp_path: Path) -> None:
@@ -517,7 +627,7 @@ def test_the_command_leaves_out_who_cannot_and_measures_the_others(
     assert record.protocol["tokenizer"]["decode"]["steps"] == 10
     (table,) = (tmp_path / "records").rglob("*.parquet")
     stored = pq.read_table(table)
-    assert stored.num_rows == 6 and {"id", "miou_top10", "null_top10", "other_image_top40"} <= set(
+    assert stored.num_rows == 6 and {"id", "miou_top10", "gain_top10", "null_other_top10"} <= set(
         stored.column_names
     )
     assert np.mean(stored["miou_top10"].to_numpy()) == pytest.approx(record.metrics["miou_top10"].value)
