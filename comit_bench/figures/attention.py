@@ -3,8 +3,7 @@
 The gallery shows, for every image and share, the token whose map covers the object best (as task kind
 ``objectness`` counts it); the heat map shows the mean of this over images for every layer and time. The token
 is chosen with the mask, which is an oracle choice: the best of K maps covers a part of any object by chance.
-So the null stands beside every value: the best of the K maps of another image, each rolled around the edges
-at random, as in the task.
+So the null stands beside every value: the best of the K maps of another image, as in the task.
 
 Shape legend: ``n`` images, ``P`` shares, ``L`` layers, ``T`` times (1 for a decoder of one pass), ``S`` side
 of an image, ``h w`` grid of a map.
@@ -45,7 +44,7 @@ from comit_bench.metrics.overlap import binary, overlaps, shifted
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.recipes.kinds import ObjectnessSpec
 from comit_bench.seeding import generator_for
-from comit_bench.tasks.objectness import make_plan
+from comit_bench.tasks.objectness import derangement, make_plan
 from comit_bench.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class Attention:
         maps: float32 [n, P, h, w], its map, mean over heads.
         binary: bool [n, P, S, S], the pixels it keeps.
         iou: float64 [n, P].
-        null: float64 [n, P], the same of rolled maps of another image, mean over draws.
+        null: float64 [n, P], the same of the maps of another image, mean over draws.
         candidates: K, the tokens among which the best was chosen.
         about: Words around the figure.
     """
@@ -106,7 +105,7 @@ class Sweep:
         times: As read [T]; empty for a decoder of one pass.
         share: Percent of the pixels.
         miou: float64 [L, max(T, 1)].
-        null: float64 [L, max(T, 1)], the same of rolled maps of another image, one draw per image.
+        null: float64 [L, max(T, 1)], the same of the maps of another image, one draw per image.
         images: How many it is the mean of.
         candidates: K, the tokens among which the best was chosen.
         about: Words around the figure.
@@ -212,15 +211,14 @@ def each_map(
 def _null(
     maps: Sequence[Tensor], masks: NDArray[np.bool_], names: Sequence[str], spec: ObjectnessSpec, draws: int
 ) -> Iterator[NDArray[np.float64]]:
-    """Per image float64 [P]: IoU of the best rolled map of another image (of its own where it is alone)."""
+    """Per image float64 [P]: IoU of the best map of another image (of its own, rolled, where it is alone)."""
+    partners = [derangement(names, spec.null_seed, draw) for draw in range(draws)]
+    generator = generator_for(spec.null_seed, f"objectness-null/{names[0]}")
     for image, mask in enumerate(masks):
-        generator = generator_for(spec.null_seed, f"objectness-null/{names[image]}")
         best = []
-        for _ in range(draws):
-            other = int(torch.randint(max(len(maps) - 1, 1), (), generator=generator))
-            other += int(other >= image and len(maps) > 1)
-            blobs = shifted(maps[other], generator)
-            found = overlaps(blobs, torch.from_numpy(mask), spec.shares, resize=spec.resize)
+        for partner in partners:
+            others = maps[int(partner[image])] if len(maps) > 1 else shifted(maps[0], generator)
+            found = overlaps(others, torch.from_numpy(mask), spec.shares, resize=spec.resize)
             best.append(found.amax(dim=1).numpy())
         yield np.mean(best, axis=0)
 
@@ -229,7 +227,7 @@ def _says(tokenizer: Tokenizer, inputs: Inputs, policy: str | None, candidates: 
     """What both figures must say."""
     lines = [
         f"oracle choice: the token shown is the one of {candidates} whose map (mean over heads) covers the "
-        "mask best; null: the best of as many maps of another image, rolled at random"
+        "mask best; null: the best of as many maps of another image"
     ]
     if left_out:
         lines.append(f"incomplete: {left_out} image(s) without a mask of an object are left out")
