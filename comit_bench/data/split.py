@@ -131,7 +131,8 @@ class OpenData:
         kind: What ``Split.labels`` holds.
         predicates: Words of predicates; empty unless ``kind`` is relations.
         missing: Sample id -> reason, for annotated images whose file is not there. They are in no split.
-        notes: Facts about the splits, as plain JSON values: a record stores them.
+        notes: Facts about the splits, as plain JSON values: a record stores them. ``synonyms`` of relations
+            (``words`` and ``predicates`` -> groups) are no negatives of each other.
         max_broken: Share of the images (and masks) that may be missing or broken.
         expected: What the whole data set has, for official ones: images by split, or for annotated sets
             images that the annotation files list, by file.

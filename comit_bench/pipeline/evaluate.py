@@ -217,17 +217,18 @@ def _measure(job: Job, inputs: Inputs, work: Path, session: Session) -> Result |
         return None
     if session.settings.overwrite == "always" and first:
         remove_folder(work)
-    if isinstance(job.tokenizer, Reference):
-        return job.tokenizer.measure(task, inputs)
 
     def start(what: str, total: int, unit: str) -> Callable[[int], None]:
         reporter.stop()
         return reporter.start(f"{job.label}: {what} {spec.name}", total, unit)
 
-    assert inputs.tokenizer is not None
     try:
         if probed:
-            return task.run(replace(inputs, progress=_epochs(inputs, start)))
+            watched = inputs if job.instant else replace(inputs, progress=_epochs(inputs, start))
+            if isinstance(job.tokenizer, Reference):
+                return job.tokenizer.measure(task, watched)
+            return task.run(watched)
+        assert inputs.tokenizer is not None
         with threads_for(inputs.tokenizer, session.device):
             return task.run(replace(inputs, start=start, work=work))
     finally:

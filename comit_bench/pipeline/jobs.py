@@ -14,6 +14,7 @@ from comit_bench.recipes.specs import (
     CONTROLS,
     DatasetSpec,
     Recipe,
+    TaskKind,
     TaskSpec,
     dataset_of,
     find_datasets,
@@ -24,7 +25,7 @@ from comit_bench.seeding import seed_for
 from comit_bench.tokenizers.base import looks_at_crops
 from comit_bench.tokenizers.contract import check_tokenizer
 from comit_bench.tokenizers.load import entry_for
-from comit_bench.tokenizers.registry import MAJORITY, TokenizerEntry
+from comit_bench.tokenizers.registry import BLIND, MAJORITY, TokenizerEntry
 from comit_bench.tokenizers.registry import tokenizers as known_tokenizers
 
 if TYPE_CHECKING:
@@ -161,16 +162,26 @@ class Reference:
         name: Of the row, its family included.
         knows: What it answers from.
         measure: Its numbers on a task.
+        fits: Whether it fits a probe, in kinds that are ``blind``; else it takes no time.
     """
 
     name: str
     knows: str
     measure: Callable[[Task, Inputs], Result]
+    fits: bool = False
+
+    def takes(self, kind: TaskKind) -> bool:
+        """Whether it has something to say about tasks of a kind."""
+        return kind.probed and (kind.blind or not self.fits)
 
 
 Who: TypeAlias = "str | Tokenizer | Reference"  # a name, directory or hub id; an object; a reference row
 REFERENCES = {
-    MAJORITY: Reference(MAJORITY, "labels of the train split", lambda task, inputs: task.majority(inputs))
+    reference.name: reference
+    for reference in (
+        Reference(MAJORITY, "labels of the train split", lambda task, inputs: task.majority(inputs)),
+        Reference(BLIND, "labels of the train split", lambda task, inputs: task.blind(inputs), fits=True),
+    )
 }
 
 
@@ -196,11 +207,17 @@ class Job:
             return self.tokenizer
         return self.tokenizer.name if isinstance(self.tokenizer, Reference) else self.tokenizer.info.name
 
+    @property
+    def instant(self) -> bool:
+        """Whether it takes no time: a reference row that fits nothing."""
+        return isinstance(self.tokenizer, Reference) and not self.tokenizer.fits
+
 
 def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], settings: Settings) -> list[Job]:
     """Resolve names into jobs, task by task.
 
-    Kinds that fit no probe have no reference rows, and under a control of probes they are left out.
+    Reference rows are there where they have something to say, never where no probe is fitted; under a control
+    of probes kinds without are left out.
     """
     who = each_once(tokenizers)
     recipes = find_tasks(settings.include, allow_override=settings.allow_override)
@@ -226,11 +243,11 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
         Job(one, task, d, policy)
         for task, d in zip(chosen, data, strict=True)
         for one, policy in rows
-        if task.spec.task_kind.probed or not isinstance(one, Reference)
+        if not isinstance(one, Reference) or one.takes(task.spec.task_kind)
     ]
     if not jobs:
-        names = " and ".join(REFERENCES)
-        raise UsageError(f"nothing to do: {names} knows labels only, and {', '.join(tasks)} asks for more")
+        names = " and ".join(str(one.name) for one in who if isinstance(one, Reference))
+        raise UsageError(f"nothing to do: {', '.join(tasks)} asks more than {names or 'nobody'} can answer")
     return jobs
 
 

@@ -174,9 +174,11 @@ def _job_plan(
     job: Job, settings: Settings, counts: dict[str, int], tokenizer: Tokenizer | None, waits: tuple[str, ...]
 ) -> JobPlan:
     """Images, bytes and seconds of one job; a tokenizer that is not here, or is fitted, counts as small."""
-    if isinstance(job.tokenizer, Reference):
+    if job.instant:
         return JobPlan(job, 0, 0, 0.0, waits)
     images = images_of(job, counts, settings)
+    if isinstance(job.tokenizer, Reference):
+        return JobPlan(job, 0, 0, None if waits else expected_seconds(job, settings, images), waits)
     length, per_token = 16, 2
     if tokenizer is not None:
         info = tokenizer.info
@@ -233,17 +235,18 @@ def _words(part: JobPlan, settings: Settings) -> str:
     policy = f" ({part.job.policy})" if part.job.policy else ""
     if part.waits:
         return f"{policy}: waits for {' and '.join(part.waits)}"
-    if isinstance(part.job.tokenizer, Reference):
+    if part.job.instant:
         return " (labels only)"
     probed = task.task_kind.probed
     seeds = (settings.seeds or task.seeds) if probed else task.seeds
     what = "probe seeds" if probed else "seed" if seeds == 1 else "seeds"
     known = "time unknown" if part.seconds is None else f"about {human_seconds(part.seconds)}"
-    return f"{policy}: {part.images:,} images, {seeds} {what}, {known}"
+    images = f"{part.images:,} images" if part.images else "no image"
+    return f"{policy}: {images}, {seeds} {what}, {known}"
 
 
 def _total(plan: Plan) -> str:
-    read = [part for part in plan.jobs if not isinstance(part.job.tokenizer, Reference)]
+    read = [part for part in plan.jobs if not part.job.instant]
     timed = [part.seconds for part in read if part.seconds is not None]
     others = len(read) - len(timed)
     if not timed:

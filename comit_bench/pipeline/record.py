@@ -213,13 +213,13 @@ def note_seconds(job: Job, settings: Settings, *, seconds: float, images: int, e
     """Remember how long a job took. A repetition that found its tokens made does not count.
 
     Args:
-        job: Which; for reference rows, which take no time, nothing is noted.
+        job: Which; for one that takes no time nothing is noted.
         settings: How it was done.
         seconds: Wall clock, all of it.
         images: Images that it read.
         encoded: How many of them were encoded for it.
     """
-    if isinstance(job.tokenizer, Reference):
+    if job.instant:
         return
     path = _note(job, settings)
     _, before, encoded_before = _noted(path)

@@ -46,22 +46,34 @@ class AttributesSpec(SpecModel):
     fields: tuple[str, ...]
 
 
+BLOCK = 4  # candidates of ``top1@4``
+
+
 class NegativesSpec(SpecModel):
     """Which triplets a true one has to beat (kind ``relations``).
 
     Attributes:
-        train: In-batch negatives per true triplet while training.
-        report: Stored negatives per sample of the early-stop and report sets.
+        train: In-batch negatives per true triplet while training. Kinds of hard negatives that are reported
+            are trained on as well, as many as are reported.
+        report: Stored negatives per sample of the early-stop and report sets: 3, 7, 11, ... (groups of
+            ``BLOCK`` with the true one). ``top1@4`` uses the first 3, ``top1@N`` all.
         predicate: Hard negatives with the same objects and another predicate; 0 leaves the metric out.
         swapped: Whether subject and object exchanged are a hard negative of their own.
         per_image: Samples per image in the early-stop and report sets; None is every true triplet.
     """
 
     train: Annotated[int, Field(ge=1)] = 15
-    report: Annotated[int, Field(ge=1)] = 15
+    report: Annotated[int, Field(ge=BLOCK - 1)] = 15
     predicate: Annotated[int, Field(ge=0)] = 3
     swapped: bool = True
     per_image: Annotated[int, Field(ge=1)] | None = 1
+
+    @field_validator("report")
+    @classmethod
+    def _whole_blocks(cls, value: int) -> int:
+        if (value + 1) % BLOCK:
+            raise ValueError(f"expected 3, 7, 11, 15, ...: with the true one, groups of {BLOCK}")
+        return value
 
 
 class TextSpec(SpecModel):

@@ -112,6 +112,8 @@ class TaskKind:
         sections: Sections of a recipe that only this kind has.
         probed: Whether a probe is fitted on messages.
         decodes: Whether images are decoded, so that the decoder's settings are part of the protocol.
+        blind: Whether the probe reads a question beside the message, so that one without a message can
+            answer: it is the row ``blind``.
     """
 
     task: str
@@ -120,14 +122,15 @@ class TaskKind:
     sections: frozenset[str] = frozenset({"options"})
     probed: bool = True
     decodes: bool = False
+    blind: bool = False
 
     def takes(self, data: str) -> bool:
         """Whether a data set of this kind can be used."""
         return not self.data or data in self.data
 
 
-def _probed(task: str, data: str, main_metric: str, *sections: str) -> TaskKind:
-    return TaskKind(f"comit_bench.tasks.{task}", (data,), main_metric, frozenset(sections))
+def _probed(task: str, data: str, main_metric: str, *sections: str, blind: bool = False) -> TaskKind:
+    return TaskKind(f"comit_bench.tasks.{task}", (data,), main_metric, frozenset(sections), blind=blind)
 
 
 def _unprobed(task: str, data: str, main_metric: str, *sections: str, decodes: bool = False) -> TaskKind:
@@ -140,7 +143,7 @@ def _unprobed(task: str, data: str, main_metric: str, *sections: str, decodes: b
 KINDS = {
     "classification": _probed("classification:Classification", "classes", "top1", "attributes"),
     "multilabel": _probed("multilabel:Multilabel", "multilabel", "top5"),
-    "relations": _probed("relations:Relations", "relations", "top1", "negatives", "text"),
+    "relations": _probed("relations:Relations", "relations", "top1@4", "negatives", "text", blind=True),
     "reconstruction": _unprobed("reconstruction:Reconstruction", "", "psnr", "reconstruction", decodes=True),
     "objectness": _unprobed("objectness:Objectness", "masks", "miou_top20", "objectness", decodes=True),
     "retrieval": _unprobed("retrieval:Retrieval", "classes", "recall@1", "retrieval", "attributes"),
@@ -307,7 +310,8 @@ class RelationsSpec(SpecModel):
     ``min_area`` is a share of the image's area, asked of ``both`` objects or of at least one (``either``).
     ``words`` is the size of the one vocabulary of subjects and objects, ``predicates`` of the other; both
     are counted on train images. ``val_share`` of the images is chosen by a hash of their id when ``splits``
-    names no lists of ids.
+    names no lists of ids. ``synsets``: whether words of one synset count as synonyms, which are no negatives
+    of each other.
     """
 
     min_area: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -317,6 +321,7 @@ class RelationsSpec(SpecModel):
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: int = 0
     aliases: bool = True
+    synsets: bool = True
     exclude_coco: bool = False
 
 

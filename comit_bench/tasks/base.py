@@ -239,6 +239,10 @@ class Task:
         """For kinds that fit probes: the row of a reader that knows the training labels and no image."""
         raise UnsupportedOperation(f"kind {inputs.spec.kind!r} does not say what a guesser scores")
 
+    def blind(self, inputs: Inputs) -> Result:
+        """For kinds that are ``blind``: the row of the same probe, beside messages that say nothing."""
+        raise UnsupportedOperation(f"kind {inputs.spec.kind!r} has nothing to ask a reader without images")
+
     def decodings(self, spec: TaskSpec) -> float:
         """For plans: how often each image is decoded, about."""
         return 0.0

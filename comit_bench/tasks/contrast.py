@@ -1,16 +1,17 @@
 """Fits the relation probe: one logit per image and triplet, trained to put the true triplet first.
 
 A step takes a batch of images with one of their triplets each (drawn anew every epoch). The candidates of
-an image are its own triplet and ``negatives`` triplets of other images of the batch, never one that is
-known to be true of it; the loss is the cross entropy of a softmax over the candidates.
+an image are its own triplet, triplets of other images of the batch, and the hard negatives that are reported:
+its own triplet with other predicates, drawn by how common they are, and with subject and object exchanged.
+None is known to be true of it. The loss is the cross entropy of a softmax over the candidates.
 
-Memory: a batch of B images means B * (1 + negatives) sequences of 1 + K + 3 tokens. They are computed in
+Memory: a batch of B images means B * candidates sequences of 1 + K + 3 tokens. They are computed in
 chunks of whole images, at most ``CHUNK_TOKENS`` tokens each, whose gradients add up. The loss of an image
 needs no other chunk, so chunking changes nothing but the order of a sum. The size is a constant, not read
 off the machine, so that results do not depend on it. At the paper's size (K 256, width 768, 2 blocks, MLP
-ratio 4, B 512, 15 negatives) all at once would take 8,192 sequences * 260 tokens * 768 * 4 bytes = 6.5 GB
-for each of about 30 stored activations, some 200 GB; a chunk of 7 images is 29,120 tokens: 0.09 GB each,
-2.7 GB in all.
+ratio 4, B 512, 20 candidates) all at once would take 10,240 sequences * 260 tokens * 768 * 4 bytes = 8.2 GB
+for each of about 30 stored activations, some 250 GB; a chunk of 6 images is 31,200 tokens: 0.1 GB each, 3 GB
+in all.
 
 Shape legend: ``n`` images of a role, ``B`` batch, ``G`` candidates, ``K`` message length, ``d`` code
 dimension, ``T`` length of a text vector.
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import Batches, Fit, FitTask, Split, build_probe, keyed_generator
+from comit_bench.recipes.kinds import NegativesSpec
 from comit_bench.tasks.negatives import Lists, Truth, Words
 
 CHUNK_TOKENS = 32768
@@ -42,11 +44,11 @@ class ContrastTask(FitTask):
     The targets of the splits and ``objective`` mean nothing; ``spec.batch_size`` counts images.
 
     Attributes:
-        negatives: In-batch negatives per image.
-        words: Sizes of the vocabularies.
+        negatives: How many negatives of which kind an image has in training.
+        words: Vocabularies.
         table: int64 [m, 4], samples (position in ``train``, subject, predicate, object), sorted.
         known: int64 [k, 4], all that is known to be true of the training images.
-        stop_lists: Candidates of the early-stop images.
+        stop_lists: Candidates of the early-stop images, those of the main metric only.
         report_lists: Candidates of the report images.
         objects: float32 [words.objects, T], text vectors.
         predicates: float32 [words.predicates, T].
@@ -54,7 +56,7 @@ class ContrastTask(FitTask):
             other, for every seed in another way, while triplets stay.
     """
 
-    negatives: int
+    negatives: NegativesSpec
     words: Words
     report: Split
     table: NDArray[np.int64]
@@ -119,6 +121,41 @@ def batch_candidates(
     return batch[chosen, 1:], valid
 
 
+def hard_candidates(
+    batch: NDArray[np.int64],
+    truth: Truth,
+    spec: NegativesSpec,
+    common: NDArray[np.int64],
+    generator: torch.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Triplets with the words of the own one that are not true of the image.
+
+    Args:
+        batch: int64 [B, 4], one row per image.
+        truth: What is known of the images.
+        spec: How many of what; an image may have fewer.
+        common: int64 [words.predicates], how often predicates occur; they are drawn accordingly.
+        generator: Decides which.
+
+    Returns:
+        Triplets int64 [B, H, 3] and which of them count, bool [B, H].
+    """
+    images, own = batch[:, :1], batch[:, None, 1:]
+    others = np.repeat(own, len(common), axis=1)  # [B, P, 3]
+    others[..., 1] = np.arange(len(common))
+    # The smallest of waiting times at these rates: weighted, without repetition.
+    draw = torch.empty(others.shape[:2]).exponential_(generator=generator) / torch.from_numpy(common)
+    draw[torch.from_numpy(truth.holds(images, others))] = math.inf
+    nearest = draw.topk(min(spec.predicate, len(common)), largest=False)
+    chosen = np.take_along_axis(others, nearest.indices.numpy()[..., None], axis=1)
+    valid = np.isfinite(nearest.values.numpy())
+    if not spec.swapped:
+        return chosen, valid
+    turned = own[..., ::-1]
+    there = ~truth.holds(images, turned)
+    return np.concatenate([chosen, turned], axis=1), np.concatenate([valid, there], axis=1)
+
+
 class _Fit(Fit):
     """One fit in progress."""
 
@@ -126,6 +163,7 @@ class _Fit(Fit):
         self.task = task
         self.train, self.stop = Batches(task.train, device), Batches(task.early_stop, device)
         self.truth = Truth(task.known, task.words)
+        self.common = np.bincount(task.table[:, 2], minlength=task.words.predicates)
         self.texts = (task.objects.to(device), task.predicates.to(device))
         both = len(self.train) + len(self.stop)
         self.place = torch.arange(both)
@@ -184,7 +222,11 @@ class _Fit(Fit):
             batch = samples[start : start + self.spec.batch_size]
             if len(batch) < 2:  # one image alone has nothing to be told from
                 continue
-            triplets, valid = batch_candidates(batch, self.truth, task.negatives, pick)
+            parts = (
+                batch_candidates(batch, self.truth, task.negatives.train, pick),
+                hard_candidates(batch, self.truth, task.negatives, self.common, pick),
+            )
+            triplets, valid = (np.concatenate(both, axis=1) for both in zip(*parts, strict=True))
             self.optimizer.zero_grad(set_to_none=True)
             for part in self._chunks(len(batch), triplets.shape[1]):
                 logits = self._logits("train", torch.from_numpy(batch[part, 0]), triplets[part])
@@ -197,22 +239,19 @@ class _Fit(Fit):
         return losses, scores, len(samples)
 
     @torch.inference_mode()
-    def _answers(self, role: str, lists: Lists, columns: int) -> Tensor:
-        """Logits of the first ``columns`` candidates of every sample, float32 [q, columns]."""
-        images, triplets = torch.from_numpy(lists.images), lists.triplets[:, :columns]
-        parts = [self._logits(role, images[p], triplets[p]) for p in self._chunks(len(images), columns)]
-        return torch.cat(parts)
+    def _answers(self, role: str, lists: Lists) -> Tensor:
+        """Logits of all candidates of every sample, float32 [q, C]."""
+        images, triplets = torch.from_numpy(lists.images), lists.triplets
+        chunks = self._chunks(len(images), triplets.shape[1])
+        return torch.cat([self._logits(role, images[part], triplets[part]) for part in chunks])
 
     def stop_set(self) -> tuple[Tensor, Tensor]:
         lists = self.task.stop_lists
-        columns = lists.kinds["random"].stop
-        logits = self._answers("early_stop", lists, columns)
-        return ranked(logits, torch.from_numpy(lists.valid[:, :columns]).to(self.device))
+        return ranked(self._answers("early_stop", lists), torch.from_numpy(lists.valid).to(self.device))
 
     def answers(self) -> Tensor:
         self.report = Batches(self.task.report, self.device)
-        lists = self.task.report_lists
-        return self._answers("report", lists, lists.triplets.shape[1])
+        return self._answers("report", self.task.report_lists)
 
 
 def ranked(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,32 @@
 """Candidates for relation samples: the true triplet first, then negatives that are not true of the image.
 
-Lists are drawn once per data set and role, from generators keyed by image id, and kept on disk; their
-digest is part of the protocol. Kinds of negatives:
+Lists are made once per data set and role, in an order that ids decide, and kept on disk; their digest is
+part of the protocol. Kinds of negatives:
 
-- ``random``: triplets of other images of the same role, drawn as often as they occur there. A reader that
-  knows only how common a triplet is gains nothing: negatives are as common as positives;
-- ``predicate``: the same two objects with another predicate;
+- ``random``: the triplets of other images of the same role;
+- ``predicate``: the same two objects with the predicates of other images of the role;
 - ``swapped``: subject and object exchanged.
 
-A triplet that is annotated for the image in any way (``Triplets.known``) is never a negative for it, and no
-triplet occurs twice in a list. What nobody annotated may still be true; no data set lists everything.
+A reader that sees no image must gain nothing, however uneven the world is. Drawing negatives as often as they
+occur is not enough: a list holds nothing twice and nothing that is true of its image, so what is common
+would be true more often than its share. Therefore samples are put into *groups* that lend each other what
+they say: the members of a group say different things, none of which is true of another member. All have the
+same candidates, and each candidate is the true one of exactly one member, so every reader of candidates alone
+is right once per group. The first ``BLOCK`` candidates are those of a part of the group, of which the same
+holds. For ``predicate`` this is so for what predicates alone tell; which predicate goes with two words
+(man, shirt: wears) remains to be known, and ``swapped`` is what it is. The ``blind`` row measures both.
+
+A triplet that is annotated for the image in any way (``Triplets.known``) is never a negative for it, nor is
+one that differs from it by synonyms only. What nobody annotated may still be true; no data set lists
+everything.
 
 Shape legend: ``m`` triplets, ``n`` images of the role, ``q`` samples, ``C`` candidates per sample.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,32 +37,50 @@ from numpy.typing import NDArray
 
 from comit_bench.errors import CorruptFileError
 from comit_bench.files import atomic_path, digest_json
-from comit_bench.recipes.kinds import NegativesSpec
+from comit_bench.recipes.kinds import BLOCK, NegativesSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tasks.base import Role
 
 Ints = NDArray[np.int64]
-FORMAT = 1
+FORMAT = 2
 SEED = 0
-_ROUNDS = 32  # attempts to fill a list of random negatives before it stays shorter
+OPEN = 256  # groups that wait for members at the same time; beyond that the oldest stays smaller
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Words:
-    """Sizes of the vocabularies: objects, predicates."""
+    """Vocabularies.
+
+    Attributes:
+        objects: Number of words of objects.
+        predicates: Number of words of predicates.
+        object_sense: int64 [objects], equal numbers (below ``objects``) for synonyms; None: there are none.
+        predicate_sense: int64 [predicates], the same of predicates.
+    """
 
     objects: int
     predicates: int
+    object_sense: Ints | None = None
+    predicate_sense: Ints | None = None
 
     @property
     def triplets(self) -> int:
         """Number of triplets that can be said."""
         return self.objects * self.predicates * self.objects
 
-    def number(self, triplets: Ints) -> Ints:
-        """One number for each triplet: [..., 3] (subject, predicate, object) -> [...]."""
+    def senses(self, triplets: Ints) -> Ints:
+        """Triplets [..., 3] with one word for all of its synonyms."""
         s, p, o = triplets[..., 0], triplets[..., 1], triplets[..., 2]
-        found: Ints = (s * self.predicates + p) * self.objects + o
+        if self.object_sense is not None:
+            s, o = self.object_sense[s], self.object_sense[o]
+        if self.predicate_sense is not None:
+            p = self.predicate_sense[p]
+        return np.stack([s, p, o], axis=-1)
+
+    def number(self, triplets: Ints) -> Ints:
+        """One number for each triplet, equal for those that say the same: int64 [..., 3] -> [...]."""
+        meant = self.senses(triplets)
+        found: Ints = (meant[..., 0] * self.predicates + meant[..., 1]) * self.objects + meant[..., 2]
         return found
 
 
@@ -60,7 +89,7 @@ class Truth:
 
     Args:
         table: int64 [m, 4], rows (image, subject, predicate, object).
-        words: Vocabulary sizes.
+        words: Vocabularies.
     """
 
     def __init__(self, table: Ints, words: Words) -> None:
@@ -111,8 +140,6 @@ class Lists:
 
     def digest(self) -> str:
         """``sha256:<hex>`` of the content."""
-        import hashlib
-
         total = hashlib.sha256(repr([(k, s.start, s.stop) for k, s in self.kinds.items()]).encode())
         for array in (self.images, self.triplets, self.valid):
             total.update(np.ascontiguousarray(array).tobytes())
@@ -124,6 +151,27 @@ class Lists:
         place[images] = np.arange(len(images))
         chosen = place[self.images] >= 0
         return Lists(place[self.images[chosen]], self.triplets[chosen], self.valid[chosen], self.kinds)
+
+    def columns(self) -> dict[str, list[int]]:
+        """Metric -> its candidates, the true one first."""
+        found = {}
+        for kind, part in self.kinds.items():
+            if kind != "random":
+                found[kind] = [0, *range(part.start, part.stop)]
+                continue
+            for count in sorted({BLOCK, part.stop}):
+                found[f"top1@{count}"] = list(range(count))
+        return found
+
+    def only(self, chosen: Sequence[int]) -> Lists:
+        """These columns, the first being 0, of the samples that have a negative among them."""
+        valid = self.valid[:, chosen]
+        fair = valid.sum(axis=1) > 1
+        return Lists(self.images[fair], self.triplets[fair][:, chosen], valid[fair], {})
+
+    def hard(self) -> list[int]:
+        """The true one and the negatives that share its words."""
+        return [0, *range(self.kinds["random"].stop, self.valid.shape[1])]
 
 
 def columns(spec: NegativesSpec) -> dict[str, slice]:
@@ -140,74 +188,105 @@ def columns(spec: NegativesSpec) -> dict[str, slice]:
     return found
 
 
+def groups_of(said: Sequence[int], true: Sequence[Set[int]], size: int) -> list[list[int]]:
+    """Groups in which nothing that a member says is true of another.
+
+    Args:
+        said: What each sample says, in the order in which they look for a group: the first that takes them.
+        true: What is true of each sample; what it says is.
+        size: Most members. The last groups stay smaller, also those of what nearly everybody says.
+
+    Returns:
+        Members by group; every sample is in one.
+    """
+    waiting: list[tuple[list[int], set[int], set[int]]] = []  # members, what they say, what is true of them
+    done: list[list[int]] = []
+    for sample, (own, holds) in enumerate(zip(said, true, strict=True)):
+        for place, (members, says, truth) in enumerate(waiting):
+            if own not in truth and holds.isdisjoint(says):
+                members.append(sample)
+                says.add(own)
+                truth |= holds
+                if len(members) == size:
+                    done.append(waiting.pop(place)[0])
+                break
+        else:
+            waiting.append(([sample], {own}, set(holds)))
+            if len(waiting) > OPEN:
+                done.append(waiting.pop(0)[0])
+    return done + [members for members, _, _ in waiting]
+
+
+def _samples(role: Role, table: Ints, per_image: int | None) -> Ints:
+    """The samples of a role, at most so many of an image: int64 [q, 4], sorted by image."""
+    starts = np.searchsorted(table[:, 0], np.arange(len(role) + 1))
+    chosen: list[int] = []
+    for image, name in enumerate(role.ids):
+        count = int(starts[image + 1] - starts[image])
+        order = torch.randperm(count, generator=generator_for(SEED, f"negatives/{name}"))
+        chosen += sorted((int(starts[image]) + order[: per_image or count]).tolist())
+    return table[np.array(chosen, dtype=np.int64)]
+
+
+def _true_of(samples: Ints, known: Ints, words: Words) -> dict[str, tuple[list[int], list[Set[int]]]]:
+    """For each kind with groups: what every sample says, and what is true of it."""
+    meant, numbers = words.senses(known[:, 1:]), words.number(known[:, 1:])
+    of_image: dict[int, set[int]] = {}
+    of_ends: dict[tuple[int, int, int], set[int]] = {}
+    for image, number, (s, p, o) in zip(known[:, 0].tolist(), numbers.tolist(), meant.tolist(), strict=True):
+        of_image.setdefault(image, set()).add(number)
+        of_ends.setdefault((image, s, o), set()).add(p)
+    said, parts, images = (
+        words.number(samples[:, 1:]).tolist(),
+        words.senses(samples[:, 1:]).tolist(),
+        samples[:, 0].tolist(),
+    )
+    ends = [of_ends[image, s, o] for image, (s, _, o) in zip(images, parts, strict=True)]
+    return {
+        "random": (said, [of_image[image] for image in images]),
+        "predicate": ([p for _, p, _ in parts], [*ends]),
+    }
+
+
 def draw_lists(role: Role, words: Words, spec: NegativesSpec) -> Lists:
-    """Draw the samples of a role and their candidates; each depends on the id of its image and the pool.
+    """The samples of a role and their candidates; they depend on the ids of its images and on the labels.
 
     Args:
         role: Images of the early-stop or report set.
-        words: Vocabulary sizes.
+        words: Vocabularies.
         spec: How many of what.
     """
-    table, truth, kinds = (
-        role_table(role, known=False),
-        Truth(role_table(role, known=True), words),
-        columns(spec),
-    )
+    kinds, known = columns(spec), role_table(role, known=True)
+    samples = _samples(role, role_table(role, known=False), spec.per_image)
     width = 1 + sum(part.stop - part.start for part in kinds.values())
-    starts = np.searchsorted(table[:, 0], np.arange(len(role) + 1))
-    images: list[int] = []
-    rows: list[Ints] = []
-    masks: list[NDArray[np.bool_]] = []
-    for image, name in enumerate(role.ids):
-        own = range(int(starts[image]), int(starts[image + 1]))
-        if not own:
+    triplets = np.zeros((len(samples), width, 3), np.int64)
+    valid = np.zeros((len(samples), width), np.bool_)
+    triplets[:, 0], valid[:, 0] = samples[:, 1:], True
+    for kind, (said, true) in _true_of(samples, known, words).items():
+        if kind not in kinds:
             continue
-        generator = generator_for(SEED, f"negatives/{name}")
-        order = torch.randperm(len(own), generator=generator).tolist()[: spec.per_image or len(own)]
-        for position in sorted(order):
-            true = table[own.start + position, 1:]
-            row, mask = np.zeros((width, 3), np.int64), np.zeros(width, np.bool_)
-            row[0], mask[0] = true, True
-            for kind, part in kinds.items():
-                found = _draw(kind, part.stop - part.start, image, true, table, truth, generator)
-                row[part.start : part.start + len(found)] = found
-                mask[part.start : part.start + len(found)] = True
-            images.append(image)
-            rows.append(row)
-            masks.append(mask)
-    return Lists(
-        np.array(images, np.int64),
-        np.stack(rows) if rows else np.zeros((0, width, 3), np.int64),
-        np.stack(masks) if masks else np.zeros((0, width), np.bool_),
-        kinds,
-    )
-
-
-def _draw(
-    kind: str, count: int, image: int, true: Ints, table: Ints, truth: Truth, generator: torch.Generator
-) -> Ints:
-    """Up to ``count`` distinct negatives of one kind for one sample: int64 [<= count, 3]."""
-    here = np.array(image, np.int64)
-    if kind == "swapped":
-        turned = true[::-1][None]
-        fresh: Ints = turned[~truth.holds(here, turned) & (turned != true).any(axis=1)]
-        return fresh
-    if kind == "predicate":
-        others = np.repeat(true[None], truth.words.predicates, axis=0)
-        others[:, 1] = np.arange(truth.words.predicates)
-        others = others[~truth.holds(here, others) & (others[:, 1] != true[1])]
-        order = torch.randperm(len(others), generator=generator).numpy()[:count]
-        some: Ints = others[order]
-        return some
-    found: dict[int, Ints] = {}
-    for _ in range(_ROUNDS):
-        drawn = table[torch.randint(len(table), (2 * count,), generator=generator).numpy()]
-        drawn = drawn[(drawn[:, 0] != image) & ~truth.holds(here, drawn[:, 1:])][:, 1:]
-        for number, triplet in zip(truth.words.number(drawn).tolist(), drawn, strict=True):
-            found.setdefault(number, triplet)
-        if len(found) >= count:
-            break
-    return np.stack(list(found.values())[:count]) if found else np.zeros((0, 3), np.int64)
+        order = torch.randperm(len(samples), generator=generator_for(SEED, f"negatives/{kind}")).tolist()
+        start, size = kinds[kind].start, 1 + kinds[kind].stop - kinds[kind].start
+        block = BLOCK if kind == "random" else size
+        for group in groups_of([said[n] for n in order], [true[n] for n in order], size):
+            members = [order[n] for n in group]
+            for near in np.array_split(members, -(-len(members) // block)):  # of a block or one less
+                far = [n for n in members if n not in near]
+                for sample in near.tolist():
+                    others = [n for n in near.tolist() if n != sample]
+                    for begin, lent in ((start, others), (start + block - 1, far)):
+                        part = slice(begin, begin + len(lent))
+                        triplets[sample, part] = samples[lent, 1:]
+                        valid[sample, part] = True
+    if "predicate" in kinds:
+        part = kinds["predicate"]
+        ends = np.where(valid[:, part, None], samples[:, None, 1:], 0)
+        triplets[:, part, 0], triplets[:, part, 2] = ends[..., 0], ends[..., 2]
+    if "swapped" in kinds:
+        turned, part = samples[:, :0:-1], kinds["swapped"].start
+        valid[:, part] = ~Truth(known, words).holds(samples[:, 0], turned)
+        triplets[valid[:, part], part] = turned[valid[:, part]]
+    return Lists(samples[:, 0].copy(), triplets, valid, kinds)
 
 
 def stored_lists(
@@ -217,7 +296,7 @@ def stored_lists(
 
     Args:
         role: Images of the role, broken ones included, so that the lists depend on the data alone.
-        words: Vocabulary sizes.
+        words: Vocabularies.
         spec: How many of what.
         cache: The cache directory.
         fingerprint: Of the split.
@@ -225,12 +304,14 @@ def stored_lists(
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
+    senses = [None if s is None else s.tolist() for s in (words.object_sense, words.predicate_sense)]
     key: dict[str, Any] = {
         "format": FORMAT,
         "seed": SEED,
         "split": fingerprint,
         "spec": spec.model_dump(mode="json", exclude={"train"}),
         "images": digest_json(role.ids),
+        "senses": digest_json(senses),
     }
     path = cache / "negatives" / f"{digest_json(key).removeprefix('sha256:')}.safetensors"
     if path.is_file():

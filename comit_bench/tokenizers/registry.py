@@ -54,8 +54,9 @@ PIXELS = Family(
     ),
 )
 FAMILIES = (COMIT, TITOK, VQ_GRID, FLEXTOK, VQMODEL, ALIT, SELFTOK, KMEANS, PIXELS)
-# Not a tokenizer: the row that knows the label frequencies and nothing of the image.
-MAJORITY = "majority"
+# Not tokenizers: the row that knows the label frequencies and nothing of the image, and the row of a probe
+# that is fitted without images.
+MAJORITY, BLIND = "majority", "blind"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def tokenizers() -> dict[str, TokenizerEntry]:
     found = builtin()
     for point in entry_points(group="comit_bench.tokenizers"):
         name = point.name.lower()
-        if name in found or name == MAJORITY:
+        if name in found or name in (MAJORITY, BLIND):
             raise UsageError(
                 f"plugin {point.value!r} takes the name {name!r}, which exists already. Rename it."
             )
@@ -163,7 +164,7 @@ def find_tokenizer(name: str) -> TokenizerEntry:
     known = tokenizers()
     if name.lower() not in known:
         raise UsageError(
-            f"unknown tokenizer {name!r}.{did_you_mean(name, [*known, MAJORITY])} A directory with "
+            f"unknown tokenizer {name!r}.{did_you_mean(name, [*known, MAJORITY, BLIND])} A directory with "
             "config.json and model.safetensors, or a hub id such as cvg-unibe/comit-l, works as well."
         )
     return known[name.lower()]

@@ -1,4 +1,4 @@
-"""Memory of the Visual Genome probe as its recipe has it: 512 images, 16 candidates, 256 tokens, T5-base.
+"""Memory of the Visual Genome probe as its recipe has it: 512 images, 20 candidates, 256 tokens, T5-base.
 
 Run it alone: ``python -m pytest tests/perf/test_relation_memory.py -m perf -s``. One training step is cut
 after a few chunks, which is all that memory depends on: gradients add up in place, chunk after chunk
@@ -36,7 +36,7 @@ PROGRAM = textwrap.dedent(
     row, every = table[:1, None, 1:].repeat(16, 1), np.ones((1, 16), bool)
     lists = Lists(np.arange(1), row, every, {"random": slice(1, 16)})
     task = contrast.ContrastTask(
-        spec=recipe.probe, negatives=recipe.negatives.train, words=words,
+        spec=recipe.probe, negatives=recipe.negatives, words=words,
         train=data, early_stop=data, report=data, table=table, known=table,
         stop_lists=lists, report_lists=lists,
         objects=torch.randn(150, width), predicates=torch.randn(150, width),

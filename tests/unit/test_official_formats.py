@@ -99,6 +99,34 @@ def test_vg_names_case_spaces_and_aliases(tmp_path: Path) -> None:
     assert data.notes["aliases"] == {"object": 3, "predicate": 2}
 
 
+def test_vg_words_of_one_synset_are_synonyms(tmp_path: Path) -> None:
+    def named(name: str, *synsets: str) -> dict[str, Any]:
+        return thing(name) | {"synsets": list(synsets)}
+
+    def said(subject: Any, predicate: str, target: Any, synsets: Any) -> dict[str, Any]:
+        return relation(subject, predicate, target) | {"synsets": synsets}
+
+    found = [
+        said(named("man", "man.n.01"), "on", named("rock", "rock.n.01"), ["along.r.01"]),
+        said(named("guy", "man.n.01"), "upon", named("stone", "rock.n.01"), "['along.r.01']"),
+        said(named("guy", "man.n.01"), "on", named("bike", "motorcycle.n.01"), []),
+        said(named("woman"), "near", named("bike", "bicycle.n.01"), None),
+        said(named("woman"), "wears", named("bike", "bicycle.n.01", "man.n.01"), "[]"),
+        said(named("wheel", "bicycle.n.02"), "by", named("rider's", "man's.n.01"), ["by.r.01", "along.r.01"]),
+    ]
+    write_visual_genome(tmp_path, many(found))
+    data = opened("visual-genome", tmp_path)
+    # Only what a word mostly means counts; words without a synset are nobody's synonyms.
+    assert data.notes["synonyms"] == {
+        "words": [["guy", "man"], ["rock", "stone"]],
+        "predicates": [["on", "upon"]],
+    }
+    again = opened("visual-genome", tmp_path)  # the stored manifest
+    assert again.notes == data.notes and again.fingerprint == data.fingerprint
+    rules = find_datasets()["visual-genome"].spec.relations.model_copy(update={"synsets": False})
+    assert "synonyms" not in opened("visual-genome", tmp_path, relations=rules).notes
+
+
 def test_vg_without_alias_files_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_visual_genome(tmp_path, many([relation(thing("guy"), "ON", thing("Board"))]))
     with caplog.at_level(logging.WARNING):

@@ -63,10 +63,13 @@ def test_every_job_is_listed_with_what_it_waits_for(tmp_path: Path, command: Com
         "imagenet100: majority: waits for data",
         "imagenet100: comit-l: waits for data and weights",
         "imagenet100: kmeans-patch: waits for data",
+        "visual-genome: majority: waits for data and what the task needs",
+        "visual-genome: blind: waits for data and what the task needs",
         "visual-genome: comit-l: waits for data and what the task needs and weights",
         "visual-genome: kmeans-patch: waits for data and what the task needs",
     ):
         assert line in lines, line
+    assert not any(line.startswith("imagenet100: blind") for line in lines)
     missing = [line for line in lines if line.startswith("missing: ")]
     assert len(missing) == len(set(missing)) == 4  # two data sets, T5, comit-l: each once
 

@@ -498,3 +498,55 @@ def test_a_data_set_is_scanned_once(bench: Bench, command: Command, monkeypatch:
     monkeypatch.setattr(session, "open_dataset", lambda *a, **k: opened.append(1) or real(*a, **k))
     assert command("run", *bench.arguments(), "-q", "--tokenizer", "kmeans-patch")[0] == 0
     assert len(opened) == 1
+
+
+RELATIONS = """
+name: small-relations
+version: 1
+title: r
+kind: relations
+suite: scenes
+dataset: small-relations
+split: {early_stop: {source: train, fraction: 0.5}}
+probe: {width: 16, depth: 1, heads: 2, mlp_ratio: 1, batch_size: 16, max_epochs: 2}
+negatives: {train: 3, report: 3, predicate: 2}
+seeds: 2
+"""
+
+
+def test_relations_have_a_blind_row_and_other_kinds_have_none(bench: Bench, command: Command) -> None:
+    folder = bench.root / "recipes" / "probes" / "small-relations"
+    folder.mkdir(parents=True)
+    (folder / "task.yaml").write_text(RELATIONS)
+    data = bench.root / "recipes" / "datasets" / "small-relations"
+    data.mkdir(parents=True)
+    text = (ROOT / "datasets" / "scenes-relations" / "dataset.yaml").read_text()
+    for old, new in (
+        ("scenes-relations", "small-relations"),
+        ("train: 3000", "train: 48"),
+        ("val: 750", "val: 24"),
+    ):
+        text = text.replace(old, new)
+    (data / "dataset.yaml").write_text(
+        "\n".join(line for line in text.splitlines() if "checksum" not in line)
+    )
+    asked = ["run", *bench.arguments(), "-t", "pixel-oracle", "-q"]
+    asked[asked.index("tiny-colours")] = "tiny-colours,small-relations"
+    code, out, err = command(*asked)
+    assert code == 0, err
+    assert "small-relations: blind: no image, 2 probe seeds, time unknown" in err
+    assert "tiny-colours: blind" not in err
+    found = {(r.tokenizer.name, r.task.name): r for r in load_records(bench.root / "out" / "records")}
+    assert set(found) == {
+        *((name, "tiny-colours") for name in ("majority", "pixel-oracle")),
+        *((name, "small-relations") for name in ("majority", "blind", "pixel-oracle")),
+    }
+    row = found["blind", "small-relations"]
+    assert row.tokenizer.kind == "reference" and row.seeds == (0, 1) and row.counts is not None
+    assert row.metrics["top1@4"].value == pytest.approx(row.metrics["top1@4"].chance, abs=0.1)
+    assert any(note.startswith("best_epoch") for note in row.notes) and row.outcomes is not None
+    assert "blind" in out
+    code, _, err = command(*asked, "--dry-run")
+    assert "no image, 2 probe seeds, about" in err, "the time that it took is known"
+    code, _, err = command("run", *bench.arguments(), "-t", "blind", "--no-references")
+    assert code == 2 and "tiny-colours asks more than blind can answer" in err

@@ -9,13 +9,17 @@ What happens to a relation, in this order (paper, Appendix B.4; the order and th
 3. the area filter: a box, clipped to the image, must cover ``min_area`` of it;
 4. vocabularies: the most frequent words of the train images' remaining relations, one vocabulary for
    subjects and objects together and one for predicates, ties in alphabetical order;
-5. relations with a word outside of them are dropped, then images without any relation.
+5. relations with a word outside of them are dropped, then images without any relation;
+6. words of a vocabulary whose most frequent synset (WordNet) is the same are noted as synonyms: "on" said of
+   an image makes "upon" no negative for it.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +48,7 @@ FILES = {
 BASES = (".", "images", "images2")
 DEEPEST = 5000  # brackets within brackets
 GIVEN = "ids of "  # prefix of the sources that list image ids
+SYNSET = re.compile(r"[^\s'\",\[\]]+\.[a-z]\.\d+")  # shirt.n.01
 
 
 def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
@@ -97,20 +102,34 @@ class _Words:
     aliases: dict[str, str]
     number: dict[str, int] = field(default_factory=dict)
     raw: dict[str, int] = field(default_factory=dict)  # as written in the file -> number
+    synsets: Counter[tuple[int, str]] = field(default_factory=Counter)  # number and synset -> occurrences
 
-    def __call__(self, text: str) -> int:
-        """The number of a text; -1 for an empty one."""
+    def __call__(self, text: str, synsets: Any = None) -> int:
+        """The number of a text; -1 for an empty one. ``synsets`` are what the file says of it there."""
         found = self.raw.get(text)
         if found is None:
             plain = normalise(text)
             plain = self.aliases.get(plain, plain)
             found = self.number.setdefault(plain, len(self.number)) if plain else -1
             self.raw[text] = found
+        if synsets and (named := SYNSET.search(str(synsets))):
+            self.synsets[found, named[0]] += 1
         return found
 
     @property
     def texts(self) -> list[str]:
         return list(self.number)
+
+    def synonyms(self, chosen: Sequence[int]) -> list[list[str]]:
+        """Groups of the chosen words, by number, that are mostly used in the same sense."""
+        most: dict[int, tuple[int, str]] = {}
+        for (number, synset), count in self.synsets.items():
+            most[number] = min(most.get(number, (0, "")), (-count, synset))
+        texts, groups = self.texts, dict[str, list[str]]()
+        for number in chosen:
+            if number in most:
+                groups.setdefault(most[number][1], []).append(texts[number])
+        return [group for group in groups.values() if len(group) > 1]
 
 
 @dataclass(slots=True)
@@ -285,6 +304,9 @@ def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manif
         "images": {name: len(rows.ids) for name, rows in splits.items()},
         "relations": {name: int(rows.values[:, 3].sum()) for name, rows in splits.items()},
     }
+    if rules.synsets:
+        groups = {"words": objects.synonyms(words), "predicates": predicates.synonyms(verbs)}
+        notes |= {"synonyms": groups} if any(groups.values()) else {}
     texts, verb_texts = objects.texts, predicates.texts
     manifest = Manifest(
         "relations", tuple(texts[i] for i in words), tuple(verb_texts[i] for i in verbs), splits, notes
@@ -334,8 +356,8 @@ def _stream(
             width, height = pictures[number][:2]
             for relation in found:
                 ends = (relation["subject"], relation["object"])
-                a, b = (objects(_name(end)) for end in ends)
-                p = predicates(_text(relation["predicate"]))
+                a, b = (objects(_name(end), end.get("synsets")) for end in ends)
+                p = predicates(_text(relation["predicate"]), relation.get("synsets"))
                 if min(a, b, p) < 0:
                     counts["unnamed"] += 1
                     continue

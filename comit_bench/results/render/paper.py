@@ -28,20 +28,21 @@ RECOGNITION, PAIRS, RELATIONS, RECONSTRUCTION, OBJECTNESS = (
     *("recognition", "pairs", "relations"),
     *("reconstruction", "objectness"),
 )
-# What each suite has for a column: the task, and its metrics in the paper's order.
+# What each suite has for a column: the task, and its metrics in the paper's order. Published relations are a
+# ``top1`` of an unknown number of candidates; its weakest rows suggest 4, so ``top1@4`` stands beside it.
 TASKS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "paper": {
         RECONSTRUCTION: ("reconstruction-imagenet1k", ("rfid", "psnr")),
         RECOGNITION: ("imagenet100", ("top1",)),
         PAIRS: ("mscoco-pairs", ("top5",)),
-        RELATIONS: ("visual-genome", ("top1",)),
+        RELATIONS: ("visual-genome", ("top1@4", "top1")),
         OBJECTNESS: ("objectness-cssd", ("miou", "miou_top10", "miou_top20", "miou_top30", "miou_top40")),
     },
     "scenes": {
         RECONSTRUCTION: ("reconstruction-scenes", ("fd_scenes_teacher", "psnr")),
         RECOGNITION: ("recognition-scenes", ("top1",)),
         PAIRS: ("pairs-scenes", ("top5",)),
-        RELATIONS: ("relations-scenes", ("top1",)),
+        RELATIONS: ("relations-scenes", ("top1@4",)),
         OBJECTNESS: ("objectness-scenes", ("miou_top10", "miou_top20", "miou_top30", "miou_top40")),
     },
 }
