@@ -42,7 +42,7 @@ TASKS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
         RECONSTRUCTION: ("reconstruction-scenes", ("fd_scenes_teacher", "psnr")),
         RECOGNITION: ("recognition-scenes", ("top1",)),
         PAIRS: ("pairs-scenes", ("top5",)),
-        RELATIONS: ("relations-scenes", ("top1@4",)),
+        RELATIONS: ("relations-scenes", ("top1@16",)),
         OBJECTNESS: ("objectness-scenes", ("miou_top10", "miou_top20", "miou_top30", "miou_top40")),
     },
 }
