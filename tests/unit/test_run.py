@@ -308,7 +308,7 @@ def test_the_plan_says_what_a_tokenizer_cannot_do(tmp_path: Path, command: Comma
     assert code == 0
     assert "objectness-scenes: pixel-oracle is left out: its adapter gives no attention" in err
     assert "objectness-scenes: comit-nano: 200 images, 1 seed" in err
-    assert "reconstruction-scenes: comit-nano: 500 images, 1 seed" in err
+    assert "reconstruction-scenes: comit-nano: 500 images, 3 seeds" in err
     assert err.count("majority (labels only)") == 1, "where nothing is fitted nobody can guess labels"
     code, _, err = command("run", "--dry-run", "--output", tmp_path, "--control", "permute-labels", *asked)
     assert code == 0 and "reconstruction-scenes" not in err
