@@ -246,7 +246,7 @@ def job_cost(
     if not task.task_kind.probed:
         count = getattr(getattr(task, task.kind), "count", None)
         images = min(counts.get(task.split.report, 0), count or counts.get(task.split.report, 0))
-        times = find_task(task).decodings(task) * task.seeds
+        times = find_task(task).decodings(task) * task.seeds  # at most: without noise, once for all seeds
         return Cost(images, images * (encode + times * decode), 2 * images * length)
     images = sum(counts.values())
     return Cost(images, images * encode, 2 * images * length)
