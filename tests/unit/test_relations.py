@@ -197,6 +197,10 @@ def test_whoever_sees_no_image_gains_nothing_however_uneven_the_world_is() -> No
     found, levels = score_outputs(outputs, lists), chance_levels(lists)
     for metric in ("top1@4", "top1@16"):
         assert 100 * np.nanmean(found[metric]) == pytest.approx(levels[metric], abs=1e-9)
+    predicates = lists.triplets[..., 1]
+    outputs = torch.from_numpy(np.bincount(predicates[:, 0], minlength=3)[predicates].astype(np.float64))
+    found = score_outputs(outputs, lists)
+    assert 100 * np.nanmean(found["predicate"]) == pytest.approx(levels["predicate"], abs=1e-9)
     # Drawn as often as they occur, without repetition, negatives would give the common one away.
     table, draw = role_table(images, known=False), np.random.default_rng(0)
     counts = np.bincount(WORDS.number(table[:, 1:]), minlength=WORDS.triplets)
