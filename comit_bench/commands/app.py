@@ -1,4 +1,4 @@
-"""The command line: ``comit-bench run | sweep | paper | figure | train | ls | doctor | data | ...``.
+"""The command line: ``comit-bench run | sweep | paper | compare | figure | train | ls | doctor | ...``.
 
 Only argument parsing happens here, and only typer is imported at the top: ``--help`` answers at once.
 """
@@ -15,6 +15,7 @@ from comit_bench.commands import cache as cache_command
 from comit_bench.commands import data as data_command
 from comit_bench.commands import figure as figure_command
 from comit_bench.commands import tokens as token_command
+from comit_bench.commands.compare import compare
 from comit_bench.commands.console import guarded
 from comit_bench.commands.options import DataRoot, Include, as_path, comma_separated
 from comit_bench.commands.paper import paper
@@ -38,6 +39,7 @@ app.command(name="run")(run)
 app.command(name="sweep")(sweep)
 app.command(name="train")(train)
 app.command(name="paper")(paper)
+app.command(name="compare")(compare)
 app.command(name="tokenize")(token_command.tokenize)
 app.command(name="detokenize")(token_command.detokenize)
 app.add_typer(cache_command.app, name="cache")
@@ -105,6 +107,16 @@ def table(
             "comma-separated, or all. With --suite paper all of them follow the plain table."
         ),
     ] = None,
+    marks: Annotated[
+        str,
+        typer.Option(
+            help="significance: bold is what is not significantly worse than the best. Or rank: the best."
+        ),
+    ] = "significance",
+    trainings: Annotated[
+        str,
+        typer.Option(help="each: a row per training. mean: those of one recipe (group) are one row."),
+    ] = "each",
 ) -> None:
     """Rebuild the table from records alone."""
     from comit_bench.commands.listing import rebuild_table
@@ -117,6 +129,8 @@ def table(
         metrics=comma_separated(metrics),
         published=published,
         layouts=comma_separated(layout),
+        marks=marks,
+        trainings=trainings,
     )
 
 

@@ -289,13 +289,17 @@ def rebuild_table(
     metrics: Sequence[str] | None,
     published: bool = True,
     layouts: Sequence[str] | None = None,
+    marks: str = "significance",
+    trainings: str = "each",
 ) -> None:
     """Print the table of all records below ``directories``, and write it when ``output`` is given.
 
     With ``published``, the published numbers of the same tasks (of the whole suite, when one is named)
     stand in it too. ``layouts`` names tables of the paper to print instead, ``all`` for every one; with the
-    suite ``paper`` and no other filter they all follow the plain table.
+    suite ``paper`` and no other filter they all follow the plain table. ``marks`` and ``trainings`` are those
+    of ``build_table``.
     """
+    from comit_bench.results.outcomes import OutcomeFiles
     from comit_bench.results.records import load_records, published_records
     from comit_bench.results.render.paper import find_layouts
     from comit_bench.results.render.terminal import print_terminal
@@ -304,6 +308,8 @@ def rebuild_table(
 
     if output is not None:
         require_folder(output)
+    shown: dict[str, Any] = {"marks": _one_of("--marks", marks, ("significance", "rank"))}
+    joined: Any = _one_of("--trainings", trainings, ("each", "mean"))
     names = None if layouts is None or ALL in layouts else list(layouts)
     find_layouts(names)  # a wrong name is told before records are read
     suite = suite or ("paper" if layouts is not None else None)
@@ -315,33 +321,45 @@ def rebuild_table(
             f"no records under {', '.join(str(d) for d in directories)}. `comit-bench run` makes them; "
             "name their directory if they lie elsewhere."
         )
+    shown["outcomes"] = OutcomeFiles(*directories)
     if layouts is None:
-        table = build_table(records, metrics=metrics, suite=suite, tasks=tasks)
+        table = build_table(records, metrics=metrics, suite=suite, tasks=tasks, trainings=joined, **shown)
         print_terminal(table)
         if output is not None:
-            for path in write_tables(table, output, records):
+            for path in write_tables(table, output, records, **shown):
                 sys.stderr.write(f"{path}\n")
     if layouts is not None or (suite == "paper" and tasks is None and metrics is None):
         own = None if layouts is None else output  # the plain table's files have it already
-        print_paper_tables(records, suite=suite or "paper", names=names, output=own)
+        print_paper_tables(records, suite=suite or "paper", names=names, output=own, **shown)
+
+
+def _one_of(option: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise UsageError(f"{option} {value!r}: not one of {', '.join(known)}.{did_you_mean(value, known)}")
+    return value
 
 
 def print_paper_tables(
-    records: Sequence[Record], *, suite: str, names: Sequence[str] | None = None, output: Path | None = None
+    records: Sequence[Record],
+    *,
+    suite: str,
+    names: Sequence[str] | None = None,
+    output: Path | None = None,
+    **marks: Any,
 ) -> None:
     """Print the paper's tables, and write them when ``output`` is given, see ``results/render/paper.py``."""
     from comit_bench.files import write_atomic
     from comit_bench.results.render.paper import PAPER_FILE, paper_tables, to_paper_latex
     from comit_bench.results.render.terminal import print_terminal
 
-    tables = paper_tables(records, suite=suite, names=names)
+    tables = paper_tables(records, suite=suite, names=names, **marks)
     if not tables:
         what = ", ".join(names) if names else "the paper's tables"
         raise MissingError(f"no record belongs to {what}. `comit-bench paper --suite {suite}` makes them.")
     for table in tables:
         _out("")
         print_terminal(table)
-    latex = to_paper_latex(records, suite=suite, names=names)
+    latex = to_paper_latex(records, suite=suite, names=names, **marks)
     if output is not None and latex is not None:
         write_atomic(output / PAPER_FILE, latex)
         sys.stderr.write(f"{output / PAPER_FILE}\n")

@@ -243,6 +243,7 @@ def _finish(done: Done, settings: Settings, suite: str) -> int:
     """Print the paper's tables, say what is not in them; the exit code."""
     from comit_bench.commands.console import INTERRUPTED, say
     from comit_bench.commands.listing import print_paper_tables
+    from comit_bench.results.outcomes import OutcomeFiles
     from comit_bench.results.records import load_records, published_records
 
     if done.stopped:
@@ -250,7 +251,8 @@ def _finish(done: Done, settings: Settings, suite: str) -> int:
     records = load_records(settings.records)
     records += published_records(records, suite=suite)
     try:
-        print_paper_tables(records, suite=suite, output=settings.output / "tables")
+        outcomes = OutcomeFiles(settings.records)
+        print_paper_tables(records, suite=suite, output=settings.output / "tables", outcomes=outcomes)
     except MissingError as error:
         say(str(error))
     say(f"{done.finished} commands done; records in {settings.records}, figures in {settings.output}/figures")

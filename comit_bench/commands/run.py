@@ -228,6 +228,7 @@ def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
 def finish(finished: Finished, jobs: Sequence[Job], settings: Settings) -> int:
     """Write and print the tables of this run's tasks; tell what failed."""
     from comit_bench.commands.console import say
+    from comit_bench.results.outcomes import OutcomeFiles
     from comit_bench.results.records import load_records, published_records
     from comit_bench.results.render.terminal import print_terminal
     from comit_bench.results.render.write import write_tables
@@ -240,8 +241,9 @@ def finish(finished: Finished, jobs: Sequence[Job], settings: Settings) -> int:
         records += published_records(records)
         measured = {record.task.name for record in records}
         if tasks := [task for task in tasks if task in measured]:
-            table = build_table(records, tasks=tasks)
-            files = write_tables(table, settings.output / "tables", records)
+            outcomes = OutcomeFiles(settings.records)
+            table = build_table(records, tasks=tasks, outcomes=outcomes)
+            files = write_tables(table, settings.output / "tables", records, outcomes=outcomes)
     if table is not None:
         print_terminal(table)
         say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")

@@ -95,6 +95,7 @@ def _run(tokenizers: list[str], chosen: dict[str, Any], settings: dict[str, Any]
     from comit_bench.nn.ranks import Ranks
     from comit_bench.pipeline.session import Reporter
     from comit_bench.pipeline.sweep import sweep as measure
+    from comit_bench.results.outcomes import OutcomeFiles
     from comit_bench.results.render.terminal import print_terminal
     from comit_bench.results.render.write import write_tables
     from comit_bench.results.table import build_table
@@ -106,10 +107,11 @@ def _run(tokenizers: list[str], chosen: dict[str, Any], settings: dict[str, Any]
     ranks.leave()
     if not records:  # the first process has them
         return 0
-    table = build_table(records)
-    print_terminal(table)
     output = settings["output"]
-    files = write_tables(table, output / "tables-sweep", records)
+    outcomes = OutcomeFiles(output / "records")
+    table = build_table(records, outcomes=outcomes)
+    print_terminal(table)
+    files = write_tables(table, output / "tables-sweep", records, outcomes=outcomes)
     say(f"records: {output / 'records'}\ntables:  {', '.join(str(file) for file in files)}")
     say(f"figure:  comit-bench figure sweeps --results {output}")
     return 0

@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
+Names = Sequence[str] | NDArray[Any]  # of clusters, or their numbers
 LEVEL = 0.05  # of intervals and tests
 POWER = 0.8  # with which a difference counts as one that could have been found
 
@@ -79,7 +80,7 @@ class _Parts(NamedTuple):
     rest: float
 
 
-def _sums(values: Floats, clusters: Sequence[str] | None) -> Floats:
+def _sums(values: Floats, clusters: Names | None) -> Floats:
     """[U, n] -> [U, G], sums over the images of each cluster; without clusters every image is one."""
     if clusters is None:
         return values
@@ -89,7 +90,7 @@ def _sums(values: Floats, clusters: Sequence[str] | None) -> Floats:
     return sums
 
 
-def _parts(values: Floats, clusters: Sequence[str] | None) -> _Parts:
+def _parts(values: Floats, clusters: Names | None) -> _Parts:
     units, n = values.shape
     sums = _sums(values - values.mean(), clusters)  # [U, G]; of the whole 0
     groups = sums.shape[1]
@@ -104,7 +105,7 @@ def _parts(values: Floats, clusters: Sequence[str] | None) -> _Parts:
     return _Parts(correction * float(image @ image), groups, between, inside)
 
 
-def estimate(values: Floats, clusters: Sequence[str] | None = None) -> Estimate:
+def estimate(values: Floats, clusters: Names | None = None) -> Estimate:
     """Mean over images and units, and how certain it is.
 
     Args:
@@ -123,7 +124,7 @@ def estimate(values: Floats, clusters: Sequence[str] | None = None) -> Estimate:
     return Estimate(float(means.mean()), std, error if parts.groups > 1 else None)
 
 
-def difference(a: Floats, b: Floats, clusters: Sequence[str] | None = None) -> Difference:
+def difference(a: Floats, b: Floats, clusters: Names | None = None) -> Difference:
     """Compare two rows on the same images.
 
     Args:

@@ -169,7 +169,8 @@ class TokenizerRow(_Model):
     """Which tokenizer the number belongs to. None where a publication does not say.
 
     ``weights`` is ``sha256:<hex>``, ``random:<seed>``, ``fitted:<hex>``, ``none`` or, for
-    published numbers, ``unknown``. The other fields are those of ``TokenizerInfo``.
+    published numbers, ``unknown``. The other fields are those of ``TokenizerInfo``; ``group`` is None for a
+    training that stands alone.
     """
 
     OPTIONAL: ClassVar[frozenset[str]] = frozenset({"group"})
@@ -193,7 +194,8 @@ class TokenizerRow(_Model):
     @classmethod
     def from_info(cls, info: TokenizerInfo) -> TokenizerRow:
         """Take over what a tokenizer says about itself."""
-        return cls.model_validate({key: getattr(info, key) for key in cls.model_fields})
+        values = {key: getattr(info, key) for key in cls.model_fields}
+        return cls.model_validate({**values, "group": info.group or None})
 
 
 class DatasetRow(_Model):

@@ -7,41 +7,57 @@ A row is a tokenizer, a column is one metric of one task under one protocol. The
   says what differs; a difference on the tokenizer's side opens a new row;
 - what was not measured is a dash; nothing is averaged over tasks, hence never over missing cells;
 - a recipe that takes the place of a built-in one (``--include-path``) says so in the header;
-- best and second-best are taken among complete measured rows that are no reference, at the printed
-  precision (what looks equal shares its rank), and never in the columns of a control;
+- bold is every row that is not significantly worse than the best of its column, underlined every row not
+  significantly worse than the best of the rest, by what is kept of every image (``results/paired.py``); with
+  ``marks="rank"`` instead the best and the second-best, at the printed precision (what looks equal shares
+  its rank). Both are taken among complete measured rows that are no reference, and never in the columns of a
+  control or of a metric that is not ranked;
 - the result does not depend on the order in which records come.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
-from comit_bench.errors import UsageError, did_you_mean
-from comit_bench.files import digest_json
+from comit_bench.errors import BenchError, UsageError, did_you_mean
 from comit_bench.recipes.specs import recipe_root
+from comit_bench.results.paired import Rank, Side, ranks, side_of
 from comit_bench.results.records import Metric, Record, TokenizerRow
+from comit_bench.results.rows import (
+    COLUMN_KEY,
+    column_digest,
+    newest_records,
+    record_order,
+    row_key,
+    row_labels,
+    task_side,
+    tell_apart,
+)
+from comit_bench.results.trainings import Reader, is_joined, join_trainings
 
-if TYPE_CHECKING:
-    pass
-
-UNTRAINED, INCOMPLETE, PUBLISHED = "†", "‡", "§"
+UNTRAINED, INCOMPLETE, PUBLISHED, UNCONVERGED = "†", "‡", "§", "¶"
 MARKS = {
     UNTRAINED: "untrained: random weights",
     INCOMPLETE: "incomplete: only part of the data was used (--limit, or images are missing); not ranked",
     PUBLISHED: "published number, not measured here",
+    UNCONVERGED: "the best epoch of a probe was the last one allowed: it may not have finished learning",
 }
+RANKED = "Best bold, second-best underlined, among complete measured rows that are no reference."
+TESTED = (
+    "Bold: not significantly worse than the best of the column; underlined: not significantly worse than the "
+    "best of the rest (paired t test over images and probe seeds or trainings, two-sided level .05, Holm's "
+    "correction over all pairs of the column; complete measured rows that are no reference)."
+)
 SECTIONS = ("reference", "baseline", "learned")
-COLUMN_KEY = "column"  # of a protocol: words about it that the header always shows; follows from the rest
 
 _log = logging.getLogger(__name__)
-K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +104,12 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One number, the record it is from, and how it is set."""
+    """One number, the record it is from, and how it is set: ``best`` is bold, ``second`` underlined."""
 
     metric: Metric
     record: Record
     marks: str = ""
-    rank: Literal["best", "second"] | None = None
+    rank: Rank | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +131,8 @@ class Row:
 class Table:
     """Rows in order of ``SECTIONS``; ``footnotes`` explain the marks that occur.
 
-    ``details`` head the columns between a row's label and its scores; ``title`` may be empty.
+    ``details`` head the columns between a row's label and its scores; ``title`` may be empty. ``legend`` says
+    what bold and underlined mean, and where they are not used.
     """
 
     columns: tuple[Column, ...]
@@ -124,6 +141,7 @@ class Table:
     notes: tuple[str, ...]
     details: tuple[str, ...] = ("params", "K", "vocab")
     title: str = ""
+    legend: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -139,6 +157,9 @@ def build_table(
     tasks: Sequence[str] | None = None,
     row_of: Callable[[Record], tuple[str, ...]] | None = None,
     decimals: int | None = None,
+    outcomes: Reader | None = None,
+    marks: Literal["significance", "rank"] = "significance",
+    trainings: Literal["each", "mean"] = "each",
 ) -> Table:
     """Arrange records as a table.
 
@@ -150,12 +171,19 @@ def build_table(
         tasks: Only these tasks, in this order; default all, by suite and name.
         row_of: What makes a row; default :func:`row_key`.
         decimals: Printed precision of all columns; default by unit and size.
+        outcomes: How outcomes are had of a record, e.g. :class:`~comit_bench.results.outcomes.OutcomeFiles`
+            of the folder with the records; without them nothing can be tested.
+        marks: What is set bold and underlined, see above.
+        trainings: ``mean`` joins the rows of one recipe trained with several seeds, see
+            :mod:`comit_bench.results.trainings`.
     """
-    row_of = row_of or row_key
-    chosen, older = _newest(_filter(sorted(records, key=_record_order), suite, tasks), row_of)
+    row_of, read = row_of or row_key, outcomes or _no_outcomes
+    if trainings == "mean":
+        records, read = join_trainings(records, read)
+    chosen, older = newest_records(_filter(sorted(records, key=record_order), suite, tasks), row_of)
     by_group: dict[str, list[Record]] = defaultdict(list)
     for record in chosen:
-        by_group[_group_digest(record)].append(record)
+        by_group[column_digest(record)].append(record)
     members = sorted(by_group.values(), key=lambda group: _group_order(group, tasks))
     groups = _named_groups(members)
     columns = [
@@ -167,9 +195,14 @@ def build_table(
     if isinstance(metrics, Sequence) and (unknown := [m for m in metrics if m not in shown]) and chosen:
         names = {name for record in chosen for name in record.metrics}
         raise UsageError(f"no record has a metric {unknown[0]!r}.{did_you_mean(unknown[0], names)}")
-    rows = _ranked(_rows(chosen, columns, row_of), columns)
+    rows = _rows(chosen, columns, row_of)
+    rows, legend = _ranked(rows, columns) if marks == "rank" else _tested(rows, columns, read)
     notes = _notes(rows, groups, members, older)
-    return _tidy(Table(tuple(columns), tuple(rows), _footnotes(rows), notes))
+    return _tidy(Table(tuple(columns), tuple(rows), _footnotes(rows), notes, legend=legend))
+
+
+def _no_outcomes(record: Record) -> None:
+    """Of which nothing is known image by image."""
 
 
 def one_line(text: str) -> str:
@@ -224,21 +257,6 @@ def _filter(records: list[Record], suite: str | None, tasks: Sequence[str] | Non
     return records
 
 
-def _record_order(record: Record) -> tuple[Any, ...]:
-    """Total order: newest last, contents decide between equals."""
-    return (record.created, record.to_json())
-
-
-def _data_side(record: Record) -> dict[str, Any]:
-    """Name, version and fingerprint of the data; where its recipe lies changes no number."""
-    data = record.task.dataset
-    return {"name": data.name, "version": data.version, "fingerprint": data.fingerprint}
-
-
-def _group_digest(record: Record) -> str:
-    return digest_json([record.task.name, record.task.version, _data_side(record), record.task_protocol])
-
-
 def _group_order(records: list[Record], tasks: Sequence[str] | None) -> tuple[Any, ...]:
     """Real before control, complete before limited, measured before published."""
     newest = records[-1]
@@ -246,57 +264,14 @@ def _group_order(records: list[Record], tasks: Sequence[str] | None) -> tuple[An
     position = list(tasks).index(task.name) if tasks is not None else 0
     complete = any(record.complete for record in records)
     where = (position, task.suite, task.name, -task.version)
-    return (*where, newest.control or "", not complete, _published(records), _group_digest(newest))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``, digests shortened."""
-    if isinstance(value, dict) and value:
-        parts = [_flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items()]
-        return {key: text for part in parts for key, text in part.items()}
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    scheme, colon, rest = text.partition(":")
-    return {prefix: rest[:8] if colon and scheme in ("sha256", "fitted") else text}
-
-
-def _tell_apart(
-    sides: dict[K, dict[str, str]], first: Sequence[str], *, last: Sequence[str] = (), width: int = 28
-) -> tuple[dict[K, str], list[str]]:
-    """Find a short label for each of several mappings.
-
-    Args:
-        sides: The mappings, by key.
-        first: Names to prefer when they differ.
-        last: Names that are used only where no other tells enough.
-        width: Longest label; longer ones become the key's digest.
-
-    Returns:
-        Labels, pairwise distinct unless there is only one; and all names that differ.
-    """
-    names = sorted({name for side in sides.values() for name in side})
-    differing = [n for n in names if len({side.get(n) for side in sides.values()}) > 1]
-    differing.sort(key=lambda n: (first.index(n) if n in first else len(first), n in last, n))
-    used: list[str] = []
-    told: set[tuple[str | None, ...]] = {()}
-    for name in differing:
-        now = {tuple(side.get(n) for n in (*used, name)) for side in sides.values()}
-        if len(now) > len(told):
-            used, told = [*used, name], now
-    labels = {
-        key: ", ".join(f"{n}={side[n]}" for n in used if side.get(n, "null") != "null")
-        for key, side in sides.items()
-    }
-    for key, label in list(labels.items()):
-        if len(label) > width or list(labels.values()).count(label) > 1:
-            labels[key] = digest_json(sides[key])[7:15]
-    return labels, differing
+    return (*where, newest.control or "", not complete, _published(records), column_digest(newest))
 
 
 def _named_groups(members: list[list[Record]]) -> list[Group]:
     groups = []
     for records in members:
         task = records[-1].task
-        digest, column = _group_digest(records[-1]), records[-1].protocol.get(COLUMN_KEY, "")
+        digest, column = column_digest(records[-1]), records[-1].protocol.get(COLUMN_KEY, "")
         control, recipe = records[-1].control, _foreign_recipe(records)
         groups.append(
             Group(
@@ -308,7 +283,7 @@ def _named_groups(members: list[list[Record]]) -> list[Group]:
     for index, group in enumerate(groups):
         rivals[group.task, group.version, group.control, _published(members[index])].append(index)
     for (*_, published), indices in rivals.items():
-        labels, _ = _tell_apart({i: _task_side(members[i][-1]) for i in indices}, ["limit", "seeds"])
+        labels, _ = tell_apart({i: task_side(members[i][-1]) for i in indices}, ["limit", "seeds"])
         sources = {i: str(members[i][-1].protocol.get("source", "")).partition(" (")[0] for i in indices}
         for index in indices:
             variant, source = labels[index], sources[index]
@@ -337,11 +312,6 @@ def _published(records: list[Record]) -> bool:
     return all(record.origin == "paper" for record in records)
 
 
-def _task_side(record: Record) -> dict[str, str]:
-    side = {key: value for key, value in record.task_protocol.items() if key != COLUMN_KEY}
-    return _flat({**side, "data": _data_side(record)})
-
-
 def _columns(
     group: Group,
     records: list[Record],
@@ -365,13 +335,14 @@ def _columns(
         chances = {metric.chance for _, metric in found[name]}
         decimals = precision
         if decimals is None:
-            decimals = _decimals(first.unit, [metric.value for _, metric in found[name]])
+            decimals = decimals_for(first.unit, [metric.value for _, metric in found[name]])
         chance = chances.pop() if len(chances) == 1 else None
         columns.append(Column(group, name, first.unit, first.higher_is_better, chance, decimals))
     return columns
 
 
-def _decimals(unit: str, values: list[float]) -> int:
+def decimals_for(unit: str, values: Sequence[float]) -> int:
+    """Printed precision of numbers of a unit."""
     known = {"%": 1, "dB": 2}
     if unit in known:
         return known[unit]
@@ -379,51 +350,11 @@ def _decimals(unit: str, values: list[float]) -> int:
     return 3 if largest < 10 else 2 if largest < 100 else 1
 
 
-def row_key(record: Record) -> tuple[str, ...]:
-    """What makes a row: tokenizer, origin, weights, revision, the tokenizer's side of the protocol."""
-    tokenizer = record.tokenizer
-    side = digest_json(_row_side(record))
-    # one that is fitted on each data set has weights of its own in every column, and still is one row
-    weights = "fitted" if tokenizer.weights.startswith("fitted:") else tokenizer.weights
-    return (tokenizer.name, record.origin, weights, tokenizer.revision or "", side)
-
-
-def _row_side(record: Record) -> dict[str, Any]:
-    """The tokenizer's side of the protocol, without settings that only some tasks use, at their defaults.
-
-    So that probes, which decode nothing, and reconstruction by the default decoder share a row.
-    """
-    side = dict(record.tokenizer_protocol)
-    decode = side.get("decode")
-    if isinstance(decode, dict) and decode.get("default") is True:
-        del side["decode"]
-    return side
-
-
-def _told_side(record: Record) -> dict[str, Any]:
-    """The same for labels: all settings of the decoder, under their bare names."""
-    side = {key: value for key, value in record.tokenizer_protocol.items() if key != "decode"}
-    decode = record.tokenizer_protocol.get("decode")
-    settings = decode if isinstance(decode, dict) else {}
-    return {**side, **{name: value for name, value in settings.items() if name != "default"}}
-
-
 def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:
     tokenizer = newest.tokenizer
     section = SECTIONS.index(tokenizer.kind)
     settings = tuple(newest.decoder_setting(name) or 0.0 for name in ("guidance", "steps"))
     return (section, tokenizer.family.lower(), tokenizer.parameters or 0, key[0], settings, key)
-
-
-def _newest(records: list[Record], row_of: Callable[[Record], tuple[str, ...]]) -> tuple[list[Record], int]:
-    """One record per row and group, the last one; and how many others gave way."""
-    kept: dict[tuple[tuple[str, ...], str], Record] = {}
-    older = 0
-    for record in records:
-        key = row_of(record), _group_digest(record)
-        older += key in kept and kept[key] != record
-        kept[key] = record
-    return sorted(kept.values(), key=_record_order), older
 
 
 def _rows(
@@ -434,7 +365,7 @@ def _rows(
     newest: dict[tuple[str, ...], Record] = {}
     for record in records:
         key = row_of(record)
-        cells[key][_group_digest(record)] = record
+        cells[key][column_digest(record)] = record
         if key not in newest or record.origin != "paper" or newest[key].origin == "paper":
             newest[key] = record
     labels = row_labels(newest)
@@ -446,67 +377,115 @@ def _rows(
     return rows
 
 
-def row_labels(rows: dict[tuple[str, ...], Record]) -> dict[tuple[str, ...], str]:
-    """Names; where two rows would bear the same name and marks, what differs in brackets."""
-    labels = {key: record.tokenizer.name for key, record in rows.items()}
-    namesakes: dict[tuple[str, bool, bool], list[tuple[str, ...]]] = defaultdict(list)
-    for key, record in rows.items():
-        namesakes[record.tokenizer.name, record.tokenizer.trained, record.origin == "paper"].append(key)
-    for keys in namesakes.values():
-        if len(keys) > 1:
-            sides = {
-                key: _flat(
-                    {
-                        **_told_side(rows[key]),
-                        "weights": rows[key].tokenizer.weights,
-                        "revision": rows[key].tokenizer.revision,
-                        "record": rows[key].origin,
-                    }
-                )
-                for key in keys
-            }
-            # digests say less than settings
-            rest = ("configuration", "family", "version")
-            told, _ = _tell_apart(sides, ["weights", "policy", "record", "revision"], last=rest)
-            # a policy's name speaks for itself
-            shown = {key: told[key].removeprefix("policy=") for key in keys}
-            labels.update({key: f"{labels[key]} ({shown[key]})" for key in keys if shown[key]})
-    return labels
-
-
 def _cell(record: Record | None, metric: str) -> Cell | None:
     if record is None or metric not in record.metrics:
         return None
     marks = (INCOMPLETE if not record.complete else "") + (PUBLISHED if record.origin == "paper" else "")
+    marks += UNCONVERGED if record.unconverged else ""
     return Cell(record.metrics[metric], record, marks)
 
 
 def _row(label: str, newest: Record, cells: tuple[Cell | None, ...]) -> Row:
     present = [cell for cell in cells if cell is not None]
-    shared = [mark for mark in (INCOMPLETE, PUBLISHED) if all(mark in cell.marks for cell in present)]
+    shared = [
+        mark for mark in (INCOMPLETE, PUBLISHED, UNCONVERGED) if all(mark in cell.marks for cell in present)
+    ]
     for mark in shared:
         cells = tuple(c and replace(c, marks=c.marks.replace(mark, "")) for c in cells)
     marks = ("" if newest.tokenizer.trained else UNTRAINED) + "".join(shared)
     return Row(label, newest.tokenizer, newest.origin, marks, cells)
 
 
-def _ranked(rows: list[Row], columns: list[Column]) -> list[Row]:
-    """Mark best and second-best; a column with a single candidate has neither."""
+def _candidates(rows: list[Row], index: int, column: Column) -> dict[int, Cell]:
+    """Cells of a column that can be marked, by the position of their row; none where there is but one."""
+    found = {}
+    for position, row in enumerate(rows):
+        cell = row.cells[index]
+        if cell is not None and _rankable(cell.record):
+            found[position] = cell
+    return found if len(found) > 1 and column.group.control is None else {}
+
+
+def _unranked(column: Column, candidates: Mapping[int, Cell]) -> bool:
+    return any(getattr(cell.metric, "unranked", False) for cell in candidates.values())
+
+
+def _with_ranks(rows: list[Row], found: Mapping[int, Mapping[int, Rank]]) -> list[Row]:
+    """Rows with the ranks of columns: position of the column -> position of the row -> rank."""
     grid = [list(row.cells) for row in rows]
-    for index, column in enumerate(columns):
-        candidates: dict[int, float] = {}
-        for position, row in enumerate(rows):
-            cell = row.cells[index]
-            if cell is not None and _rankable(cell.record):
-                candidates[position] = float(format_number(cell.metric.value, column.decimals))
-        if len(candidates) < 2 or column.group.control is not None:
-            continue
-        order = sorted(set(candidates.values()), reverse=column.higher_is_better)
-        for position, value in candidates.items():
+    for index, column in found.items():
+        for position, rank in column.items():
             cell = grid[position][index]
-            if cell is not None and value in order[:2]:
-                grid[position][index] = replace(cell, rank="best" if value == order[0] else "second")
+            grid[position][index] = cell and replace(cell, rank=rank)
     return [replace(row, cells=tuple(cells)) for row, cells in zip(rows, grid, strict=True)]
+
+
+def _ranked(rows: list[Row], columns: list[Column]) -> tuple[list[Row], tuple[str, ...]]:
+    """Mark best and second-best; and the legend."""
+    found: dict[int, dict[int, Rank]] = {}
+    for index, column in enumerate(columns):
+        cells = _candidates(rows, index, column)
+        if _unranked(column, cells):
+            continue
+        values = {p: float(format_number(cell.metric.value, column.decimals)) for p, cell in cells.items()}
+        order = sorted(set(values.values()), reverse=column.higher_is_better)
+        found[index] = {
+            position: "best" if value == order[0] else "second"
+            for position, value in values.items()
+            if value in order[:2]
+        }
+    return _with_ranks(rows, found), (RANKED,) if any(found.values()) else ()
+
+
+def _tested(rows: list[Row], columns: list[Column], read: Reader) -> tuple[list[Row], tuple[str, ...]]:
+    """Mark what is not significantly worse than the best, and than the best of the rest; and the legend."""
+    found: dict[int, dict[int, Rank]] = {}
+    untested: dict[str, None] = {}
+    unranked: dict[str, None] = {}
+    without: dict[str, None] = {}
+    for index, column in enumerate(columns):
+        cells = _candidates(rows, index, column)
+        if _unranked(column, cells):
+            unranked[column.metric] = None
+            continue
+        sides = {p: side for p, cell in cells.items() if (side := _side(cell.record, column, read))}
+        try:
+            if len(sides) < 2:
+                raise UsageError("nothing to compare")
+            values = {position: cells[position].metric.value for position in sides}
+            found[index] = ranks(sides, values, higher=column.higher_is_better)
+            without |= {rows[position].label: None for position in cells if position not in sides}
+        except UsageError:
+            untested |= {column.metric: None} if cells else {}
+    legend = [TESTED] if found else []
+    if untested:
+        legend.append(f"Untested and unmarked, without outcomes of every image: {_listed(untested)}.")
+    if without:
+        legend.append(f"Unmarked in tested columns, without outcomes of every image: {_listed(without)}.")
+    if unranked:
+        legend.append(f"Not to be ranked by, and unmarked: {_listed(unranked)}.")
+    return _with_ranks(rows, found), tuple(legend)
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    every = list(names)
+    rest = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + rest
+
+
+def _side(record: Record, column: Column, read: Reader) -> Side | None:
+    """What is known of every image; None where nothing is."""
+    try:
+        outcomes = read(record)
+        return None if outcomes is None else side_of(outcomes, column.metric, column.unit)
+    except BenchError as error:
+        _warn_once(str(error))
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _warn_once(text: str) -> None:
+    _log.warning("untested: %s", text)
 
 
 def _rankable(record: Record) -> bool:
@@ -522,20 +501,25 @@ def _notes(rows: list[Row], groups: list[Group], members: list[list[Record]], ol
     if not rows:
         return ("No records.",)
     notes = []
-    seeds = sorted(
-        {len(c.metric.per_seed) for row in rows for c in row.cells if c and c.metric.std is not None}
-    )
-    seeds = [count for count in seeds if count]
+    spread = [c for row in rows for c in row.cells if c and c.metric.std is not None]
+    seeds = {len(cell.metric.per_seed) for cell in spread if not is_joined(cell.record)} - {0}
     if seeds:
-        counts = " or ".join(str(count) for count in seeds)
-        notes.append(f"± is the sample standard deviation over {counts} seeds.")
+        notes.append(f"± is the sample standard deviation over {_counts(seeds)} seeds.")
+    joined = [cell.record for cell in spread if is_joined(cell.record)]
+    if joined:
+        counts = _counts({len(record.seeds) for record in joined})
+        probes = _counts({str(record.details["probe_seeds"]) for record in joined})
+        notes.append(
+            f"Rows of trainings: mean ± sample standard deviation over {counts} trainings "
+            f"({probes} probe seeds each)."
+        )
     sides: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     for group, records in zip(groups, members, strict=True):
         if not _published(records):
             name = f"{group.task} v{group.version}" + (f", {group.control}" if group.control else "")
-            sides[name][group.digest] = _task_side(records[-1])
+            sides[name][group.digest] = task_side(records[-1])
     for task, by_digest in sides.items():
-        _, differing = _tell_apart(by_digest, ["limit", "seeds"])
+        _, differing = tell_apart(by_digest, ["limit", "seeds"])
         if not differing:
             continue
         rest = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
@@ -546,3 +530,7 @@ def _notes(rows: list[Row], groups: list[Group], members: list[list[Record]], ol
     if older:
         notes.append(f"{older} older record(s) of the same tokenizer, task and protocol left out.")
     return tuple(notes)
+
+
+def _counts(numbers: Iterable[int | str]) -> str:
+    return " or ".join(map(str, sorted(numbers)))

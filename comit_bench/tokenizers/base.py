@@ -57,6 +57,8 @@ class TokenizerInfo:
             options say everything. Equal weights under another configuration are another tokenizer.
         version: Of the code: raised when the same weights, configuration and options may give other ids.
             Empty: the source of the tokenizer's class is digested instead.
+        group: Name that trainings of one recipe with several seeds have in common; empty for a training that
+            stands alone. Part of no key and no protocol.
     """
 
     name: str
@@ -77,6 +79,7 @@ class TokenizerInfo:
     options: dict[str, str] = field(default_factory=dict)
     configuration: str = ""
     version: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

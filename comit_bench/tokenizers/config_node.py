@@ -268,6 +268,7 @@ class Facts:
     trained: bool = True
     training_data: str | None = None
     weights_licence: str | None = None
+    group: str | None = None
 
 
 def read_facts(config: Mapping[str, Any], source: Path) -> Facts:
@@ -279,7 +280,7 @@ def read_facts(config: Mapping[str, Any], source: Path) -> Facts:
     node = Node(config, source).maybe("comit_bench")
     texts = {
         key: node.text(key) if node.values.get(key) is not None else None
-        for key in ("training_data", "weights_licence")
+        for key in ("training_data", "weights_licence", "group")
     }
     return Facts(trained=node.flag("trained", True), **texts)
 

@@ -36,6 +36,7 @@ class Origin:
     trained: bool = True
     training_data: str = "unknown"
     weights_licence: str = "unknown"
+    group: str = ""
 
 
 def untrained(name: str, seed: int) -> Origin:
@@ -100,6 +101,7 @@ class Place:
             trained=facts.trained,
             training_data=facts.training_data or known.training_data,
             weights_licence=facts.weights_licence or known.weights_licence,
+            group=facts.group or "",
         )
 
 

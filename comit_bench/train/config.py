@@ -251,8 +251,8 @@ class ExportConfig(SpecModel):
 FREE = frozenset(
     {
         "steps", "output", "device_batch", "log_every", "validate_every", "save_every",
-        "keep_last", "max_bad_steps", "weights_licence", "data.workers", "data.max_broken", "data.title",
-        "data.source", "data.val_source", "model.vae_path", "teacher.path", "model.image_size",
+        "keep_last", "max_bad_steps", "weights_licence", "group", "data.workers", "data.max_broken",
+        "data.title", "data.source", "data.val_source", "model.vae_path", "teacher.path", "model.image_size",
         "model.vocab_size", "val_count",
         "activation_checkpointing", "compile", "sharding",  # the last two change rounding, as ranks do
         "teacher.cache", "tensorboard", "push_to_hub", "push_private", "validation.steps",
@@ -276,6 +276,7 @@ class RunConfig(SpecModel):
     keep_last: Count = 3
     max_bad_steps: Count = 5
     weights_licence: str = "unspecified"
+    group: Name | None = None  # what trainings of this recipe with other seeds have in common, for tables
     tensorboard: bool = False  # also write event files; needs the extra `track`
 
 

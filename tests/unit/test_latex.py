@@ -57,7 +57,7 @@ def test_latex_structure(records: list[Record]) -> None:
 
 
 def test_latex_ranks_marks_and_rules() -> None:
-    text = to_latex(build_table(crowd()[:6]))
+    text = to_latex(build_table(crowd()[:6], marks="rank"))
     assert r"\textbf{65.0 $\pm$ 1.0}" in text
     assert r"\underline{55.1 $\pm$ 1.0}" in text
     assert r"comit-nano$^{\dagger}$ & " in text and r"$^{\dagger}$\,untrained" in text

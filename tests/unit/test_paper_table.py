@@ -110,7 +110,7 @@ def measured(
 
 
 def table(name: str, records: list[Record]) -> Table:
-    (found,) = paper_tables(records, names=[name])
+    (found,) = paper_tables(records, names=[name], marks="rank")
     return found
 
 

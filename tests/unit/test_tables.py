@@ -6,6 +6,7 @@ import io
 import random
 import re
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def make(
             "control": control, "origin": origin, "created": created,
         }
     )  # fmt: skip
+
+
+by_rank = partial(build_table, marks="rank")
 
 
 def lower(value: float, unit: str = "") -> Metric:
@@ -240,34 +244,32 @@ def test_empty_table_is_written_in_every_format(tmp_path: Path) -> None:
 
 
 def test_best_and_second_best() -> None:
-    table = build_table([make("a", {"m": 10.0}), make("b", {"m": 30.0}), make("c", {"m": 20.0})])
+    table = by_rank([make("a", {"m": 10.0}), make("b", {"m": 30.0}), make("c", {"m": 20.0})])
     assert ranks(table) == {"a": None, "b": "best", "c": "second"}
 
 
 def test_lower_is_better() -> None:
-    table = build_table(
-        [make("a", {"m": lower(10)}), make("b", {"m": lower(30)}), make("c", {"m": lower(20)})]
-    )
+    table = by_rank([make("a", {"m": lower(10)}), make("b", {"m": lower(30)}), make("c", {"m": lower(20)})])
     assert ranks(table) == {"a": "best", "b": None, "c": "second"}
 
 
 def test_what_prints_equal_shares_its_rank() -> None:
     scores = {"a": 30.04, "b": 29.96, "c": 20.0, "d": 20.01, "e": 10.0}
-    table = build_table([make(name, {"m": score}) for name, score in scores.items()])
+    table = by_rank([make(name, {"m": score}) for name, score in scores.items()])
     assert ranks(table) == {"a": "best", "b": "best", "c": "second", "d": "second", "e": None}
 
 
 def test_reference_and_incomplete_rows_are_never_ranked() -> None:
     records = [make("oracle", {"m": 99.0}, kind="reference"), make("a", {"m": 10.0}), make("b", {"m": 20.0})]
     partial = make("part", {"m": 50.0}).model_copy(update={"complete": False})
-    table = build_table([*records, partial])
+    table = by_rank([*records, partial])
     assert len(table.columns) == 1
     assert ranks(table) == {"oracle": None, "part": None, "a": "second", "b": "best"}
 
 
 def test_nothing_is_best_alone_or_in_a_control() -> None:
-    assert ranks(build_table([make("a"), make("oracle", kind="reference")])) == {"oracle": None, "a": None}
-    table = build_table([make("a", {"m": 1.0}, control="c"), make("b", {"m": 2.0}, control="c")])
+    assert ranks(by_rank([make("a"), make("oracle", kind="reference")])) == {"oracle": None, "a": None}
+    table = by_rank([make("a", {"m": 1.0}, control="c"), make("b", {"m": 2.0}, control="c")])
     assert ranks(table) == {"a": None, "b": None}
 
 
@@ -366,7 +368,7 @@ def test_csv_quotes_awkward_names() -> None:
 
 
 def test_markdown_is_rectangular_and_marks_ranks() -> None:
-    table = build_table([*crowd(), make("pipe|name_*", {"top1": 20.0})])
+    table = by_rank([*crowd(), make("pipe|name_*", {"top1": 20.0})])
     text = to_markdown(table)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
@@ -394,7 +396,7 @@ def test_terminal_sets_ranks_in_bold_and_underlined() -> None:
     console = Console(
         file=stream, width=120, force_terminal=True, color_system="standard", legacy_windows=False
     )
-    print_terminal(build_table(crowd()), console)
+    print_terminal(by_rank(crowd()), console)
     text = stream.getvalue()
     assert re.search(r"\x1b\[1m65\.0 ± 0\.0\x1b\[0m", text)
     assert re.search(r"\x1b\[4m55\.1 ± 1\.0\x1b\[0m", text)

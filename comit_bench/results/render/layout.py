@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 DASH = "\N{EN DASH}"
 CHANCE = "chance"
 LABEL = "tokenizer"
-RANKS = "Best bold, second-best underlined, among complete measured rows that are no reference."
 LABEL_WIDTH = 38
 LEAST_LABEL = 12  # of a terminal however narrow
 PAPER = "paper"  # origin of published rows
@@ -69,11 +68,6 @@ def chance_texts(table: Table) -> list[str] | None:
     if all(column.chance is None for column in table.columns):
         return None
     return [DASH if c.chance is None else format_number(c.chance, c.decimals) for c in table.columns]
-
-
-def has_ranks(table: Table) -> bool:
-    """Whether anything is set bold or underlined."""
-    return any(cell is not None and cell.rank for row in table.rows for cell in row.cells)
 
 
 def is_reference(row: Row) -> bool:

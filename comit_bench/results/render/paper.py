@@ -2,7 +2,7 @@
 
 They are made by ``build_table`` and follow its rules: two protocols never share a column, so published
 numbers have columns of their own beside the measured ones, and only complete measured rows of one protocol
-are ranked. What is special:
+are marked. What is special:
 
 - which rows and columns there are, their order, and what stands between a label and its scores;
 - a published number stands in the row of the measured tokenizer of the same name, policy and message length,
@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.results.records import Record
 from comit_bench.results.render.layout import DASH, is_reference, short_count
 from comit_bench.results.render.text import to_latex
-from comit_bench.results.table import PUBLISHED, Row, Table, build_table, row_key
+from comit_bench.results.rows import row_key
+from comit_bench.results.table import PUBLISHED, Row, Table, build_table
 
 SOURCE = "COMiT paper"  # ``protocol.source`` of its records; other publications are no part of its tables
 RECOGNITION, PAIRS, RELATIONS, RECONSTRUCTION, OBJECTNESS = (
@@ -194,7 +196,7 @@ def find_layouts(names: Sequence[str] | None) -> list[Layout]:
 
 
 def paper_tables(
-    records: Iterable[Record], *, suite: str = "paper", names: Sequence[str] | None = None
+    records: Iterable[Record], *, suite: str = "paper", names: Sequence[str] | None = None, **marks: Any
 ) -> list[Table]:
     """The paper's tables as far as there are records for them.
 
@@ -202,18 +204,22 @@ def paper_tables(
         records: Measured and published ones; controls and published numbers of other sources are left out.
         suite: Whose tasks are shown.
         names: Layouts by name; None is all.
+        **marks: ``outcomes`` and ``marks`` of :func:`~comit_bench.results.table.build_table`.
 
     Raises:
         UsageError: Unknown name, or records that disagree on the direction of a metric.
     """
     chosen = [r for r in records if r.control is None]
     chosen = [r for r in chosen if r.origin != "paper" or r.protocol.get("source") == SOURCE]
-    tables = [_table(layout, chosen, TASKS[suite]) for layout in find_layouts(names)]
+    tables = [_table(layout, chosen, TASKS[suite], marks) for layout in find_layouts(names)]
     return [table for table in tables if table is not None]
 
 
 def _table(
-    layout: Layout, records: Sequence[Record], tasks: Mapping[str, tuple[str, tuple[str, ...]]]
+    layout: Layout,
+    records: Sequence[Record],
+    tasks: Mapping[str, tuple[str, tuple[str, ...]]],
+    marks: Mapping[str, Any],
 ) -> Table | None:
     metrics = dict(tasks[column] for column in layout.columns if isinstance(column, str))
     useful = [r for r in records if any(name in r.metrics for name in metrics.get(r.task.name, ()))]
@@ -222,7 +228,9 @@ def _table(
         return None
     present = [name for name in metrics if any(r.task.name == name for r in chosen)]
     home = _homes(chosen)
-    table = build_table(chosen, metrics=metrics, tasks=present, row_of=lambda r: home[row_key(r)], decimals=2)
+    table = build_table(
+        chosen, metrics=metrics, tasks=present, row_of=lambda r: home[row_key(r)], decimals=2, **marks
+    )
     rows = _in_order([_detailed(layout, row) for row in table.rows])
     notes = tuple(note for note in table.notes if not note.startswith("\N{PLUS-MINUS SIGN}"))
     heads = tuple(detail.head for detail in layout.details)
@@ -299,6 +307,7 @@ def to_paper_latex(
     label: str = "tab:comit-bench-paper",
     suite: str = "paper",
     names: Sequence[str] | None = None,
+    **marks: Any,
 ) -> str | None:
     r"""The tables as LaTeX, one after the other; None when no record has a place in any.
 
@@ -307,9 +316,10 @@ def to_paper_latex(
         label: For ``\ref``; the layout's name follows, e.g. ``-table-4``.
         suite: Whose tasks are shown.
         names: Layouts by name; None is all.
+        **marks: As in :func:`paper_tables`.
     """
     texts = []
     for layout in find_layouts(names):
-        for table in paper_tables(records := list(records), suite=suite, names=[layout.name]):
+        for table in paper_tables(records := list(records), suite=suite, names=[layout.name], **marks):
             texts.append(to_latex(table, label=f"{label}-{layout.name}", width=TEX_WIDTH))
     return "\n".join(texts) or None

@@ -16,12 +16,10 @@ from comit_bench.results.render.layout import (
     DASH,
     GAP,
     LABEL,
-    RANKS,
     Block,
     Layout,
     chance_texts,
     detail_texts,
-    has_ranks,
     heading,
     is_reference,
     measure,
@@ -58,7 +56,7 @@ def print_terminal(table: Table, console: Console | None = None) -> None:
         console.print(line, no_wrap=True, overflow="ignore", crop=False, highlight=False)
 
 
-_ASCII = str.maketrans(DASH + "±↑↓─†‡§…×é→—✓✗█▏▎▍▌▋▊▉", "-+^v-+#$~xe>-yn########")
+_ASCII = str.maketrans(DASH + "±↑↓─†‡§¶…×é→—✓✗█▏▎▍▌▋▊▉", "-+^v-+#$!~xe>-yn########")
 
 
 def in_encoding(text: str, encoding: str) -> str:
@@ -99,7 +97,7 @@ def terminal_lines(table: Table, width: int, *, styled: bool = True) -> list[Tex
         if number:
             lines.append(Text())
         lines += _terminal_block(table, layout, block)
-    notes = [RANKS] if styled and has_ranks(table) else []
+    notes = [*table.legend] if styled else []
     notes += [*table.notes, *(f"{mark} {text}" for mark, text in table.footnotes)]
     for note in notes:
         lines += [Text(part, style="dim") for part in wrap(note, max(20, width), subsequent_indent="  ")]

@@ -12,17 +12,15 @@ from comit_bench.results.render.layout import (
     CHANCE,
     DASH,
     LABEL,
-    RANKS,
     Block,
     chance_texts,
     detail_texts,
-    has_ranks,
     heading,
     is_reference,
     measure,
     number_text,
 )
-from comit_bench.results.table import INCOMPLETE, PUBLISHED, UNTRAINED, one_line
+from comit_bench.results.table import INCOMPLETE, PUBLISHED, UNCONVERGED, UNTRAINED, one_line
 
 if TYPE_CHECKING:
     from comit_bench.results.table import Column, Group, Table
@@ -114,8 +112,8 @@ def to_markdown(table: Table) -> str:
         lines.append(cells)
     text = f"{_md(table.title)}\n\n" if table.title else ""
     text += "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    notes = [RANKS] if has_ranks(table) else []
-    notes += [_md(note) for note in table.notes] + [f"{mark} {text}" for mark, text in table.footnotes]
+    notes = [_md(note) for note in (*table.legend, *table.notes)]
+    notes += [f"{mark} {text}" for mark, text in table.footnotes]
     return text + "\n\n" + "  \n".join(notes) + "\n"
 
 
@@ -146,6 +144,7 @@ _TEX = {
     UNTRAINED: r"$^{\dagger}$",
     INCOMPLETE: r"$^{\ddagger}$",
     PUBLISHED: r"$^{\S}$",
+    UNCONVERGED: r"$^{\P}$",
 }
 _TEX_WIDTH = 82
 
@@ -178,9 +177,8 @@ def to_latex(
     if not re.fullmatch(r"[A-Za-z0-9:.-]+", label):
         raise ValueError(f"label {label!r}: use letters, digits, colon, dot and hyphen only")
     if caption is None:
-        title = table.title or "Probe scores by tokenizer and task."
-        caption = title + (f" {RANKS}" if has_ranks(table) else "")
-    notes = [tex_escape(note) for note in table.notes]
+        caption = table.title or "Probe scores by tokenizer and task."
+    notes = [tex_escape(note) for note in (*table.legend, *table.notes)]
     notes += [f"{tex_escape(mark)}\\,{tex_escape(text)}" for mark, text in table.footnotes]
     lines = ["% needs \\usepackage{booktabs}"]
     for number, block in enumerate(measure(table).blocks(width), start=1):

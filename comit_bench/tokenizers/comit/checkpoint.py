@@ -124,7 +124,7 @@ def spec_from_config(config: dict[str, Any], source: Path) -> ComitSpec:
     quantizer.check_keys(("levels",), unread=("_target_",))
     extra = top.maybe("comit_bench")
     extra.check_keys(
-        ("geometry", "mask_mode", "trained", "training_data", "weights_licence"), unread=("steps",)
+        ("geometry", "mask_mode", "trained", "training_data", "weights_licence", "group"), unread=("steps",)
     )
 
     def whole(key: str, high: int, low: int = 1) -> int:

@@ -108,7 +108,8 @@ def save(
     Args:
         model: The network.
         directory: Made if absent.
-        extra: Facts about the weights: ``trained``, ``training_data``, ``weights_licence``, ``steps``.
+        extra: Facts about the weights: ``trained``, ``training_data``, ``weights_licence``, ``steps``,
+            ``group``.
         dtype: Of the stored weights; loading always gives float32.
     """
     config = config_from_spec(model.spec) | ({"comit_bench": dict(extra)} if extra else {})
@@ -210,6 +211,7 @@ class VqGridTokenizer:
         """Export ``config.json`` and ``model.safetensors``; :func:`load` takes the folder."""
         info = self.info
         extra = {"trained": info.trained, "training_data": info.training_data}
+        extra |= {"group": info.group} if info.group else {}
         save(self.model, directory, extra={**extra, "weights_licence": info.weights_licence})
 
 

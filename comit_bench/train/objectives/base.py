@@ -158,5 +158,5 @@ def only_process(run: AutoencoderRun | TeacherRun, place: Place) -> None:
 
 def weights_facts(config: AnyRun, facts: RunFacts, data: str) -> dict[str, Any]:
     """What a configuration says about exported weights, for tables."""
-    licence = config.weights_licence
-    return {"trained": True, "training_data": data, "weights_licence": licence, "steps": facts.step}
+    told = {"trained": True, "training_data": data, "weights_licence": config.weights_licence}
+    return {**told, "steps": facts.step, **({"group": config.group} if config.group else {})}
