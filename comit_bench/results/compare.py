@@ -191,11 +191,11 @@ def compare(
     chosen = [_find(name, shelf) for name in names]
     for one, other in combinations(chosen, 2):
         if one.label == other.label and one.records == other.records:
-            raise UsageError(f"{one.label!r} is named twice: a row does not differ from itself")
+            raise UsageError(f"{one.shown!r} is named twice: a row does not differ from itself")
     found, refused = _tests(chosen, tasks, metrics)
     corrected = holm([test.p for test in found])
     tests = tuple(replace(test, corrected=p) for test, p in zip(found, corrected, strict=True))
-    return Comparison(tuple(row.label for row in chosen), tests, tuple(dict.fromkeys(refused)))
+    return Comparison(tuple(row.shown for row in chosen), tests, tuple(dict.fromkeys(refused)))
 
 
 # ------------------------------------------------------------------------------------- naming rows
@@ -258,7 +258,7 @@ def _find(name: str, shelf: Sequence[Sequence[Row]]) -> Row:
         found = found or [row for row in rows if row.name == name]
         if len(found) > 1:
             raise UsageError(
-                f"{name!r} names {len(found)} rows: {', '.join(repr(row.shown) for row in found)}. "
+                f"{name!r} names {len(found)} rows: {', '.join(sorted(repr(row.shown) for row in found))}. "
                 "Name one of them."
             )
         if found:
@@ -390,8 +390,8 @@ def _test(mine: Measured, theirs: Measured, metric: str) -> PairedTest:
         unit=one.unit,
         higher_is_better=one.higher_is_better,
         ranked=not getattr(one, "unranked", False),
-        a=a.label,
-        b=b.label,
+        a=a.shown,
+        b=b.shown,
         value_a=float(two.a.mean()),
         value_b=float(two.b.mean()),
         difference=found.value,

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import WRITERS, load, weights_of
 
 from comit_bench.errors import BenchError, CorruptFileError, UsageError
+from comit_bench.files import shipped_weights
+from comit_bench.results.schema import TokenizerRow
 from comit_bench.tokenizers.checkpoints import read_config
 from comit_bench.tokenizers.config_node import Node, read_facts
+from comit_bench.tokenizers.load import load_tokenizer
 
 FAMILIES = list(WRITERS)
 SECONDS = 15.0  # of the processor, for one attempt: a depth of a billion would take hours
@@ -263,9 +267,24 @@ def test_facts_of_our_own_files() -> None:
     assert read_facts({}, Path("x")).trained
     facts = read_facts({"comit_bench": {"trained": False, "training_data": "noise"}}, Path("x"))
     assert (facts.trained, facts.training_data, facts.weights_licence) == (False, "noise", None)
-    for key, value in (("trained", 0), ("training_data", 3), ("weights_licence", [])):
+    assert facts.group is None and read_facts({"comit_bench": {"group": "three"}}, Path("x")).group == "three"
+    for key, value in (("trained", 0), ("training_data", 3), ("weights_licence", []), ("group", 1)):
         with pytest.raises(UsageError, match=rf"comit_bench\.{key} must be"):
             read_facts({"comit_bench": {key: value}}, Path("x"))
+
+
+@pytest.mark.parametrize("name", ["comit-nano", "titok-nano", "vq-grid-nano"])
+def test_a_declared_group_changes_nothing_but_the_row(name: str, tmp_path: Path) -> None:
+    """It is handed on, and enters neither the configuration's digest nor that of the weights."""
+    shutil.copytree(shipped_weights(name), tmp_path / "mine")
+    plain = load_tokenizer(str(tmp_path / "mine"), device="cpu").info
+    file = tmp_path / "mine" / "config.json"
+    config = json.loads(file.read_text())
+    config["comit_bench"] = {**config["comit_bench"], "group": "three-seeds"}
+    file.write_text(json.dumps(config))
+    info = load_tokenizer(str(tmp_path / "mine"), device="cpu").info
+    assert plain.group == "" and info == replace(plain, group="three-seeds")
+    assert TokenizerRow.from_info(info).group == "three-seeds"
 
 
 def test_long_values_are_cut() -> None:

@@ -150,7 +150,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_training_continues_bit_for_bit_and_exports(name: str, tmp_path: Path) -> None:
     straight = fit(run(name, tmp_path / "a"), "the command")
-    halfway = run(name, tmp_path / "b")
+    halfway = run(name, tmp_path / "b", "group=three-seeds")
     _stop_after(halfway, 4)
     resumed = fit(halfway)
     one, other = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
@@ -167,6 +167,8 @@ def test_training_continues_bit_for_bit_and_exports(name: str, tmp_path: Path) -
     info = tokenizer.info
     assert info.trained and info.training_data == "scenes-recognition train (24 scenes)"
     assert info.weights_licence == "Apache-2.0"
+    assert info.group == "" and '"group"' not in (straight / "config.json").read_text()
+    assert load_tokenizer(str(resumed), device="cpu").info.group == "three-seeds"
     card = (straight / "README.md").read_text()
     held = paint_scenes("val", autoencoder.PROBE_VAL_SCENES, 8, 32).images
     assert "\nthe command\n" in card and f"{info.parameters:,} (stored as float16)" in card

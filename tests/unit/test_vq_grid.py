@@ -13,6 +13,7 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.files import shipped_weights
+from comit_bench.results.schema import TokenizerRow
 from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.vq_grid.adapter import build, config_from_spec, save, spec_from_config
 from comit_bench.tokenizers.vq_grid.model import PRESETS, VqGrid, VqGridSpec
@@ -65,10 +66,15 @@ def test_config_and_weights_round_trip(spec: VqGridSpec, tmp_path: Path) -> None
     config = json.loads(json.dumps(config_from_spec(spec)))
     assert spec_from_config(config, Path("x")) == spec
     model = network(spec)
-    save(model, tmp_path / "saved", extra={"training_data": "noise", "weights_licence": "MIT"})
+    save(model, tmp_path / "saved", extra={"training_data": "noise", "weights_licence": "MIT", "group": "g"})
     loaded = load_tokenizer(str(tmp_path / "saved"), device="cpu")
     assert (loaded.info.family, loaded.info.name) == ("vq-grid", "saved")
     assert (loaded.info.training_data, loaded.info.weights_licence) == ("noise", "MIT")
+    assert loaded.info.group == TokenizerRow.from_info(loaded.info).group == "g"
+    save(model, tmp_path / "again")
+    alone = load_tokenizer(str(tmp_path / "again"), device="cpu")
+    assert (alone.info.group, TokenizerRow.from_info(alone.info).group) == ("", None)
+    assert (alone.info.weights, alone.info.configuration) == (loaded.info.weights, loaded.info.configuration)
     pixels = images(3, spec.image_size)
     with torch.no_grad():
         ids, codes = model.encode(pixels.float() / 255)
