@@ -389,7 +389,7 @@ def _test(mine: Measured, theirs: Measured, metric: str) -> PairedTest:
         main=metric == main_metric(record),
         unit=one.unit,
         higher_is_better=one.higher_is_better,
-        ranked=not getattr(one, "unranked", False),
+        ranked=not one.unranked,
         a=a.shown,
         b=b.shown,
         value_a=float(two.a.mean()),

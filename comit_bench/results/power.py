@@ -51,14 +51,15 @@ class Power:
 
 
 def power_table(output: Path) -> str:
-    """Markdown, a line per task, from the records of a run's folder and the reference records.
+    """Markdown, a line per task, from the records of a run's folder; if it has none, the reference records.
 
     Raises:
         MissingError: No two measured rows have outcomes on one task.
     """
-    folders = [folder for folder in folders_of(output) if folder.is_dir()]
-    records = [record for folder in folders for record in load_records(folder)]
-    return write_power(powers(rows_of(records, OutcomeFiles(*folders))))
+    for folder in folders_of(output):
+        if records := load_records(folder):
+            return write_power(powers(rows_of(records, OutcomeFiles(folder))))
+    raise MissingError("there are no records to look at. `comit-bench run` makes them.")
 
 
 def powers(rows: Sequence[Row]) -> dict[str, list[Power]]:

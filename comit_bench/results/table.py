@@ -407,7 +407,7 @@ def _candidates(rows: list[Row], index: int, column: Column) -> dict[int, Cell]:
 
 
 def _unranked(column: Column, candidates: Mapping[int, Cell]) -> bool:
-    return any(getattr(cell.metric, "unranked", False) for cell in candidates.values())
+    return any(cell.metric.unranked for cell in candidates.values())
 
 
 def _with_ranks(rows: list[Row], found: Mapping[int, Mapping[int, Rank]]) -> list[Row]:

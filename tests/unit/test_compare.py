@@ -378,20 +378,17 @@ def test_rows_and_columns_that_are_never_marked(tmp_path: Path) -> None:
     assert any(line.startswith("Untested and unmarked") for line in only.legend)
 
 
-def test_metrics_that_are_not_to_be_ranked_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    far(tmp_path)
-    records, files = load_records(tmp_path), OutcomeFiles(tmp_path)
-    if "unranked" in Metric.model_fields:
-        told = {"unranked": True}
-        records = [
-            r.model_copy(update={"metrics": {k: m.model_copy(update=told) for k, m in r.metrics.items()}})
-            for r in records
-        ]
-    else:
-        monkeypatch.setattr(Metric, "unranked", True, raising=False)
+def test_metrics_that_are_not_to_be_ranked_by(tmp_path: Path) -> None:
+    for name, level in (("a", 0.7), ("b", 0.3)):
+        told = put(tmp_path, name, top1(level, 1))
+        unranked = {key: one.model_copy(update={"unranked": True}) for key, one in told.metrics.items()}
+        record_path(tmp_path, told).write_text(told.model_copy(update={"metrics": unranked}).to_json())
     for marks in ("significance", "rank"):
-        table = build_table(records, outcomes=files, marks=marks)  # type: ignore[arg-type]
+        table = table_of(tmp_path, marks=marks)
         assert set(ranked(table).values()) == {None}
+    assert table_of(tmp_path).legend == ("Not to be ranked by, and unmarked: top1.",)
+    (test,) = compare("a", "b", output=tmp_path).tests
+    assert "a is higher than b" in test.sentence and not test.ranked
 
 
 def test_damaged_outcomes_leave_a_row_unmarked_and_are_told(
@@ -565,8 +562,11 @@ def test_power(tmp_path: Path) -> None:
     assert line.rstrip(" |").split(" | ")[6:] == [f"{sizes[1]:.1f}", f"{sizes[0]:.1f}", f"{sizes[2]:.1f}"]
     scaled = next(line for line in text.splitlines() if "scaled from recognition-scenes" in line)
     assert scaled.startswith("| imagenet100") and float(scaled.split(" | ")[6]) < sizes[1]
-    with pytest.raises(MissingError, match="no two measured rows"):
+    with pytest.raises(MissingError, match="no records to look at"):
         power_table(tmp_path / "nowhere")
+    put(tmp_path / "one", "a", top1(0.7, 1))
+    with pytest.raises(MissingError, match="no two measured rows"):
+        power_table(tmp_path / "one")
 
 
 def test_scaling_is_right_where_nothing_but_images_varies(tmp_path: Path) -> None:
