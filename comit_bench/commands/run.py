@@ -68,6 +68,14 @@ Control = Annotated[
         help="permute-labels: scores must fall to chance; shuffle-tokens, bag-of-tokens: without positions."
     ),
 ]
+ProbeRates = Annotated[
+    str | None,
+    typer.Option(
+        "--probe-lr",
+        metavar="A,B,C",
+        help="Fit every probe with each of these learning rates; the best on early-stop images counts.",
+    ),
+]
 References = Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
@@ -97,6 +105,7 @@ def run(
     output: Output = Path("results"),
     overwrite: Overwrite = "only-missing",
     resume: Resume = False,
+    probe_lr: ProbeRates = None,
     control: Control = None,
     references: References = True,
     offline: Offline = False,
@@ -125,6 +134,7 @@ def run(
         batch_size=_number_or_auto(batch_size, 64, "--batch-size"),
         num_workers=_number_or_auto(num_workers, _auto_workers(), "--num-workers"),
         overwrite=_checked_overwrite(overwrite, resume),
+        probe_lr=_learning_rates(probe_lr),
         control=control,
         offline=offline,
         include=tuple(include_path or ()),
@@ -134,6 +144,14 @@ def run(
     names = comma_separated(tasks)
     plan: dict[str, Any] = {"suite": suite, "dry_run": dry_run, "references": references, "profile": profile}
     raise typer.Exit(stoppable(lambda: run_command(tokenizer or [], names, settings=settings, **plan)))
+
+
+def _learning_rates(text: str | None) -> tuple[float, ...]:
+    names = comma_separated(text) or []
+    try:
+        return tuple(float(name) for name in names)
+    except ValueError as error:
+        raise UsageError(f"--probe-lr {text}: expected numbers, e.g. 1e-4,3e-4,1e-3") from error
 
 
 def _checked_overwrite(value: str, resume: bool) -> Any:
