@@ -222,11 +222,11 @@ def encode(
             check_tokens(tokenizer, tokens, len(own))
             parts.append(tokens)
             advance(len(own))
-    return _join(parts)
+    return together(parts)
 
 
 def decode(tokenizer: Tokenizer, tokens: Tokens, seeds: Sequence[int], *, batch: int = BATCH) -> Tensor:
-    """Reconstructions uint8 [n, 3, S, S] on the CPU.
+    """Reconstructions uint8 [n, 3, S, S] on the CPU, from noise of these seeds.
 
     More than ``FEW`` messages are decoded in whole tiles, so that pixels are those of a run; fewer without
     padding, where a few of ten thousand values may be one level off.
@@ -255,12 +255,8 @@ def rows_of(tokens: Tokens, rows: slice) -> Tokens:
     return Tokens(ids, tokens.codes[rows], None if tokens.offsets is None else tokens.offsets[rows])
 
 
-def together(several: Sequence[Tokens]) -> Tokens:
+def together(parts: Sequence[Tokens]) -> Tokens:
     """Messages one after the other, so that they are decoded in full tiles."""
-    return _join(several)
-
-
-def _join(parts: Sequence[Tokens]) -> Tokens:
     ids = [part.ids.cpu() for part in parts if part.ids is not None]
     offsets = [part.offsets.cpu() for part in parts if part.offsets is not None]
     codes = torch.cat([part.codes.cpu() for part in parts])
