@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,6 +29,10 @@ from comit_bench.tokenizers.options import OFF, ON
 # which is enough to flip a token at a rounding boundary). Only measurements of one image change it.
 TILE = 8
 tile_rows: ContextVar[int] = ContextVar("tile_rows", default=TILE)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LATENTS = ("codes", "prequant", "raw")  # see HasHiddenFeatures
+Streams = Sequence[torch.Generator] | None  # of random numbers: one CPU generator per image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,30 +108,34 @@ class Tokenizer(Protocol):
     @property
     def info(self) -> TokenizerInfo: ...
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
         """Tokenize uint8 [B, 3, S, S] (S = ``info.resolution``).
 
         Args:
             images_u8: RGB images, already preprocessed as ``info.preprocessing`` says.
             policy: Cropping policy for tokenizers that look at crops; None is their default.
             generators: One CPU generator per image, used for everything random about it.
+
+        Raises:
+            ValueError: Wrong shape or type, or randomness is needed and no generators were given.
+            UsageError: Not a policy of a tokenizer that looks at crops.
         """
         ...
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Look up codes: int [..., K] -> float32 [..., K, d]. Continuous tokenizers raise."""
+        """Look up codes: int [..., K] -> float32 [..., K, d].
+
+        Raises:
+            ValueError: An id outside the vocabulary.
+            UnsupportedOperation: A continuous tokenizer.
+        """
         ...
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Reconstruct uint8 [B, 3, S, S]; one noise seed per image.
+        """Reconstruct uint8 [B, 3, S, S]; one noise seed per image, where decoding is random.
 
         Raises:
+            ValueError: Codes of another shape, or not one seed per image.
             UnsupportedOperation: When the tokenizer has no decoder.
         """
         ...
@@ -159,8 +167,10 @@ class Loader(Protocol):
         """Make the tokenizer.
 
         Args:
-            name: The entry point's, as it was asked for.
-            weights: ``--weights``: a directory or file, ``random``, or None.
+            name: As it was asked for: the entry point's; of the families of this package a preset, a hub id
+                or a checkpoint directory.
+            weights: ``--weights``: a directory, a file (beside the name of a preset), ``random`` (untrained),
+                or None: the directory that is named, what ships, what was fetched, or the hub.
             device: Where it computes.
             offline: Whether no hub may be asked.
             seed: Of random weights.
@@ -169,7 +179,8 @@ class Loader(Protocol):
 
         Raises:
             UsageError: An option or weights that make no sense.
-            MissingError: Weights that are not on this machine.
+            MissingError: Weights that are not on this machine, and cannot be had.
+            CorruptFileError: A file that cannot be read.
         """
         ...
 
@@ -316,27 +327,6 @@ def attention_in_tiles(
             function(*(b[index.to(b.device, non_blocking=True)] for b in batches), hand_on)
 
 
-def gather_attention(
-    tokenizer: Attends, tokens: Tokens, request: AttentionRequest, *, seeds: Sequence[int]
-) -> Tensor:
-    """All maps of a few images at once, float32 [layers, times, B, H, K, h, w] on the CPU.
-
-    ``times`` is 1 for a decoder of a single pass. Meant for figures and inspection: nothing is streamed.
-    """
-    found: dict[tuple[int, int], list[Tensor]] = {}
-
-    def keep(first: int, layer: int, time: int, maps: Tensor) -> None:
-        found.setdefault((layer, time), []).append(maps.float().cpu())
-
-    tokenizer.attention(tokens, request, keep, seeds=seeds)
-    times = 1 + max(time for _, time in found)
-    layers = [
-        torch.stack([torch.cat(found[layer, time]) for time in range(times)])
-        for layer in range(len(request.layers))
-    ]
-    return torch.stack(layers)
-
-
 def in_tiles(
     function: Callable[..., Tokens],
     *batches: Tensor,
@@ -448,7 +438,7 @@ def warn_policy(name: str, policy: str | None) -> None:
         warnings.warn(f"{name} reads whole images: policy {policy!r} has no effect on it", stacklevel=3)
 
 
-def own_streams(generators: Sequence[torch.Generator] | None, index: Tensor) -> list[torch.Generator] | None:
+def own_streams(generators: Streams, index: Tensor) -> list[torch.Generator] | None:
     """The generators of a tile's rows, cloned: a padded row must not advance its original's stream."""
     return None if generators is None else [generators[i].clone_state() for i in index.tolist()]
 
@@ -547,6 +537,22 @@ def refuse_unknown(options: Iterable[str], known: Iterable[str], family: str) ->
     """
     for option in sorted(set(options) - set(known)):
         raise UsageError(f"{family} has no option {option!r}.{did_you_mean(option, known)}")
+
+
+def split_options(options: Mapping[str, Any], known: type, family: str) -> tuple[dict[str, Any], bool]:
+    """What a loader was given beside its arguments: the tokenizer's settings, and ``allow_pickle``.
+
+    Args:
+        options: As given.
+        known: The ``TypedDict`` that lists them.
+        family: Named in errors.
+
+    Raises:
+        UsageError: An option that is not listed.
+    """
+    refuse_unknown(options, known.__annotations__, family)
+    settings = dict(options)
+    return settings, switch(settings.pop("allow_pickle", False), "allow_pickle")
 
 
 MOST_STEPS = 10_000  # of a sampler

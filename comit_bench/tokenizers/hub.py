@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from comit_bench.errors import MissingError, UsageError
-from comit_bench.tokenizers.checkpoints import PICKLED, WEIGHT_FILES, shard_names
+from comit_bench.nn.state_dicts import shards
+from comit_bench.tokenizers.checkpoints import PICKLED, WEIGHT_FILES
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def fetch_checkpoint(
             raise first from None
         _log.info("%s: no %s to be had, trying %s", repository, weights, PICKLED)
         return fetch(repository, ("config.json", PICKLED), offline=offline, hint=hint)
-    fetch(repository, shard_names(folder / index), offline=offline, hint=hint)
+    fetch(repository, shards(folder / index, present=False), offline=offline, hint=hint)
     return folder
 
 

@@ -29,11 +29,19 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor
 
-from comit_bench.errors import CorruptFileError, MissingError, UsageError, did_you_mean, shown
+from comit_bench.errors import CorruptFileError, MissingError, UsageError, shown
 from comit_bench.files import atomic_path, digest_json, locked, sweep
-from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images, warn_policy
+from comit_bench.tokenizers.base import (
+    Streams,
+    TokenizerInfo,
+    Tokens,
+    check_images,
+    refuse_unknown,
+    warn_policy,
+)
 from comit_bench.tokenizers.checkpoints import read_config, read_tensors
 from comit_bench.tokenizers.identity import configuration_digest
 from comit_bench.tokenizers.pixels import check_grid, from_patches, to_codes, to_patches
@@ -111,18 +119,8 @@ class KMeansPatchTokenizer:
             version=VERSION,
         )
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Ids [B, K] and codes [B, K, d] of uint8 [B, 3, S, S]; nothing about it is random.
-
-        Raises:
-            ValueError: Another type or shape.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """See the contract; nothing about it is random."""
         check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
         patches = to_patches(images_u8.to(self.device), self.patch)
@@ -139,11 +137,7 @@ class KMeansPatchTokenizer:
         return torch.cat(parts)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Look up centroids scaled to [-1, 1]: int [..., K] -> float32 [..., K, d].
-
-        Raises:
-            ValueError: An id outside 0..V-1.
-        """
+        """Centroids scaled to [-1, 1]; see the contract."""
         self._check_ids(ids)
         return self._codes[ids.to(self.device).long()]
 
@@ -262,8 +256,6 @@ class KMeansPatchTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; the whole directory or nothing."""
-        from safetensors.torch import save_file
-
         config = {
             "family": FAMILY,
             "format": FORMAT_VERSION,
@@ -318,20 +310,11 @@ def load(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> KMeansPatchTokenizer:
-    """Load a fitted tokenizer from its directory (what the registry calls).
+    """Load a fitted tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
         name: Directory, or ``kmeans-patch`` when ``weights`` is one.
-        weights: Directory of a fitted tokenizer.
-        device: Where it computes.
-        offline: Nothing is ever fetched, so it makes no difference.
-        seed: Belongs to the fit; a fitted tokenizer has no use for it.
         **options: ``patch``, ``resolution``, ``vocab``: must be those of the fit.
-
-    Raises:
-        UsageError: Random weights, an unknown option or one that differs from the fit.
-        MissingError: No such directory or file.
-        CorruptFileError: See :meth:`KMeansPatchTokenizer.load`.
     """
     if weights == "random":
         raise UsageError(f"{FAMILY} has no random weights: it is fitted on images. Leave --weights away.")
@@ -341,9 +324,8 @@ def load(
     tokenizer = KMeansPatchTokenizer.load(directory, device=device)
     info = tokenizer.info
     known = {"patch": tokenizer.patch, "resolution": info.resolution, "vocab": info.vocab_size}
+    refuse_unknown(options, known, FAMILY)
     for option, value in options.items():
-        if option not in known:
-            raise UsageError(f"{FAMILY} has no option {option!r}.{did_you_mean(option, known)}")
         if value != known[option]:
             raise UsageError(
                 f"{directory}: was fitted with {option} {known[option]}, not {value}. Fit it again."

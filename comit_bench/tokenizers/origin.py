@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import nn
+
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import shipped_weights
 from comit_bench.tokenizers.checkpoints import (
     checkpoint_path,
     described,
+    on_meta,
     read_config,
     single_file_spec,
     weight_file,
@@ -50,6 +54,25 @@ def spec_of(name: str, presets: Mapping[str, Spec]) -> Spec:
     if name.lower() not in presets:
         raise UsageError(f"--weights random needs a preset, not {name!r}.{did_you_mean(name, presets)}")
     return presets[name.lower()]
+
+
+def random_network(
+    network: Callable[[Spec], nn.Module], spec: Spec, device: torch.device, seed: int, **how: bool
+) -> Any:
+    """An untrained network on the CPU; one that is meant for the meta ``device`` stays without weights.
+
+    Args:
+        network: Its class, with a method ``init_weights(generator, ...)`` that sets every weight.
+        spec: Its sizes.
+        device: Where it is to run.
+        seed: Of the weights.
+        **how: Further arguments of ``init_weights``.
+    """
+    model: Any = on_meta(network, spec)
+    if device.type != "meta":
+        model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
+        model.init_weights(torch.Generator().manual_seed(seed), **how)
+    return model
 
 
 @dataclass(frozen=True, slots=True)

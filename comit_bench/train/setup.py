@@ -15,7 +15,7 @@ from comit_bench.nn.ranks import launched, meeting, without_launcher
 from comit_bench.nn.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import load_network
-from comit_bench.tokenizers.comit.checkpoint import build, sd_vae_tensors
+from comit_bench.tokenizers.comit.checkpoint import build, find_sd_vae, read_sd_vae
 from comit_bench.tokenizers.comit.family import VAE_HUB
 from comit_bench.tokenizers.comit.model import Comit, ComitSpec
 from comit_bench.tokenizers.load import resolve_device
@@ -137,7 +137,7 @@ def make_model(config: TrainConfig) -> Comit:
         model.predictor.favour_message()
     if spec.vae in VAE_HUB:
         path = config.model.vae_path or Path("vae")
-        tensors = sd_vae_tensors(spec.vae, path, offline=False)
+        tensors = read_sd_vae(find_sd_vae(spec.vae, path, offline=False))
         load_network(model.vae, {k.removeprefix("vae."): v for k, v in tensors.items()}, path)
     model.vae.requires_grad_(False).eval()
     return model

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from comit_bench.tokenizers.comit.codec import NoiseSource
 from comit_bench.tokenizers.comit.fast import AttentionProbe, Condition
 from comit_bench.tokenizers.comit.model import MaskMode, Output, Predictor, attention_bias
 
@@ -57,3 +60,16 @@ class PlainPredictor:
         out, length = self.call(latents, given, time), self.predictor.spec.message_length
         state = out.states[layer]
         return out.velocity, (state[:, 1 : -2 * length], state[:, -2 * length : -length])
+
+
+def noise_from_tensors(
+    *, adaptive: Tensor | None = None, latent: Sequence[Tensor] | None = None
+) -> NoiseSource:
+    """Stored noise: ``adaptive`` [K, B, C, h, w]; ``latent[k]`` [B, C, h', w'] for crop k."""
+
+    def draw(what: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        stored = adaptive if what == "adaptive" else latent
+        assert stored is not None, f"{what} noise is needed but was not given"
+        return stored[step][list(images)]
+
+    return draw

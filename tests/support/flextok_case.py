@@ -14,10 +14,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from parity import ParityCase, expect
+from parity import ParityCase, expect, fill_exactly
 from torch import Tensor
 
-from comit_bench.tokenizers.checkpoints import load_checked, weight_file
 from comit_bench.tokenizers.flextok.checkpoint import VAE, Checkpoint, load_directory, read_checkpoint
 from comit_bench.tokenizers.flextok.codec import Sampling, encode_latents, sample
 from comit_bench.tokenizers.flextok.model import FlexTok, TimeStates
@@ -43,7 +42,7 @@ class Case(ParityCase):
         spec = self.checkpoint.spec
         scale = self.checkpoint.vae["scaling_factor"]
         model = FlexTok(replace(spec, vae=replace(spec.vae, scale=scale)))
-        load_checked(model, self.checkpoint.tensors, weight_file(self.folder), optional=("vae.",))
+        fill_exactly(model, self.checkpoint.tensors, but="vae.")
         return model
 
     def ids(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_maps import gather_attention
 from live_memory import LiveMemory
 from pixel_nano import PIXEL_NANO
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.flow import Guidance, evaluation_times, integrate
 from comit_bench.nn.vae import IdentityVae
-from comit_bench.tokenizers.base import AttendingTokenizer, Tokens, gather_attention
+from comit_bench.tokenizers.base import AttendingTokenizer, Tokens
 from comit_bench.tokenizers.comit.codec import decode
 from comit_bench.tokenizers.comit.fast import AttentionProbe
 from comit_bench.tokenizers.comit.model import PRESETS, Comit

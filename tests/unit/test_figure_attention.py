@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention_maps import gather_attention
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,7 +18,6 @@ from comit_bench.figures import attention, style
 from comit_bench.figures.inputs import Inputs, encode, load_inputs, noise_seeds
 from comit_bench.metrics.overlap import binary, overlaps
 from comit_bench.nn.attention import AttentionRequest
-from comit_bench.tokenizers.base import gather_attention
 from comit_bench.tokenizers.load import load_tokenizer
 
 

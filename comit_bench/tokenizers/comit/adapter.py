@@ -17,6 +17,7 @@ from comit_bench.nn.flow import SOLVERS, Guidance, evaluation_times, reached
 from comit_bench.nn.vae import SDVae
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
+    Streams,
     TileReceiver,
     TokenizerInfo,
     Tokens,
@@ -29,12 +30,9 @@ from comit_bench.tokenizers.base import (
     on_device,
     only_finite,
     own_streams,
-    refuse_unknown,
-    switch,
+    split_options,
 )
-from comit_bench.tokenizers.checkpoints import (
-    weights_digest,
-)
+from comit_bench.tokenizers.checkpoints import on_meta, weights_digest
 from comit_bench.tokenizers.comit.checkpoint import build, load_file, save, spec_from_config
 from comit_bench.tokenizers.comit.codec import (
     Decoded,
@@ -142,7 +140,7 @@ class ComitTokenizer:
         self,
         images: Tensor,
         policy: CropPolicy,
-        generators: Sequence[torch.Generator] | None,
+        generators: Streams,
         noise: NoiseSource | None = None,
     ) -> Encoded:
         """Of float32 images 0..255 on the device."""
@@ -160,7 +158,7 @@ class ComitTokenizer:
         self,
         images_u8: Tensor,
         policy: CropPolicy,
-        generators: Sequence[torch.Generator] | None,
+        generators: Streams,
         *,
         noise: NoiseSource | None = None,
     ) -> Encoded:
@@ -184,21 +182,8 @@ class ComitTokenizer:
             latents = one_step_decode(self.model, *given, network=self.network)
             return observe("pixels", self.model.codec.decode(latents))
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Tokenize uint8 [B, 3, S, S]; see the contract.
-
-        With a ``-shared`` policy the "batch" that shares a map is one tile of 8 images.
-
-        Raises:
-            ValueError: Wrong shape or type, or randomness is needed and no generators were given.
-            UsageError: Unknown policy.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """See the contract; the "batch" that shares a map of a ``-shared`` policy is one tile of 8 images."""
         parsed = self.policy(policy)
 
         def tile(images: Tensor, index: Tensor) -> Tokens:
@@ -208,17 +193,10 @@ class ComitTokenizer:
         return encode_tiles(self, tile, images_u8, torch.arange(len(images_u8)))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Integers [..., K] -> float32 [..., K, d].
-
-        Raises:
-            ValueError: An id outside the vocabulary.
-        """
         check_ids(ids, self.model.quantizer.vocab_size)
         return self.model.quantizer.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Messages -> uint8 [B, 3, S, S], one noise seed per image."""
-
         def tile(*rows: Tensor) -> Tensor:
             return to_uint8(self.model.codec.decode(self._decode(*rows).latents))
 
@@ -242,7 +220,6 @@ class ComitTokenizer:
 
     @property
     def attention_layers(self) -> int:
-        """Blocks whose maps can be read."""
         return self.model.spec.depth
 
     def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
@@ -289,23 +266,14 @@ def _info(model: Comit, origin: Origin, vae: Path | None = None) -> TokenizerInf
     )
 
 
-def _random(name: str, device: torch.device, seed: int) -> tuple[Comit, TokenizerInfo]:
-    model = build(spec_of(name, networks()), empty=device.type == "meta")
-    if device.type != "meta":
-        generator = torch.Generator().manual_seed(seed)
-        model.predictor.init_weights(generator, zero_gates=False)
-        if isinstance(model.vae, SDVae):
-            model.vae.init_weights(generator)
-    return model, _info(model, untrained(name.lower(), seed))
-
-
-def _stored(
-    name: str, weights: str | None, *, offline: bool, allow_pickle: bool
-) -> tuple[Comit, TokenizerInfo]:
-    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
-    path, config, spec = place.read(networks(), spec_from_config)
-    loaded = load_file(path, spec, beside=path.parent, offline=offline, allow_pickle=allow_pickle)
-    return loaded.model, _info(loaded.model, place.origin(path, config, networks()), loaded.vae_file)
+def _random(spec: ComitSpec, device: torch.device, seed: int) -> Comit:
+    if device.type == "meta":
+        return on_meta(build, spec)
+    model, generator = build(spec), torch.Generator().manual_seed(seed)
+    model.predictor.init_weights(generator, zero_gates=False)
+    if isinstance(model.vae, SDVae):
+        model.vae.init_weights(generator)
+    return model
 
 
 def load(
@@ -317,29 +285,21 @@ def load(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> ComitTokenizer:
-    """Load a COMiT tokenizer.
+    """Load a COMiT tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
         name: ``comit-b`` … ``comit-nano``, an ablation of it, a hub id, or a checkpoint directory.
-        weights: Checkpoint directory, a file of weights (with a preset name), ``random`` (untrained), or
-            None: the directory, what ships, or the hub.
-        device: Where it runs.
-        offline: Never ask the hub.
-        seed: Of random weights.
         **options: ``allow_pickle``; the others are passed to :class:`ComitTokenizer`.
-
-    Raises:
-        MissingError: No weights on this machine and the hub is out of reach.
-        UsageError: Unknown name or option, or a checkpoint that does not fit.
-        CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, Options.__annotations__, "COMiT")
-    settings: dict[str, Any] = {**options}
-    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
+    settings, allow = split_options(options, Options, "COMiT")
     if name.lower() == UNTRAINED and weights not in (None, "random"):
         raise UsageError(f"{UNTRAINED} always has random weights: --weights {weights} is for comit-nano")
     if weights == "random" or name.lower() == UNTRAINED:
-        model, info = _random(name, device, seed)
+        spec, origin, vae = spec_of(name, networks()), untrained(name.lower(), seed), None
+        model = _random(spec, device, seed)
     else:
-        model, info = _stored(name, weights, offline=offline, allow_pickle=allow)
-    return ComitTokenizer(model, info, device=device, **settings)
+        place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow)
+        path, config, spec = place.read(networks(), spec_from_config)
+        model, vae = load_file(path, spec, offline=offline, allow_pickle=allow)
+        origin = place.origin(path, config, networks())
+    return ComitTokenizer(model, _info(model, origin, vae), device=device, **settings)

@@ -53,20 +53,6 @@ def noise_from_generators(generators: Sequence[torch.Generator]) -> NoiseSource:
     return draw
 
 
-def noise_from_tensors(
-    *, adaptive: Tensor | None = None, latent: Sequence[Tensor] | None = None
-) -> NoiseSource:
-    """Stored noise: ``adaptive`` [K, B, C, h, w]; ``latent[k]`` [B, C, h', w'] for crop k."""
-
-    def draw(what: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        stored = adaptive if what == "adaptive" else latent
-        if stored is None:
-            raise ValueError(f"{what} noise is needed but was not given")
-        return stored[step][list(images)]
-
-    return draw
-
-
 @dataclass(frozen=True, slots=True)
 class EncodeStep:
     """What happened at one crop.

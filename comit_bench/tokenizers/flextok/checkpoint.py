@@ -10,31 +10,28 @@ ones.
 from __future__ import annotations
 
 import ast
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.files import write_atomic
 from comit_bench.nn.plain_files import too_deep
 from comit_bench.tokenizers.checkpoints import (
-    as_stored,
     load_network,
-    modern_attention,
+    on_meta,
     read_config,
-    read_floats,
     read_metadata,
+    read_vae,
     read_weights,
     weight_file,
-    write_tensors,
+    write_checkpoint,
 )
 from comit_bench.tokenizers.config_node import Node
+from comit_bench.tokenizers.family import VAE_FILES
 from comit_bench.tokenizers.flextok.config import (
     DECODER,
     ENCODER,
@@ -45,12 +42,12 @@ from comit_bench.tokenizers.flextok.config import (
     spec_from_reader,
     vae_spec,
 )
-from comit_bench.tokenizers.flextok.family import VAE_FILES, VAE_HUB, unwrap
+from comit_bench.tokenizers.flextok.family import VAE_HUB, unwrap
 from comit_bench.tokenizers.flextok.model import FlexTok, FlexTokSpec
+from comit_bench.tokenizers.hub import fetch
 
 BLOCKS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 LANDMARKS = ("encoder.module_dict", "decoder.module_dict")
-VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")
 VAE = "vae.vae."
 _log = logging.getLogger(__name__)
 
@@ -271,8 +268,6 @@ def _vae_directory(vae: Node, channels: int, local: Path, names: tuple[str, ...]
     """The directory with the stand-alone VAE's files: beside the checkpoint, else of the hub."""
     if all((local / name).is_file() for name in names):
         return local
-    from comit_bench.tokenizers.hub import fetch
-
     hint = f"or put them into {local}"
     if names == VAE_FILES[:1]:
         hint += ", or pass --option scaling_factor=VALUE"
@@ -339,23 +334,16 @@ def load_directory(
         arch = {"fixture": {"vae_arch": read_config(alone)}}
         spec = replace(spec, vae=vae_spec(arch, channels, scale, source=alone / VAE_FILES[0]))
         vae_file = alone / VAE_FILES[1]
-        own = {VAE + k: v for k, v in modern_attention(read_floats(vae_file, VAE_LANDMARKS)).items()}
+        own = {VAE + k: v for k, v in read_vae(vae_file).items()}
         own, _ = normalise(own, spec.code_dim)
         tensors = {**tensors, **own}
-    with torch.device("meta"):
-        model = FlexTok(spec)
-    load_network(model, tensors, found.path, settings=SETTINGS)
-    return Loaded(model.eval(), found.config, assumed, found.path, vae_file)
+    model = load_network(on_meta(FlexTok, spec), tensors, found.path, settings=SETTINGS)
+    return Loaded(model, found.config, assumed, found.path, vae_file)
 
 
 def save(model: FlexTok, directory: Path, *, config: dict[str, Any] | None = None) -> None:
-    """Write ``config.json`` and ``model.safetensors`` in the released layout.
+    """Write a checkpoint directory in the released layout, the VAE under ``vae.vae.`` as the release does.
 
-    Args:
-        model: The network; its VAE is written under ``vae.vae.`` as the release does.
-        directory: Made if absent.
-        config: Written verbatim when given (to keep a released config as it was).
+    A ``config`` that is given is written verbatim.
     """
-    write_tensors(directory / "model.safetensors", as_stored(model.state_dict(), torch.float32))
-    text = json.dumps(config or config_from_spec(model.spec), indent=1) + "\n"
-    write_atomic(directory / "config.json", text)
+    write_checkpoint(directory, model.state_dict(), config or config_from_spec(model.spec))
