@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from comit_bench.commands.options import DataRoot, as_path
-from comit_bench.errors import BenchError, MissingError, UnsupportedOperation, UsageError
+from comit_bench.commands.options import (
+    DataRoot,
+    Device,
+    Dtype,
+    Offline,
+    Output,
+    Quiet,
+    as_path,
+    comma_separated,
+)
+from comit_bench.errors import BenchError, MissingError, UnsupportedOperation
 
 if TYPE_CHECKING:
     from comit_bench.commands.paper_parts import Part, Step
@@ -44,23 +53,21 @@ def paper(
         Path,
         typer.Option(callback=as_path, help="Where `comit-bench train` left ablations and bottleneck sizes."),
     ] = Path("runs"),
-    output: Annotated[
-        Path, typer.Option(callback=as_path, help="Records, tables and figures go here.")
-    ] = Path("results"),
+    output: Output = Path("results"),
     limit: Annotated[
         int | None, typer.Option(min=1, help="Images per split and figure; records are marked incomplete.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Probe seeds. [default: the recipe's]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per call; no score depends on it. [default: auto]")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")] = False,
+    offline: Offline = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what is missing, and stop.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure and draw what the paper does: its tables and figures, each by ordinary commands.
 
@@ -68,7 +75,6 @@ def paper(
     finished records are kept, so the same command goes on later. Exit code 3: something was left out.
     """
     from comit_bench.commands.console import say, set_up_logging
-    from comit_bench.commands.options import data_root_from
     from comit_bench.commands.paper_parts import choose_parts, make_cast, make_parts
     from comit_bench.commands.paper_plan import describe, plan_parts
     from comit_bench.pipeline.jobs import Settings
@@ -80,14 +86,14 @@ def paper(
     resolve_dtype(dtype, resolve_device(device))
     settings = Settings(
         output=output,
-        data_root=data_root_from(data_root),
+        data_root=data_root,
         limit=limit,
         seeds=seeds,
         device=device,
         dtype=dtype,
         offline=offline,
     )
-    parts = choose_parts(make_parts(make_cast(suite, tokenizer or (), runs)), _names(only))
+    parts = choose_parts(make_parts(make_cast(suite, tokenizer or (), runs)), comma_separated(only))
     plans = plan_parts(parts, settings)
     text = "\n".join(describe(plans, settings, suite=suite))
     if dry_run:
@@ -105,15 +111,6 @@ def paper(
     with _data_in(settings.data_root):
         outcome = do_parts(plans, settings, invoke)
     raise typer.Exit(_finish(outcome, settings, suite))
-
-
-def _names(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise UsageError("--only: an empty list of parts, give names separated by commas")
-    return names
 
 
 def _shared_options(settings: Settings, batch_size: int | None, *, quiet: bool) -> list[tuple[str, ...]]:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from comit_bench.commands.options import DataRoot, Include, as_path, comma_separated, data_root_from
+from comit_bench.commands.options import (
+    DataRoot,
+    Device,
+    Dtype,
+    Include,
+    Offline,
+    Output,
+    Quiet,
+    Weights,
+    comma_separated,
+)
 from comit_bench.commands.tokens import key_values
 from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
 from comit_bench.files import check_folder, locked
@@ -38,7 +48,6 @@ Policy = Annotated[
         "may be repeated, a row each. [default: global]"
     ),
 ]
-Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
 Option = Annotated[
     list[str] | None,
     typer.Option(
@@ -49,11 +58,8 @@ Option = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="Images per split; records are marked incomplete.")]
 Seeds = Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")]
 BatchSize = Annotated[str, typer.Option(help="Images per encoding call, or auto; no score depends on it.")]
 NumWorkers = Annotated[str, typer.Option(help="Image-reading processes, or auto.")]
-Output = Annotated[Path, typer.Option(callback=as_path, help="Records and tables go here.")]
 Overwrite = Annotated[
     str,
     typer.Option(
@@ -69,13 +75,11 @@ Control = Annotated[
     ),
 ]
 References = Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AllowOverride = Annotated[
     bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
 ]
 Profile = Annotated[bool, typer.Option("--profile", help="Say where the time of tokenization went.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")]
 OVERWRITE = ("always", "never", "only-missing")
 
@@ -114,7 +118,7 @@ def run(
     set_up_logging(verbose=verbose)
     settings = Settings(
         output=output,
-        data_root=data_root_from(data_root),
+        data_root=data_root,
         policy=policy or None,
         weights=weights,
         options=key_values(option or []),

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from comit_bench.commands.app import app
-from comit_bench.commands.figure import FIGURES
+from comit_bench.commands.figure import NEEDS
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
 from comit_bench.figures import edit, evolution, policies, reconstruction, style, tracing
 from comit_bench.figures.inputs import Inputs, decode, encode, generators, load_inputs, noise_seeds
@@ -407,9 +407,9 @@ def test_ls_names_every_command_and_what_it_needs() -> None:
     done = run("ls")
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [figure.name for figure in FIGURES]
+    assert [line.split()[0] for line in lines[1:]] == [*NEEDS]
     commands = {command.name for command in app_commands()}
-    assert {figure.name for figure in FIGURES} == commands - {"ls"}
+    assert NEEDS.keys() == commands - {"ls"}
     assert any("COMiT only" in line for line in lines if line.startswith("evolution"))
 
 
