@@ -32,7 +32,7 @@ from comit_bench.pipeline.record import (
     note_seconds,
     work_folder,
 )
-from comit_bench.pipeline.session import Reporter, Session, refuse
+from comit_bench.pipeline.session import Reporter, Session, Start, refuse
 from comit_bench.pipeline.suite import DEFAULT_TOKENIZERS, choose_suite
 from comit_bench.probing.fit import FitProgress, ProgressCallback
 from comit_bench.results.schema import Record
@@ -234,7 +234,7 @@ def _measure(job: Job, inputs: Inputs, work: Path, session: Session) -> Result |
         reporter.stop()
 
 
-def _epochs(inputs: Inputs, start: Callable[[str, int, str], Callable[[int], None]]) -> ProgressCallback:
+def _epochs(inputs: Inputs, start: Start) -> ProgressCallback:
     """Epochs of all seeds in one progress bar."""
     most, seen = inputs.spec.probe.max_epochs, dict[int, int]()
     advance = start("probing", len(inputs.seeds) * most, "epochs")
