@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
@@ -153,8 +154,6 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
 
     ImageNet has 1,252 shards, and a process may often open no more than 1,024 files.
     """
-    import torch
-
     size = path.stat().st_size
     if size < 8:
         raise ValueError("the file is truncated")
