@@ -28,12 +28,11 @@ from comit_bench.tokenizers.base import (
     Tokenizer,
     TokenizerInfo,
     Tokens,
-    check_decoded,
     looks_at_crops,
     tile_rows,
 )
 from comit_bench.tokenizers.comit.adapter import ComitTokenizer
-from comit_bench.tokenizers.contract import check_tokens
+from comit_bench.tokenizers.contract import check_decoded, check_tokens
 
 SCENES = "scenes"
 SCENES_DATASET, SCENES_SPLIT = "scenes-objectness", "val"

@@ -50,8 +50,8 @@ from comit_bench.pipeline.tokenize import (
     tokenize_split,
 )
 from comit_bench.seeding import seed_for
-from comit_bench.tokenizers.base import Tokenizer, Tokens, check_decoded, looks_at_crops
-from comit_bench.tokenizers.contract import check_looked_up
+from comit_bench.tokenizers.base import Tokenizer, Tokens, looks_at_crops
+from comit_bench.tokenizers.contract import check_decoded, check_looked_up
 from comit_bench.tokenizers.identity import code_version
 
 _OTHER = "holds something else. Give another name, or --overwrite"

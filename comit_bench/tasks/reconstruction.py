@@ -288,7 +288,7 @@ class _Meter:
             UnsupportedOperation: The tokenizer has no decoder; names it.
             BenchError: It returned no such images.
         """
-        from comit_bench.tokenizers.base import check_decoded
+        from comit_bench.tokenizers.contract import check_decoded
 
         tokenizer = self.inputs.the_tokenizer()
         try:

@@ -301,55 +301,51 @@ def only_finite(name: str) -> Iterator[None]:
         )
 
 
-def attention_in_tiles(
-    function: Callable[..., None], receive: TileReceiver, *batches: Tensor, tile: int | None = None
-) -> None:
+def _tiles(batches: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """First row of every tile and that many rows of every batch; the last one is padded by repetition."""
+    total, tile = batches[0].shape[0], tile_rows.get()
+    for start in range(0, total, tile):
+        index = torch.arange(start, start + tile).clamp_(max=total - 1)
+        yield start, [batch[index.to(batch.device, non_blocking=True)] for batch in batches]
+
+
+def attention_in_tiles(function: Callable[..., None], receive: TileReceiver, *batches: Tensor) -> None:
     """Call ``function`` as :func:`in_tiles` does and pass its maps on without the padding.
 
     Args:
         function: Takes one slice of every batch and a :data:`MapReceiver`.
         receive: Gets the maps of every tile.
         *batches: Tensors with equal first dimension B >= 1.
-        tile: Rows per call; None is ``TILE``.
 
     Raises:
         BenchError: Maps that are not finite.
     """
-    total, tile = batches[0].shape[0], tile or tile_rows.get()
+    total = batches[0].shape[0]
     with only_finite("this tokenizer"):
-        for start in range(0, total, tile):
-            index = torch.arange(start, start + tile).clamp_(max=total - 1)
-            count = min(tile, total - start)
+        for start, rows in _tiles(batches):
 
-            def hand_on(layer: int, time: int, maps: Tensor, start: int = start, count: int = count) -> None:
-                receive(start, layer, time, observe("attention maps", maps)[:count])
+            def hand_on(layer: int, time: int, maps: Tensor, start: int = start) -> None:
+                receive(start, layer, time, observe("attention maps", maps)[: total - start])
 
-            function(*(b[index.to(b.device, non_blocking=True)] for b in batches), hand_on)
+            function(*rows, hand_on)
 
 
-def in_tiles(
-    function: Callable[..., Tokens],
-    *batches: Tensor,
-    tile: int | None = None,
-    name: str = "this tokenizer",
-) -> Tokens:
-    """Call ``function`` on slices of exactly ``tile`` rows; the last one is padded by repetition.
+def in_tiles(function: Callable[..., Tokens], *batches: Tensor, name: str = "this tokenizer") -> Tokens:
+    """Call ``function`` on slices of exactly :data:`TILE` rows; the last one is padded by repetition.
 
     Args:
-        function: Takes one slice of every batch, returns Tokens with ``tile`` rows.
+        function: Takes one slice of every batch, returns Tokens with as many rows.
         *batches: Tensors with equal first dimension B >= 1.
-        tile: Rows per call; None is ``TILE``.
         name: Of the tokenizer, for the message.
 
     Raises:
         BenchError: See :func:`only_finite`.
     """
-    total, tile = batches[0].shape[0], tile or tile_rows.get()
+    total = batches[0].shape[0]
     parts: list[Tokens] = []
     with only_finite(name):
-        for start in range(0, total, tile):
-            index = torch.arange(start, start + tile).clamp_(max=total - 1)
-            parts.append(function(*(b[index.to(b.device, non_blocking=True)] for b in batches)))
+        for _, rows in _tiles(batches):
+            parts.append(function(*rows))
             observe("codes", parts[-1].codes)
 
     def join(values: list[Tensor | None]) -> Tensor | None:
@@ -413,23 +409,6 @@ def check_codes(codes: Tensor, info: TokenizerInfo) -> None:
         raise ValueError(
             f"{info.name} decodes codes of shape [B, {expected[0]}, {expected[1]}], got {list(codes.shape)}"
         )
-
-
-def check_decoded(images: object, info: TokenizerInfo, count: int) -> Tensor:
-    """What a tokenizer decoded: uint8 [B, 3, S, S], or it is refused; a plugin may hand out floats.
-
-    Raises:
-        BenchError: Another type or shape.
-    """
-    expected = (count, 3, info.resolution, info.resolution)
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or tuple(images.shape) != expected:
-        came = (
-            f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
-            if isinstance(images, Tensor)
-            else f"a {type(images).__name__}"
-        )
-        raise BenchError(f"{info.name}: decode() must return uint8 images {list(expected)}, got {came}")
-    return images
 
 
 def warn_policy(name: str, policy: str | None) -> None:

@@ -57,7 +57,7 @@ SEARCH_ROWS = 4096  # patches per distance table: bounds memory, cannot change a
 _log = logging.getLogger(__name__)
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes."""
 
     patch: int
@@ -308,7 +308,7 @@ def load(
     device: torch.device | str = "cpu",
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> KMeansPatchTokenizer:
     """Load a fitted tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 

@@ -31,7 +31,7 @@ HINT = "or pass --weights DIR or --weights FILE (a pickled .bin also needs --opt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class WeightsOrigin:
     """What a :class:`~comit_bench.tokenizers.base.TokenizerInfo` says of its weights; see there."""
 
     name: str
@@ -42,9 +42,9 @@ class Origin:
     weights_licence: str = "unknown"
 
 
-def untrained(name: str, seed: int) -> Origin:
+def untrained(name: str, seed: int) -> WeightsOrigin:
     """Of random weights."""
-    return Origin(
+    return WeightsOrigin(
         name=name, weights=f"random:{seed}", trained=False, training_data="none", weights_licence="none"
     )
 
@@ -76,7 +76,7 @@ def random_network(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Located:
     """A checkpoint directory or file of weights.
 
     Attributes:
@@ -102,7 +102,7 @@ class Place:
             return path, config, spec_from_config(config, self.local / "config.json")
         return self.local, {}, single_file_spec(self.name, self.local, presets)
 
-    def origin(self, weights: Path, config: Mapping[str, Any], names: Iterable[str]) -> Origin:
+    def origin(self, weights: Path, config: Mapping[str, Any], names: Iterable[str]) -> WeightsOrigin:
         """What is known about them: what the config says, else what is known of the preset.
 
         Args:
@@ -116,7 +116,7 @@ class Place:
         facts = read_facts(config, self.local / "config.json")
         known = self.released or Preset(name="")
         label, revision = described(self.name, self.local, tuple(names))
-        return Origin(
+        return WeightsOrigin(
             name=label,
             weights=weights_digest(weights),
             revision=revision,
@@ -134,7 +134,7 @@ def locate(
     offline: bool,
     allow_pickle: bool,
     release: str | None = None,
-) -> Place:
+) -> Located:
     """Find what ``--tokenizer`` and ``--weights`` name: a path, what ships, the cache's or the hub's.
 
     Args:
@@ -153,20 +153,20 @@ def locate(
     converts = any(isinstance(known.source, Release) for known in family.presets)
     if weights:
         if converts:  # a released pickle is converted once
-            return Place(weight_source(release or name, local, allow_pickle=allow_pickle), name, None)
+            return Located(weight_source(release or name, local, allow_pickle=allow_pickle), name, None)
         if not local.exists():
             raise MissingError(
                 f"--weights {weights}: no such file or directory. Give a directory with config.json and "
                 "model.safetensors, one file of weights, or 'random'."
             )
-        return Place(local, name, None)
+        return Located(local, name, None)
     if local.is_dir():
-        return Place(local, name, None)
+        return Located(local, name, None)
     source = preset.source if preset is not None else Hub(repository=name)
     if isinstance(source, Shipped) and preset is not None:
-        return Place(shipped_weights(preset.name), name, None)
+        return Located(shipped_weights(preset.name), name, None)
     if isinstance(source, Release) and preset is not None:
-        return Place(required(release or preset.name, hint=" or pass --weights DIR"), name, preset)
+        return Located(required(release or preset.name, hint=" or pass --weights DIR"), name, preset)
     if not isinstance(source, Hub) or converts or "/" not in source.repository:
         names = [known.name for known in family.presets]
         how = f" Fetched with `comit-bench weights fetch {' | '.join(names)}`." if converts else ""
@@ -174,4 +174,4 @@ def locate(
             f"{name}: no such directory, and no name of {family.name}.{did_you_mean(name, names)}{how}"
         )
     folder = fetch_checkpoint(source.repository, offline=offline, hint=HINT, allow_pickle=allow_pickle)
-    return Place(folder, name, preset)
+    return Located(folder, name, preset)

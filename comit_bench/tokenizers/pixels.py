@@ -34,7 +34,7 @@ from comit_bench.tokenizers.identity import configuration_digest
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes."""
 
     patch: int
@@ -150,8 +150,8 @@ def load(
     device: torch.device | str = "cpu",
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> PixelOracleTokenizer:
     """Build the oracle from ``patch`` and ``resolution``, in pixels; it has no weights."""
-    refuse_unknown(options, Options.__annotations__, name)
+    refuse_unknown(options, _Options.__annotations__, name)
     return PixelOracleTokenizer(device=device, **options)

@@ -56,7 +56,7 @@ FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes."""
 
     dtype: torch.dtype
@@ -148,10 +148,7 @@ class VqModelTokenizer:
     """A diffusers ``VQModel`` behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
         grid: Tokens per side.
-        device: Where it runs.
         dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the search
             stay in float32.
     """
@@ -229,7 +226,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> VqModelTokenizer:
     """Load a diffusers ``VQModel``; see :class:`~comit_bench.tokenizers.base.Loader`.
 
@@ -238,7 +235,7 @@ def load(
         **options: ``resolution`` in pixels (default: the config's ``sample_size``), ``allow_pickle``
             and ``dtype``.
     """
-    settings, allow = split_options(options, Options, "vqmodel")
+    settings, allow = split_options(options, _Options, "vqmodel")
     resolution = settings.pop("resolution", None)
     source = weights or name
     if source.lower() in ("vqmodel", "random"):

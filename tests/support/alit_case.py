@@ -9,10 +9,11 @@ import torch
 from parity import ParityCase, expect, fill_exactly
 from torch import Tensor
 
+from comit_bench.nn.attention import AttentionRequest
 from comit_bench.tokenizers.alit.adapter import load
 from comit_bench.tokenizers.alit.base_model import Vae, Vqgan
 from comit_bench.tokenizers.alit.config import spec_from_config, without_losses
-from comit_bench.tokenizers.alit.model import Alit, Step, select_length
+from comit_bench.tokenizers.alit.model import Alit, Iteration, select_length
 from comit_bench.tokenizers.checkpoints import on_meta, read_config, read_tensors
 
 FLOAT, CODES, ATTENTION = 1e-4, 1e-5, 1e-5
@@ -60,7 +61,7 @@ class Case(ParityCase):
         found = [self.io.get(f"{what}_t{t}") for t in range(self.count)]
         return [t for t in found if t is not None] or None
 
-    def steps(self, iterations: int | None = None) -> list[Step]:
+    def steps(self, iterations: int | None = None) -> list[Iteration]:
         with torch.no_grad():
             done = self.model.iterate(
                 self.io["images"],
@@ -76,7 +77,7 @@ class Case(ParityCase):
         return not any(".encoder." in prefix for prefix in self.omitted)
 
     @cached_property
-    def trace(self) -> list[Step]:
+    def trace(self) -> list[Iteration]:
         return self.steps()
 
     def checks(self) -> dict[str, Callable[[], list[str]]]:
@@ -107,7 +108,7 @@ class Case(ParityCase):
             seen.append(expect("gt_indices", base.indices(features), io["gt_indices"]))
         return seen
 
-    def _step(self, t: int, step: Step) -> list[str]:
+    def _step(self, t: int, step: Iteration) -> list[str]:
         parts = {
             "encoder_in": (step.entered, FLOAT),
             "latents": (step.latents, FLOAT),
@@ -177,7 +178,11 @@ class Case(ParityCase):
             if f"attn_t{t}" in self.io:
                 layers = range(self.model.spec.decoder_layers)
                 found: dict[int, Tensor] = {}
-                self.model.attention(step.codes, layers, lambda n, _, m, found=found: found.update({n: m}))
+                self.model.attention(
+                    step.codes,
+                    AttentionRequest(layers=tuple(layers)),
+                    lambda n, _, m, found=found: found.update({n: m}),
+                )
                 stacked = torch.stack([found[layer] for layer in layers])
                 maps = stacked.mean(dim=2).flatten(-2).transpose(-2, -1)
                 seen.append(expect(f"attn_t{t}", maps, self.io[f"attn_t{t}"], tolerance=ATTENTION))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.tokenizers.comit.codec import NoiseSource
-from comit_bench.tokenizers.comit.fast import AttentionProbe, Condition
+from comit_bench.tokenizers.comit.fast import Condition, MessageProbe
 from comit_bench.tokenizers.comit.model import MaskMode, Output, Predictor, attention_bias
 
 
@@ -40,7 +40,7 @@ class PlainPredictor:
         time: Tensor,
         *,
         mask_mode: MaskMode | None = None,
-        probe: AttentionProbe | None = None,
+        probe: MessageProbe | None = None,
     ) -> Tensor:
         out, spec = self.call(latents, given, time, mask_mode), self.predictor.spec
         if probe is not None:

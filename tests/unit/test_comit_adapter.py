@@ -157,4 +157,4 @@ def test_in_tiles_pads_and_cuts() -> None:
         return Tokens(None, x * 2)
 
     x = torch.arange(19.0)
-    assert torch.equal(in_tiles(double, x, tile=8).codes, x * 2) and sizes == [8, 8, 8]
+    assert torch.equal(in_tiles(double, x).codes, x * 2) and sizes == [8, 8, 8]

@@ -21,7 +21,8 @@ from comit_bench.nn.vae import KLVaeSpec
 from comit_bench.nn.vq import VectorQuantizer
 from comit_bench.tokenizers.alit import adapter as alit
 from comit_bench.tokenizers.alit.model import Alit
-from comit_bench.tokenizers.base import Tokens, check_decoded, in_tiles, only_finite, tile_rows
+from comit_bench.tokenizers.base import Tokens, in_tiles, only_finite, tile_rows
+from comit_bench.tokenizers.contract import check_decoded
 from comit_bench.tokenizers.flextok import adapter as flextok
 from comit_bench.tokenizers.flextok.blocks import TableSpec
 from comit_bench.tokenizers.flextok.model import FlexTok, FlexTokSpec, TrunkSpec

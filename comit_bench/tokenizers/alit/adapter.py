@@ -31,7 +31,7 @@ from comit_bench.tokenizers.alit.config import (
     spec_from_config,
 )
 from comit_bench.tokenizers.alit.family import FAMILY
-from comit_bench.tokenizers.alit.model import GRID, Alit, Step, select_length
+from comit_bench.tokenizers.alit.model import GRID, Alit, Iteration, select_length
 from comit_bench.tokenizers.base import (
     LATENTS,
     Streams,
@@ -55,12 +55,12 @@ from comit_bench.tokenizers.base import (
 )
 from comit_bench.tokenizers.checkpoints import weight_file, write_checkpoint
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, random_network, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
 
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see there and :class:`AlitTokenizer`."""
 
     base: str  # texts and numbers whose values are checked, with more words, where they are used
@@ -86,9 +86,6 @@ class AlitTokenizer:
     """ALIT behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         iterations: 1 to T; the message has K0 times as many tokens. None is all.
         halting: ``off`` (default, deterministic) or ``on`` (released, VQGAN base only).
         posterior: ``mode`` (default, deterministic) or ``sample`` (released, VAE base only).
@@ -169,11 +166,11 @@ class AlitTokenizer:
             uniform = [torch.stack(parts).to(self.device) for parts in zip(*drawn, strict=True)]
         return normal, uniform
 
-    def _steps(self, pixels: Tensor, generators: Streams) -> Iterator[Step]:
+    def _steps(self, pixels: Tensor, generators: Streams) -> Iterator[Iteration]:
         normal, uniform = self._noise(generators)
         return self.model.iterate(pixels, iterations=self.iterations, noise=normal, uniforms=uniform)
 
-    def messages(self, images_u8: Tensor, *, generators: Streams = None) -> list[Step]:
+    def messages(self, images_u8: Tensor, *, generators: Streams = None) -> list[Iteration]:
         """All iterations of one un-tiled encoding with their trace, for figures and inspection."""
         with only_finite(self.info.name), computing(self):
             return list(self._steps(on_device(images_u8, self.device).div(255), generators))
@@ -244,7 +241,7 @@ class AlitTokenizer:
 
         def tile(codes: Tensor, hand_on: MapReceiver) -> None:
             with computing(self):
-                self.model.attention(self._decoder_codes(codes.to(self.device)), request.layers, hand_on)
+                self.model.attention(self._decoder_codes(codes.to(self.device)), request, hand_on)
 
         attention_in_tiles(tile, receive, tokens.codes)
 
@@ -281,12 +278,12 @@ class AlitTokenizer:
         save(self.model, directory)
 
 
-def save(model: Alit, directory: Path, *, config: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint directory; a ``config`` that is given is written verbatim."""
-    write_checkpoint(directory, model.state_dict(), config or config_from_spec(model.spec))
+def save(model: Alit, directory: Path) -> None:
+    """Write a checkpoint directory."""
+    write_checkpoint(directory, model.state_dict(), config_from_spec(model.spec))
 
 
-def _info(model: Alit, origin: Origin) -> TokenizerInfo:
+def _info(model: Alit, origin: WeightsOrigin) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="alit",
@@ -310,7 +307,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> AlitTokenizer:
     """Load an ALIT tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
@@ -321,7 +318,7 @@ def load(
         **options: ``base`` (vqgan, vae) and ``latent`` (quantized, continuous) choose a variant;
             ``allow_pickle`` (default off); the others are those of :class:`AlitTokenizer`.
     """
-    settings, allow = split_options(options, Options, "ALIT")
+    settings, allow = split_options(options, _Options, "ALIT")
     base, latent = settings.pop("base", None), settings.pop("latent", None)
     presets = {label: variant.spec for label, variant in VARIANTS.items()}
     if name.lower() in VARIANTS and not Path(name).is_dir():

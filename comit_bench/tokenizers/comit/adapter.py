@@ -48,13 +48,13 @@ from comit_bench.tokenizers.comit.family import FAMILY, UNTRAINED
 from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, spec_of, untrained
 
 DECODE_DEFAULTS: dict[str, Any] = {"steps": 10, "solver": "euler", "guidance": 7.5, "momentum": -0.5}
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see :class:`ComitTokenizer`."""
 
     posterior: Literal["mode", "sample"]
@@ -75,9 +75,6 @@ class ComitTokenizer:
     """COMiT behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         posterior: ``mode`` (default) or ``sample`` (released).
         steps: Solver steps of ``decode``.
         solver: ``euler`` or ``midpoint``.
@@ -248,7 +245,7 @@ class ComitTokenizer:
         save(self.model, directory)
 
 
-def _info(model: Comit, origin: Origin, vae: Path | None = None) -> TokenizerInfo:
+def _info(model: Comit, origin: WeightsOrigin, vae: Path | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="comit",
@@ -283,7 +280,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> ComitTokenizer:
     """Load a COMiT tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
@@ -291,7 +288,7 @@ def load(
         name: ``comit-b`` … ``comit-nano``, an ablation of it, a hub id, or a checkpoint directory.
         **options: ``allow_pickle``; the others are passed to :class:`ComitTokenizer`.
     """
-    settings, allow = split_options(options, Options, "COMiT")
+    settings, allow = split_options(options, _Options, "COMiT")
     if name.lower() == UNTRAINED and weights not in (None, "random"):
         raise UsageError(f"{UNTRAINED} always has random weights: --weights {weights} is for comit-nano")
     if weights == "random" or name.lower() == UNTRAINED:

@@ -36,14 +36,14 @@ from comit_bench.tokenizers.flextok.config import config_from_spec
 from comit_bench.tokenizers.flextok.family import FAMILY
 from comit_bench.tokenizers.flextok.model import PRESETS, FlexTok
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, random_network, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
 
 GUIDANCE, GUIDANCE_SMALL = 7.5, 15.0  # the authors' choice; the second for flextok-d12-d12
 MODES = ("apg", "cfg")
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see there and :class:`FlexTokTokenizer`."""
 
     tokens: int | None
@@ -90,9 +90,6 @@ class FlexTokTokenizer:
     """FlexTok behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         tokens: Length of the prefix that is encoded; None is all of the model's.
         posterior: ``mode`` (default) or ``sample`` (released).
         steps: Euler steps of ``decode``.
@@ -191,7 +188,7 @@ class FlexTokTokenizer:
         save(self.model, directory)
 
 
-def _info(model: FlexTok, origin: Origin, options: dict[str, str] | None = None) -> TokenizerInfo:
+def _info(model: FlexTok, origin: WeightsOrigin, options: dict[str, str] | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="flextok",
@@ -217,15 +214,15 @@ def _stored(
     if place.local.is_file() and name in PRESETS:
         sizes = config_from_spec(PRESETS[name])
         del sizes["vae"]["scaling_factor"]
-    loaded = load_directory(
+    model, found, vae_file = load_directory(
         place.local, scaling_factor=scale, offline=offline, allow_pickle=allow_pickle, sizes=sizes
     )
     extra: dict[str, str] = {}
-    if loaded.assumed:
-        extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
-    if loaded.vae_file is not None:
-        extra["vae"] = weights_digest(loaded.vae_file)
-    return loaded.model, _info(loaded.model, place.origin(loaded.path, loaded.config, PRESETS), extra)
+    if found.assumed:
+        extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(found.assumed.items()))
+    if vae_file is not None:
+        extra["vae"] = weights_digest(vae_file)
+    return model, _info(model, place.origin(found.path, found.config, PRESETS), extra)
 
 
 def load(
@@ -235,7 +232,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> FlexTokTokenizer:
     """Load a FlexTok tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
@@ -244,7 +241,7 @@ def load(
         **options: ``scaling_factor`` of the latents, for checkpoints whose config has none (with random
             weights it is 1); ``allow_pickle``; the others go to :class:`FlexTokTokenizer`.
     """
-    settings, allow = split_options(options, Options, "FlexTok")
+    settings, allow = split_options(options, _Options, "FlexTok")
     if "scaling_factor" in settings:
         settings["scaling_factor"] = number(settings["scaling_factor"], "FlexTok: scaling_factor", low=1e-6)
     scale = settings.pop("scaling_factor", None)

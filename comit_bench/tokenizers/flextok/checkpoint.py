@@ -211,28 +211,9 @@ class Checkpoint:
     path: Path
 
     @property
-    def vae(self) -> dict[str, Any]:
+    def vae(self) -> Node:
         """The VAE's block of the config."""
-        return dict(Node(self.config, self.source).maybe("vae").values)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A network and where it comes from.
-
-    Attributes:
-        model: On the CPU, float32, evaluating.
-        config: As released.
-        assumed: Values that neither config nor weights had.
-        path: File of weights, or their index.
-        vae_file: Weights of the VAE when the checkpoint has none of its own.
-    """
-
-    model: FlexTok
-    config: dict[str, Any]
-    assumed: dict[str, Any]
-    path: Path
-    vae_file: Path | None = None
+        return Node(self.config, self.source).maybe("vae")
 
 
 def read_checkpoint(
@@ -259,11 +240,6 @@ def read_checkpoint(
     return Checkpoint(spec_from_reader(reader), tensors, config, reader.assumed, source, path)
 
 
-def _vae_repository(vae: Node, channels: int) -> str:
-    stated = vae.values.get("hf_hub_path")
-    return VAE_HUB.format(channels=channels) if stated is None else vae.text("hf_hub_path")
-
-
 def _vae_directory(vae: Node, channels: int, local: Path, names: tuple[str, ...], offline: bool) -> Path:
     """The directory with the stand-alone VAE's files: beside the checkpoint, else of the hub."""
     if all((local / name).is_file() for name in names):
@@ -271,7 +247,9 @@ def _vae_directory(vae: Node, channels: int, local: Path, names: tuple[str, ...]
     hint = f"or put them into {local}"
     if names == VAE_FILES[:1]:
         hint += ", or pass --option scaling_factor=VALUE"
-    return fetch(_vae_repository(vae, channels), names, offline=offline, hint=hint)
+    stated = vae.values.get("hf_hub_path") is not None
+    repository = vae.text("hf_hub_path") if stated else VAE_HUB.format(channels=channels)
+    return fetch(repository, names, offline=offline, hint=hint)
 
 
 def _scale(
@@ -301,7 +279,7 @@ def load_directory(
     offline: bool = False,
     allow_pickle: bool = False,
     sizes: dict[str, Any] | None = None,
-) -> Loaded:
+) -> tuple[FlexTok, Checkpoint, Path | None]:
     """Load a checkpoint into an evaluating float32 network on the CPU.
 
     Args:
@@ -312,21 +290,19 @@ def load_directory(
         allow_pickle: Whether a torch file may be read.
         sizes: A config for a single file that comes without one.
 
+    Returns:
+        The network, what the checkpoint holds, and the file of the VAE when that is another one.
+
     Raises:
         MissingError: Files, or the weights or the scale of the VAE, are not here.
         CorruptFileError: A file cannot be read.
         UsageError: The weights do not fit the config, or it is of a variant that is not computed.
     """
     found = read_checkpoint(directory, allow_pickle=allow_pickle, sizes=sizes)
-    vae, local, channels = (
-        Node(found.vae, found.source, "vae"),
-        found.path.parent / "vae",
-        found.spec.vae.channels,
-    )
+    vae, local, channels = found.vae, found.path.parent / "vae", found.spec.vae.channels
     scale = _scale(vae, channels, local, scaling_factor, offline=offline, source=found.source)
-    assumed = dict(found.assumed)
     if vae.values.get("scaling_factor") is None and scaling_factor is not None:
-        assumed["vae.scaling_factor"] = scale
+        found.assumed["vae.scaling_factor"] = scale
     spec = replace(found.spec, vae=replace(found.spec.vae, scale=scale))
     tensors, vae_file = found.tensors, None
     if not any(key.startswith(VAE) for key in tensors):
@@ -338,12 +314,9 @@ def load_directory(
         own, _ = normalise(own, spec.code_dim)
         tensors = {**tensors, **own}
     model = load_network(on_meta(FlexTok, spec), tensors, found.path, settings=SETTINGS)
-    return Loaded(model, found.config, assumed, found.path, vae_file)
+    return model, found, vae_file
 
 
-def save(model: FlexTok, directory: Path, *, config: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint directory in the released layout, the VAE under ``vae.vae.`` as the release does.
-
-    A ``config`` that is given is written verbatim.
-    """
-    write_checkpoint(directory, model.state_dict(), config or config_from_spec(model.spec))
+def save(model: FlexTok, directory: Path) -> None:
+    """Write a checkpoint directory in the released layout, the VAE under ``vae.vae.`` as the release does."""
+    write_checkpoint(directory, model.state_dict(), config_from_spec(model.spec))

@@ -39,7 +39,7 @@ from comit_bench.tokenizers.checkpoints import (
     weights_digest,
 )
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, random_network, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
 from comit_bench.tokenizers.selftok.checkpoint import find_vae, load_files, save
 from comit_bench.tokenizers.selftok.codec import (
     decode_latents,
@@ -62,7 +62,7 @@ VERSION = "1"  # raised when the same weights and configuration may give other i
 DECODERS = ("diffusion", "renderer")
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see there and :class:`SelftokTokenizer`."""
 
     decoder: str  # texts whose values are checked, with more words, where they are used
@@ -126,9 +126,6 @@ class SelftokTokenizer:
     """SelfTok behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode, with a VAE.
-        info: Its description.
-        device: Where it runs.
         latents: What probes read: ``codes`` (what enters a decoder), ``prequant`` (projected queries before
             quantization) or ``raw`` (the encoder's queries).
         steps: Euler steps of the diffusion decoder; None is the checkpoint's.
@@ -246,7 +243,7 @@ class SelftokTokenizer:
         save(self.model, directory, replace(self.model.spec, schedule=schedule, steps=self.steps))
 
 
-def _info(model: Selftok, origin: Origin, vae: Path | None = None) -> TokenizerInfo:
+def _info(model: Selftok, origin: WeightsOrigin, vae: Path | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="selftok",
@@ -298,7 +295,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> SelftokTokenizer:
     """Load a SelfTok tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
@@ -308,7 +305,7 @@ def load(
         **options: ``decoder`` (diffusion, renderer), ``vae`` (directory of SD3's), ``allow_pickle``; the
             others are those of :class:`SelftokTokenizer`.
     """
-    settings, allow = split_options(options, Options, "SelfTok")
+    settings, allow = split_options(options, _Options, "SelfTok")
     decoder, vae = settings.pop("decoder", None), settings.pop("vae", None)
     if decoder is not None:
         _one_of(decoder, "decoder", DECODERS)

@@ -40,7 +40,7 @@ from comit_bench.tokenizers.base import (
 from comit_bench.tokenizers.checkpoints import load_network, on_meta, read_weights, write_checkpoint
 from comit_bench.tokenizers.config_node import Node, blaming
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, random_network, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
 from comit_bench.tokenizers.titok.family import FAMILY
 from comit_bench.tokenizers.titok.model import PRESETS, SIZES, Titok, TitokSpec, VitSize
 
@@ -49,7 +49,7 @@ IGNORED = ("quantize.embed_prob", "pixel_encoder.")  # never needed to encode or
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see :class:`TitokTokenizer`."""
 
     dtype: torch.dtype
@@ -200,9 +200,6 @@ class TitokTokenizer:
     """TiTok behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the quantizer
             stay in float32.
         compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
@@ -263,7 +260,7 @@ class TitokTokenizer:
         save(self.model, directory)
 
 
-def _info(model: Titok, origin: Origin) -> TokenizerInfo:
+def _info(model: Titok, origin: WeightsOrigin) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="titok",
@@ -287,7 +284,7 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> TitokTokenizer:
     """Load a TiTok tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
@@ -295,7 +292,7 @@ def load(
         name: ``titok-l-32`` … ``titok-sl-256``, ``titok-nano``, a hub id, or a checkpoint directory.
         **options: ``allow_pickle``; the others are passed to :class:`TitokTokenizer`.
     """
-    settings, allow = split_options(options, Options, "TiTok")
+    settings, allow = split_options(options, _Options, "TiTok")
     if weights == "random":
         spec, origin = spec_of(name, PRESETS), untrained(name.lower(), seed)
         model = random_network(Titok, spec, device, seed, spread=True)

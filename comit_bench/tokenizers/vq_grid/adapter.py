@@ -31,14 +31,14 @@ from comit_bench.tokenizers.base import (
 from comit_bench.tokenizers.checkpoints import load_network, on_meta, read_weights, write_checkpoint
 from comit_bench.tokenizers.config_node import Node, blaming
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, random_network, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
 from comit_bench.tokenizers.vq_grid.family import FAMILY
 from comit_bench.tokenizers.vq_grid.model import PRESETS, VqGrid, VqGridSpec
 
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes."""
 
     dtype: torch.dtype
@@ -106,9 +106,6 @@ class VqGridTokenizer:
     """vq-grid behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the quantizer
             stay in float32.
     """
@@ -145,7 +142,7 @@ class VqGridTokenizer:
         save(self.model, directory, extra={**extra, "weights_licence": info.weights_licence})
 
 
-def _info(model: VqGrid, origin: Origin) -> TokenizerInfo:
+def _info(model: VqGrid, origin: WeightsOrigin) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family=FAMILY.name,
@@ -169,10 +166,10 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> VqGridTokenizer:
     """Load ``vq-grid-nano``, a hub id or a directory; see :class:`~comit_bench.tokenizers.base.Loader`."""
-    settings, allow = split_options(options, Options, FAMILY.name)
+    settings, allow = split_options(options, _Options, FAMILY.name)
     if weights == "random":
         spec, origin = spec_of(name, PRESETS), untrained(name.lower(), seed)
         model = random_network(VqGrid, spec, device, seed)
