@@ -18,7 +18,7 @@ from scipy.io import savemat
 from comit_bench.data.datasets import open_dataset
 from comit_bench.data.labels import read_class_list, read_devkit_synsets, read_ground_truth
 from comit_bench.data.pieces import missing_pieces
-from comit_bench.data.split import ClassificationData, PathList
+from comit_bench.data.split import OpenData, PathList
 from comit_bench.data.splitting import holdout
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.recipes.specs import DatasetSpec, GeneratorSpec, Recipe, find_datasets
@@ -60,7 +60,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def opened(root: Path, **changes: Any) -> ClassificationData:
+def opened(root: Path, **changes: Any) -> OpenData:
     recipe = Recipe(spec_of(**changes), root.parent / "recipe" / "dataset.yaml", "builtin")
     return open_dataset(recipe, data_root=root, cache=root.parent / "cache", progress=False)
 
@@ -412,7 +412,7 @@ def kaggle(tmp_path: Path) -> Path:
     return top
 
 
-def open_kaggle(top: Path, data_root: Path) -> ClassificationData:
+def open_kaggle(top: Path, data_root: Path) -> OpenData:
     recipe = find_datasets()["imagenet100"]
     spec = recipe.spec.model_copy(update={"class_list": str(top.parent / "recipe" / "classes.txt")})
     cache = top.parent / "cache"

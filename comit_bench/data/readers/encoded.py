@@ -67,12 +67,6 @@ class EncodedPaths(Sequence[Path]):
         return found
 
 
-def contents_of(split: Split, cache: Path, progress: bool) -> tuple[bytes, ...]:
-    """sha256 of every image of a split that lies in an archive."""
-    title = f"contents of {split.name} (once)"
-    return tuple(split.paths.digests(cache, title=title, progress=progress))  # type: ignore[attr-defined]
-
-
 def _in_folders(spec: DatasetSpec, folder: Path, name: str) -> bool:
     """Whether a directory of the split holds class folders or images."""
     for candidate in spec.splits[name]:

@@ -289,11 +289,11 @@ def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manif
     manifest = Manifest(
         "relations", tuple(texts[i] for i in words), tuple(verb_texts[i] for i in verbs), splits, notes
     )
-    verify(manifest, str(found["relationships"]))
+    verify(spec, manifest, str(found["relationships"]))
     return manifest
 
 
-def verify(manifest: Manifest, where: str) -> None:
+def verify(spec: DatasetSpec, manifest: Manifest, where: str) -> None:
     """Check from the samples alone that no id is in two splits and that every sample has a relation.
 
     One photograph under two ids is found later, by what its files hold.
