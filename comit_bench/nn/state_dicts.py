@@ -402,8 +402,8 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _problem(value: Tensor, wanted: Tensor, *, values: bool) -> str | None:
-    """What is wrong with the type, or also the values, of a tensor that is to become ``wanted``."""
+def _problem(value: Tensor, wanted: Tensor) -> str | None:
+    """What is wrong with the type or the values of a tensor that is to become ``wanted``."""
     kind = name_of(value.dtype)
     if value.device.type == "meta":
         return "has no values: it was saved from the meta device"
@@ -413,7 +413,7 @@ def _problem(value: Tensor, wanted: Tensor, *, values: bool) -> str | None:
         return None if value.dtype in WHOLES else f"is {kind}, expected whole numbers"
     if value.dtype not in FLOATS:
         return f"is {kind}, expected floating-point numbers (float32, float16, bfloat16 or float64)"
-    if not values or bool(value.float().isfinite().all()):
+    if bool(value.float().isfinite().all()):
         return None
     bad = int((~value.isfinite()).sum())
     if not bad:
@@ -421,21 +421,18 @@ def _problem(value: Tensor, wanted: Tensor, *, values: bool) -> str | None:
     return f"holds {bad} of {value.numel()} values that are NaN or infinite"
 
 
-def check_types(
-    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, *, values: bool = True
-) -> None:
+def check_types(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuse tensors of another type, and values that are not finite, before they become weights.
 
     Args:
         expected: State dict of the network; other names are not looked at.
         tensors: The checkpoint.
         path: Named in the error.
-        values: False looks at types only.
     """
     problems = [
         f"{key} {problem}"
         for key, value in tensors.items()
-        if key in expected and (problem := _problem(value, expected[key], values=values)) is not None
+        if key in expected and (problem := _problem(value, expected[key])) is not None
     ]
     if problems:
         raise CorruptFileError(f"{path}: {some(problems)}. Download or export it again.")

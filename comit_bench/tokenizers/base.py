@@ -32,6 +32,7 @@ tile_rows: ContextVar[int] = ContextVar("tile_rows", default=TILE)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LATENTS = ("codes", "prequant", "raw")  # see HasHiddenFeatures
+POSTERIORS = ("mode", "sample")  # what is taken of a VAE's
 Streams = Sequence[torch.Generator] | None  # of random numbers: one CPU generator per image
 
 
@@ -394,8 +395,9 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
     Raises:
         ValueError: Names those expected.
     """
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
-        raise ValueError(f"ids must lie in 0..{vocab_size - 1}")
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"ids must lie in 0..{vocab_size - 1}, got {low} to {high}")
 
 
 def check_codes(codes: Tensor, info: TokenizerInfo) -> None:
@@ -548,6 +550,18 @@ def number(value: object, option: str, *, whole: bool = False, low: float = -1e6
         return float(given)
     what = "a whole number" if whole else "a number"
     raise UsageError(f"{option} must be {what} from {low:g} to {high:g}, got {shown(value)}")
+
+
+def one_of(value: object, option: str, allowed: Sequence[str]) -> str:
+    """A word of the command line or of Python.
+
+    Raises:
+        UsageError: Not one of those that are allowed.
+    """
+    if value in allowed:
+        return str(value)
+    near = did_you_mean(str(value), allowed)
+    raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {shown(value)}.{near}")
 
 
 def switch(value: object, option: str) -> bool:

@@ -38,6 +38,7 @@ from comit_bench.tokenizers.base import (
     Streams,
     TokenizerInfo,
     Tokens,
+    check_ids,
     check_images,
     refuse_unknown,
     warn_policy,
@@ -138,7 +139,7 @@ class KMeansPatchTokenizer:
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         """Centroids scaled to [-1, 1]; see the contract."""
-        self._check_ids(ids)
+        check_ids(ids, len(self.centroids))
         return self._codes[ids.to(self.device).long()]
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
@@ -147,15 +148,8 @@ class KMeansPatchTokenizer:
         if tokens.ids is None or tokens.ids.ndim != 2 or tokens.ids.shape[1] != length:
             got = "none" if tokens.ids is None else list(tokens.ids.shape)
             raise ValueError(f"{FAMILY} decodes ids of shape [B, {length}], got {got}")
-        self._check_ids(tokens.ids)
+        check_ids(tokens.ids, len(self.centroids))
         return from_patches(self.centroids[tokens.ids.to(self.device).long()], self.patch)
-
-    def _check_ids(self, ids: Tensor) -> None:
-        vocab = self.centroids.shape[0]
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
-            raise ValueError(
-                f"{FAMILY}: ids run from 0 to {vocab - 1}, got {int(ids.min())} to {int(ids.max())}"
-            )
 
     @classmethod
     def fit(

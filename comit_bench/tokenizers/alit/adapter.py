@@ -1,7 +1,7 @@
 """Adapter for ALIT: uint8 images <-> the message of one iteration.
 
 A checkpoint is a directory with ``config.json`` and safetensors under the released key names, or one file
-of weights together with a name (``alit_config.py`` knows the names). The released files are pickles behind
+of weights together with a name (``config.py`` knows the names). The released files are pickles behind
 plain links: ``comit-bench weights fetch NAME`` brings them here and converts them once.
 
 What the benchmark fixes, because the released program draws it at evaluation: no halting and the mean of
@@ -34,6 +34,7 @@ from comit_bench.tokenizers.alit.family import FAMILY
 from comit_bench.tokenizers.alit.model import GRID, Alit, Iteration, select_length
 from comit_bench.tokenizers.base import (
     LATENTS,
+    POSTERIORS,
     Streams,
     TileReceiver,
     TokenizerInfo,
@@ -45,6 +46,7 @@ from comit_bench.tokenizers.base import (
     decode_tiles,
     encode_tiles,
     on_device,
+    one_of,
     only_finite,
     own_streams,
     speed_up,
@@ -117,12 +119,9 @@ class AlitTokenizer:
             raise UsageError(f"iterations must be a whole number from 1 to {spec.iterations}, got {wanted!r}")
         self.iterations = int(wanted)
         self.halting = switch(halting, "halting") and spec.halting
-        if posterior not in ("mode", "sample"):
-            raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
-        if latents not in LATENTS:
-            raise UsageError(f"latents must be one of {', '.join(LATENTS)}, got {latents!r}")
+        posterior = one_of(posterior, "posterior", POSTERIORS)
         self.sample = posterior == "sample" and model.base.stochastic
-        self.latents = latents
+        self.latents = one_of(latents, "latents", LATENTS)
         quantized = isinstance(model.base, Vqgan)
         if self.halting and not quantized:
             _log.warning("%s: halting=on changes nothing: the VAE models have no working halting", info.name)

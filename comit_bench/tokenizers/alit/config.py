@@ -19,6 +19,7 @@ from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers.alit.base_model import VaeSpec
 from comit_bench.tokenizers.alit.family import FAMILY
 from comit_bench.tokenizers.alit.model import Alit, AlitSpec, variant
+from comit_bench.tokenizers.base import one_of
 from comit_bench.tokenizers.checkpoints import load_network, on_meta, read_weights, select_weights
 from comit_bench.tokenizers.config_node import Node, blaming
 
@@ -86,12 +87,10 @@ VARIANTS = {
 def choose_variant(name: str, base: str | None, latent: str | None) -> tuple[str, Variant]:
     """Apply the options ``base`` and ``latent`` to a name; a combination may have no released file."""
     known = VARIANTS[name]
-    for option, value, allowed in (
-        ("base", base, ("vqgan", "vae")),
-        ("latent", latent, ("quantized", "continuous")),
-    ):
-        if value is not None and value not in allowed:
-            raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+    if base is not None:
+        one_of(base, "base", ("vqgan", "vae"))
+    if latent is not None:
+        one_of(latent, "latent", ("quantized", "continuous"))
     wanted = replace(
         known,
         base=base or known.base,

@@ -17,6 +17,7 @@ from comit_bench.nn.flow import SOLVERS, Guidance, evaluation_times, reached
 from comit_bench.nn.vae import SDVae
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
+    POSTERIORS,
     Streams,
     TileReceiver,
     TokenizerInfo,
@@ -28,6 +29,7 @@ from comit_bench.tokenizers.base import (
     encode_tiles,
     number,
     on_device,
+    one_of,
     only_finite,
     own_streams,
     split_options,
@@ -99,10 +101,8 @@ class ComitTokenizer:
         momentum: float = -0.5,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if posterior not in ("mode", "sample"):
-            raise UsageError(f"posterior must be 'mode' or 'sample', got {shown(posterior)}")
-        if solver not in SOLVERS:
-            raise UsageError(f"solver must be {' or '.join(SOLVERS)}, got {shown(solver)}")
+        one_of(posterior, "posterior", POSTERIORS)
+        one_of(solver, "solver", SOLVERS)
         steps = int(number(steps, "steps", whole=True, low=1, high=MOST_STEPS))
         weight, pull = number(guidance, "guidance"), number(momentum, "momentum")
         self.model = model.to(device).requires_grad_(False).eval()

@@ -14,9 +14,9 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from comit_bench.errors import UsageError, shown
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
+    POSTERIORS,
     Streams,
     TokenizerInfo,
     Tokens,
@@ -24,6 +24,7 @@ from comit_bench.tokenizers.base import (
     decode_tiles,
     encode_tiles,
     number,
+    one_of,
     seeded_noise,
     split_options,
     switch_or_auto,
@@ -74,10 +75,8 @@ def _sampling(
     """The sampler's settings, after a look at all options: before minutes of drawing or reading weights."""
     if tokens is not None:
         _prefix(tokens, max(spec.registers for spec in PRESETS.values()))
-    if posterior not in ("mode", "sample"):
-        raise UsageError(f"posterior must be 'mode' or 'sample', got {shown(posterior)}")
-    if guidance_mode not in MODES:
-        raise UsageError(f"guidance_mode must be 'apg' or 'cfg', got {shown(guidance_mode)}")
+    one_of(posterior, "posterior", POSTERIORS)
+    one_of(guidance_mode, "guidance_mode", MODES)
     switch_or_auto(compile, "compile")
     return Sampling(
         steps=int(number(steps, "FlexTok: steps", whole=True, low=1, high=MOST_STEPS)),

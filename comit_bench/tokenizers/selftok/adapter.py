@@ -15,7 +15,7 @@ from typing import Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.errors import UsageError
 from comit_bench.files import user_path
 from comit_bench.tokenizers.base import (
     DTYPES,
@@ -27,6 +27,7 @@ from comit_bench.tokenizers.base import (
     check_ids,
     decode_tiles,
     encode_tiles,
+    one_of,
     seeded_noise,
     split_options,
     switch_or_auto,
@@ -75,15 +76,6 @@ class _Options(TypedDict, total=False):
     vae_dtype: str
     compile: bool | Literal["auto"]
     dtype: torch.dtype
-
-
-def _one_of(value: object, option: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise UsageError(
-            f"SelfTok: {option} must be one of {', '.join(allowed)}, got {value!r}."
-            f"{did_you_mean(str(value), allowed)}"
-        )
-    return str(value)
 
 
 def choose_schedule(
@@ -152,14 +144,14 @@ class SelftokTokenizer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         spec = model.spec
-        self.latents = _one_of(latents, "latents", LATENTS)
+        self.latents = one_of(latents, "SelfTok: latents", LATENTS)
         self.schedule, self.assumed = choose_schedule(spec, stages, k_per_stage)
         if steps is not None and (type(steps) is not int or steps < 1):  # options come from a command line
             raise UsageError(f"SelfTok: steps must be a whole number of at least 1, got {steps!r}")
         if steps is not None and self.schedule is None:
             raise UsageError("SelfTok: steps is a setting of decoder=diffusion, the renderer has one step")
         self.steps = spec.steps if steps is None else steps
-        vae_type = DTYPES[_one_of(vae_dtype, "vae_dtype", tuple(DTYPES))]
+        vae_type = DTYPES[one_of(vae_dtype, "SelfTok: vae_dtype", tuple(DTYPES))]
         wanted = switch_or_auto(compile, "compile")
         self.model = model.to(device).requires_grad_(False).eval()
         self.network = FastSelftok(self.model)  # for good: these weights do not change
@@ -308,7 +300,7 @@ def load(
     settings, allow = split_options(options, _Options, "SelfTok")
     decoder, vae = settings.pop("decoder", None), settings.pop("vae", None)
     if decoder is not None:
-        _one_of(decoder, "decoder", DECODERS)
+        one_of(decoder, "SelfTok: decoder", DECODERS)
     if weights == "random":
         spec_of(name, PRESETS)
         spec = variant(name.lower(), str(decoder or "diffusion"))

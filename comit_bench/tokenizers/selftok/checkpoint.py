@@ -1,7 +1,7 @@
 """SelfTok's files <-> network.
 
 A checkpoint is a directory with ``model.safetensors`` (or ``weights.safetensors``) under the released key
-names and ``config.json`` (``selftok_config.py``), or one file of weights together with a name. The VAE is
+names and ``config.json`` (``config.py``), or one file of weights together with a name. The VAE is
 not in it: ``vae_weights.safetensors`` beside it, with its constructor arguments in the config's node
 ``vae``; or a diffusers directory ``vae/``, or one that is named; or the hub's.
 """
@@ -83,7 +83,7 @@ def load_files(
 
     Args:
         weights: safetensors with the released keys; what nothing reads is ignored.
-        config: See ``selftok_config.py``.
+        config: See ``config.py``.
         source: Named in errors about the config.
         vae: From :func:`find_vae`, or None for a network of latents only.
         allow_pickle: Whether a torch file may be read.
