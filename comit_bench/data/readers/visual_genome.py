@@ -102,8 +102,7 @@ class _Words:
         """The number of a text; -1 for an empty one."""
         found = self.raw.get(text)
         if found is None:
-            plain = normalise(text)
-            plain = self.aliases.get(plain, plain)
+            plain = _canonical(text, self.aliases)
             found = self.number.setdefault(plain, len(self.number)) if plain else -1
             self.raw[text] = found
         return found
