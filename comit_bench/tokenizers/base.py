@@ -560,8 +560,7 @@ def one_of(value: object, option: str, allowed: Sequence[str]) -> str:
     """
     if value in allowed:
         return str(value)
-    near = did_you_mean(str(value), allowed)
-    raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {shown(value)}.{near}")
+    raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def switch(value: object, option: str) -> bool:
