@@ -560,7 +560,8 @@ def one_of(value: object, option: str, allowed: Sequence[str]) -> str:
     """
     if value in allowed:
         return str(value)
-    raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {shown(value)}")
+    near = did_you_mean(str(value), allowed)
+    raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {shown(value)}.{near}")
 
 
 def switch(value: object, option: str) -> bool:
