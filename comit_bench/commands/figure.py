@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from comit_bench.commands.console import (
+    DEFAULT_TOKENIZER,
+    INTERRUPTED,
+    Bars,
+    Interrupts,
+    say,
+    say_default,
+    set_up_logging,
+)
 from comit_bench.commands.options import Device, Policy, Quiet, Weights, as_path, command_group
+from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.files import require_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,8 +56,6 @@ NEEDS = {
 
 def _writable(param: typer.CallbackParam, folder: Path) -> Any:
     """A path where files can be written: known before the work, not after it."""
-    from comit_bench.files import require_folder
-
     path = as_path(param, folder)
     require_folder(path)
     return path
@@ -60,7 +69,7 @@ One = Annotated[
         help="Name, hub id or checkpoint directory of the tokenizer. [default: comit-nano]",
     ),
 ]
-Images = Annotated[
+Source = Annotated[
     str,
     typer.Option(
         help="'scenes' (embedded), a folder of images, searched recursively, or a data set below "
@@ -81,7 +90,6 @@ FIGURES_FOLDER = Path("figures")
 @contextmanager
 def at_work(quiet: bool) -> Iterator[None]:
     """What is computed inside has a progress bar on stderr; Ctrl-C is one message and a code of its own."""
-    from comit_bench.commands.console import INTERRUPTED, Bars, Interrupts, say, set_up_logging
     from comit_bench.figures.inputs import progress
 
     set_up_logging()
@@ -140,7 +148,6 @@ def load(
     policy: str | None = None,
 ) -> Subject:
     """Load the tokenizer a figure is about; says so when the small default meets images of the reader."""
-    from comit_bench.commands.console import DEFAULT_TOKENIZER, say_default
     from comit_bench.figures.inputs import embedded
     from comit_bench.tokenizers.load import load_tokenizer, resolve_device
 
@@ -170,7 +177,7 @@ def of_tokenizer(make: Callable[..., None]) -> Callable[..., None]:
 
     def shared(
         tokenizer: One = None,
-        images: Images = "scenes",
+        images: Source = "scenes",
         output: Output = FIGURES_FOLDER,
         policy: Policy = None,
         seed: Seed = 0,
@@ -196,8 +203,6 @@ def of_tokenizer(make: Callable[..., None]) -> Callable[..., None]:
 
 def _block(layer: float) -> int | float:
     """``--layer`` as a block (a whole number) or a relative depth between 0 and 1."""
-    from comit_bench.errors import UsageError
-
     if 0 < layer < 1:
         return layer
     if not abs(layer) < 10_000 or layer != int(layer):
@@ -360,7 +365,7 @@ def reconstruction(
         list[str] | None,
         typer.Option("--tokenizer", "-t", help="May be repeated, a row each. [default: comit-nano]"),
     ] = None,
-    images: Images = "scenes",
+    images: Source = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Policy = None,
     count: Count = 6,
@@ -375,7 +380,6 @@ def reconstruction(
     pool: Annotated[int, typer.Option(min=1, help="Images searched for the worst or best.")] = 200,
 ) -> None:
     """Originals beside the reconstructions of several tokenizers, PSNR under each."""
-    from comit_bench.errors import UsageError, did_you_mean
     from comit_bench.figures.reconstruction import compute, draw, extremes
 
     ways = ("random", "worst", "best")

@@ -62,7 +62,7 @@ Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'ran
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
-Output = Annotated[Path, typer.Option(callback=as_path, help="Records, tables and figures go here.")]
+Output = Annotated[Path, typer.Option(callback=as_path, help="Records and what is made of them go here.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 

@@ -47,12 +47,10 @@ def sweep(
     from comit_bench.commands.tokens import key_values
 
     set_up_logging()
-    chosen = {
+    settings: dict[str, Any] = {
+        "task": task,
         "steps": _numbers(steps, int, "--steps"),
         "guidance": _numbers(guidance, float, "--guidance"),
-        "task": task,
-    }
-    settings: dict[str, Any] = {
         "policy": policy or None,
         "weights": weights,
         "options": key_values(option or []),
@@ -69,7 +67,7 @@ def sweep(
     if not tokenizer and settings["data_root"] is not None:
         say_default([DEFAULT_TOKENIZER])
     names = tokenizer or [DEFAULT_TOKENIZER]
-    raise typer.Exit(stoppable(lambda: _run(names, chosen, settings)))
+    raise typer.Exit(stoppable(lambda: _run(names, settings)))
 
 
 def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> list[float]:
@@ -83,7 +81,7 @@ def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> li
         raise UsageError(f"{option} {shown(text)}: expected {what} separated by commas, e.g. 1,2,5") from None
 
 
-def _run(tokenizers: list[str], chosen: dict[str, Any], settings: dict[str, Any]) -> int:
+def _run(tokenizers: list[str], settings: dict[str, Any]) -> int:
     from comit_bench.commands.console import Bars, Interrupts, say
     from comit_bench.nn.ranks import Ranks
     from comit_bench.pipeline.session import Reporter
@@ -94,7 +92,7 @@ def _run(tokenizers: list[str], chosen: dict[str, Any], settings: dict[str, Any]
 
     with Interrupts() as interrupts, Bars(enabled=settings["progress"], check=interrupts.check) as bars:
         reporter = Reporter(bars.start, bars.stop, interrupts.check)
-        records = measure(tokenizers, reporter=reporter, **chosen, **settings)
+        records = measure(tokenizers, reporter=reporter, **settings)
     Ranks.join().leave()
     if not records:  # the first process has them
         return 0

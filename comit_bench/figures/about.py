@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from comit_bench.figures.inputs import Inputs
+from comit_bench.figures.inputs import Images
 from comit_bench.results.schema import Record
 from comit_bench.tokenizers.base import Tokenizer, TokenizerInfo
 
@@ -47,7 +47,7 @@ NOTHING = About()
 
 def describe(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     policy: str | None = None,
     decodes: bool = False,
@@ -150,7 +150,7 @@ def decoder(settings: dict[str, Any]) -> str:
     )
 
 
-def images(inputs: Inputs) -> str:
+def images(inputs: Images) -> str:
     """How many images of what, and how many are missing."""
     text = f"{len(inputs)} image{'s' if len(inputs) != 1 else ''}"
     if inputs.available > len(inputs):
@@ -164,6 +164,6 @@ def images(inputs: Inputs) -> str:
     return text
 
 
-def foreign(info: TokenizerInfo, inputs: Inputs) -> bool:
+def foreign(info: TokenizerInfo, inputs: Images) -> bool:
     """Whether a tokenizer that learned from embedded scenes is given something else."""
     return info.trained and info.training_data.startswith(SCENES_DATA) and inputs.of_reader

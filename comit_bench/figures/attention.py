@@ -29,7 +29,7 @@ from comit_bench.data.images import mask_of, upright
 from comit_bench.data.readers.saliency import MASKS
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import BATCH, Inputs, encode, noise_seeds, progress, rows_of, tiles_for
+from comit_bench.figures.inputs import BATCH, Images, encode, noise_seeds, progress, rows_of, tiles_for
 from comit_bench.figures.style import (
     COLUMN,
     ORANGE,
@@ -118,7 +118,7 @@ class Sweep:
     about: About = NOTHING
 
 
-def find_masks(inputs: Inputs) -> tuple[Path, ...]:
+def find_masks(inputs: Images) -> tuple[Path, ...]:
     """Files of the masks: those of the scenes, or those beside the folder of images.
 
     They have the image's name and lie in ``ground_truth_mask/`` or ``ground_truth/``, as in CSSD and ECSSD,
@@ -140,7 +140,7 @@ def find_masks(inputs: Inputs) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def read_masks(inputs: Inputs, preprocessing: str) -> tuple[Inputs, NDArray[np.bool_]]:
+def read_masks(inputs: Images, preprocessing: str) -> tuple[Images, NDArray[np.bool_]]:
     """The images with an object, and their masks through their own crops, bool [n, S, S].
 
     Images whose mask is of no use are left out with a warning.
@@ -179,7 +179,7 @@ def read_masks(inputs: Inputs, preprocessing: str) -> tuple[Inputs, NDArray[np.b
 
 
 def each_map(
-    tokenizer: Tokenizer, inputs: Inputs, spec: ObjectnessSpec, policy: str | None, seed: int
+    tokenizer: Tokenizer, inputs: Images, spec: ObjectnessSpec, policy: str | None, seed: int
 ) -> tuple[AttentionRequest, tuple[float, ...], dict[tuple[int, int], list[Tensor]]]:
     """What was read, when, and per (layer, time) the maps [K, h, w] of every image, means over heads."""
     try:
@@ -220,7 +220,7 @@ def _null(
         yield np.mean(best, axis=0)
 
 
-def _says(tokenizer: Tokenizer, inputs: Inputs, policy: str | None, candidates: int, left_out: int) -> About:
+def _says(tokenizer: Tokenizer, inputs: Images, policy: str | None, candidates: int, left_out: int) -> About:
     """What both figures must say."""
     lines = [
         f"oracle choice: the token shown is the one of {candidates} whose map (mean over heads) covers the "
@@ -233,7 +233,7 @@ def _says(tokenizer: Tokenizer, inputs: Inputs, policy: str | None, candidates: 
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     layer: int | float = LAYER,
     time: float = TIME,
@@ -287,7 +287,7 @@ def compute(
 
 def compute_sweep(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     share: int = 20,
     times: Sequence[float] = SWEEP_TIMES,

@@ -12,7 +12,7 @@ from scipy.stats import binom
 
 from comit_bench.errors import UnsupportedOperation
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, encode
+from comit_bench.figures.inputs import Images, encode
 from comit_bench.figures.style import (
     BLACK,
     BLUE,
@@ -53,7 +53,7 @@ class CodebookFigure:
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     positions: int = POSITIONS,
     policy: str | None = None,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, encode
+from comit_bench.figures.inputs import Images, encode
 from comit_bench.figures.style import BLUE, COLOURS, FULL, SMALL, bare, literal, new_figure, show, styled
 from comit_bench.recipes.kinds import CounterfactualSpec
 from comit_bench.seeding import seed_for
@@ -52,7 +52,7 @@ class CounterfactualFigure:
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     count: int = 2,
     policy: str | None = None,

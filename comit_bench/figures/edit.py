@@ -18,7 +18,7 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, rows_of, together
+from comit_bench.figures.inputs import Images, decode, encode, noise_seeds, rows_of, together
 from comit_bench.figures.style import gallery, styled
 from comit_bench.tokenizers.base import Tokenizer, Tokens
 
@@ -73,7 +73,7 @@ def default_spans(length: int, places: int = PLACES) -> tuple[tuple[int, int], .
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     span: int | None = None,
     starts: Sequence[int] | None = None,

@@ -13,7 +13,7 @@ from matplotlib.patheffects import Normal, withStroke
 from numpy.typing import NDArray
 
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, psnr_of_flat, require_comit
+from comit_bench.figures.inputs import Images, psnr_of_flat, require_comit
 from comit_bench.figures.style import SEQUENTIAL, VERMILION, decibels, gallery, show, styled
 from comit_bench.figures.tracing import boxes, trace
 from comit_bench.metrics.similarity import psnr
@@ -49,7 +49,7 @@ class Evolution:
 
 
 def compute(
-    tokenizer: Tokenizer, inputs: Inputs, *, policy: str | None = DEFAULT_POLICY, seed: int = 0
+    tokenizer: Tokenizer, inputs: Images, *, policy: str | None = DEFAULT_POLICY, seed: int = 0
 ) -> Evolution:
     """Follow messages of a COMiT tokenizer crop by crop."""
     comit = require_comit(tokenizer, "evolution")

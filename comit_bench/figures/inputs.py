@@ -51,7 +51,7 @@ progress: ContextVar[Start] = ContextVar("progress", default=_silent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
+class Images:
     """Images as a tokenizer takes them.
 
     Attributes:
@@ -90,7 +90,7 @@ def load_inputs(
     *,
     cache: Path | None = None,
     dataset: str = SCENES_DATASET,
-) -> Inputs:
+) -> Images:
     """Choose and read images; the choice depends on names and seed alone, not on the tokenizer.
 
     Args:
@@ -125,7 +125,7 @@ def load_inputs(
     if not kept:
         raise MissingError(f"{source}: none of its {len(names)} image files can be read")
     rows = sorted(kept)
-    return Inputs(
+    return Images(
         tuple(names[row] for row in rows),
         torch.stack([kept[row] for row in rows]),
         tuple(paths[row] for row in rows),
@@ -197,7 +197,7 @@ def tiles_for(count: int) -> AbstractContextManager[None]:
 
 
 def encode(
-    tokenizer: Tokenizer, inputs: Inputs, *, policy: str | None = None, seed: int = 0, batch: int = BATCH
+    tokenizer: Tokenizer, inputs: Images, *, policy: str | None = None, seed: int = 0, batch: int = BATCH
 ) -> Tokens:
     """Messages of all images, on the CPU; each image has its own generator, so batches change nothing.
 

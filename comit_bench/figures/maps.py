@@ -20,7 +20,7 @@ from torch import Tensor
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
 from comit_bench.figures.attention import LAYER, TIME, each_map, make_spec, tint
-from comit_bench.figures.inputs import Inputs
+from comit_bench.figures.inputs import Images
 from comit_bench.figures.style import gallery, styled
 from comit_bench.metrics.overlap import binary
 from comit_bench.tokenizers.base import Tokenizer
@@ -89,7 +89,7 @@ def choose(kept: Tensor, count: int) -> list[int]:
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     tokens: int = 6,
     layer: int | float = LAYER,

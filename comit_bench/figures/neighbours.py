@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, encode, progress
+from comit_bench.figures.inputs import Images, encode, progress
 from comit_bench.figures.style import BLUE, VERMILION, gallery, styled
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.retrieval import chance_of_hit, nearest
@@ -53,7 +53,7 @@ def classes_of(names: Sequence[str]) -> list[str] | None:
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     queries: int = 5,
     k: int = 8,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from comit_bench.figures.about import FLAT, NOTHING, About, describe
 from comit_bench.figures.inputs import (
-    Inputs,
+    Images,
     decode,
     encode,
     noise_seeds,
@@ -81,7 +81,7 @@ class PolicyCurves:
 
 
 def compute(
-    tokenizer: Tokenizer, inputs: Inputs, *, policies: Sequence[str] = DEFAULT_POLICIES, seed: int = 0
+    tokenizer: Tokenizer, inputs: Images, *, policies: Sequence[str] = DEFAULT_POLICIES, seed: int = 0
 ) -> PolicyGallery:
     """Reconstruct images from messages of different crops; ``policies`` are names of ``parse_policy``."""
     comit = require_comit(tokenizer, "policies")
@@ -99,14 +99,14 @@ def compute(
     )
 
 
-def _about(comit: ComitTokenizer, inputs: Inputs) -> About:
+def _about(comit: ComitTokenizer, inputs: Images) -> About:
     """The policies are rows or curves, so none is named."""
     said = describe(comit, inputs, decodes=True)
     return replace(said, lines=(said.lines[0].replace(f", policy {comit.policy(None)}", ""), *said.lines[1:]))
 
 
 def compute_curves(
-    tokenizer: Tokenizer, inputs: Inputs, *, crops: int = CELLS, seed: int = 0
+    tokenizer: Tokenizer, inputs: Images, *, crops: int = CELLS, seed: int = 0
 ) -> PolicyCurves:
     """PSNR against the number of local crops (1 to 9), for a fixed, a random and an adaptive order.
 

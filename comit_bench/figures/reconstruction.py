@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comit_bench.figures.about import FLAT, NOTHING, About, describe, joined
-from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr_of_flat
+from comit_bench.figures.inputs import Images, decode, encode, noise_seeds, psnr_of_flat
 from comit_bench.figures.style import decibels, gallery, styled
 from comit_bench.metrics.similarity import psnr
 from comit_bench.tokenizers.base import Tokenizer
@@ -39,7 +39,7 @@ class Reconstructions:
 
 
 def compute(
-    tokenizers: Sequence[Tokenizer], inputs: Sequence[Inputs], *, policy: str | None = None, seed: int = 0
+    tokenizers: Sequence[Tokenizer], inputs: Sequence[Images], *, policy: str | None = None, seed: int = 0
 ) -> Reconstructions:
     """Encode and decode the same images by several tokenizers.
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.figures.inputs import Inputs, generators, noise_seeds, progress
+from comit_bench.figures.inputs import Images, generators, noise_seeds, progress
 from comit_bench.tokenizers.base import TILE
 from comit_bench.tokenizers.comit.adapter import ComitTokenizer
 from comit_bench.tokenizers.comit.codec import locate, noise_from_generators, to_uint8
@@ -66,7 +66,7 @@ class _Recorder:
         return noise
 
 
-def trace(tokenizer: ComitTokenizer, inputs: Inputs, policy: str | None, seed: int) -> Trace:
+def trace(tokenizer: ComitTokenizer, inputs: Images, policy: str | None, seed: int) -> Trace:
     """Encode images and look at the message after every crop.
 
     The messages are those that ``tokenizer.encode`` makes with the same generators. One-step images start

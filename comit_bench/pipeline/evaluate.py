@@ -22,7 +22,7 @@ from comit_bench.pipeline.failures import unexpected
 from comit_bench.pipeline.inputs import inputs_of, protocol_of
 from comit_bench.pipeline.jobs import Job, Reference, Settings
 from comit_bench.pipeline.messages import threads_for, were_mended, with_messages
-from comit_bench.pipeline.plan import Plan, plan_run
+from comit_bench.pipeline.plan import RunPlan, plan_run
 from comit_bench.pipeline.record import (
     Identity,
     identify,
@@ -88,7 +88,7 @@ def evaluate(
     return finished.records
 
 
-def plan_of_suite(suite: str, settings: Settings) -> Plan:
+def plan_of_suite(suite: str, settings: Settings) -> RunPlan:
     """What ``comit-bench run --suite SUITE`` plans when nothing else is asked for; ``doctor`` shows it."""
     return plan_run(DEFAULT_TOKENIZERS, None, settings, suite=suite, dry=True)[0]
 
