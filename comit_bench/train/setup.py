@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from comit_bench.errors import MissingError, UsageError, shown
+from comit_bench.errors import UsageError, shown
 from comit_bench.files import shipped_weights
 from comit_bench.nn.ranks import launched, meeting, without_launcher
 from comit_bench.nn.teachers import Teacher, load_teacher
@@ -65,16 +65,11 @@ def check_spec(spec: ComitSpec) -> None:
 def make_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
     """The frozen teacher, None without one; a scenes-teacher without a path is the one that ships."""
     spec, teacher = config.model.spec(), config.teacher
+    path = teacher.path
+    if path is None and teacher.name == "scenes-teacher":
+        path = shipped_weights("scenes-teacher")
     grid = spec.max_input_size // spec.patch_size
-    try:
-        path = teacher.path
-        if path is None and teacher.name == "scenes-teacher":
-            path = shipped_weights("scenes-teacher")
-        return load_teacher(teacher.name, path=path, grid=grid, device=device)
-    except FileNotFoundError as error:
-        raise MissingError(f"teacher: {error}") from error
-    except ValueError as error:
-        raise UsageError(f"teacher: {error}") from error
+    return load_teacher(teacher.name, path=path, grid=grid, device=device)
 
 
 def make_module(config: TrainConfig, teacher: Teacher | None) -> TrainingModule:

@@ -16,8 +16,7 @@ from diffusers import VQModel
 from selftok_sizes import RENDERER, SMALL
 from torch import Tensor
 
-from comit_bench.nn import vae
-from comit_bench.nn.vae import KLVaeSpec
+from comit_bench.nn.vae import SD_VAE, KLVae, KLVaeSpec
 from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers import vqmodel
 from comit_bench.tokenizers.alit import adapter as alit
@@ -92,14 +91,9 @@ def fill(network: torch.nn.Module) -> None:
             parameter.add_(1.0)
 
 
-def small_sd_vae() -> vae.SDVae:
+def small_sd_vae() -> KLVae:
     """The SD-VAE with 8 channels everywhere and weights from a seed."""
-    sizes, vae.SD_CONFIG = vae.SD_CONFIG, {**vae.SD_CONFIG}
-    try:
-        vae.SD_CONFIG |= {"block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1}
-        made = vae.SDVae()
-    finally:
-        vae.SD_CONFIG = sizes
+    made = KLVae(replace(SD_VAE, widths=(8,) * 4, groups=4, layers=1))
     fill(made)
     return made
 

@@ -27,11 +27,7 @@ from comit_bench.tokenizers.comit.model import PRESETS
 from comit_bench.tokenizers.load import load_tokenizer
 
 CASE = Path(__file__).parents[1] / "parity" / "cases" / "comit" / "small_d3_b2"
-SMALL_VAE = {
-    **vae_module.SD_CONFIG,
-    "block_out_channels": [8, 8, 16, 16],
-    "norm_num_groups": 4,
-}
+SMALL_VAE = replace(vae_module.SD_VAE, widths=(8, 8, 16, 16), groups=4)
 
 
 @pytest.fixture
@@ -96,7 +92,7 @@ def test_unused_tensors_may_be_absent(checkpoint: Path, nano: ComitTokenizer) ->
 
 
 def _with_small_vae(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    monkeypatch.setattr(vae_module, "SD_CONFIG", SMALL_VAE)
+    monkeypatch.setattr(vae_module, "SD_VAE", SMALL_VAE)
     spec = replace(PRESETS["comit-b"], depth=1, width=32, heads=2, message_length=4, max_input_size=32)
     torch.manual_seed(0)
     model = build(spec).eval()

@@ -176,8 +176,7 @@ def test_other_weights_of_the_vae_are_another_key(tmp_path: Path, monkeypatch: p
     import comit_bench.nn.vae as vaes
     from comit_bench.tokenizers.comit import checkpoint as comit_files
 
-    small = {**vaes.SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
-    monkeypatch.setattr(vaes, "SD_CONFIG", small)
+    monkeypatch.setattr(vaes, "SD_VAE", replace(vaes.SD_VAE, widths=(8,) * 4, groups=4))
     spec = replace(
         COMIT["comit-nano"],
         vae="sd-mse",
@@ -208,8 +207,7 @@ def test_the_vae_of_an_untrained_comit_is_drawn_from_the_seed(monkeypatch: pytes
     import comit_bench.nn.vae as vaes
     from comit_bench.tokenizers.comit import adapter as comit
 
-    small = {**vaes.SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
-    monkeypatch.setattr(vaes, "SD_CONFIG", small)
+    monkeypatch.setattr(vaes, "SD_VAE", replace(vaes.SD_VAE, widths=(8,) * 4, groups=4))
     spec = replace(
         COMIT["comit-nano"],
         vae="sd-mse",

@@ -242,7 +242,8 @@ def test_targets_and_crops_are_samples(sd: None) -> None:
     assert plan.posterior is not None and plan.crops == 3
     vae: Any = train.model.vae
     with torch.no_grad():
-        mean, deviation = vae.posterior(x)
+        mean, logvar = vae.posterior(x)
+        mean, deviation = mean * vae.scale, (0.5 * logvar).exp() * vae.scale
         assert torch.allclose(mean, vae.encode(x))
         assert torch.allclose(mean + deviation * plan.posterior[0], vae.encode(x, plan.posterior[0]))
         clean, samples = train._image_latents(x, plan)

@@ -14,7 +14,7 @@ from comit_bench.errors import UsageError, shown
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.finite import observe
 from comit_bench.nn.flow import SOLVERS, Guidance, evaluation_times, reached
-from comit_bench.nn.vae import SDVae
+from comit_bench.nn.vae import KLVae
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
     POSTERIORS,
@@ -268,7 +268,7 @@ def _random(spec: ComitSpec, device: torch.device, seed: int) -> Comit:
         return on_meta(build, spec)
     model, generator = build(spec), torch.Generator().manual_seed(seed)
     model.predictor.init_weights(generator, zero_gates=False)
-    if isinstance(model.vae, SDVae):
+    if isinstance(model.vae, KLVae):
         model.vae.init_weights(generator)
     return model
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from comit_bench.errors import UsageError, shown
 from comit_bench.nn.sizes import DEPTH
-from comit_bench.nn.state_dicts import numbered
+from comit_bench.nn.state_dicts import count_numbers
 from comit_bench.nn.vae import KLVaeSpec
 from comit_bench.tokenizers.config_node import Node, blaming, kl_vae_spec
 from comit_bench.tokenizers.flextok.blocks import TableSpec
@@ -167,7 +167,7 @@ def _patch(reader: ConfigReader, part: str, *names: str) -> tuple[int, int]:
 
 def _trunk(reader: ConfigReader, part: str, prefix: str, name: str, patch: tuple[int, int]) -> TrunkSpec:
     block = reader.module(part, name, *TRUNK)
-    depth = len(set(numbered(reader.shapes[prefix].get(name, {}), r"blocks\.(\d+)\.")))
+    depth = count_numbers(reader.shapes[prefix].get(name, {}), r"blocks\.(\d+)\.")
     if block.values.get("depth") is not None:
         depth = block.whole("depth", high=DEPTH)
     table = "enc_posemb_module" if prefix == ENCODER else "dec_patches_posemb_module"

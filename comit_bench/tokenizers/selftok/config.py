@@ -18,7 +18,7 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError, shown
 from comit_bench.nn.sizes import HEADS, SIDE
-from comit_bench.nn.state_dicts import check_types, compare, numbered
+from comit_bench.nn.state_dicts import check_types, compare, count_numbers
 from comit_bench.nn.vae import KLVaeSpec
 from comit_bench.tokenizers.checkpoints import on_meta, select_weights
 from comit_bench.tokenizers.config_node import Node, blaming, kl_vae_spec
@@ -82,7 +82,7 @@ SETTINGS = (
 
 def depth_of(keys: Mapping[str, Any], prefix: str) -> int:
     """Blocks below a prefix; numbers with gaps count as what is there, and what is missing is told later."""
-    return len(set(numbered(keys, re.escape(prefix) + r"(\d+)\.")))
+    return count_numbers(keys, re.escape(prefix) + r"(\d+)\.")
 
 
 def is_renderer(keys: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench.nn.teachers import TeacherFeatures
-from comit_bench.nn.vae import SDVae
+from comit_bench.nn.vae import KLVae
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.codec import Latents, encode_sequence
 from comit_bench.tokenizers.comit.crops import CropGeometry
@@ -218,8 +218,10 @@ class TrainingModule(nn.Module):
         if plan.posterior is None:
             return self._latents(images), None
         with torch.no_grad():
-            mean, deviation = cast(SDVae, self.model.vae).posterior(images)
-            samples = mean + deviation * plan.posterior.to(images.device)
+            vae = cast(KLVae, self.model.vae)
+            mean, logvar = vae.posterior(images)
+            deviation = torch.exp(0.5 * logvar) * vae.scale
+            samples = mean * vae.scale + deviation * plan.posterior.to(images.device)
         return samples[0], samples[1:]
 
     def _message(
