@@ -18,11 +18,10 @@ Shape legend: ``n`` images, ``D1`` / ``D2`` vector sizes, ``X`` image tokens.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from comit_bench.data.digests import file_digests
-from comit_bench.data.tokens.shards import Array, Shard, SharedWork, read_shard, shard_bytes
-from comit_bench.data.tokens.store import check_key, remove_stale
+from comit_bench.data.tokens.shards import Array, ShardStore, SharedWork
 from comit_bench.data.workers import read_ahead
-from comit_bench.errors import BenchError, CorruptFileError, MissingError
-from comit_bench.files import cache_root, digest_json, write_atomic
+from comit_bench.errors import BenchError, CorruptFileError
+from comit_bench.files import cache_root
 from comit_bench.nn.teachers import Teacher, TeacherFeatures
 from comit_bench.train.config import TeacherConfig
 from comit_bench.train.data import FolderImages, Images, MemoryImages
 from comit_bench.train.sources import DecodedImages
 
-FORMAT_VERSION = 1
 BATCH = 64  # images per read; on a GPU also per call of the teacher
 SHARD_BYTES = 2**27
 
@@ -133,47 +130,19 @@ def layout_for(count: int, dims: tuple[int, int], tokens: int, dtype: str) -> Fe
     return replace(one, shard_size=max(1, SHARD_BYTES // one.nbytes(1)))
 
 
-class FeatureStore:
+class FeatureStore(ShardStore[FeatureLayout]):
     """Features of one list of images; make it with :meth:`open`, complete it with :meth:`fill`."""
 
-    def __init__(self, directory: Path, digest: str, layout: FeatureLayout) -> None:
-        self.directory, self.digest, self.layout = directory, digest, layout
-        self._shards: dict[int, Shard] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a worker maps the files itself
+    what = "feature cache"
+    absent = (
+        "this part of the teacher's features is not here. All processes must see the same cache directory "
+        "(COMIT_BENCH_CACHE)."
+    )
 
     @classmethod
     def open(cls, key: dict[str, object], layout: FeatureLayout, *, root: Path | None = None) -> FeatureStore:
-        """Find or begin the store for a key; reads no shard.
-
-        Args:
-            key: Everything that can change a feature, as plain JSON values.
-            layout: Shapes; added to the key.
-            root: The cache directory; None is the package's.
-
-        Raises:
-            CorruptFileError: ``key.json`` is not that of this store.
-        """
-        payload = {"format": FORMAT_VERSION, "key": key, "layout": asdict(layout)}
-        digest = digest_json(payload).removeprefix("sha256:")
-        directory = (root or cache_root()) / "features" / digest[:2] / digest
-        check_key(directory / "key.json", json.loads(json.dumps(payload)))
-        return cls(directory, digest, layout)
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of the complete store."""
-        return -(-self.layout.count // self.layout.shard_size)
-
-    def shard_path(self, shard: int) -> Path:
-        """File of a shard."""
-        return self.directory / f"shard-{shard:06d}.safetensors"
-
-    def shard_range(self, shard: int) -> range:
-        """Rows of a shard."""
-        start = shard * self.layout.shard_size
-        return range(start, min(self.layout.count, start + self.layout.shard_size))
+        """Find or begin the store for a key below ``root`` (None: the package's cache); reads no shard."""
+        return cls((root or cache_root()) / "features", key, layout, check=False)
 
     def missing(self) -> list[int]:
         """Shards without a file."""
@@ -235,7 +204,7 @@ class FeatureStore:
             BenchError: Features that are not finite (in float16: too large), or no room on the disk.
             KeyboardInterrupt: See ``stopped``.
         """
-        remove_stale(self.directory)
+        self.remove_stale()
         mine = range(rank, self.num_shards, ranks)
         wanting = self.verify(mine)
         todo = [shard for shard in mine if shard in wanting or self._forget_if_mended(shard, source)]
@@ -272,12 +241,12 @@ class FeatureStore:
             if stopped():
                 raise KeyboardInterrupt
             shard = taken.popleft()
-            self._write(shard, chain([first], images), teacher, device, bar)
+            self._compute(shard, chain([first], images), teacher, device, bar)
             work.done(shard)
             made += len(self.shard_range(shard))
         return made
 
-    def _write(
+    def _compute(
         self,
         shard: int,
         images: Iterator[tuple[Tensor | None, str]],
@@ -310,8 +279,7 @@ class FeatureStore:
                     f"teacher features of images {rows.start} to {rows.stop - 1} are not finite as "
                     f"{self.layout.dtype}. Use teacher.cache_dtype=float32, or look at the teacher's weights."
                 )
-        content = shard_bytes(tensors, broken, store=self.digest, shard=shard)
-        write_atomic(self.shard_path(shard), content)
+        self._write(shard, tensors, broken)
 
     def _forget_if_mended(self, shard: int, source: Images) -> bool:
         """Remove a shard when an image that was broken when it was made can be read now."""
@@ -343,28 +311,6 @@ class FeatureStore:
             for name, values in out.items():
                 values[place] = tensors[name][row]
         return TeacherFeatures(torch.from_numpy(out["cls"]), torch.from_numpy(out["patches"]))
-
-    def _shard(self, shard: int) -> Shard:
-        if shard not in self._shards:
-            try:
-                self._load(shard, check=False)
-            except FileNotFoundError as error:
-                raise MissingError(
-                    f"{self.shard_path(shard)}: this part of the teacher's features is not here. All "
-                    "processes must see the same cache directory (COMIT_BENCH_CACHE)."
-                ) from error
-        return self._shards[shard]
-
-    def _load(self, shard: int, *, check: bool) -> None:
-        path, rows = self.shard_path(shard), len(self.shard_range(shard))
-        try:
-            found = read_shard(path, self.layout, rows, store=self.digest, shard=shard, check=check)
-        except (ValueError, RuntimeError) as error:  # RuntimeError: torch could not map it
-            raise CorruptFileError(
-                f"{path}: damaged part of the feature cache ({error}). Remove the file and run the same "
-                "command again."
-            ) from error
-        self._shards[shard] = found
 
 
 class _Reader:
