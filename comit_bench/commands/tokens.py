@@ -17,7 +17,7 @@ from comit_bench.errors import MissingError, UsageError, shown
 
 if TYPE_CHECKING:
     from comit_bench.commands.console import Bars
-    from comit_bench.data.tokens.token_file import Origin
+    from comit_bench.data.tokens.token_file import TokenOrigin
     from comit_bench.tokenizers.base import Tokenizer
 
 OWN_OPTIONS = ("device", "dtype", "offline", "weights")  # of the command line, never --option
@@ -184,7 +184,7 @@ def detokenize(
 
 
 def _maker(
-    path: Path, origin: Origin, tokenizer: str | None, weights: str | None, settings: dict[str, Any]
+    path: Path, origin: TokenOrigin, tokenizer: str | None, weights: str | None, settings: dict[str, Any]
 ) -> Tokenizer:
     """The tokenizer that the command line names, else the one that the file names."""
     from comit_bench.tokenizers.load import load_tokenizer

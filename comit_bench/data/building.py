@@ -29,16 +29,9 @@ def build_dataset(
 ) -> tuple[OpenData, Path, dict[str, str]]:
     """Open a data set (which makes its manifest), then decode all of its images and masks.
 
-    Args:
-        recipe: The data set's recipe.
-        data_root: Where real data sets lie.
-        cache: Cache directory; the report goes to ``reports/NAME.json`` there.
-        workers: Reading processes; 0 reads in this one.
-        check_images: Decode the images.
-        progress: Show bars.
-
     Returns:
-        The data, the report's file, and id -> message of every broken image.
+        The data, the report's file (``reports/NAME.json`` of the cache), and id -> message of every broken
+        image.
     """
     data = open_dataset(recipe, data_root=data_root, cache=cache, progress=progress)
     broken: dict[str, str] = {}

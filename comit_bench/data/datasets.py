@@ -56,7 +56,7 @@ def open_dataset(
         recipe: The dataset's recipe.
         data_root: Directory that holds the recipe's ``folder``; not used with a generator.
         cache: Cache directory, where generated datasets and manifests go.
-        progress: Show progress bars (on stderr).
+        progress: Show progress bars.
         class_list: File with one class name per line that replaces the recipe's own list.
         contents: False for a look at counts: files are listed and not read, so there are no fingerprints and
             nobody has seen whether splits share images.

@@ -107,8 +107,7 @@ def file_digests(
         root: The folder; a table belongs to where it really lies, whatever links lead there.
         names: Relative paths.
         cache: Cache directory.
-        title: Of the progress bar.
-        progress: Show one.
+        title: Of the progress bar that ``progress`` shows.
 
     Returns:
         32 bytes per name.
@@ -217,12 +216,8 @@ def part_digests(
         parts: Name of every part, unique.
         read: Number of a part -> its bytes.
         cache: Cache directory.
-        title: Of the progress bar.
-        progress: Show one.
+        title: Of the progress bar that ``progress`` shows.
         threads: How many may call ``read``.
-
-    Raises:
-        BenchError: As ``read``.
     """
     keys = [None if state is None else _key_of(part, state) for part in parts]
 

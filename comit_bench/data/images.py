@@ -252,20 +252,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def decode_image(content: bytes, preprocessing: str, *, name: str) -> NDArray[np.uint8]:
-    """As :func:`load_image`, for a file that is in memory already (from an archive or a table).
-
-    Args:
-        content: The bytes of an image file.
-        preprocessing: See the module's docstring.
-        name: What messages call it.
-
-    Returns:
-        uint8 [3, S, S].
-
-    Raises:
-        CorruptFileError: Empty, truncated, not an image, or larger than Pillow's safety limit.
-        UsageError: The preprocessing cannot be parsed.
-    """
+    """As :func:`load_image`, for the bytes of a file; messages call it ``name``."""
     parse_preprocessing(preprocessing)
     with _decoder(BytesIO(content), name) as image:
         return preprocess(image, preprocessing)
@@ -294,12 +281,7 @@ def image_size(paths: Sequence[Path], index: int) -> tuple[int, int] | None:
 
 
 def header_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file that must be one, read off its header, as the pixels are stored.
-
-    Raises:
-        CorruptFileError: Not an image.
-        MissingError: No such file. BenchError: No file, or not readable.
-    """
+    """Width and height as the pixels are stored, read off the header; errors as in :func:`load_image`."""
     with _opened(path) as stream, _decoder(stream, str(path), header=True) as image:
         return image.size
 
@@ -368,11 +350,7 @@ def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def read_mask(path: Path) -> Mask:
-    """The object in a mask's file, as its pixels are stored.
-
-    Raises:
-        CorruptFileError: Not a mask. MissingError: No such file. BenchError: No file, or not readable.
-    """
+    """The object in a mask's file, as its pixels are stored; errors as in :func:`mask_of`."""
     return _read_mask(path)[0]
 
 

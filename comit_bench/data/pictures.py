@@ -60,11 +60,7 @@ def _coverage(split: Split) -> list[str]:
 
 
 def write_histograms(data: OpenData, target: Path) -> Path:
-    """One PNG with a row of histograms per heading: the most frequent entries, and all counts by rank.
-
-    Raises:
-        BenchError: The picture cannot be written.
-    """
+    """One PNG with a row of histograms per heading: the most frequent entries, and all counts by rank."""
     counted = {name: counts_of(data, split) for name, split in data.splits.items() if len(split)}
     headings = list(dict.fromkeys(h for counts in counted.values() for h in counts))
     figure = Figure(figsize=(15, 1.2 + 4.6 * len(headings)), layout="constrained")
@@ -156,9 +152,6 @@ def write_samples(
         split: Which split; None: the last one (val).
         seed: Another seed shows others.
         regions: Image id -> relations with their boxes, which are drawn.
-
-    Raises:
-        BenchError: The picture cannot be written.
     """
     chosen = data.splits[split if split is not None else list(data.splits)[-1]]
     rows = choose(chosen, seed=seed)

@@ -22,8 +22,8 @@ from comit_bench.data.images import upright
 from comit_bench.data.split import PathList, Split
 from comit_bench.data.tokens.store import TokenStore
 from comit_bench.data.tokens.token_file import (
-    Origin,
     TokenFile,
+    TokenOrigin,
     output_names,
     read_token_file,
     token_file_bytes,
@@ -178,9 +178,9 @@ def _canonical(tokenizer: Tokenizer, policy: str | None) -> str | None:
     return None
 
 
-def _origin(tokenizer: Tokenizer, policy: str | None, seed: int) -> Origin:
+def _origin(tokenizer: Tokenizer, policy: str | None, seed: int) -> TokenOrigin:
     info = tokenizer.info
-    return Origin(
+    return TokenOrigin(
         tokenizer=info.name,
         family=info.family,
         weights=info.weights,
@@ -231,12 +231,13 @@ def _export(
     )
 
 
-def _refuse_another(output: Path, origin: Origin, names: set[str]) -> None:
+def _refuse_another(output: Path, origin: TokenOrigin, names: set[str]) -> None:
     """Before the work: a file that exists must be what this command made, or begins to make again."""
     try:
         there = read_token_file(output)
         same = (
-            there.origin == Origin.from_metadata(origin.metadata()) and {*there.names, *there.broken} == names
+            there.origin == TokenOrigin.from_metadata(origin.metadata())
+            and {*there.names, *there.broken} == names
         )
     except (CorruptFileError, UsageError):
         same = False
@@ -256,7 +257,7 @@ def _write(output: Path, content: bytes, *, overwrite: bool) -> None:
                 ) from error
 
 
-def check_origin(tokenizer: Tokenizer, origin: Origin, path: Path) -> None:
+def check_origin(tokenizer: Tokenizer, origin: TokenOrigin, path: Path) -> None:
     """Refuse to decode tokens that another tokenizer made; say so when only its code has changed."""
     info = tokenizer.info
     fields = ["family", "weights", "message_length", "vocab_size", "code_dim", "resolution"]

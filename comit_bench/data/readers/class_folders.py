@@ -72,17 +72,7 @@ def read_class_folders(
 ) -> Reading:
     """Classes, splits, and id -> what stands where an image should be.
 
-    Args:
-        recipe: The dataset's recipe.
-        folder: Where the dataset was found.
-        class_list: Replaces the recipe's own list of classes.
-        cache: Cache directory, for listings of shards.
-        progress: Show progress bars.
-
-    Raises:
-        MissingError: A split, a class or the labels of a flat split are not there.
-        CorruptFileError: A class folder without images, or label files that contradict themselves.
-        UsageError: A class list that cannot be used.
+    ``class_list`` replaces the recipe's own list of classes; ``cache`` is for listings of shards.
     """
     spec = recipe.spec
     if class_list is None and spec.class_list is not None:
@@ -172,8 +162,6 @@ def _as_split(name: str, place: Path, samples: list[_Sample]) -> Split:
 
 @dataclass(frozen=True, slots=True)
 class _ClassFolders:
-    """The reader for ``<split>/<class>/*`` and ImageNet's flat validation folder."""
-
     spec: DatasetSpec
     folder: Path
     classes: tuple[str, ...]

@@ -91,12 +91,7 @@ def find_archive(spec: DatasetSpec, folder: Path, name: str) -> list[Path]:
 
 
 def find_encoded(spec: DatasetSpec, folder: Path, cache: Path) -> dict[str, Encoded]:
-    """Split -> its archive, for the splits that no folder holds.
-
-    Raises:
-        MissingError: The library for hub copies is not installed.
-        CorruptFileError: A shard is damaged.
-    """
+    """Split -> its archive, for the splits that no folder holds."""
     found: dict[str, Encoded] = {}
     for name in spec.splits:
         archive = find_archive(spec, folder, name)
@@ -138,13 +133,10 @@ def read_encoded(
     classes: tuple[str, ...],
     official: Callable[[], Callable[[str], str | None]],
 ) -> Split:
-    """One split from an archive; its contents are not read yet.
+    """One split from an archive; images of other classes are left out, and nothing is read yet.
 
-    Args:
-        name: The split.
-        source: The archive.
-        classes: The class list; images of other classes are left out.
-        official: Called when an official validation name turns up; gives the function from names to classes.
+    ``official`` is called when an official validation name turns up; it gives the function from names to
+    classes.
     """
     labels = {c: i for i, c in enumerate(classes)}
     by_label = _class_by_label(source)

@@ -47,11 +47,7 @@ GIVEN = "ids of "  # prefix of the sources that list image ids
 
 
 def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
-    """Annotation files, alias files that exist, and lists of ids when the recipe names some.
-
-    Raises:
-        MissingError: One that is needed is not there.
-    """
+    """Annotation files, alias files that exist, and lists of ids when the recipe names some."""
     found = {}
     for what, names in FILES.items():
         candidates = spec.labels.get(what, names)
@@ -377,9 +373,6 @@ def regions(
 
     Returns:
         Image id -> first occurrences that pass the area filter, in the order asked for.
-
-    Raises:
-        MissingError: An annotation file is not there. CorruptFileError: It is not one.
     """
     found = sources(spec, folder)
     pictures = _images(found["image_data"])

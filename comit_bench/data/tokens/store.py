@@ -217,11 +217,7 @@ class TokenStore(ShardStore[TokenLayout]):
         return not self.missing_shards()
 
     def require_room(self, shards: Sequence[int]) -> None:
-        """Refuse to begin what will not fit on the disk.
-
-        Raises:
-            BenchError: The messages of these shards need more than is free.
-        """
+        """Refuse to begin when the messages of these shards will not fit on the disk."""
         rows = sum(len(self.shard_range(shard)) for shard in shards)
         if rows:
             need = self.layout.nbytes * rows // self.layout.count
