@@ -218,9 +218,7 @@ def inside(
 def check_url(url: str, *, checked: bool = False) -> None:
     """Refuse an address from which anybody on the way could hand over something else.
 
-    Args:
-        url: ``https``; ``http`` only from this machine or for content that is compared with a checksum.
-        checked: Whether it is.
+    Only ``https`` will do; ``http`` from this machine, or for content that is ``checked`` with a checksum.
     """
     try:
         parts = urlsplit(url)
@@ -574,12 +572,7 @@ def check_folder(folder: Path) -> None:
 
 
 def require_file(path: Path) -> None:
-    """The same for one file that is to be written, or replaced.
-
-    Raises:
-        UsageError: A folder or special file has this name.
-        BenchError: See :func:`require_folder`.
-    """
+    """The same for one file that is to be written, or replaced."""
     refuse_special(path)
     if path.is_dir():
         raise UsageError(f"{path}: this is a folder; give the name of a file in it")
@@ -587,13 +580,9 @@ def require_file(path: Path) -> None:
 
 
 def require_room(folder: Path, need: int, what: str, *, advice: str = "") -> None:
-    """Refuse to begin what will not fit on the disk.
+    """Refuse to begin what needs more bytes than are free where ``folder``, which exists, lies.
 
-    Args:
-        folder: Where it goes; exists.
-        need: Bytes.
-        what: Begins the message, e.g. "the tokens of 1000 images need".
-        advice: What else could be done, ends it.
+    ``what`` begins the message, e.g. "the tokens of 1000 images need"; ``advice`` ends it.
     """
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -626,12 +615,7 @@ def digest_json(value: object) -> str:
 
 
 def user_path(text: str | Path, what: str = "path") -> Path:
-    """A path as a person writes it, where ``~`` is their home; whether something is there does not matter.
-
-    Args:
-        text: The path.
-        what: What it is, for the message, e.g. ``--output``.
-    """
+    """A path as a person writes it, where ``~`` is their home; messages call it ``what``."""
     if not str(text) or "\0" in str(text):
         raise UsageError(f"{what} {shown(str(text))}: {'empty' if not str(text) else 'a NUL in it'}, no path")
     try:

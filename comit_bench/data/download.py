@@ -182,10 +182,6 @@ def unpack(archive: Path, folder: Path, creates: str) -> None:
     An archive may hold ``creates`` itself, hold it below other folders, or hold its content. A folder that
     is not there yet appears whole; files that go into an existing one do so one by one, and
     :func:`is_done` says no until all have.
-
-    Raises:
-        CorruptFileError: Damaged, or a member that would leave the folder.
-        BenchError: Disk full or not writable.
     """
     begun = archive.with_name(f"{archive.name}.unpacking")
     unpacked = archive.with_name(f"{archive.name}.content")

@@ -192,7 +192,3 @@ class OpenData:
         if bad > self.max_broken * total:
             told.append(f"{bad:,} of {total:,} images are missing or broken")
         return told
-
-    def split_fingerprint(self, name: str) -> str:
-        """``sha256:<hex>`` over the ids, contents and labels of one split."""
-        return self.fingerprints[name]

@@ -181,7 +181,7 @@ def _fit(job: Job, options: Mapping[str, Any], session: Session) -> Tokenizer:
         session.reporter.stop()
 
     key = {
-        "data": data.split_fingerprint(name),
+        "data": data.fingerprints[name],
         "selection": settings.selection,
         "preprocessing": preprocessing,
     }

@@ -20,12 +20,7 @@ DEEPEST = 64  # levels of a YAML file
 
 
 def read_text(path: Path, *, most: int = LARGE_TEXT) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
-
-    Args:
-        path: The file.
-        most: Bytes that it may have.
-    """
+    """The text of a UTF-8 file of at most ``most`` bytes, without a byte order mark."""
     try:
         if not path.is_file():
             if path.exists() or path.is_symlink():
@@ -103,11 +98,7 @@ _PlainLoader.yaml_implicit_resolvers = {
 def parse_yaml(text: str, where: object) -> Any:
     """The value of a YAML text, made of what JSON has: null, truth, numbers, text, lists and mappings.
 
-    Keys and dates are text. Anchors are refused: they can make a small file endless.
-
-    Args:
-        text: The text.
-        where: File or place, for the message.
+    Keys and dates are text. Anchors are refused: they can make a small file endless. Messages name ``where``.
     """
     try:
         value = _PlainLoader(text).get_single_data()
@@ -146,13 +137,7 @@ def _check_plain(value: Any) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file that a person wrote, see :func:`parse_yaml`.
-
-    Raises:
-        MissingError: No such file.
-        UsageError: Not such a file.
-        BenchError: The system cannot read it.
-    """
+    """The value of a YAML file that a person wrote, see :func:`parse_yaml`; UsageError for any other."""
     try:
         return parse_yaml(read_text(path, most=SMALL_TEXT), path)
     except CorruptFileError as error:

@@ -235,7 +235,7 @@ class _Meter:
         data = self.inputs.data
         key = {
             "format": REFERENCE_FORMAT,
-            "data": data.split_fingerprint(self.role.split.name),
+            "data": data.fingerprints[self.role.split.name],
             "ids": digest_json(self.role.ids),
             "preprocessing": self.role.split.preprocessing(self.inputs.the_tokenizer().info.preprocessing),
             "features": perceptual.feature_identity(self.spec.features),

@@ -134,7 +134,7 @@ def test_every_validation_layout_gives_the_same_samples(root: Path, write: Calla
     write_foldered(root / "imagenet", "validation")
     foldered = opened(root)
     assert foldered.fingerprint == data.fingerprint
-    assert foldered.split_fingerprint("val") == data.split_fingerprint("val")
+    assert foldered.fingerprints["val"] == data.fingerprints["val"]
 
 
 def test_folders_files_and_order(root: Path) -> None:
@@ -181,8 +181,8 @@ def test_fingerprint_sees_added_renamed_resized_files(root: Path) -> None:
     (folder / "new.webp").write_bytes(b"")
     last = opened(root)
     assert len({*prints, last.fingerprint}) == 4
-    assert last.split_fingerprint("train") != first.split_fingerprint("train")
-    assert last.split_fingerprint("val") == first.split_fingerprint("val")
+    assert last.fingerprints["train"] != first.fingerprints["train"]
+    assert last.fingerprints["val"] == first.fingerprints["val"]
 
 
 def test_missing_root_folder_and_split(root: Path, tmp_path: Path) -> None:
