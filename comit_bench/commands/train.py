@@ -37,7 +37,7 @@ def train(
 
     On several GPUs or nodes: `torchrun --nproc-per-node N -m comit_bench.train …` or `accelerate launch`.
     """
-    from comit_bench.train.config import TrainConfig, load_run
+    from comit_bench.train.config import TrainConfig, load_config
 
     set_up_logging()
     if list_presets:
@@ -45,7 +45,7 @@ def train(
         return
     if config is None:
         raise UsageError("--config is missing: name a preset or file, see --list")
-    settings = load_run(config, tuple(overrides or ()))
+    settings = load_config(config, tuple(overrides or ()))
     # for model cards; where the files lie changes nothing
     told = [text for text in overrides or () if not text.startswith("output=")]
     check_folder(Path(settings.output))
@@ -135,7 +135,7 @@ def _plan(config: AnyRun, device: str) -> str:
     from comit_bench.train.board import check_tensorboard
     from comit_bench.train.config import TrainConfig
     from comit_bench.train.data import open_images
-    from comit_bench.train.setup import check_device, check_spec, divide
+    from comit_bench.train.setup import check_device, divide
 
     check_tensorboard(config.tensorboard)
     check_device(config, device)
@@ -143,7 +143,6 @@ def _plan(config: AnyRun, device: str) -> str:
     work = divide(config, ranks)
     lines = []
     if isinstance(config, TrainConfig):
-        check_spec(config.model.spec())
         train_images, held = open_images(config)
         lines = [
             f"# {len(train_images.ids)} training and {len(held.ids)} validation images",

@@ -18,7 +18,6 @@ Shape legend: ``n`` images, ``D1`` / ``D2`` vector sizes, ``X`` image tokens.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,18 +34,14 @@ from comit_bench.data.digests import file_digests
 from comit_bench.data.tokens.shards import Array, ShardStore, SharedWork
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError
-from comit_bench.files import cache_root
+from comit_bench.files import cache_root, require_room
 from comit_bench.nn.teachers import Teacher, TeacherFeatures
 from comit_bench.train.config import TeacherConfig
-from comit_bench.train.data import FolderImages, Images, MemoryImages
+from comit_bench.train.data import FolderImages, Images, to_pixels
 from comit_bench.train.sources import DecodedImages
 
 BATCH = 64  # images per read; on a GPU also per call of the teacher
 SHARD_BYTES = 2**27
-
-
-def _pixels(images: Tensor, device: torch.device) -> Tensor:
-    return images.to(device, non_blocking=True).float().div(255).sub(0.5).div(0.5)
 
 
 def compute_features(teacher: Teacher, images: Tensor) -> TeacherFeatures:
@@ -67,10 +62,7 @@ def images_digest(source: Images) -> str:
         MissingError: A file vanished.
     """
     digest = hashlib.sha256()
-    if isinstance(source, MemoryImages):
-        digest.update("\n".join(source.ids).encode())
-        digest.update(source.images.contiguous().numpy().data)
-    elif isinstance(source, FolderImages):
+    if isinstance(source, FolderImages):
         _add(digest, source.recipe, source.ids, file_digests(source.root, source.ids, cache=cache_root()))
     elif isinstance(source, DecodedImages):
         rows = source.rows.tolist()
@@ -151,27 +143,20 @@ class FeatureStore(ShardStore[FeatureLayout]):
     def check_room(self) -> None:
         """Refuse to begin what will not fit."""
         need = self.layout.nbytes(sum(len(self.shard_range(i)) for i in self.missing()))
-        free = shutil.disk_usage(self.directory).free
-        if need > free:
-            half = ", teacher.cache_dtype=float16 needs half" if self.layout.dtype == "float32" else ""
-            raise BenchError(
-                f"teacher.cache=disk: the features of {self.layout.count} images need {need / 1e9:.1f} GB, "
-                f"but {free / 1e9:.1f} GB are free in {self.directory}. Free some space, set "
-                f"COMIT_BENCH_CACHE to another disk{half}, or use teacher.cache=none."
-            )
+        what = f"teacher.cache=disk: the features of {self.layout.count} images need"
+        half = ", use teacher.cache_dtype=float16 (half)" if self.layout.dtype == "float32" else ""
+        require_room(self.directory, need, what, advice=f"{half}, or use teacher.cache=none")
 
-    def verify(self, shards: Sequence[int]) -> list[int]:
-        """Check these shards byte by byte; damaged ones are removed. Returns those without a file then."""
-        wanting = []
-        for shard in shards:
-            try:
-                self._load(shard, check=True)
-            except FileNotFoundError:
-                wanting.append(shard)
-            except CorruptFileError:
-                self.shard_path(shard).unlink(missing_ok=True)
-                wanting.append(shard)
-        return wanting
+    def _is_whole(self, shard: int) -> bool:
+        """Whether a shard is there and every byte is right; a damaged one is removed."""
+        try:
+            self._load(shard, check=True)
+        except FileNotFoundError:
+            return False
+        except CorruptFileError:
+            self.shard_path(shard).unlink(missing_ok=True)
+            return False
+        return True
 
     def fill(
         self,
@@ -206,8 +191,7 @@ class FeatureStore(ShardStore[FeatureLayout]):
         """
         self.remove_stale()
         mine = range(rank, self.num_shards, ranks)
-        wanting = self.verify(mine)
-        todo = [shard for shard in mine if shard in wanting or self._forget_if_mended(shard, source)]
+        todo = [shard for shard in mine if not self._is_whole(shard) or self._forget_if_mended(shard, source)]
         total = sum(len(self.shard_range(shard)) for shard in todo)
         work = SharedWork(todo, self.shard_path, "the teacher's features")
         made = 0
@@ -267,7 +251,7 @@ class FeatureStore(ShardStore[FeatureLayout]):
                     pixels.append(image)
                     places.append(place)
             if pixels:
-                done = compute_features(teacher, _pixels(torch.stack(pixels), device))
+                done = compute_features(teacher, to_pixels(torch.stack(pixels), device))
                 with np.errstate(over="ignore"):  # becomes infinite, which is refused below
                     tensors["cls"][places] = done.cls.cpu().numpy()
                     tensors["patches"][places] = done.patches.cpu().numpy()
