@@ -296,7 +296,7 @@ def test_alignment_with_a_teacher_is_logged(tmp_path: Path) -> None:
     assert parts["flow"] < parts["loss"] < parts["flow"] + 0.25 * (parts["repa"] + parts["srepa"])
     with pytest.raises(MissingError, match="teacher"):
         train(tmp_path / "b", *weights, "teacher.name=scenes-teacher", f"teacher.path={tmp_path}/none")
-    with pytest.raises(UsageError, match="weights do not fit"):
+    with pytest.raises(UsageError, match="this checkpoint does not fit ScenesTeacherNet"):
         (tmp_path / "teacher" / "config.json").write_text(json.dumps({**asdict(spec), "dim": spec.dim * 2}))
         train(tmp_path / "b", *weights, *teacher)
 
