@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -17,12 +18,15 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.resources import files
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any
+from urllib.parse import urlsplit
+
+from platformdirs import user_cache_path
 
 from comit_bench.errors import BenchError, CorruptFileError, UsageError, shown
 
@@ -54,8 +58,6 @@ def cache_root() -> Path:
         if not override.isprintable():  # it stands in messages, and in files that are UTF-8
             raise UsageError(f"{CACHE_VARIABLE} {shown(override)}: expected a path in readable letters")
         return user_path(override, CACHE_VARIABLE)
-    from platformdirs import user_cache_path
-
     lost = os.environ.get("HOME") == "" and not os.environ.get("XDG_CACHE_HOME")
     with suppress(RuntimeError, KeyError, OSError):  # its versions differ about users without a home
         root = user_cache_path("comit_bench")
@@ -69,8 +71,6 @@ def cache_root() -> Path:
 
 def shipped_weights(name: str) -> Path:
     """The directory of trained weights that come with the package."""
-    from importlib.resources import files
-
     directory = Path(str(files("comit_bench"))) / "weights" / name
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory}: no weights of this name come with comit_bench")
@@ -218,12 +218,8 @@ def inside(
 def check_url(url: str, *, checked: bool = False) -> None:
     """Refuse an address from which anybody on the way could hand over something else.
 
-    Args:
-        url: ``https``; ``http`` only from this machine or for content that is compared with a checksum.
-        checked: Whether it is.
+    Only ``https`` will do; ``http`` from this machine, or for content that is ``checked`` with a checksum.
     """
-    from urllib.parse import urlsplit
-
     try:
         parts = urlsplit(url)
         host = parts.hostname
@@ -234,26 +230,6 @@ def check_url(url: str, *, checked: bool = False) -> None:
         raise UsageError(
             f"{url}: only https addresses are downloaded (http where a checksum says what must arrive)"
         )
-
-
-def open_url(url: str, headers: Mapping[str, str], *, timeout: float, checked: bool = False) -> Any:
-    """Ask for an address, as ``urllib.request.urlopen``; redirections obey :func:`check_url` too.
-
-    Raises:
-        UsageError: See :func:`check_url`.
-        OSError: As ``urlopen``.
-    """
-    from urllib.request import HTTPRedirectHandler, Request, build_opener
-
-    class Checking(HTTPRedirectHandler):
-        def redirect_request(
-            self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
-        ) -> Any:
-            check_url(newurl, checked=checked)
-            return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    check_url(url, checked=checked)
-    return build_opener(Checking).open(Request(url, headers=dict(headers)), timeout=timeout)
 
 
 # ----------------------------------------------------------------- locks
@@ -568,17 +544,20 @@ def write_atomic(target: Path, content: bytes | str, *, durable: bool = True, re
         temporary.write_bytes(data)
 
 
+def _nearest(path: Path) -> Path:
+    """The path itself, or the first above it where something is."""
+    path = path.absolute()
+    return next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+
+
 def require_folder(folder: Path) -> None:
     """Make sure, before any work, that files can be written to a folder, or that it can be made.
 
     Raises:
         BenchError: Not writable, full, or something else is in its place; says which option chooses another.
     """
-    there = folder.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
     try:
-        with private_folder(there) as place:
+        with private_folder(_nearest(folder)) as place:
             (place / NEW).write_bytes(bytes(4096))
             _sync_one(place / NEW)
     except OSError as error:
@@ -587,20 +566,13 @@ def require_folder(folder: Path) -> None:
 
 def check_folder(folder: Path) -> None:
     """The part of :func:`require_folder` that writes nothing."""
-    there = folder.absolute()
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent
+    there = _nearest(folder)
     if not there.is_dir():
         raise UsageError(f"{folder}: {there} is not a folder. Choose another name.")
 
 
 def require_file(path: Path) -> None:
-    """The same for one file that is to be written, or replaced.
-
-    Raises:
-        UsageError: A folder or special file has this name.
-        BenchError: See :func:`require_folder`.
-    """
+    """The same for one file that is to be written, or replaced."""
     refuse_special(path)
     if path.is_dir():
         raise UsageError(f"{path}: this is a folder; give the name of a file in it")
@@ -608,13 +580,9 @@ def require_file(path: Path) -> None:
 
 
 def require_room(folder: Path, need: int, what: str, *, advice: str = "") -> None:
-    """Refuse to begin what will not fit on the disk.
+    """Refuse to begin what needs more bytes than are free where ``folder``, which exists, lies.
 
-    Args:
-        folder: Where it goes; exists.
-        need: Bytes.
-        what: Begins the message, e.g. "the tokens of 1000 images need".
-        advice: What else could be done, ends it.
+    ``what`` begins the message, e.g. "the tokens of 1000 images need"; ``advice`` ends it.
     """
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -642,19 +610,12 @@ def sha256_file(path: Path) -> str:
 
 def digest_json(value: object) -> str:
     """``sha256:<hex>`` of the canonical JSON of ``value`` (sorted keys)."""
-    import json
-
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def user_path(text: str | Path, what: str = "path") -> Path:
-    """A path as a person writes it, where ``~`` is their home; whether something is there does not matter.
-
-    Args:
-        text: The path.
-        what: What it is, for the message, e.g. ``--output``.
-    """
+    """A path as a person writes it, where ``~`` is their home; messages call it ``what``."""
     if not str(text) or "\0" in str(text):
         raise UsageError(f"{what} {shown(str(text))}: {'empty' if not str(text) else 'a NUL in it'}, no path")
     try:

@@ -17,24 +17,21 @@ from comit_bench.commands import figure as figure_command
 from comit_bench.commands import tokens as token_command
 from comit_bench.commands.compare import compare
 from comit_bench.commands.console import guarded
-from comit_bench.commands.options import DataRoot, Include, as_path, comma_separated
-from comit_bench.commands.paper import paper
-from comit_bench.commands.run import (
-    run,
+from comit_bench.commands.options import (
+    DataRoot,
+    Include,
+    as_path,
+    comma_separated,
+    command_group,
+    run_alone,
 )
+from comit_bench.commands.paper import paper
+from comit_bench.commands.run import run
 from comit_bench.commands.sweep import sweep
 from comit_bench.commands.train import train
 from comit_bench.commands.weights import app as weights_app
 
-app = typer.Typer(
-    name="comit-bench",
-    help="What do the tokens of 1D discrete image tokenizers mean? From images to a table.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
+app = command_group("What do the tokens of 1D discrete image tokenizers mean? From images to a table.")
 app.command(name="run")(run)
 app.command(name="sweep")(sweep)
 app.command(name="train")(train)
@@ -61,14 +58,11 @@ def ls(
 
 
 @app.command(name="doctor")
-def doctor(
-    data_root: DataRoot = None,
-) -> None:
+def doctor(data_root: DataRoot = None) -> None:
     """Say what is installed, found and missing, and how to get what is missing."""
     from comit_bench.commands.listing import examine
-    from comit_bench.commands.options import data_root_from
 
-    raise typer.Exit(examine(data_root_from(data_root)))
+    raise typer.Exit(examine(data_root))
 
 
 @app.command(name="validate")
@@ -181,14 +175,12 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main() -> None:
     """Entry point of the console script."""
-    guarded(lambda: app(standalone_mode=True))
+    guarded(app)
 
 
 def main_run() -> None:
     """Entry point of ``python -m comit_bench.run``."""
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command()(run)
-    guarded(lambda: single(prog_name="python -m comit_bench.run"))
+    run_alone(run, "python -m comit_bench.run")
 
 
 if __name__ == "__main__":

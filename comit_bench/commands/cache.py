@@ -18,10 +18,11 @@ from typing import Annotated, Any
 
 import typer
 
+from comit_bench.commands.options import command_group
 from comit_bench.errors import BenchError, UsageError, did_you_mean
 from comit_bench.files import LOCK, cache_root, explain_write_error, remove_folder, try_lock
 
-app = typer.Typer(help="List the cache and make room in it.", no_args_is_help=True, rich_markup_mode=None)
+app = command_group("List the cache and make room in it.")
 
 # Kind -> what marks one thing of it below the folder of that name, and whether that is the folder around it.
 MARKS = {

@@ -1,8 +1,7 @@
 """``comit-bench cost``: arithmetic and processor time of every tokenizer with a network, as Markdown.
 
-A module rather than a test, because it answers a question that users have about their own machine and
-their own choice of names; its output is ``results/reference/cost.md``, and a test compares that file with
-a fresh count. Random weights: arithmetic does not depend on them.
+Its output is ``results/reference/cost.md``, and a test compares that file with a fresh count. Random weights:
+arithmetic does not depend on them.
 
 FLOPs are counted on the meta device, where a network of any size costs neither memory nor time, through the
 adapters themselves, so what is counted is what runs. Processor time is that of one thread and one image.
@@ -16,15 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.tokenizers.base import TILE, Tokenizer, Tokens, tile_rows
+from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.registry import TokenizerEntry, builtin
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from comit_bench.tokenizers.base import Tokenizer, Tokens
 
 # Further rows of a preset: settings that change its cost by much.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -99,20 +99,16 @@ def _settings(tokenizer: Any, entry: TokenizerEntry) -> str:
     return ", ".join(words) or "–"
 
 
-def _images(tokenizer: Tokenizer, count: int, device: str) -> Tensor:
-    import torch
-
+def _tile(tokenizer: Tokenizer) -> Tensor:
+    """Images on the meta device, as many as every adapter computes at once."""
     side = tokenizer.info.resolution
-    return torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
+    return torch.zeros(TILE, 3, side, side, dtype=torch.uint8, device="meta")
 
 
 def count(entry: TokenizerEntry, options: dict[str, Any]) -> Cost:
     """FLOPs per image, in the tiles of 8 images that every adapter computes in."""
-    from comit_bench.tokenizers.base import TILE
-    from comit_bench.tokenizers.load import load_tokenizer
-
     tokenizer: Any = load_tokenizer(entry.name, weights="random", device="meta", offline=True, **options)
-    images = _images(tokenizer, TILE, "meta")
+    images = _tile(tokenizer)
     encode, tokens = gflop(lambda: tokenizer.encode(images))
     decode, _ = gflop(lambda: tokenizer.decode(tokens, seeds=range(TILE)))
     return Cost(
@@ -143,10 +139,6 @@ def _least(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def gflop(work: Callable[[], Any]) -> tuple[float, Any]:
     """GFLOP per image of the second run, see :func:`_least`, and the result."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from comit_bench.tokenizers.base import TILE
-
     work()
     with FlopCounterMode(display=False) as counter:
         result = work()
@@ -155,20 +147,12 @@ def gflop(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def encode_gflop(tokenizer: Tokenizer, policy: str) -> float:
     """Of one image under a cropping policy, for a tokenizer on the meta device."""
-    import torch
-
-    from comit_bench.tokenizers.base import TILE
-
-    streams, images = [torch.Generator() for _ in range(TILE)], _images(tokenizer, TILE, "meta")
+    streams, images = [torch.Generator() for _ in range(TILE)], _tile(tokenizer)
     return gflop(lambda: tokenizer.encode(images, policy=policy, generators=streams))[0]
 
 
 def step_gflop(tokenizer: Any) -> float:
     """What an adaptive policy spends between two crops: COMiT's one-step decoding of what it has sent."""
-    import torch
-
-    from comit_bench.tokenizers.base import TILE
-
     info, noise = tokenizer.info, torch.stack([tokenizer.noise(0)] * TILE)
     codes = torch.empty(TILE, info.message_length, info.code_dim)
     return gflop(lambda: tokenizer.one_step(codes, torch.zeros(TILE, 2), noise))[0]
@@ -176,8 +160,6 @@ def step_gflop(tokenizer: Any) -> float:
 
 def rate() -> float:
     """float32 GFLOP per processor second of a large product."""
-    import torch
-
     a = torch.ones(1024, 1024)
     return float(2 * 1.024**3 / _least(lambda: a @ a)[0])
 
@@ -187,18 +169,8 @@ def measure(
 ) -> tuple[float | str, float | str]:
     """Processor seconds of encoding and decoding one image, or why they were not measured.
 
-    Args:
-        entry: The preset.
-        options: Its options.
-        cost: What was counted.
-        limit: Longest time that one image may take, in seconds.
-        memory: Largest size of the weights, in GB.
+    Images that take longer than ``limit`` seconds and weights of more than ``memory`` GB are not run.
     """
-    import torch
-
-    from comit_bench.tokenizers.base import tile_rows
-    from comit_bench.tokenizers.load import load_tokenizer
-
     if cost.weights_gb > memory:
         return (f"not run: {cost.weights_gb:.0f} GB of weights",) * 2
     speed, late = rate(), "not run: would take about {:.0f} s"
@@ -275,8 +247,6 @@ def table(
         memory: GB that weights may take.
         timed: Whether processor time is measured at all.
     """
-    import torch
-
     rows = chosen(names)
     torch.set_num_threads(1)
     yield _line(HEAD)
@@ -296,8 +266,6 @@ def table(
 
 def heading(command: str) -> str:
     """What stands above the table: how it was made, and on what."""
-    import torch
-
     today = time.strftime("%Y-%m-%d")
     return (
         "# Cost of one image\n\n"

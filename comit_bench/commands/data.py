@@ -9,33 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from comit_bench.commands.options import DataRoot, Include, as_path
+from comit_bench.commands.console import say, set_up_logging
+from comit_bench.commands.options import DataRoot, Include, Quiet, as_path, command_group
 
 if TYPE_CHECKING:
     from comit_bench.recipes.specs import DatasetSpec, Recipe
 
-app = typer.Typer(help="Build, look at and download data sets.", no_args_is_help=True, rich_markup_mode=None)
+app = command_group("Build, look at and download data sets.")
 
 Name = Annotated[str, typer.Argument(help="A data set; `comit-bench ls datasets` lists them.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
 def _recipe(name: str, include: list[Path] | None) -> Recipe[DatasetSpec]:
-    from comit_bench.commands.console import set_up_logging
     from comit_bench.recipes.specs import find_datasets, pick
 
     set_up_logging()
     return pick(name, find_datasets(tuple(include or ())), "data set")
-
-
-def _root(option: Path | None) -> Path | None:
-    from comit_bench.commands.options import data_root_from
-
-    return data_root_from(option)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 def _steps(recipe: Recipe[DatasetSpec]) -> str:
@@ -68,7 +57,7 @@ def build(
     require_folder(cache_root())
     data, report, broken = build_dataset(
         recipe,
-        data_root=_root(data_root),
+        data_root=data_root,
         cache=cache_root(),
         workers=workers,
         check_images=check_images,
@@ -106,7 +95,7 @@ def show(
     recipe = _recipe(name, include_path)
     for folder in (output, cache_root()):
         require_folder(folder)
-    data = open_dataset(recipe, data_root=_root(data_root), cache=cache_root(), progress=not quiet)
+    data = open_dataset(recipe, data_root=data_root, cache=cache_root(), progress=not quiet)
     if split is not None and split not in data.splits:
         raise UsageError(f"{name} has no split {split!r}.{did_you_mean(split, data.splits)}")
     shown = data.splits[split if split is not None else list(data.splits)[-1]]
@@ -141,13 +130,12 @@ def download(
     if recipe.spec.generator is not None:
         sys.stdout.write(f"{name} is made on this machine at first use; nothing is downloaded\n")
         return
-    root = _root(data_root)
     if not recipe.spec.downloads:
-        _say(f"{name} cannot be downloaded by a program:")
+        say(f"{name} cannot be downloaded by a program:")
         sys.stdout.write(_steps(recipe) + "\n")
         return
-    if root is None:
+    if data_root is None:
         raise UsageError("where to? Pass --data-root DIR, or set COMIT_BENCH_DATA=DIR")
-    folder = root / recipe.spec.folder
-    fetch(recipe.spec, folder, keep=keep, progress=not quiet, say=_say)
+    folder = data_root / recipe.spec.folder
+    fetch(recipe.spec, folder, keep=keep, progress=not quiet, say=say)
     sys.stdout.write(f"{folder}\n")

@@ -6,54 +6,60 @@ One short function per figure, in alphabetical order; what is computed and drawn
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from comit_bench.commands.options import as_path
+from comit_bench.commands.console import (
+    DEFAULT_TOKENIZER,
+    INTERRUPTED,
+    Bars,
+    Interrupts,
+    say,
+    say_default,
+    set_up_logging,
+)
+from comit_bench.commands.options import Device, Policy, Quiet, Weights, as_path, command_group
+from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.files import require_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from comit_bench.tokenizers.base import Tokenizer
 
-app = typer.Typer(
-    help="Draw figures of messages (PDF and PNG).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = command_group("Draw figures of messages (PDF and PNG).")
 
-
-@dataclass(frozen=True, slots=True)
-class FigureEntry:
-    """One line of ``comit-bench figure ls``: what a figure shows and what a tokenizer must be able to do."""
-
-    name: str
-    shows: str
-    needs: str
-
-
+# What ``comit-bench figure ls`` says each needs.
 DECODE, ATTENTION, COMIT, TOKENS = "decode", "attention", "COMiT only", "any tokenizer"
 VOCABULARY, RECORDS = "a vocabulary", "records"
-FIGURES: tuple[FigureEntry, ...] = (
-    FigureEntry("attention", "maps of the tokens that cover the object best, overlap by layer", ATTENTION),
-    FigureEntry("bottleneck", "probe accuracy and PSNR by size of the message", RECORDS),
-    FigureEntry("codebook", "entropy per position, use of ids, what positions share", VOCABULARY),
-    FigureEntry("counterfactual", "scenes with one thing changed, and the tokens that change", TOKENS),
-    FigureEntry("edit", "tokens swapped between two images, decoded", DECODE),
-    FigureEntry("evolution", "what a message knows after each crop, and its error by region", COMIT),
-    FigureEntry("maps", "where single tokens look, without masks", ATTENTION),
-    FigureEntry("neighbours", "images and those with the nearest messages", TOKENS),
-    FigureEntry("policies", "reconstructions by cropping policy, and PSNR by number of crops", COMIT),
-    FigureEntry("reconstruction", "originals beside the reconstructions of several tokenizers", DECODE),
-    FigureEntry("sweeps", "Fréchet distance and PSNR by steps, guidance, policy and message size", RECORDS),
-)
+NEEDS = {
+    "attention": ATTENTION,
+    "bottleneck": RECORDS,
+    "codebook": VOCABULARY,
+    "counterfactual": TOKENS,
+    "edit": DECODE,
+    "evolution": COMIT,
+    "maps": ATTENTION,
+    "neighbours": TOKENS,
+    "policies": COMIT,
+    "reconstruction": DECODE,
+    "sweeps": RECORDS,
+}
+
+
+def _writable(param: typer.CallbackParam, folder: Path) -> Any:
+    """A path where files can be written: known before the work, not after it."""
+    path = as_path(param, folder)
+    require_folder(path)
+    return path
+
 
 One = Annotated[
     str | None,
@@ -63,42 +69,27 @@ One = Annotated[
         help="Name, hub id or checkpoint directory of the tokenizer. [default: comit-nano]",
     ),
 ]
-Several = Annotated[
-    list[str] | None,
-    typer.Option("--tokenizer", "-t", help="May be repeated, a row each. [default: comit-nano]"),
-]
-Images = Annotated[
+Source = Annotated[
     str,
     typer.Option(
         help="'scenes' (embedded), a folder of images, searched recursively, or a data set below "
         "COMIT_BENCH_DATA, e.g. cssd."
     ),
 ]
-
-
-def _writable(param: typer.CallbackParam, folder: Path) -> Any:
-    """A path where files can be written: known before the work, not after it."""
-    from comit_bench.files import require_folder
-
-    path = as_path(param, folder)
-    require_folder(path)
-    return path
-
-
 Output = Annotated[Path, typer.Option(callback=_writable, help="The PDF and the PNG go here.")]
-Policy = Annotated[str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")]
+Results = Annotated[
+    Path, typer.Option(callback=as_path, help="Where `comit-bench run` or `sweep` left its records.")
+]
 Count = Annotated[int, typer.Option(min=1, help="How many images.")]
 Seed = Annotated[int, typer.Option(help="Which images, and all noise.")]
-Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Layer = Annotated[float, typer.Option(help="Relative depth below 1, or a block (0, -1, ...).")]
+Time = Annotated[float, typer.Option(help="Flow time in [0, 1) at which maps are read.")]
 FIGURES_FOLDER = Path("figures")
 
 
 @contextmanager
 def at_work(quiet: bool) -> Iterator[None]:
     """What is computed inside has a progress bar on stderr; Ctrl-C is one message and a code of its own."""
-    from comit_bench.commands.console import INTERRUPTED, Bars, Interrupts, say, set_up_logging
     from comit_bench.figures.inputs import progress
 
     set_up_logging()
@@ -114,43 +105,63 @@ def at_work(quiet: bool) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def load(name: str | None, images: str, weights: str | None, device: str) -> Tokenizer:
-    """The tokenizer a figure is about; says so when the small default meets images of the reader."""
-    from comit_bench.commands.console import DEFAULT_TOKENIZER, say_default
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The tokenizer that a figure is about, its images, and where the figure goes.
+
+    Attributes:
+        tokenizer: Loaded.
+        title: Its name in files: random weights and the reader's own have one of their own.
+        images: As the command line names them.
+        policy: Cropping policy; None is the tokenizer's.
+        seed: Of the choice of images and all noise.
+        output: Folder of the figure.
+    """
+
+    tokenizer: Tokenizer
+    title: str
+    images: str
+    policy: str | None
+    seed: int
+    output: Path
+
+    def read(self, count: int | None, dataset: str | None = None) -> Any:
+        """Its images, see :func:`comit_bench.figures.inputs.load_inputs`."""
+        from comit_bench.figures.inputs import SCENES_DATASET, load_inputs
+
+        info = self.tokenizer.info
+        return load_inputs(self.images, info, count, self.seed, dataset=dataset or SCENES_DATASET)
+
+    def put(self, figure: Figure, data: Any, *name: str) -> None:
+        """Save a figure of ``data``, named by what it is, the tokenizer and its settings."""
+        put(figure, self.output, *name, self.title, *data.about.file_parts)
+
+
+def load(
+    *,
+    tokenizer: str | None,
+    images: str,
+    output: Path,
+    seed: int,
+    weights: str | None,
+    device: str,
+    policy: str | None = None,
+) -> Subject:
+    """Load the tokenizer a figure is about; says so when the small default meets images of the reader."""
     from comit_bench.figures.inputs import embedded
     from comit_bench.tokenizers.load import load_tokenizer, resolve_device
 
-    if name is None and not embedded(images):
+    if tokenizer is None and not embedded(images):
         say_default([DEFAULT_TOKENIZER])
     place = str(resolve_device(device))
-    return load_tokenizer(name or DEFAULT_TOKENIZER, weights=weights, device=place)
-
-
-def read(source: str, tokenizer: Tokenizer, count: int | None, seed: int, dataset: str | None = None) -> Any:
-    """Its images, see :func:`comit_bench.figures.inputs.load_inputs`."""
-    from comit_bench.figures.inputs import SCENES_DATASET, load_inputs
-
-    return load_inputs(source, tokenizer.info, count, seed, dataset=dataset or SCENES_DATASET)
-
-
-def title(tokenizer: Tokenizer, name: str | None, weights: str | None) -> str:
-    """A tokenizer's name for a file: random weights and the reader's own have one of their own."""
-    info = tokenizer.info
-    if not info.trained:
-        return info.name if "untrained" in info.name else f"{info.name}-untrained"
-    own = weights is not None or (name is not None and Path(name).is_dir())
-    return f"{info.name}-{info.weights.partition(':')[2][:8]}" if own else info.name
-
-
-def _block(layer: float) -> int | float:
-    """``--layer`` as a block (a whole number) or a relative depth between 0 and 1."""
-    from comit_bench.errors import UsageError
-
-    if 0 < layer < 1:
-        return layer
-    if not abs(layer) < 10_000 or layer != int(layer):
-        raise UsageError(f"--layer {layer}: expected a block (0, 1, -1, ...) or a depth between 0 and 1")
-    return int(layer)
+    loaded = load_tokenizer(tokenizer or DEFAULT_TOKENIZER, weights=weights, device=place)
+    info = loaded.info
+    title = info.name
+    if not info.trained and "untrained" not in title:
+        title += "-untrained"
+    elif info.trained and (weights is not None or (tokenizer is not None and Path(tokenizer).is_dir())):
+        title += f"-{info.weights.partition(':')[2][:8]}"
+    return Subject(loaded, title, images, policy, seed, output)
 
 
 def put(figure: Figure, output: Path, *parts: str) -> None:
@@ -161,42 +172,66 @@ def put(figure: Figure, output: Path, *parts: str) -> None:
         typer.echo(path)
 
 
-@app.command(name="attention")
+def of_tokenizer(make: Callable[..., None]) -> Callable[..., None]:
+    """Register a figure of one tokenizer: its command has the options below and those of ``make``."""
+
+    def shared(
+        tokenizer: One = None,
+        images: Source = "scenes",
+        output: Output = FIGURES_FOLDER,
+        policy: Policy = None,
+        seed: Seed = 0,
+        weights: Weights = None,
+        device: Device = "auto",
+        quiet: Quiet = False,
+    ) -> None: ...
+
+    _, *own = inspect.signature(make, eval_str=True).parameters.values()  # the first is the subject
+
+    @wraps(make)
+    def command(*, quiet: bool, **given: Any) -> None:
+        options = {parameter.name: given.pop(parameter.name) for parameter in own}
+        with at_work(quiet):
+            make(load(**given), **options)
+
+    parameters = {**inspect.signature(shared, eval_str=True).parameters, **{p.name: p for p in own}}
+    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    command.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    app.command(name=make.__name__)(command)
+    return make
+
+
+def _block(layer: float) -> int | float:
+    """``--layer`` as a block (a whole number) or a relative depth between 0 and 1."""
+    if 0 < layer < 1:
+        return layer
+    if not abs(layer) < 10_000 or layer != int(layer):
+        raise UsageError(f"--layer {layer}: expected a block (0, 1, -1, ...) or a depth between 0 and 1")
+    return int(layer)
+
+
+@of_tokenizer
 def attention(
-    tokenizer: One = None,
-    images: Images = "scenes",
-    output: Output = FIGURES_FOLDER,
-    policy: Policy = None,
+    one: Subject,
     count: Count = 5,
     sweep_count: Annotated[int, typer.Option(min=0, help="Images behind the heat map; 0 draws none.")] = 32,
-    seed: Seed = 0,
-    weights: Weights = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
-    layer: Annotated[float, typer.Option(help="Relative depth below 1, or a block (0, -1, ...).")] = 0.857,
-    time: Annotated[float, typer.Option(help="Flow time in [0, 1) at which maps are read.")] = 0.5,
+    layer: Layer = 0.857,
+    time: Time = 0.5,
 ) -> None:
     """Where tokens look: the best maps beside the object's mask, and their overlap by layer and time."""
     from comit_bench.figures.attention import compute, compute_sweep, draw, draw_sweep
 
-    with at_work(quiet):
-        loaded = load(tokenizer, images, weights, device)
-        name = title(loaded, tokenizer, weights)
-        chosen = _block(layer)
-        data = compute(
-            loaded, read(images, loaded, count, seed), layer=chosen, time=time, policy=policy, seed=seed
-        )
-        put(draw(data), output, "attention", name, *data.about.file_parts)
-        if sweep_count:
-            sweep = compute_sweep(loaded, read(images, loaded, sweep_count, seed), policy=policy, seed=seed)
-            put(draw_sweep(sweep), output, "attention", "sweep", name, *sweep.about.file_parts)
+    how: dict[str, Any] = {"policy": one.policy, "seed": one.seed}
+    data = compute(one.tokenizer, one.read(count), layer=_block(layer), time=time, **how)
+    one.put(draw(data), data, "attention")
+    if sweep_count:
+        sweep = compute_sweep(one.tokenizer, one.read(sweep_count), **how)
+        one.put(draw_sweep(sweep), sweep, "attention", "sweep")
 
 
 @app.command(name="bottleneck")
 def bottleneck(
-    results: Annotated[Path, typer.Option(help="Where `comit-bench run` left its records.")] = Path(
-        "results"
-    ),
+    results: Results = Path("results"),
     tokenizer: Annotated[
         list[str] | None,
         typer.Option("--tokenizer", "-t", help="Names as in tables; may be repeated. [default: all]"),
@@ -210,64 +245,36 @@ def bottleneck(
     put(draw(data), output, "bottleneck", *data.about.file_parts)
 
 
-@app.command(name="codebook")
+@of_tokenizer
 def codebook(
-    tokenizer: One = None,
-    images: Images = "scenes",
-    output: Output = FIGURES_FOLDER,
-    policy: Policy = None,
+    one: Subject,
     count: Annotated[int, typer.Option(min=2, help="How many images are counted.")] = 1000,
-    seed: Seed = 0,
-    weights: Weights = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
 ) -> None:
     """Entropy per position, use of ids, and what pairs of positions share."""
     from comit_bench.figures.codebook import compute, draw
     from comit_bench.figures.neighbours import DATASET
 
-    with at_work(quiet):
-        loaded = load(tokenizer, images, weights, device)
-        name = title(loaded, tokenizer, weights)
-        data = compute(loaded, read(images, loaded, count, seed, DATASET), policy=policy, seed=seed)
-        put(draw(data), output, "codebook", name, *data.about.file_parts)
+    data = compute(one.tokenizer, one.read(count, DATASET), policy=one.policy, seed=one.seed)
+    one.put(draw(data), data, "codebook")
 
 
-@app.command(name="counterfactual")
+@of_tokenizer
 def counterfactual(
-    tokenizer: One = None,
-    images: Images = "scenes",
-    output: Output = FIGURES_FOLDER,
-    policy: Policy = None,
+    one: Subject,
     count: Annotated[int, typer.Option(min=1, help="How many scenes are shown; all are measured.")] = 2,
-    seed: Seed = 0,
-    weights: Weights = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
 ) -> None:
     """Scenes with one thing changed, and the tokens that change. A folder needs one sub-folder per edit."""
     from comit_bench.figures.counterfactual import DATASET, compute, draw
 
-    with at_work(quiet):
-        loaded = load(tokenizer, images, weights, device)
-        name = title(loaded, tokenizer, weights)
-        data = compute(
-            loaded, read(images, loaded, None, seed, DATASET), count=count, policy=policy, seed=seed
-        )
-        put(draw(data), output, "counterfactual", name, *data.about.file_parts)
+    inputs = one.read(None, DATASET)
+    data = compute(one.tokenizer, inputs, count=count, policy=one.policy, seed=one.seed)
+    one.put(draw(data), data, "counterfactual")
 
 
-@app.command(name="edit")
+@of_tokenizer
 def edit(
-    tokenizer: One = None,
-    images: Images = "scenes",
-    output: Output = FIGURES_FOLDER,
-    policy: Policy = None,
+    one: Subject,
     count: Annotated[int, typer.Option(min=2, help="How many images; every two are a pair.")] = 6,
-    seed: Seed = 0,
-    weights: Weights = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
     span: Annotated[
         int | None, typer.Option(min=1, help="Tokens per span. [default: a quarter of the message]")
     ] = None,
@@ -275,100 +282,63 @@ def edit(
     """Swap spans of tokens between two images and decode."""
     from comit_bench.figures.edit import compute, draw
 
-    with at_work(quiet):
-        loaded = load(tokenizer, images, weights, device)
-        name = title(loaded, tokenizer, weights)
-        data = compute(loaded, read(images, loaded, count, seed), span=span, policy=policy, seed=seed)
-        put(draw(data), output, "edit", name, *data.about.file_parts)
+    data = compute(one.tokenizer, one.read(count), span=span, policy=one.policy, seed=one.seed)
+    one.put(draw(data), data, "edit")
 
 
-@app.command(name="evolution")
-def evolution(
-    tokenizer: One = None,
-    images: Images = "scenes",
-    output: Output = FIGURES_FOLDER,
-    policy: Policy = None,
-    count: Count = 2,
-    seed: Seed = 0,
-    weights: Weights = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
-) -> None:
+@of_tokenizer
+def evolution(one: Subject, count: Count = 2) -> None:
     """What a message knows after each crop. COMiT only; default policy: adaptive:6."""
     from comit_bench.figures.evolution import DEFAULT_POLICY, compute, draw
 
-    with at_work(quiet):
-        loaded = load(tokenizer, images, weights, device)
-        name = title(loaded, tokenizer, weights)
-        data = compute(loaded, read(images, loaded, count, seed), policy=policy or DEFAULT_POLICY, seed=seed)
-        put(draw(data), output, "evolution", name, *data.about.file_parts)
+    data = compute(one.tokenizer, one.read(count), policy=one.policy or DEFAULT_POLICY, seed=one.seed)
+    one.put(draw(data), data, "evolution")
 
 
 @app.command(name="ls")
 def ls() -> None:
     """List the figures, what they show and which tokenizers can."""
-    rows = [("figure", "needs", "shows"), *((f.name, f.needs, f.shows) for f in FIGURES)]
+    helps = {str(command.name): inspect.getdoc(command.callback) or "" for command in app.registered_commands}
+    rows = [("figure", "needs", "shows"), *((name, NEEDS[name], helps[name]) for name in NEEDS)]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     for name, needs, shows in rows:
         typer.echo(f"{name:<{first}}  {needs:<{second}}  {shows}")
 
 
-@app.command(name="maps")
+@of_tokenizer
 def maps(
-    tokenizer: One = None,
-    images: Images = "scenes",
-    output: Output = FIGURES_FOLDER,
-    policy: Policy = None,
+    one: Subject,
     count: Count = 4,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each image.")] = 6,
-    seed: Seed = 0,
-    weights: Weights = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
-    layer: Annotated[float, typer.Option(help="Relative depth below 1, or a block (0, -1, ...).")] = 0.857,
-    time: Annotated[float, typer.Option(help="Flow time in [0, 1) at which maps are read.")] = 0.5,
+    layer: Layer = 0.857,
+    time: Time = 0.5,
 ) -> None:
     """Where single tokens look, on any images: the tokens with the most compact maps."""
     from comit_bench.figures.maps import compute, draw
 
-    with at_work(quiet):
-        loaded = load(tokenizer, images, weights, device)
-        chosen = _block(layer)
-        inputs = read(images, loaded, count, seed)
-        data = compute(loaded, inputs, tokens=tokens, layer=chosen, time=time, policy=policy, seed=seed)
-        put(draw(data), output, "maps", title(loaded, tokenizer, weights), *data.about.file_parts)
+    how: dict[str, Any] = {"layer": _block(layer), "time": time, "policy": one.policy, "seed": one.seed}
+    data = compute(one.tokenizer, one.read(count), tokens=tokens, **how)
+    one.put(draw(data), data, "maps")
 
 
-@app.command(name="neighbours")
+@of_tokenizer
 def neighbours(
-    tokenizer: One = None,
-    images: Images = "scenes",
-    output: Output = FIGURES_FOLDER,
-    policy: Policy = None,
+    one: Subject,
     count: Annotated[int, typer.Option(min=1, help="How many queries are shown.")] = 5,
     k: Annotated[int, typer.Option("--neighbours", "-k", min=1, help="Neighbours of each query.")] = 8,
     pool: Annotated[int, typer.Option(min=2, help="How many images are searched.")] = 1000,
-    seed: Seed = 0,
-    weights: Weights = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
 ) -> None:
     """Images and those with the nearest messages; the folder an image lies in is its class."""
     from comit_bench.figures.neighbours import DATASET, compute, draw
 
-    with at_work(quiet):
-        loaded = load(tokenizer, images, weights, device)
-        name = title(loaded, tokenizer, weights)
-        inputs = read(images, loaded, pool, seed, DATASET)
-        data = compute(loaded, inputs, queries=count, k=k, policy=policy, seed=seed)
-        put(draw(data), output, "neighbours", name, *data.about.file_parts)
+    inputs = one.read(pool, DATASET)
+    data = compute(one.tokenizer, inputs, queries=count, k=k, policy=one.policy, seed=one.seed)
+    one.put(draw(data), data, "neighbours")
 
 
-@app.command(name="policies")
+@of_tokenizer
 def policies(
-    tokenizer: One = None,
-    images: Images = "scenes",
-    output: Output = FIGURES_FOLDER,
+    one: Subject,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -378,29 +348,24 @@ def policies(
     ] = None,
     count: Count = 6,
     curve_count: Annotated[int, typer.Option(min=0, help="Images behind the curves; 0 draws none.")] = 32,
-    seed: Seed = 0,
-    weights: Weights = None,
-    device: Device = "auto",
-    quiet: Quiet = False,
 ) -> None:
     """Reconstructions by cropping policy, and PSNR by number of crops. COMiT only."""
     from comit_bench.figures.policies import DEFAULT_POLICIES, compute, compute_curves, draw, draw_curves
 
-    with at_work(quiet):
-        loaded = load(tokenizer, images, weights, device)
-        name = title(loaded, tokenizer, weights)
-        chosen = policy or DEFAULT_POLICIES
-        data = compute(loaded, read(images, loaded, count, seed), policies=chosen, seed=seed)
-        put(draw(data), output, "policies", name, *data.about.file_parts)
-        if curve_count:
-            curves = compute_curves(loaded, read(images, loaded, curve_count, seed), seed=seed)
-            put(draw_curves(curves), output, "policies", "curves", name, *curves.about.file_parts)
+    data = compute(one.tokenizer, one.read(count), policies=policy or DEFAULT_POLICIES, seed=one.seed)
+    one.put(draw(data), data, "policies")
+    if curve_count:
+        curves = compute_curves(one.tokenizer, one.read(curve_count), seed=one.seed)
+        one.put(draw_curves(curves), curves, "policies", "curves")
 
 
 @app.command(name="reconstruction")
 def reconstruction(
-    tokenizer: Several = None,
-    images: Images = "scenes",
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option("--tokenizer", "-t", help="May be repeated, a row each. [default: comit-nano]"),
+    ] = None,
+    images: Source = "scenes",
     output: Output = FIGURES_FOLDER,
     policy: Policy = None,
     count: Count = 6,
@@ -415,29 +380,27 @@ def reconstruction(
     pool: Annotated[int, typer.Option(min=1, help="Images searched for the worst or best.")] = 200,
 ) -> None:
     """Originals beside the reconstructions of several tokenizers, PSNR under each."""
-    from comit_bench.errors import UsageError, did_you_mean
     from comit_bench.figures.reconstruction import compute, draw, extremes
 
     ways = ("random", "worst", "best")
     if show not in ways:
         raise UsageError(f"--show {show!r}: one of {', '.join(ways)}.{did_you_mean(show, ways)}")
-    names: list[str | None] = [*tokenizer] if tokenizer else [None]
+    settings: dict[str, Any] = {"images": images, "output": output, "seed": seed}
+    settings |= {"weights": weights, "device": device}
     with at_work(quiet):
-        loaded = [load(name, images, weights, device) for name in names]
-        inputs = [read(images, one, count if show == "random" else max(count, pool), seed) for one in loaded]
-        data = compute(loaded, inputs, policy=policy, seed=seed)
+        names: list[str | None] = [*tokenizer] if tokenizer else [None]
+        several = [load(tokenizer=name, **settings) for name in names]
+        inputs = [one.read(count if show == "random" else max(count, pool)) for one in several]
+        data = compute([one.tokenizer for one in several], inputs, policy=policy, seed=seed)
         if show != "random":
             data = extremes(data, count, best=show == "best")
         kind = "reconstruction" if show == "random" else f"reconstruction-{show}"
-        called = "+".join(title(one, name, weights) for one, name in zip(loaded, names, strict=True))
-        put(draw(data), output, kind, called, *data.about.file_parts)
+        put(draw(data), output, kind, "+".join(one.title for one in several), *data.about.file_parts)
 
 
 @app.command(name="sweeps")
 def sweeps(
-    results: Annotated[
-        Path, typer.Option(callback=as_path, help="Where `comit-bench sweep` or `run` left its records.")
-    ] = Path("results"),
+    results: Results = Path("results"),
     task: Annotated[str | None, typer.Option(help="Only this task. [default: all, a figure each]")] = None,
     output: Output = FIGURES_FOLDER,
 ) -> None:

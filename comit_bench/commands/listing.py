@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typer import echo
+
 from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean, shown
 from comit_bench.files import cache_root, require_folder
 from comit_bench.recipes.specs import (
@@ -36,10 +38,6 @@ ALL = "all"
 THINGS = ("tokenizers", "tasks", "datasets")
 
 
-def _out(text: str) -> None:
-    sys.stdout.write(text + "\n")
-
-
 def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose last column gives way; where there is no room for it, a paragraph per row."""
     from rich import box
@@ -51,8 +49,8 @@ def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widest = [max([len(title), *(len(row[n]) for row in rows)]) for n, title in enumerate(head)]
     if sum(widest[:-1]) + 3 * len(head) + min(widest[-1], LEAST_COLUMN) > console.width:
         for row in rows:
-            _out(row[0])
-            _out("\n".join(f"  {name}: {text}" for name, text in zip(head[1:], row[1:], strict=True)))
+            echo(row[0])
+            echo("\n".join(f"  {name}: {text}" for name, text in zip(head[1:], row[1:], strict=True)))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(head):
@@ -96,7 +94,7 @@ def list_things(what: str, *, names_only: bool = False, include: tuple[Path, ...
         head = ("name", "reader", "where", "title")
         rows = [_dataset_row(recipe) for recipe in find_datasets(include).values()]
     if names_only:
-        _out("\n".join(row[0].split()[0] for row in rows))
+        echo("\n".join(row[0].split()[0] for row in rows))
     else:
         print_rows(head, rows)
 
@@ -220,20 +218,20 @@ def examine(data_root: Path | None) -> int:
     import torch
 
     packages = _packages()
-    _out("packages")
-    _out("\n".join(packages))
+    echo("packages")
+    echo("\n".join(packages))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: runs on the CPU"
-    _out(f"device\n  {device}; {torch.get_num_threads()} CPU threads")
-    _out(f"cache\n  {cache_root()} ({'exists' if cache_root().exists() else 'made on first use'})")
-    _out("weights")
-    _out("\n".join(_weights_lines()))
-    _out("\n".join(f"  {line}" for line in _judges()))
-    _out(f"data (data root: {data_root or 'not given: --data-root DIR or COMIT_BENCH_DATA'})")
+    echo(f"device\n  {device}; {torch.get_num_threads()} CPU threads")
+    echo(f"cache\n  {cache_root()} ({'exists' if cache_root().exists() else 'made on first use'})")
+    echo("weights")
+    echo("\n".join(_weights_lines()))
+    echo("\n".join(f"  {line}" for line in _judges()))
+    echo(f"data (data root: {data_root or 'not given: --data-root DIR or COMIT_BENCH_DATA'})")
     for recipe in find_datasets().values():
-        _out("\n".join(_data_state(recipe, data_root)))
+        echo("\n".join(_data_state(recipe, data_root)))
     lines, ready = _suites(data_root)
-    _out("suites")
-    _out("\n".join(lines))
+    echo("suites")
+    echo("\n".join(lines))
     if data_root is not None and not data_root.is_dir():
         raise MissingError(
             f"the data root {data_root} is no folder: give --data-root DIR, where data sets lie"
@@ -273,9 +271,9 @@ def validate_files(paths: Sequence[Path]) -> int:
     worst = 0
     for path in paths:
         try:
-            _out(f"ok  {path}: {_validate(path)}")
+            echo(f"ok  {path}: {_validate(path)}")
         except BenchError as error:
-            _out(f"BAD {error}")
+            echo(f"BAD {error}")
             worst = UsageError.exit_code
     return worst
 
@@ -357,7 +355,7 @@ def print_paper_tables(
         what = ", ".join(names) if names else "the paper's tables"
         raise MissingError(f"no record belongs to {what}. `comit-bench paper --suite {suite}` makes them.")
     for table in tables:
-        _out("")
+        echo("")
         print_terminal(table)
     latex = to_paper_latex(records, suite=suite, names=names, **marks)
     if output is not None and latex is not None:

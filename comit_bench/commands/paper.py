@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -15,11 +16,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from comit_bench.commands.options import DataRoot, as_path
-from comit_bench.errors import BenchError, MissingError, UnsupportedOperation, UsageError
+from comit_bench.commands.console import INTERRUPTED, say, set_up_logging
+from comit_bench.commands.options import (
+    DataRoot,
+    Device,
+    Dtype,
+    Offline,
+    Output,
+    Quiet,
+    as_path,
+    comma_separated,
+)
+from comit_bench.errors import BenchError, MissingError, UnsupportedOperation
+from comit_bench.files import DATA_VARIABLE
+from comit_bench.pipeline.failures import unexpected
 
 if TYPE_CHECKING:
-    from comit_bench.commands.paper_parts import Part, Step
+    from comit_bench.commands.paper_parts import PaperPart
     from comit_bench.commands.paper_plan import StepPlan
     from comit_bench.pipeline.jobs import Settings
 
@@ -44,31 +57,27 @@ def paper(
         Path,
         typer.Option(callback=as_path, help="Where `comit-bench train` left ablations and bottleneck sizes."),
     ] = Path("runs"),
-    output: Annotated[
-        Path, typer.Option(callback=as_path, help="Records, tables and figures go here.")
-    ] = Path("results"),
+    output: Output = Path("results"),
     limit: Annotated[
         int | None, typer.Option(min=1, help="Images per split and figure; records are marked incomplete.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Probe seeds. [default: the recipe's]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per call; no score depends on it. [default: auto]")
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")] = False,
+    offline: Offline = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what is missing, and stop.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure and draw what the paper does: its tables and figures, each by ordinary commands.
 
     Needs no data or weights to plan. What is missing is listed with the command that gets it and left out;
     finished records are kept, so the same command goes on later. Exit code 3: something was left out.
     """
-    from comit_bench.commands.console import say, set_up_logging
-    from comit_bench.commands.options import data_root_from
     from comit_bench.commands.paper_parts import choose_parts, make_cast, make_parts
     from comit_bench.commands.paper_plan import describe, plan_parts
     from comit_bench.pipeline.jobs import Settings
@@ -80,14 +89,14 @@ def paper(
     resolve_dtype(dtype, resolve_device(device))
     settings = Settings(
         output=output,
-        data_root=data_root_from(data_root),
+        data_root=data_root,
         limit=limit,
         seeds=seeds,
         device=device,
         dtype=dtype,
         offline=offline,
     )
-    parts = choose_parts(make_parts(make_cast(suite, tokenizer or (), runs)), _names(only))
+    parts = choose_parts(make_parts(make_cast(suite, tokenizer or (), runs)), comma_separated(only))
     plans = plan_parts(parts, settings)
     text = "\n".join(describe(plans, settings, suite=suite))
     if dry_run:
@@ -105,15 +114,6 @@ def paper(
     with _data_in(settings.data_root):
         outcome = do_parts(plans, settings, invoke)
     raise typer.Exit(_finish(outcome, settings, suite))
-
-
-def _names(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise UsageError("--only: an empty list of parts, give names separated by commas")
-    return names
 
 
 def _shared_options(settings: Settings, batch_size: int | None, *, quiet: bool) -> list[tuple[str, ...]]:
@@ -141,8 +141,6 @@ def _takes(words: Sequence[str]) -> tuple[str, ...]:
 @contextmanager
 def _data_in(root: Path | None) -> Iterator[None]:
     """Let the commands find the data root where they look for it by themselves."""
-    from comit_bench.files import DATA_VARIABLE
-
     before = os.environ.get(DATA_VARIABLE)
     if root is not None:
         os.environ[DATA_VARIABLE] = str(root)
@@ -165,7 +163,9 @@ class Done:
     stopped: bool = False
 
 
-def do_parts(plans: Sequence[tuple[Part, Sequence[StepPlan]]], settings: Settings, invoke: Invoke) -> Done:
+def do_parts(
+    plans: Sequence[tuple[PaperPart, Sequence[StepPlan]]], settings: Settings, invoke: Invoke
+) -> Done:
     """Run all commands that can be run; one that fails does not stop the others.
 
     What they print goes to stderr, so that stdout holds the tables alone.
@@ -175,26 +175,22 @@ def do_parts(plans: Sequence[tuple[Part, Sequence[StepPlan]]], settings: Setting
         settings: Where to, and how many images.
         invoke: Runs one command; may raise a ``BenchError``.
     """
-    from comit_bench.commands.console import INTERRUPTED, say
-
     done = Done()
+    data = "D" if settings.data_root is None else str(settings.data_root)
     for part, steps in plans:
         before = True
         for plan in steps:
+            named = [Path(tokenizer).name for tokenizer in plan.step.tokenizers]
+            name = f"{part.name}: {' '.join([*plan.step.command, *named])}"
             if plan.now is None or (plan.step.follows and not before):
-                reason = f"waits for {_names_of(plan) or 'the command before it'}"
-                done.left_out.append(f"{part.name}: {_short(plan.step)}: {reason}")
+                done.left_out.append(f"{name}: waits for {plan.waits_for or 'the command before it'}")
                 before = False
                 continue
             if plan.now != plan.step:
-                needs = [need.what for need in plan.needs if need.required]
-                done.left_out.append(
-                    f"{part.name}: {_short(plan.step)}: in part, waits for {'; '.join(needs)}"
-                )
-            data = "D" if settings.data_root is None else str(settings.data_root)
+                needs = "; ".join(need.what for need in plan.required)
+                done.left_out.append(f"{name}: in part, waits for {needs}")
             words = plan.now.argv(output=str(settings.output), data=data, limit=settings.limit)
             say(f"{part.name}: {shlex.join(['comit-bench', *words])}")
-            name = f"{part.name}: {_short(plan.step)}"
             code = _one_command(invoke, words, name, done, settings.output)
             if code == INTERRUPTED:
                 done.stopped = True
@@ -203,17 +199,8 @@ def do_parts(plans: Sequence[tuple[Part, Sequence[StepPlan]]], settings: Setting
     return done
 
 
-def _names_of(plan: StepPlan) -> str:
-    """What a step lacks, in words."""
-    return ", ".join(dict.fromkeys(need.name for need in plan.needs if need.required))
-
-
 def _one_command(invoke: Invoke, words: Sequence[str], name: str, done: Done, output: Path) -> int:
     """Run a command and note how it went; whatever it raises, the others run on."""
-    import sys
-
-    from comit_bench.pipeline.failures import unexpected
-
     try:
         with redirect_stdout(sys.stderr):
             code = invoke(words)
@@ -235,13 +222,8 @@ def _one_command(invoke: Invoke, words: Sequence[str], name: str, done: Done, ou
     return code
 
 
-def _short(step: Step) -> str:
-    return " ".join([*step.command, *(Path(name).name for name in step.tokenizers)])
-
-
 def _finish(done: Done, settings: Settings, suite: str) -> int:
     """Print the paper's tables, say what is not in them; the exit code."""
-    from comit_bench.commands.console import INTERRUPTED, say
     from comit_bench.commands.listing import print_paper_tables
     from comit_bench.results.outcomes import OutcomeFiles
     from comit_bench.results.records import load_records, published_records

@@ -76,7 +76,7 @@ class Cast:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
+class PaperStep:
     """One command.
 
     Attributes:
@@ -136,7 +136,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class PaperPart:
     """One table or figure of the paper.
 
     Attributes:
@@ -148,7 +148,7 @@ class Part:
 
     name: str
     title: str
-    steps: tuple[Step, ...]
+    steps: tuple[PaperStep, ...]
     lacking: str = ""
 
 
@@ -219,8 +219,8 @@ def _measure(
     *,
     policies: Sequence[str] = (),
     options: Sequence[str] = (),
-) -> Step:
-    return Step(
+) -> PaperStep:
+    return PaperStep(
         command=("run",),
         tokenizers=tuple(names),
         tasks=tuple(tasks),
@@ -238,10 +238,10 @@ def _figures(
     *,
     more: Sequence[str] = (),
     **counts: int,
-) -> list[Step]:
+) -> list[PaperStep]:
     """A figure of each tokenizer."""
     return [
-        Step(
+        PaperStep(
             command=("figure", name),
             tokenizers=(one,),
             images=images,
@@ -253,8 +253,8 @@ def _figures(
     ]
 
 
-def _sweep(cast: Cast, part: str, axis: str, values: str) -> list[Step]:
-    measured = Step(
+def _sweep(cast: Cast, part: str, axis: str, values: str) -> list[PaperStep]:
+    measured = PaperStep(
         command=("sweep",),
         tokenizers=cast.sizes,
         tasks=(cast.task(RECONSTRUCTION),),
@@ -264,10 +264,10 @@ def _sweep(cast: Cast, part: str, axis: str, values: str) -> list[Step]:
     return [measured, _of_records("sweeps", part, "OUTPUT/sweeps")]
 
 
-def _of_records(figure: str, part: str, results: str, names: Sequence[str] = ()) -> Step:
+def _of_records(figure: str, part: str, results: str, names: Sequence[str] = ()) -> PaperStep:
     """A figure of the records that the step before it left, of all tokenizers or some."""
     some = [word for name in names for word in ("--tokenizer", Path(name).name)]
-    return Step(
+    return PaperStep(
         command=("figure", figure),
         more=("--results", results, *some),
         output=f"figures/{part}",
@@ -275,7 +275,7 @@ def _of_records(figure: str, part: str, results: str, names: Sequence[str] = ())
     )
 
 
-def make_parts(cast: Cast) -> list[Part]:
+def make_parts(cast: Cast) -> list[PaperPart]:
     """All parts in the paper's order, tables first."""
     recognition, objectness = cast.task(RECOGNITION), cast.task(OBJECTNESS)
     reconstruction = cast.task(RECONSTRUCTION)
@@ -284,7 +284,7 @@ def make_parts(cast: Cast) -> list[Part]:
     local, whole = ("--policy", "adaptive:6"), ("--policy", "global+adaptive:6")
     few = [word for policy in ("adaptive:3", "adaptive:4", POLICIES[5]) for word in ("--policy", policy)]
     no_crops = (*cast.base, *cast.no_local_crops)
-    parts: list[tuple[str, str, list[Step]]] = [
+    parts: list[tuple[str, str, list[PaperStep]]] = [
         ("table-1", "SREPA", [_measure(cast, (*cast.base, *cast.no_srepa), (recognition,))]),
         ("table-2", "local crops in training", [_measure(cast, no_crops, (recognition,))]),
         ("table-3", "cropping policies", [_measure(cast, crops, cast.probes, policies=POLICIES)]),
@@ -372,7 +372,7 @@ def make_parts(cast: Cast) -> list[Part]:
     ]
     lacking = {"figure-5c": "messages of one size only: train others with comit-b-bottleneck-s, -m"}
     return [
-        Part(
+        PaperPart(
             name=name,
             title=title,
             steps=tuple(step for step in steps if step.tokenizers or step.follows),
@@ -393,7 +393,7 @@ def _crops(name: str) -> bool:
         return True
 
 
-def choose_parts(parts: Sequence[Part], only: Sequence[str] | None) -> list[Part]:
+def choose_parts(parts: Sequence[PaperPart], only: Sequence[str] | None) -> list[PaperPart]:
     """Parts by name, in the paper's order; None is all."""
     names = [part.name for part in parts]
     for name in only or ():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from comit_bench.commands.paper_parts import DATA, Part, Step
+from comit_bench.commands.paper_parts import DATA, PaperPart, PaperStep
 from comit_bench.errors import MissingError
 from comit_bench.pipeline.jobs import Settings
 from comit_bench.pipeline.plan import human_bytes, human_seconds
@@ -27,7 +27,7 @@ from comit_bench.recipes.specs import (
 from comit_bench.tokenizers.registry import tokenizers
 
 GPU_RATE = 1e14  # FLOP per second, a round number for one current GPU
-DEFAULT_STEPS = {"comit": 10}  # of the decoder whose cost is listed
+DEFAULT_STEPS = 10  # of COMiT's decoder, whose cost is listed
 # Images of sets whose recipe does not say; upper bounds where the recipe keeps only some of them.
 IMAGES = {
     "imagenet100": {"train": 126_689, "val": 5_000},
@@ -63,21 +63,31 @@ class StepPlan:
         needs: What keeps the rest from being done.
     """
 
-    step: Step
-    now: Step | None
+    step: PaperStep
+    now: PaperStep | None
     needs: tuple[Need, ...]
+
+    @property
+    def required(self) -> list[Need]:
+        """Those without which the rest cannot be done."""
+        return [need for need in self.needs if need.required]
+
+    @property
+    def waits_for(self) -> str:
+        """The same in words; may be empty."""
+        return ", ".join(dict.fromkeys(need.name for need in self.required))
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class JobCost:
     """What jobs cost: images that are read, FLOPs of encoding and decoding, and bytes of the token cache."""
 
     images: int = 0
     flops: float = 0.0
     bytes: int = 0
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.images + other.images, self.flops + other.flops, self.bytes + other.bytes)
+    def __add__(self, other: JobCost) -> JobCost:
+        return JobCost(self.images + other.images, self.flops + other.flops, self.bytes + other.bytes)
 
 
 @cache
@@ -156,14 +166,14 @@ def image_needs(images: str, data_root: Path | None) -> list[Need]:
     return data_needs(known[images].spec, data_root) if images in known else []
 
 
-def plan_parts(parts: Sequence[Part], settings: Settings) -> list[tuple[Part, list[StepPlan]]]:
+def plan_parts(parts: Sequence[PaperPart], settings: Settings) -> list[tuple[PaperPart, list[StepPlan]]]:
     """What of every part can be done now, and what it lacks."""
     tasks = {name for part in parts for step in part.steps for name in step.tasks}
     lacking = {name: task_needs(name, settings) for name in sorted(tasks)}
     return [(part, [_plan_step(step, settings, lacking) for step in part.steps]) for part in parts]
 
 
-def _plan_step(step: Step, settings: Settings, lacking: Mapping[str, Sequence[Need]]) -> StepPlan:
+def _plan_step(step: PaperStep, settings: Settings, lacking: Mapping[str, Sequence[Need]]) -> StepPlan:
     names = {name: tokenizer_needs(name, step.options) for name in step.tokenizers}
     tasks = {name: lacking[name] for name in step.tasks}
     images = image_needs(step.images, settings.data_root)
@@ -226,7 +236,7 @@ def image_counts(spec: DatasetSpec) -> dict[str, int]:
 
 def job_cost(
     task: TaskSpec, name: str, policy: str | None, settings: Settings, *, options: Sequence[str] = ()
-) -> Cost | None:
+) -> JobCost | None:
     """Cost of one tokenizer on one task; None when the tokenizer's is not known."""
     from comit_bench.tasks.base import find_task
 
@@ -247,12 +257,12 @@ def job_cost(
         count = getattr(getattr(task, task.kind), "count", None)
         images = min(counts.get(task.split.report, 0), count or counts.get(task.split.report, 0))
         times = find_task(task).decodings(task) * task.seeds  # at most: without noise, once for all seeds
-        return Cost(images, images * (encode + times * decode), 2 * images * length)
+        return JobCost(images, images * (encode + times * decode), 2 * images * length)
     images = sum(counts.values())
-    return Cost(images, images * encode, 2 * images * length)
+    return JobCost(images, images * encode, 2 * images * length)
 
 
-def step_jobs(step: Step) -> list[tuple[str, str, str | None, float]]:
+def step_jobs(step: PaperStep) -> list[tuple[str, str, str | None, float]]:
     """Task, tokenizer, policy and, for sweeps, the solver steps in units of the default, of every job."""
     known, jobs = tokenizers(), []
     for task in step.tasks:
@@ -264,19 +274,19 @@ def step_jobs(step: Step) -> list[tuple[str, str, str | None, float]]:
     return jobs
 
 
-def _points(step: Step) -> list[float]:
+def _points(step: PaperStep) -> list[float]:
     """Solver steps of a sweep's points in units of the default; one where nothing is swept."""
     if "--steps" in step.more:
         values = step.more[step.more.index("--steps") + 1].split(",")
-        return [float(value) / DEFAULT_STEPS["comit"] for value in values]
+        return [float(value) / DEFAULT_STEPS for value in values]
     if "--guidance" in step.more:
         return [1.0] * len(step.more[step.more.index("--guidance") + 1].split(","))
     return [1.0]
 
 
-def total_cost(steps: Iterable[Step], settings: Settings) -> tuple[Cost, list[str]]:
+def total_cost(steps: Iterable[PaperStep], settings: Settings) -> tuple[JobCost, list[str]]:
     """Cost of all different jobs together, and the tokenizers whose cost is not known."""
-    known, total, unknown, seen = _tasks(), Cost(), [], set()
+    known, total, unknown, seen = _tasks(), JobCost(), [], set()
     for step in steps:
         for job in step_jobs(step):
             task, name, policy, share = job
@@ -292,7 +302,7 @@ def total_cost(steps: Iterable[Step], settings: Settings) -> tuple[Cost, list[st
     return total, list(dict.fromkeys(unknown))
 
 
-def _cost_text(cost: Cost) -> str:
+def _cost_text(cost: JobCost) -> str:
     gpu = human_seconds(cost.flops / GPU_RATE)
     return f"{cost.images:,} images, {cost.flops / 1e15:,.3g} PFLOP, {gpu} at {GPU_RATE / 1e12:.0f} TFLOP/s"
 
@@ -301,7 +311,7 @@ def _cost_text(cost: Cost) -> str:
 
 
 def describe(
-    plans: Sequence[tuple[Part, Sequence[StepPlan]]], settings: Settings, *, suite: str
+    plans: Sequence[tuple[PaperPart, Sequence[StepPlan]]], settings: Settings, *, suite: str
 ) -> list[str]:
     """The plan as lines: every command with what it costs and lacks, then how to get what is missing."""
     data = DATA if settings.data_root is None else str(settings.data_root)
@@ -317,11 +327,9 @@ def describe(
             told = [_cost_text(cost)] if cost.flops else []
             told += [f"cost of {', '.join(unknown)} not known"] if unknown else []
             lines += [f"    cost: {'; '.join(told)}"] if told else []
-            required = [need for need in plan.needs if need.required]
-            if required:
+            if plan.required:
                 state = "waits for" if plan.now is None else "in part; the rest waits for"
-                names = dict.fromkeys(need.name for need in required)
-                lines.append(f"    {state}: {', '.join(names)}")
+                lines.append(f"    {state}: {plan.waits_for}")
             elif plan.step.follows:
                 lines.append("    reads what the command above left")
     total, unknown = total_cost(steps, settings)

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from comit_bench.commands.options import DataRoot, Include, as_path, comma_separated, data_root_from
+from comit_bench.commands.options import (
+    DataRoot,
+    Device,
+    Dtype,
+    Include,
+    Offline,
+    Output,
+    Quiet,
+    Weights,
+    comma_separated,
+)
 from comit_bench.commands.tokens import key_values
 from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
 from comit_bench.files import check_folder, locked
@@ -20,101 +30,87 @@ if TYPE_CHECKING:
     from comit_bench.pipeline.evaluate import Finished
     from comit_bench.pipeline.jobs import Job, Settings
 
-Tokenizers = Annotated[
-    list[str] | None,
-    typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory; may be repeated."),
-]
-Suite = Annotated[
-    str | None,
-    typer.Option(help="scenes (embedded) or paper. [default: paper with a data root, else scenes]"),
-]
-Tasks = Annotated[
-    str | None, typer.Option(help="Comma-separated task names, or all. [default: the probes of the suite]")
-]
-Policy = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Cropping policy: global, raster:9, global+adaptive:3 (the number counts the global crop), ...; "
-        "may be repeated, a row each. [default: global]"
-    ),
-]
-Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
-Option = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option",
-        help="KEY=VALUE for the tokenizers that know it, e.g. posterior=sample, or FAMILY.KEY=VALUE for one "
-        "family; may be repeated.",
-    ),
-]
-Limit = Annotated[int | None, typer.Option(help="Images per split; records are marked incomplete.")]
-Seeds = Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")]
-BatchSize = Annotated[str, typer.Option(help="Images per encoding call, or auto; no score depends on it.")]
-NumWorkers = Annotated[str, typer.Option(help="Image-reading processes, or auto.")]
-Output = Annotated[Path, typer.Option(callback=as_path, help="Records and tables go here.")]
-Overwrite = Annotated[
-    str,
-    typer.Option(
-        help="Finished records: only-missing keeps them, always replaces them and makes tokens anew, never "
-        "stops there."
-    ),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue; the same as --overwrite only-missing.")]
-Control = Annotated[
-    str | None,
-    typer.Option(
-        help="permute-labels: scores must fall to chance; shuffle-tokens, bag-of-tokens: without positions."
-    ),
-]
-ProbeRates = Annotated[
-    str | None,
-    typer.Option(
-        "--probe-lr",
-        metavar="A,B,C",
-        help="Fit every probe with each of these learning rates; the best on early-stop images counts.",
-    ),
-]
-References = Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
-AllowOverride = Annotated[
-    bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
-]
-Profile = Annotated[bool, typer.Option("--profile", help="Say where the time of tokenization went.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")]
 OVERWRITE = ("always", "never", "only-missing")
 
 
 def run(
-    tokenizer: Tokenizers = None,
-    suite: Suite = None,
-    tasks: Tasks = None,
-    policy: Policy = None,
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory; may be repeated."),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="scenes (embedded) or paper. [default: paper with a data root, else scenes]"),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated task names, or all. [default: the probes of the suite]"),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Cropping policy: global, raster:9, global+adaptive:3 (the number counts the global crop), "
+            "...; may be repeated, a row each. [default: global]"
+        ),
+    ] = None,
     weights: Weights = None,
-    option: Option = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            help="KEY=VALUE for the tokenizers that know it, e.g. posterior=sample, or FAMILY.KEY=VALUE for "
+            "one family; may be repeated.",
+        ),
+    ] = None,
     data_root: DataRoot = None,
-    limit: Limit = None,
-    seeds: Seeds = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Images per split; records are marked incomplete.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Probe seeds. [default: the recipe's]")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    batch_size: BatchSize = "auto",
-    num_workers: NumWorkers = "auto",
+    batch_size: Annotated[
+        str, typer.Option(help="Images per encoding call, or auto; no score depends on it.")
+    ] = "auto",
+    num_workers: Annotated[str, typer.Option(help="Image-reading processes, or auto.")] = "auto",
     output: Output = Path("results"),
-    overwrite: Overwrite = "only-missing",
-    resume: Resume = False,
-    probe_lr: ProbeRates = None,
-    control: Control = None,
-    references: References = True,
+    overwrite: Annotated[
+        str,
+        typer.Option(
+            help="Finished records: only-missing keeps them, always replaces them and makes tokens anew, "
+            "never stops there."
+        ),
+    ] = "only-missing",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue; the same as --overwrite only-missing.")
+    ] = False,
+    control: Annotated[
+        str | None,
+        typer.Option(
+            help="permute-labels: scores must fall to chance; shuffle-tokens, bag-of-tokens: without "
+            "positions."
+        ),
+    ] = None,
+    probe_lr: Annotated[
+        str | None,
+        typer.Option(
+            "--probe-lr",
+            metavar="A,B,C",
+            help="Fit every probe with each of these learning rates; the best on early-stop images counts.",
+        ),
+    ] = None,
+    references: Annotated[bool, typer.Option(help="Also measure the rows that bracket every score.")] = True,
     offline: Offline = False,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     include_path: Include = None,
-    allow_override: AllowOverride = False,
-    profile: Profile = False,
+    allow_override: Annotated[
+        bool, typer.Option("--allow-override", help="Let included recipes replace built-in ones.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time of tokenization went.")
+    ] = False,
     quiet: Quiet = False,
-    verbose: Verbose = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")] = False,
 ) -> None:
     """Tokenize, probe, print a table. Without arguments: the embedded suite, a few minutes on two cores."""
     from comit_bench.commands.console import set_up_logging, stoppable
@@ -123,7 +119,7 @@ def run(
     set_up_logging(verbose=verbose)
     settings = Settings(
         output=output,
-        data_root=data_root_from(data_root),
+        data_root=data_root,
         policy=policy or None,
         weights=weights,
         options=key_values(option or []),

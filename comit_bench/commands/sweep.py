@@ -10,13 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from comit_bench.commands.options import DataRoot, Include, as_path
+from comit_bench.commands.options import DataRoot, Device, Dtype, Include, Offline, Output, Quiet, Weights
 from comit_bench.errors import UsageError, shown
-
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", help="KEY=VALUE that all points share, e.g. guidance=2; may be repeated."),
-]
 
 
 def sweep(
@@ -32,38 +27,34 @@ def sweep(
     task: Annotated[
         str | None, typer.Option(help="A reconstruction task. [default: that of the suite]")
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")
+    weights: Weights = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="KEY=VALUE that all points share, e.g. guidance=2; may be repeated."),
     ] = None,
-    option: Options = None,
     data_root: DataRoot = None,
     limit: Annotated[int | None, typer.Option(help="Images; records are marked incomplete.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call; no score depends on it.")] = 64,
-    output: Annotated[Path, typer.Option(callback=as_path, help="Records and tables go here.")] = Path(
-        "results"
-    ),
-    offline: Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")] = False,
+    output: Output = Path("results"),
+    offline: Offline = False,
     include_path: Include = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Reconstruct for lists of settings; each point is a record, so the same command continues a sweep."""
     from comit_bench.commands.console import DEFAULT_TOKENIZER, say_default, set_up_logging, stoppable
-    from comit_bench.commands.options import data_root_from
     from comit_bench.commands.tokens import key_values
 
     set_up_logging()
-    chosen = {
+    settings: dict[str, Any] = {
+        "task": task,
         "steps": _numbers(steps, int, "--steps"),
         "guidance": _numbers(guidance, float, "--guidance"),
-        "task": task,
-    }
-    settings: dict[str, Any] = {
         "policy": policy or None,
         "weights": weights,
         "options": key_values(option or []),
-        "data_root": data_root_from(data_root),
+        "data_root": data_root,
         "limit": limit,
         "device": device,
         "dtype": dtype,
@@ -76,7 +67,7 @@ def sweep(
     if not tokenizer and settings["data_root"] is not None:
         say_default([DEFAULT_TOKENIZER])
     names = tokenizer or [DEFAULT_TOKENIZER]
-    raise typer.Exit(stoppable(lambda: _run(names, chosen, settings)))
+    raise typer.Exit(stoppable(lambda: _run(names, settings)))
 
 
 def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> list[float]:
@@ -90,7 +81,7 @@ def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> li
         raise UsageError(f"{option} {shown(text)}: expected {what} separated by commas, e.g. 1,2,5") from None
 
 
-def _run(tokenizers: list[str], chosen: dict[str, Any], settings: dict[str, Any]) -> int:
+def _run(tokenizers: list[str], settings: dict[str, Any]) -> int:
     from comit_bench.commands.console import Bars, Interrupts, say
     from comit_bench.nn.ranks import Ranks
     from comit_bench.pipeline.session import Reporter
@@ -102,9 +93,8 @@ def _run(tokenizers: list[str], chosen: dict[str, Any], settings: dict[str, Any]
 
     with Interrupts() as interrupts, Bars(enabled=settings["progress"], check=interrupts.check) as bars:
         reporter = Reporter(bars.start, bars.stop, interrupts.check)
-        records = measure(tokenizers, reporter=reporter, **chosen, **settings)
-    ranks = Ranks.join()
-    ranks.leave()
+        records = measure(tokenizers, reporter=reporter, **settings)
+    Ranks.join().leave()
     if not records:  # the first process has them
         return 0
     output = settings["output"]

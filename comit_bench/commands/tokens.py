@@ -12,26 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from comit_bench.commands.options import as_path
+from comit_bench.commands.options import Device, Dtype, Offline, Policy, Quiet, Weights, as_path
 from comit_bench.errors import MissingError, UsageError, shown
 
 if TYPE_CHECKING:
     from comit_bench.commands.console import Bars
-    from comit_bench.data.tokens.token_file import Origin
+    from comit_bench.data.tokens.token_file import TokenOrigin
     from comit_bench.tokenizers.base import Tokenizer
 
 OWN_OPTIONS = ("device", "dtype", "offline", "weights")  # of the command line, never --option
 LISTED = 20  # broken images that are named on the screen; the file names all
-Weights = Annotated[str | None, typer.Option(help="Directory of weights, or 'random' (untrained).")]
 Option = Annotated[
     list[str] | None,
     typer.Option("--option", help="KEY=VALUE for the tokenizer, e.g. steps=20; may be repeated."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="float32, or bfloat16 autocast on CUDA.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per call; no token and no image depends on it.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask a model hub.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 
 
@@ -72,9 +67,7 @@ def tokenize(
         str | None,
         typer.Option("--tokenizer", "-t", help="Name, hub id or checkpoint directory. [default: comit-nano]"),
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Cropping policy: global, raster:9, global+adaptive:3, ...")
-    ] = None,
+    policy: Policy = None,
     weights: Weights = None,
     option: Option = None,
     seed: Annotated[int, typer.Option(help="Of everything random about encoding.")] = 0,
@@ -191,7 +184,7 @@ def detokenize(
 
 
 def _maker(
-    path: Path, origin: Origin, tokenizer: str | None, weights: str | None, settings: dict[str, Any]
+    path: Path, origin: TokenOrigin, tokenizer: str | None, weights: str | None, settings: dict[str, Any]
 ) -> Tokenizer:
     """The tokenizer that the command line names, else the one that the file names."""
     from comit_bench.tokenizers.load import load_tokenizer

@@ -6,20 +6,18 @@ Nothing heavy is imported at the top, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from comit_bench.commands.console import guarded
+from comit_bench.commands.console import INTERRUPTED, say, set_up_logging
+from comit_bench.commands.options import Quiet, run_alone
 from comit_bench.errors import BenchError, UsageError
 from comit_bench.files import check_folder
 
 if TYPE_CHECKING:
     from comit_bench.train.config import AnyRun, TrainConfig
-
-INTERRUPTED = 130
 
 
 def train(
@@ -33,14 +31,13 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the settings and stop.")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets and stop.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a tokenizer and export it as a folder that `comit-bench run --tokenizer` takes.
 
     On several GPUs or nodes: `torchrun --nproc-per-node N -m comit_bench.train …` or `accelerate launch`.
     """
-    from comit_bench.commands.console import set_up_logging
-    from comit_bench.train.config import TrainConfig, load_run
+    from comit_bench.train.config import TrainConfig, load_config
 
     set_up_logging()
     if list_presets:
@@ -48,7 +45,7 @@ def train(
         return
     if config is None:
         raise UsageError("--config is missing: name a preset or file, see --list")
-    settings = load_run(config, tuple(overrides or ()))
+    settings = load_config(config, tuple(overrides or ()))
     # for model cards; where the files lie changes nothing
     told = [text for text in overrides or () if not text.startswith("output=")]
     check_folder(Path(settings.output))
@@ -76,20 +73,16 @@ def _train(config: AnyRun, device: str, resume: str, command: str, *, progress: 
     try:
         exported = trainer.fit()
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command continues from the last checkpoint.\n")
+        say("\nstopped; the same command continues from the last checkpoint.")
         return INTERRUPTED
     finally:
         trainer.close()
     if trainer.counters.step < config.steps:
         if trainer.main:
-            sys.stderr.write(
-                f"\nstopped after step {trainer.counters.step}, checkpoint saved; "
-                "the same command continues.\n"
-            )
+            step = trainer.counters.step
+            say(f"\nstopped after step {step}, checkpoint saved; the same command continues.")
             if "steps" in config.free:
-                sys.stderr.write(
-                    f"To export what is there: the same command with steps={trainer.counters.step}.\n"
-                )
+                say(f"To export what is there: the same command with steps={step}.")
         return INTERRUPTED
     if exported is None:
         return 0
@@ -102,9 +95,9 @@ def _warn_without_token(repository: str) -> None:
     from comit_bench.tokenizers.push import has_token
 
     if not has_token():
-        sys.stderr.write(
+        say(
             f"warning: push_to_hub is {repository}, but there is no token for the hub on this machine. Run "
-            "`hf auth login` before the training ends; otherwise only the upload will be missing.\n"
+            "`hf auth login` before the training ends; otherwise only the upload will be missing."
         )
 
 
@@ -117,11 +110,9 @@ def _push(config: TrainConfig, exported: Path) -> int:
         done = push(prepare(exported, repository), private=config.push_private)
     except BenchError as error:
         again = retry_command(exported.resolve(), repository, private=config.push_private)
-        sys.stderr.write(
-            f"\nthe training is finished and exported, only the upload is not:\n{error}\nTo upload: {again}\n"
-        )
+        say(f"\nthe training is finished and exported, only the upload is not:\n{error}\nTo upload: {again}")
         return error.exit_code
-    sys.stderr.write(f"{done}\n")
+    say(str(done))
     return 0
 
 
@@ -144,7 +135,7 @@ def _plan(config: AnyRun, device: str) -> str:
     from comit_bench.train.board import check_tensorboard
     from comit_bench.train.config import TrainConfig
     from comit_bench.train.data import open_images
-    from comit_bench.train.setup import check_device, check_spec, divide
+    from comit_bench.train.setup import check_device, divide
 
     check_tensorboard(config.tensorboard)
     check_device(config, device)
@@ -152,7 +143,6 @@ def _plan(config: AnyRun, device: str) -> str:
     work = divide(config, ranks)
     lines = []
     if isinstance(config, TrainConfig):
-        check_spec(config.model.spec())
         train_images, held = open_images(config)
         lines = [
             f"# {len(train_images.ids)} training and {len(held.ids)} validation images",
@@ -165,6 +155,4 @@ def _plan(config: AnyRun, device: str) -> str:
 
 def main() -> None:
     """Entry point of ``python -m comit_bench.train``."""
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command()(train)
-    guarded(lambda: single(prog_name="python -m comit_bench.train"))
+    run_alone(train, "python -m comit_bench.train")

@@ -11,17 +11,10 @@ from typing import Annotated
 
 import typer
 
-from comit_bench.commands.console import guarded
-from comit_bench.commands.options import as_path
+from comit_bench.commands.options import Quiet, as_path, command_group
 from comit_bench.errors import UsageError
 
-app = typer.Typer(
-    help="Fetch and convert released weights; they are kept in the cache.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = command_group("Fetch and convert released weights; they are kept in the cache.")
 
 
 @app.command(name="fetch")
@@ -29,7 +22,7 @@ def fetch(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="See `comit-bench weights ls`.")],
     keep: Annotated[bool, typer.Option("--keep", help="Keep the downloaded file beside ours.")] = False,
     url: Annotated[str | None, typer.Option(help="A mirror of the same file; one NAME only.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Download the weights of tokenizers and convert them to safetensors; continues after a break.
 
@@ -42,6 +35,8 @@ def fetch(
 
 
 def _fetch(name: str, *, keep: bool, url: str | None, progress: bool) -> Path:
+    from tqdm import tqdm
+
     from comit_bench.tokenizers.family import Hub, Release
     from comit_bench.tokenizers.hub import fetch as fetch_hub
     from comit_bench.tokenizers.registry import downloads, find_tokenizer
@@ -50,34 +45,20 @@ def _fetch(name: str, *, keep: bool, url: str | None, progress: bool) -> Path:
     known = {item.name: item for item in downloads()}
     source = (known.get(name.lower()) or find_tokenizer(name).preset).source
     if isinstance(source, Release):
-        with _Bar(name, enabled=progress) as bar:
-            return fetch_release(name, keep=keep, url=url, advance=bar.advance)
+        with tqdm(
+            desc=name, unit="B", unit_scale=True, file=sys.stderr, disable=not progress, leave=False
+        ) as bar:
+
+            def advance(done: int, total: int | None) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            return fetch_release(name, keep=keep, url=url, advance=advance)
     if not isinstance(source, Hub):
         raise UsageError(f"{name.lower()} has no released weights to fetch ({str(source) or 'none known'})")
     if url:
         raise UsageError(f"--url: {name} comes from the hub, with the hub's own client")
     return fetch_hub(source.repository, source.files, offline=False, hint="or pass --weights DIR")
-
-
-class _Bar:
-    """A bar in bytes."""
-
-    def __init__(self, name: str, *, enabled: bool) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            desc=name, unit="B", unit_scale=True, file=sys.stderr, disable=not enabled, leave=False
-        )
-
-    def advance(self, done: int, total: int | None) -> None:
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
 
 
 @app.command(name="convert")
@@ -109,12 +90,3 @@ def ls() -> None:
         note = f"  ({item.note})" if isinstance(item, Part) and item.note else ""
         typer.echo(f"{item.name:<{width}}  {words[weights_state(item)]:<11}  {item.source}{note}")
     sys.stderr.write(f"cache: {weights_root()}\n")
-
-
-def main() -> None:
-    """Entry point of ``python -m comit_bench.weights``."""
-    guarded(lambda: app(standalone_mode=True, prog_name="python -m comit_bench.weights"))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from comit_bench.data.datasets import open_dataset
-from comit_bench.data.images import load_from, load_image, read_mask
-from comit_bench.data.split import OpenData
-from comit_bench.data.workers import read_ahead
+from comit_bench.data.images import iterate_images, read_mask
+from comit_bench.data.split import OpenData, PathList, Split
 from comit_bench.errors import BenchError, CorruptFileError
 from comit_bench.files import write_atomic
 from comit_bench.recipes.specs import DatasetSpec, Recipe
 
-CHUNK = 64  # images per message to a reading process
+CHUNK = 64  # images per message of a reading process
 
 
 def build_dataset(
@@ -32,27 +29,17 @@ def build_dataset(
 ) -> tuple[OpenData, Path, dict[str, str]]:
     """Open a data set (which makes its manifest), then decode all of its images and masks.
 
-    Args:
-        recipe: The data set's recipe.
-        data_root: Where real data sets lie.
-        cache: Cache directory; the report goes to ``reports/NAME.json`` there.
-        workers: Reading processes; 0 reads in this one.
-        check_images: Decode the images.
-        progress: Show bars.
-
     Returns:
-        The data, the report's file, and id -> message of every broken image.
+        The data, the report's file (``reports/NAME.json`` of the cache), and id -> message of every broken
+        image.
     """
     data = open_dataset(recipe, data_root=data_root, cache=cache, progress=progress)
     broken: dict[str, str] = {}
     if check_images:
         for split in data.splits.values():
-            found = _broken(split.paths, f"reading {split.name}", workers, progress)
-            broken |= {split.ids[row]: text for row, text in found}
+            broken |= _broken_images(split, workers, progress)
             if data.kind == "masks":
-                title = f"reading masks of {split.name}"
-                found = _broken(split.labels, title, workers, progress, check=_check_masks)
-                broken |= {split.ids[row]: text for row, text in found}
+                broken |= _broken_masks(split, progress)
     count = sum(map(len, data.splits.values())) + len(data.missing)
     report = cache / "reports" / f"{recipe.spec.name}.json"
     content = {
@@ -76,79 +63,33 @@ def build_dataset(
     return data, report, broken
 
 
-def _decode_all(paths: list[str]) -> list[str | None]:
-    """For every file why it cannot be read, or None."""
-    messages: list[str | None] = []
-    for path in paths:
-        try:
-            load_image(Path(path), "resize(1,nearest)")
-            messages.append(None)
-        except CorruptFileError as error:
-            messages.append(str(error))
-    return messages
-
-
-def _check_masks(paths: list[str]) -> list[str | None]:
-    """For every mask why it is of no use, or None."""
-    messages: list[str | None] = []
-    for path in paths:
-        try:
-            problem = read_mask(Path(path)).problem
-            messages.append(None if problem is None else f"{path}: {problem}")
-        except CorruptFileError as error:
-            messages.append(str(error))
-    return messages
-
-
-def _broken(
-    paths: Any,
-    title: str,
-    workers: int,
-    progress: bool,
-    check: Callable[[list[str]], list[str | None]] = _decode_all,
-) -> list[tuple[int, str]]:
-    """Row and message of every file in which ``check`` finds something."""
-    if hasattr(paths, "read"):  # in an archive: not worth sending to other processes
-        return _broken_encoded(paths)
-    starts = range(0, len(paths), CHUNK)
-    chunks = ([str(path) for path in paths[start : start + CHUNK]] for start in starts)
-    found: list[tuple[int, str]] = []
-    with tqdm(
-        total=len(paths), desc=title, unit=" images", delay=1.0, leave=False, disable=not progress
-    ) as bar:
-        for start, messages in zip(starts, _map(check, chunks, workers), strict=True):
-            found += [(start + i, text) for i, text in enumerate(messages) if text is not None]
-            bar.update(len(messages))
+def _broken_images(split: Split, workers: int, progress: bool) -> dict[str, str]:
+    """Id and message of every image that cannot be decoded."""
+    in_archive = not isinstance(split.paths, PathList)  # not worth sending to other processes
+    batches = iterate_images(
+        split.paths, "resize(1,nearest)", batch_size=CHUNK, num_workers=0 if in_archive else workers
+    )
+    found: dict[str, str] = {}
+    with _bar(f"reading {split.name}", len(split), progress) as bar:
+        for batch in batches:
+            found |= {split.ids[index]: text for index, text in batch.broken.items()}
+            bar.update(len(batch.indices))
     return found
 
 
-def _broken_encoded(paths: Any) -> list[tuple[int, str]]:
-    found = []
-    for row in range(len(paths)):
-        try:
-            load_from(paths, row, "resize(1,nearest)")
-        except CorruptFileError as error:
-            found.append((row, str(error)))
+def _broken_masks(split: Split, progress: bool) -> dict[str, str]:
+    """Id and message of every mask that cannot be read or says nothing."""
+    found: dict[str, str] = {}
+    with _bar(f"reading masks of {split.name}", len(split), progress) as bar:
+        for name, path in zip(split.ids, split.labels, strict=True):
+            try:
+                if (problem := read_mask(path).problem) is not None:
+                    found[name] = f"{path}: {problem}"
+            except CorruptFileError as error:
+                found[name] = str(error)
+            bar.update()
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """What ``check`` says about a list of files; errors come back as values."""
-
-    check: Callable[[list[str]], list[str | None]]
-
-    def __getitem__(self, paths: list[str]) -> list[str | None] | BenchError:
-        try:
-            return self.check(paths)
-        except BenchError as error:
-            return error
-
-
-def _map(
-    check: Callable[[list[str]], list[str | None]], chunks: Iterator[list[str]], workers: int
-) -> Iterator[list[str | None]]:
-    for found in read_ahead(_Checked(check), chunks, workers):
-        if isinstance(found, BenchError):
-            raise found
-        yield found
+def _bar(title: str, total: int, progress: bool) -> tqdm[Any]:
+    return tqdm(total=total, desc=title, unit=" images", delay=1.0, leave=False, disable=not progress)

@@ -26,10 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from comit_bench.data.digests import file_digests
 from comit_bench.data.disjoint import without_shared
 from comit_bench.data.manifests import FORMAT, Manifest, Rows, read_manifest, write_manifest
-from comit_bench.data.readers import coco, visual_genome
 from comit_bench.data.readers.class_folders import read_class_folders
 from comit_bench.data.readers.common import few, files_in, find_folder, how_to_get
 from comit_bench.data.readers.open import build_manifest, manifest_reader
@@ -58,7 +56,7 @@ def open_dataset(
         recipe: The dataset's recipe.
         data_root: Directory that holds the recipe's ``folder``; not used with a generator.
         cache: Cache directory, where generated datasets and manifests go.
-        progress: Show progress bars (on stderr).
+        progress: Show progress bars.
         class_list: File with one class name per line that replaces the recipe's own list.
         contents: False for a look at counts: files are listed and not read, so there are no fingerprints and
             nobody has seen whether splits share images.
@@ -74,7 +72,6 @@ def open_dataset(
         raise UsageError(f"{recipe.path}: declares no splits, so there is nothing to read")
     if class_list is not None and spec.reader != "class-folders":
         raise UsageError(f"dataset {spec.name}: reader {spec.reader!r} takes no list of classes")
-    own_classes = class_list is not None  # then the official counts say nothing
     made: str | None = None
     if spec.generator is not None:
         folder = cache / "datasets" / spec.folder
@@ -82,43 +79,35 @@ def open_dataset(
     else:
         folder = find_folder(spec, data_root)
     if spec.reader == "class-folders":
-        classes, splits, missing = read_class_folders(
-            recipe, folder, class_list=class_list, cache=cache, progress=progress, contents=contents
-        )
-        report = cache / "reports" / f"{spec.name}-missing.json" if contents else None
-        _report_missing(spec, folder, missing, sum(map(len, splits.values())) + len(missing), report)
-        found = {name: len(split) for name, split in splits.items()}
-        splits, shared = _apart(spec, splits, folder, cache, made)
-        prints = {name: fingerprint_of(split, made) for name, split in splits.items()} if contents else {}
-        whole = (made or digest_json({"classes": list(classes), "splits": prints})) if contents else ""
-        expected = {} if own_classes else spec.expected
-        notes = _compare_counts(spec, expected, found, folder, say=contents) | shared
-        if missing:
-            notes["missing_images"] = len(missing)
-        data = OpenData(
-            spec.name, spec.version, classes, splits, whole, prints, folder, missing=missing, notes=notes
-        )
-        data = replace(data, expected=expected, found=found)
+        data = _read_class_folders(recipe, folder, class_list, cache, progress)
+        report = cache / "reports" / f"{spec.name}-missing.json"
+        identity: str | dict[str, Any] = made or {"classes": list(data.classes)}
     else:
-        data = _open_manifest(recipe, folder, cache, made, progress, contents)
-    if contents:
-        _compare_checksum(spec, made or data.fingerprint, folder)
+        data, digest, path = _read_annotated(recipe, folder, cache, progress)
+        report = path.parent / "missing.json"
+        identity = {"made": made, "manifest": digest}
+    notes = data.notes | _compare_counts(spec, data.expected, data.found, folder, say=contents)
+    count = sum(map(len, data.splits.values())) + len(data.missing)
+    _report_missing(spec, folder, data.missing, count, report if contents else None)
     splits = {name: replace(split, exif=spec.upright) for name, split in data.splits.items()}
-    return replace(data, splits=splits, max_broken=spec.max_broken)
+    shared: dict[str, int] = {}
+    if contents:
+        splits = {name: split.with_contents(cache, progress=progress) for name, split in splits.items()}
+        if made is None:  # scenes are painted apart
+            listed = cache / "reports" / f"{spec.name}-shared.json"
+            splits, shared = without_shared(splits, where=folder, report=listed)
+            notes |= {"images_in_two_splits": shared} if shared else {}
+    if spec.reader == "coco" and spec.pairs.policy == "pair-disjoint" and (data.missing or shared):
+        _recheck(splits, data.classes, folder)
+    prints, whole = {}, ""
+    if contents:
+        prints = {name: _fingerprint_of(split, made) for name, split in splits.items()}
+        whole = identity if isinstance(identity, str) else digest_json(identity | {"splits": prints})
+        _compare_checksum(spec, made or whole, folder)
+    return replace(data, splits=splits, notes=notes, fingerprint=whole, fingerprints=prints)
 
 
-def _apart(
-    spec: DatasetSpec, splits: dict[str, Split], folder: Path, cache: Path, made: str | None
-) -> tuple[dict[str, Split], dict[str, Any]]:
-    """The splits without images that are in two of them, and what to note; scenes are painted apart."""
-    if made is not None:
-        return splits, {}
-    report = cache / "reports" / f"{spec.name}-shared.json"
-    left, shared = without_shared(splits, where=folder, report=report)
-    return left, {"images_in_two_splits": shared} if shared else {}
-
-
-def fingerprint_of(split: Split, made: str | None) -> str:
+def _fingerprint_of(split: Split, made: str | None) -> str:
     """``sha256:<hex>`` over ids, contents and labels; ``made``, a generator's digest, stands for contents."""
     state = hashlib.sha256((made or "").encode() + b"\n")
     contents = split.contents if made is None else (b"",) * len(split)
@@ -159,25 +148,38 @@ def _compare_checksum(spec: DatasetSpec, found: str, folder: Path) -> None:
         )
 
 
-def manifest_for(
-    recipe: Recipe[DatasetSpec], folder: Path, cache: Path, *, progress: bool = True
-) -> tuple[Manifest, str, Path]:
-    """The manifest of a data set, from the cache when it was made from the same files, else made now.
-
-    Returns:
-        The manifest, its digest and its file. It has been verified.
-
-    Raises:
-        MissingError: An annotation file is not there.
-        CorruptFileError: An annotation file is not what it should be.
-    """
+def _read_class_folders(
+    recipe: Recipe[DatasetSpec], folder: Path, class_list: Path | None, cache: Path, progress: bool
+) -> OpenData:
+    """What class folders hold; nobody has looked into the files yet."""
     spec = recipe.spec
+    classes, splits, missing = read_class_folders(
+        recipe, folder, class_list=class_list, cache=cache, progress=progress
+    )
+    return OpenData(
+        spec.name,
+        spec.version,
+        classes,
+        splits,
+        fingerprint="",
+        fingerprints={},
+        folder=folder,
+        missing=missing,
+        notes={"missing_images": len(missing)} if missing else {},
+        max_broken=spec.max_broken,
+        expected=spec.expected if class_list is None else {},  # else the official counts say nothing
+        found={name: len(split) for name, split in splits.items()},
+    )
+
+
+def _manifest_for(spec: DatasetSpec, folder: Path, cache: Path, progress: bool) -> tuple[Manifest, str, Path]:
+    """The manifest of a data set, its digest and its file: from the cache, verified, or made now."""
     if spec.reader not in ("coco", "visual-genome"):  # their folders are listed each time
         manifest = build_manifest(spec, folder)
         key: dict[str, Any] = {"format": FORMAT, "folder": str(folder)}
         path = _manifest_path(spec, cache, key)
         return manifest, write_manifest(path, manifest, key), path
-    reader = coco if spec.reader == "coco" else visual_genome
+    reader = manifest_reader(spec.reader)
     found = reader.sources(spec, folder)
     fields = {"reader", "splits", "pairs" if spec.reader == "coco" else "relations"}
     key = {
@@ -186,26 +188,23 @@ def manifest_for(
         "sources": {what: sha256_file(path) for what, path in found.items()},
     }
     path = _manifest_path(spec, cache, key)
+
+    def stored() -> tuple[Manifest, str, Path]:
+        manifest, digest = read_manifest(path, key)
+        reader.verify(spec, manifest, str(path))
+        return manifest, digest, path
+
     with suppress(MissingError, CorruptFileError):
-        return *_stored_manifest(spec, path, key), path
+        return stored()
     with locked(path.with_name(".lock"), f"making the manifest of {spec.name}"):
         try:
-            return *_stored_manifest(spec, path, key), path
-        except (MissingError, CorruptFileError) as error:
-            if isinstance(error, CorruptFileError):
-                _log.warning("%s It is made again.", error)
+            return stored()
+        except MissingError:
+            pass
+        except CorruptFileError as error:
+            _log.warning("%s It is made again.", error)
         manifest = reader.build(spec, found, progress=progress)
         return manifest, write_manifest(path, manifest, key), path
-
-
-def _stored_manifest(spec: DatasetSpec, path: Path, key: dict[str, Any]) -> tuple[Manifest, str]:
-    """A manifest from the cache and its digest, verified; errors as for :func:`read_manifest`."""
-    manifest, digest = read_manifest(path, key)
-    if spec.reader == "coco":
-        coco.verify(spec, manifest, str(path))
-    else:
-        visual_genome.verify(manifest, str(path))
-    return manifest, digest
 
 
 def _manifest_path(spec: DatasetSpec, cache: Path, key: dict[str, Any]) -> Path:
@@ -213,57 +212,41 @@ def _manifest_path(spec: DatasetSpec, cache: Path, key: dict[str, Any]) -> Path:
     return cache / "manifests" / spec.name / short / "manifest.parquet"
 
 
-def _open_manifest(
-    recipe: Recipe[DatasetSpec],
-    folder: Path,
-    cache: Path,
-    made: str | None,
-    progress: bool,
-    with_contents: bool,
-) -> OpenData:
+def _read_annotated(
+    recipe: Recipe[DatasetSpec], folder: Path, cache: Path, progress: bool
+) -> tuple[OpenData, str, Path]:
+    """The samples of a manifest whose files are there, its digest and its file."""
     spec = recipe.spec
-    manifest, digest, path = manifest_for(recipe, folder, cache, progress=progress)
+    manifest, digest, path = _manifest_for(spec, folder, cache, progress)
     reader = manifest_reader(spec.reader)
-    places = reader.places(spec, folder)
-    finder = _Finder(folder, places)
+    finder = _Finder(folder, reader.places(spec, folder))
     splits: dict[str, Split] = {}
     missing: dict[str, str] = {}
     for name, rows in manifest.splits.items():
         there = np.array([finder.has(file) for file in rows.files], dtype=np.bool_)
         missing |= {rows.ids[i]: f"no file {rows.files[i]}" for i in np.flatnonzero(~there).tolist()}
         splits[name] = _split(name, rows, there, manifest, finder)
-        if with_contents:
-            splits[name] = _with_contents(splits[name], folder, cache, progress)
     for names in manifest.notes.get("images_without_mask", {}).values():
         missing |= {name: "no mask" for name in names}
     for odd in manifest.notes.get("not_files", {}).values():
         missing |= {name: f"this is {what}, not a file" for name, what in odd.items()}
-    notes = {**manifest.notes, "manifest": digest, "missing_images": len(missing)}
-    found = reader.counted(manifest, {name: len(split) for name, split in splits.items()})
-    notes |= _compare_counts(spec, spec.expected, found, folder, say=with_contents)
-    count = sum(map(len, splits.values())) + len(missing)
-    _report_missing(spec, folder, missing, count, path.parent / "missing.json" if with_contents else None)
-    splits, shared = _apart(spec, splits, folder, cache, made)
-    notes |= shared
-    if spec.reader == "coco" and spec.pairs.policy == "pair-disjoint" and (missing or shared):
-        _recheck(splits, manifest.classes, folder)
-    prints = {name: fingerprint_of(split, made) for name, split in splits.items()} if with_contents else {}
-    whole = digest_json({"made": made, "manifest": digest, "splits": prints}) if with_contents else ""
-    return OpenData(
+    data = OpenData(
         spec.name,
         spec.version,
         manifest.classes,
         splits,
-        whole,
-        prints,
-        folder,
+        fingerprint="",
+        fingerprints={},
+        folder=folder,
         kind=manifest.kind,
         predicates=manifest.predicates,
         missing=missing,
-        notes=notes,
+        notes={**manifest.notes, "manifest": digest, "missing_images": len(missing)},
+        max_broken=spec.max_broken,
         expected=spec.expected,
-        found=found,
+        found=reader.counted(manifest, {name: len(split) for name, split in splits.items()}),
     )
+    return data, digest, path
 
 
 class _Finder:
@@ -288,18 +271,6 @@ class _Finder:
         if place not in self._listed:
             self._listed[place] = files_in(self.places[place])
         return name in self._listed[place]
-
-
-def _with_contents(split: Split, folder: Path, cache: Path, progress: bool) -> Split:
-    """The split with what its files hold."""
-
-    def contents(paths: PathList, what: str) -> tuple[bytes, ...]:
-        title = f"contents of {what}{split.name} (once)"
-        return tuple(file_digests(folder, paths.names, cache=cache, title=title, progress=progress))
-
-    assert isinstance(split.paths, PathList)
-    masks = contents(split.labels, "masks of ") if isinstance(split.labels, PathList) else ()
-    return replace(split, contents=contents(split.paths, ""), mask_contents=masks)
 
 
 def _split(name: str, rows: Rows, there: NDArray[np.bool_], manifest: Manifest, finder: _Finder) -> Split:

@@ -41,7 +41,7 @@ EMPTY = hashlib.sha256(b"").digest()
 _log = logging.getLogger(__name__)
 
 
-def state_of(status: os.stat_result) -> bytes:
+def _state_of(status: os.stat_result) -> bytes:
     """Size, times and inode of a file, packed."""
     numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return struct.pack("<4Q", *(number & (2**64 - 1) for number in numbers))
@@ -53,7 +53,7 @@ def _is_recent(status: os.stat_result) -> bool:
     return any(abs(now - at) < (RECENT if at % 10**9 else RECENT_IN_SECONDS) for at in times)
 
 
-class Table:
+class _Table:
     """sha256 by key, kept in one file; a damaged or unwritable file is like none."""
 
     def __init__(self, cache: Path, place: str) -> None:
@@ -93,7 +93,7 @@ class Table:
         self._saved = len(self.known)
 
 
-def key_of(name: str, state: bytes) -> bytes:
+def _key_of(name: str, state: bytes) -> bytes:
     """Key of a file, or of a part of one, in its table."""
     return hashlib.blake2b(os.fsencode(name) + b"\0" + state, digest_size=16).digest()
 
@@ -107,8 +107,7 @@ def file_digests(
         root: The folder; a table belongs to where it really lies, whatever links lead there.
         names: Relative paths.
         cache: Cache directory.
-        title: Of the progress bar.
-        progress: Show one.
+        title: Of the progress bar that ``progress`` shows.
 
     Returns:
         32 bytes per name.
@@ -117,18 +116,29 @@ def file_digests(
         MissingError: A file is not there.
         BenchError: It is no ordinary file, or cannot be read.
     """
-    table = Table(cache, str(root.resolve()))
     base = str(root)
-    found: list[bytes | None] = []
-    for name in names:
-        found.append(table.known.get(key_of(name, state_of(_status(f"{base}/{name}")))))
+    keys = [_key_of(name, _state_of(_status(f"{base}/{name}"))) for name in names]
+
+    def read(i: int) -> tuple[bytes, bytes | None]:
+        return _digest_file(f"{base}/{names[i]}", names[i])
+
+    return _known_or_read(_Table(cache, str(root.resolve())), keys, read, title, progress, THREADS)
+
+
+def _known_or_read(
+    table: _Table,
+    keys: Sequence[bytes | None],
+    read: Callable[[int], tuple[bytes, bytes | None]],
+    title: str,
+    progress: bool,
+    threads: int,
+) -> list[bytes]:
+    """The digest of every key out of the table, else what ``read`` says, kept under the key that it gives."""
+    found = [None if key is None else table.known.get(key) for key in keys]
     unknown = [i for i, digest in enumerate(found) if digest is None]
-
-    def read(part: Sequence[int]) -> list[tuple[bytes, bytes | None]]:
-        return [_digest_file(f"{base}/{names[i]}", names[i]) for i in part]
-
-    done = _in_threads(read, unknown, table, title, progress, THREADS)
-    for i, (digest, key) in zip(unknown, done, strict=True):
+    for i, (digest, key) in zip(
+        unknown, _in_threads(read, unknown, table, title, progress, threads), strict=True
+    ):
         found[i] = digest
         if key is not None:
             table.known[key] = digest
@@ -137,9 +147,9 @@ def file_digests(
 
 
 def _in_threads(
-    read: Callable[[Sequence[int]], list[tuple[bytes, bytes | None]]],
+    read: Callable[[int], tuple[bytes, bytes | None]],
     unknown: Sequence[int],
-    table: Table,
+    table: _Table,
     title: str,
     progress: bool,
     threads: int,
@@ -149,7 +159,7 @@ def _in_threads(
     saved = time.monotonic()
     bar = tqdm(total=len(unknown), desc=title, unit=" files", delay=1.0, leave=False, disable=not progress)
     with bar, ThreadPoolExecutor(threads if len(parts) > 1 else 1) as pool:
-        jobs = [pool.submit(read, part) for part in parts]
+        jobs = [pool.submit(lambda part: [read(i) for i in part], part) for part in parts]
         try:
             for job in jobs:
                 done = job.result()
@@ -183,8 +193,8 @@ def _digest_file(path: str, name: str) -> tuple[bytes, bytes | None]:
             after = os.fstat(stream.fileno())
     except OSError as error:
         raise BenchError(f"{path}: cannot read: {error.strerror or error}") from error
-    settled = state_of(before) == state_of(after) and not _is_recent(after)
-    return digest, key_of(name, state_of(after)) if settled else None
+    settled = _state_of(before) == _state_of(after) and not _is_recent(after)
+    return digest, _key_of(name, _state_of(after)) if settled else None
 
 
 def part_digests(
@@ -206,28 +216,15 @@ def part_digests(
         parts: Name of every part, unique.
         read: Number of a part -> its bytes.
         cache: Cache directory.
-        title: Of the progress bar.
-        progress: Show one.
+        title: Of the progress bar that ``progress`` shows.
         threads: How many may call ``read``.
-
-    Raises:
-        BenchError: As ``read``.
     """
-    table = Table(cache, place)
-    keys = [key_of(part, state or b"") for part in parts]
-    found = [None if state is None else table.known.get(key) for key in keys]
-    unknown = [i for i, digest in enumerate(found) if digest is None]
+    keys = [None if state is None else _key_of(part, state) for part in parts]
 
-    def digest(part: Sequence[int]) -> list[tuple[bytes, bytes | None]]:
-        return [(hashlib.sha256(read(i)).digest(), keys[i] if state else None) for i in part]
+    def digest(i: int) -> tuple[bytes, bytes | None]:
+        return hashlib.sha256(read(i)).digest(), keys[i]
 
-    done = _in_threads(digest, unknown, table, title, progress, threads)
-    for i, (value, key) in zip(unknown, done, strict=True):
-        found[i] = value
-        if key is not None:
-            table.known[key] = value
-    table.save()
-    return [value for value in found if value is not None]
+    return _known_or_read(_Table(cache, place), keys, digest, title, progress, threads)
 
 
 def state_of_files(paths: Sequence[Path]) -> bytes | None:
@@ -235,4 +232,4 @@ def state_of_files(paths: Sequence[Path]) -> bytes | None:
     states = [_status(str(path)) for path in paths]
     if any(map(_is_recent, states)):
         return None
-    return hashlib.sha256(b"".join(map(state_of, states))).digest()
+    return hashlib.sha256(b"".join(map(_state_of, states))).digest()

@@ -29,10 +29,7 @@ def without_shared(
 ) -> tuple[dict[str, Split], dict[str, int]]:
     """The splits without images that another one holds too.
 
-    Args:
-        splits: With their contents.
-        where: The data set's folder, for messages.
-        report: Where the images that are left out are listed, when there are some.
+    ``report`` lists the images that are left out, when there are some.
 
     Returns:
         The splits in their order; and for those that lost images, how many.

@@ -75,7 +75,7 @@ def download(
     Args:
         spec: The data set's recipe.
         folder: Where its content goes.
-        keep: Keep archives after unpacking.
+        keep: Whether archives stay after unpacking.
         progress: Show a bar.
         say: Told about every step.
 
@@ -135,11 +135,7 @@ def _fetched(archive: Path) -> bool:
 
 
 def fetch(item: DownloadSpec, target: Path, *, progress: bool = True) -> str:
-    """Download one file, whole or not at all, continuing an earlier attempt; returns ``sha256:<hex>``.
-
-    Raises:
-        MissingError, CorruptFileError, BenchError: As for :func:`download`.
-    """
+    """Download one file, whole or not at all, continuing an earlier attempt; returns ``sha256:<hex>``."""
     check_url(item.url, checked=item.checksum is not None)
     arrived = target.with_name(f"{target.name}.arrived")
     refuse_special(target)
@@ -186,10 +182,6 @@ def unpack(archive: Path, folder: Path, creates: str) -> None:
     An archive may hold ``creates`` itself, hold it below other folders, or hold its content. A folder that
     is not there yet appears whole; files that go into an existing one do so one by one, and
     :func:`is_done` says no until all have.
-
-    Raises:
-        CorruptFileError: Damaged, or a member that would leave the folder.
-        BenchError: Disk full or not writable.
     """
     begun = archive.with_name(f"{archive.name}.unpacking")
     unpacked = archive.with_name(f"{archive.name}.content")

@@ -33,20 +33,19 @@ from errno import EINVAL
 from functools import lru_cache
 from io import SEEK_END, BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
+from torch import Tensor
 
 from comit_bench.data.masks import Mask, read_levels
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
 from comit_bench.files import special_file
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 STEPS = ("center_crop", "resize", "resize_short", "exif")
 FILTERS = ("nearest", "box", "bilinear", "bicubic", "lanczos")
@@ -253,20 +252,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def decode_image(content: bytes, preprocessing: str, *, name: str) -> NDArray[np.uint8]:
-    """As :func:`load_image`, for a file that is in memory already (from an archive or a table).
-
-    Args:
-        content: The bytes of an image file.
-        preprocessing: See the module's docstring.
-        name: What messages call it.
-
-    Returns:
-        uint8 [3, S, S].
-
-    Raises:
-        CorruptFileError: Empty, truncated, not an image, or larger than Pillow's safety limit.
-        UsageError: The preprocessing cannot be parsed.
-    """
+    """As :func:`load_image`, for the bytes of a file; messages call it ``name``."""
     parse_preprocessing(preprocessing)
     with _decoder(BytesIO(content), name) as image:
         return preprocess(image, preprocessing)
@@ -274,10 +260,12 @@ def decode_image(content: bytes, preprocessing: str, *, name: str) -> NDArray[np
 
 def load_from(paths: Sequence[Path], index: int, preprocessing: str) -> NDArray[np.uint8]:
     """As :func:`load_image` for ``paths[index]``; paths into an archive have a method ``read``."""
+    return decode_image(_content_of(paths, index), preprocessing, name=str(paths[index]))
+
+
+def _content_of(paths: Sequence[Path], index: int) -> bytes:
     read = getattr(paths, "read", None)
-    if read is None:
-        return load_image(paths[index], preprocessing)
-    return decode_image(read(index), preprocessing, name=str(paths[index]))
+    return _content(paths[index]) if read is None else read(index)
 
 
 def image_size(paths: Sequence[Path], index: int) -> tuple[int, int] | None:
@@ -293,19 +281,9 @@ def image_size(paths: Sequence[Path], index: int) -> tuple[int, int] | None:
 
 
 def header_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file that must be one, read off its header, as the pixels are stored.
-
-    Raises:
-        CorruptFileError: Not an image.
-        MissingError: No such file. BenchError: No file, or not readable.
-    """
+    """Width and height as the pixels are stored, read off the header; errors as in :func:`load_image`."""
     with _opened(path) as stream, _decoder(stream, str(path), header=True) as image:
         return image.size
-
-
-def load_mask(path: Path, preprocessing: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask of an image of ``size`` (width, height) without an orientation; see :func:`mask_of`."""
-    return _cropped(path, *_read_mask(path), parse_preprocessing(preprocessing), size, 1)
 
 
 def mask_of(photo: Path, path: Path, preprocessing: str) -> tuple[NDArray[np.bool_], Mask]:
@@ -326,31 +304,25 @@ def mask_of(photo: Path, path: Path, preprocessing: str) -> tuple[NDArray[np.boo
             width to height), or the photograph is no image.
         MissingError: No such file. BenchError: No file, or not readable.
     """
-    steps = parse_preprocessing(preprocessing)
-    mask, own = _read_mask(path)
-    orientation = orientation_of(photo) if steps[0].name == "exif" else 1
-    return _cropped(path, mask, own, steps, header_size(photo), orientation), mask
+    return _mask_through(photo, path, parse_preprocessing(preprocessing))
 
 
 def whole_image(paths: Sequence[Path], index: int, *, exif: bool) -> NDArray[np.uint8]:
     """``paths[index]`` without any crop, uint8 [H, W, 3]; errors as in :func:`load_image`."""
-    read = getattr(paths, "read", None)
-    content = _content(paths[index]) if read is None else read(index)
-    with _decoder(BytesIO(content), str(paths[index])) as image:
+    with _decoder(BytesIO(_content_of(paths, index)), str(paths[index])) as image:
         return np.asarray(_turn(_to_rgb(image), _orientation(image) if exif else 1))
 
 
 def whole_mask(photo: Path, path: Path, *, exif: bool) -> NDArray[np.bool_]:
     """A mask in the pixels of its photograph as :func:`whole_image` shows it, bool [H, W]."""
-    steps = (Step("exif"),) if exif else ()
+    return _mask_through(photo, path, (Step("exif"),) if exif else ())[0]
+
+
+def _mask_through(photo: Path, path: Path, steps: Sequence[Step]) -> tuple[NDArray[np.bool_], Mask]:
+    """A mask through the steps of its photograph, and the whole mask."""
     mask, own = _read_mask(path)
-    return _cropped(path, mask, own, steps, header_size(photo), orientation_of(photo) if exif else 1)
-
-
-def _cropped(
-    path: Path, mask: Mask, own: int, steps: Sequence[Step], size: tuple[int, int], orientation: int
-) -> NDArray[np.bool_]:
-    """A mask through the steps of its photograph, which has ``size`` as stored and this orientation."""
+    with _opened(photo) as stream, _decoder(stream, str(photo), header=True) as image:
+        size, orientation = image.size, _orientation(image)
     pixels = Image.fromarray(mask.pixels.astype(np.uint8) * np.uint8(255))
     if any(step.name == "exif" for step in steps):
         upright_size = (size[1], size[0]) if orientation >= 5 else size
@@ -369,7 +341,7 @@ def _cropped(
         pixels = _resize(pixels, size, MASK_FILTER)
     nearest = [step if step.filter is None else Step(step.name, step.size, MASK_FILTER) for step in steps]
     found: NDArray[np.bool_] = _through(pixels.convert("RGB"), nearest)[0] >= 128
-    return found
+    return found, mask
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -378,11 +350,7 @@ def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 def read_mask(path: Path) -> Mask:
-    """The object in a mask's file, as its pixels are stored.
-
-    Raises:
-        CorruptFileError: Not a mask. MissingError: No such file. BenchError: No file, or not readable.
-    """
+    """The object in a mask's file, as its pixels are stored; errors as in :func:`mask_of`."""
     return _read_mask(path)[0]
 
 
@@ -392,16 +360,6 @@ def _read_mask(path: Path) -> tuple[Mask, int]:
     with _decoder(BytesIO(content), str(path)) as image:
         lossy = image.format == "JPEG" or (image.format == "WEBP" and b"VP8L" not in content[:4096])
         return read_levels(image, lossy=lossy, name=str(path)), _orientation(image)
-
-
-def orientation_of(path: Path) -> int:
-    """EXIF orientation of an image's file, 1 to 8; 1 where it says nothing.
-
-    Raises:
-        CorruptFileError: Not an image. MissingError: No such file. BenchError: No file, or not readable.
-    """
-    with _opened(path) as stream, _decoder(stream, str(path), header=True) as image:
-        return _orientation(image)
 
 
 @contextmanager
@@ -456,8 +414,6 @@ class _Batches:
     preprocessing: str
 
     def __getitem__(self, indices: list[int]) -> ImageBatch | BenchError:
-        import torch
-
         side = output_side(self.preprocessing)
         images = np.zeros((len(indices), 3, side, side), dtype=np.uint8)
         broken: dict[int, str] = {}
@@ -502,7 +458,7 @@ def iterate_images(
             f"batch_size {batch_size} must be at least 1 and num_workers {num_workers} at least 0"
         )
     order: Iterable[Any] = range(len(paths)) if indices is None else indices
-    if isinstance(order, Sized) and isinstance(order, Iterable):
+    if isinstance(order, Sized):
         order = [_checked(int(i), len(paths)) for i in order]
         num_workers = min(num_workers, -(-len(order) // batch_size))
     return _iterate(_Batches(paths, preprocessing), _cut(order, batch_size, len(paths)), num_workers)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 
@@ -72,9 +74,6 @@ def read_devkit_synsets(path: Path) -> tuple[str, ...]:
                 "labels would be wrong. Use the devkit's data/meta.mat."
             )
         return names
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     try:
         table = loadmat(path, squeeze_me=True)["synsets"]
         by_id = {int(i): str(w) for i, w in zip(table["ILSVRC2012_ID"], table["WNID"], strict=True)}

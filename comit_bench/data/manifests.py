@@ -124,16 +124,7 @@ def rows_from(
 
 
 def write_manifest(path: Path, manifest: Manifest, key: dict[str, Any]) -> str:
-    """Write a manifest, whole or not at all, and return its digest.
-
-    Args:
-        path: The Parquet file.
-        manifest: What to write.
-        key: What it was made from; :func:`read_manifest` compares it.
-
-    Raises:
-        BenchError: The disk is full or not writable.
-    """
+    """Write a manifest and what it was made from, whole or not at all, and return its digest."""
     digest = manifest.digest
     columns: dict[str, Any] = {"split": [], "id": [], "file": [], "mask": []}
     for name, rows in manifest.splits.items():
@@ -166,7 +157,7 @@ def _joined(manifest: Manifest) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
 
 
 def read_manifest(path: Path, key: dict[str, Any]) -> tuple[Manifest, str]:
-    """Read a manifest and compute its digest again."""
+    """Read a manifest that was made from ``key``, and compute its digest again."""
     if not path.is_file():
         raise MissingError(f"{path}: no manifest there")
     try:

@@ -16,15 +16,13 @@ An image most of whose pixels are neither dark nor bright is a photograph, not a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from comit_bench.errors import CorruptFileError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Levels = NDArray[Any]
 GREY = 16  # channels that differ by less are equal but for the noise of JPEG

@@ -7,21 +7,20 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from comit_bench.data.images import read_mask, whole_image, whole_mask
+from comit_bench.data.readers.visual_genome import Region
 from comit_bench.data.split import OpenData, Split
 from comit_bench.errors import BenchError, CorruptFileError
 from comit_bench.files import write_atomic
 from comit_bench.seeding import generator_for
-
-if TYPE_CHECKING:
-    from comit_bench.data.readers.visual_genome import Region
 
 TOP = 30  # bars of one histogram
 SAMPLES = 10
@@ -61,11 +60,7 @@ def _coverage(split: Split) -> list[str]:
 
 
 def write_histograms(data: OpenData, target: Path) -> Path:
-    """One PNG with a row of histograms per heading: the most frequent entries, and all counts by rank.
-
-    Raises:
-        BenchError: The picture cannot be written.
-    """
+    """One PNG with a row of histograms per heading: the most frequent entries, and all counts by rank."""
     counted = {name: counts_of(data, split) for name, split in data.splits.items() if len(split)}
     headings = list(dict.fromkeys(h for counts in counted.values() for h in counts))
     figure = Figure(figsize=(15, 1.2 + 4.6 * len(headings)), layout="constrained")
@@ -137,8 +132,6 @@ def relations_shown(data: OpenData, split: Split, *, seed: int) -> dict[str, lis
 
 def choose(split: Split, *, seed: int, count: int = SAMPLES) -> list[int]:
     """Random rows, in ascending order."""
-    import torch
-
     order = torch.randperm(len(split), generator=generator_for(seed, f"show/{split.name}"))
     return sorted(order[:count].tolist())
 
@@ -159,9 +152,6 @@ def write_samples(
         split: Which split; None: the last one (val).
         seed: Another seed shows others.
         regions: Image id -> relations with their boxes, which are drawn.
-
-    Raises:
-        BenchError: The picture cannot be written.
     """
     chosen = data.splits[split if split is not None else list(data.splits)[-1]]
     rows = choose(chosen, seed=seed)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from comit_bench.data.readers import visual_genome
 from comit_bench.data.readers.common import find_directory, find_file, find_folder, folders, images
-from comit_bench.data.readers.encoded import has_encoded
+from comit_bench.data.readers.encoded import find_archive
 from comit_bench.data.readers.open import manifest_reader
 from comit_bench.errors import BenchError, MissingError
 from comit_bench.files import DATA_VARIABLE
@@ -48,7 +48,13 @@ def missing_pieces(spec: DatasetSpec, data_root: Path | None) -> list[Piece]:
         folder = find_folder(spec, data_root)
     except MissingError:
         return [Piece(f"{data_root / spec.folder}/", command)]
-    return [Piece(_short(error), command) for error in _failures(_checks(spec, folder))]
+    pieces = []
+    for check in _checks(spec, folder):
+        try:
+            check()
+        except BenchError as error:
+            pieces.append(Piece(_short(error), command))
+    return pieces
 
 
 def _short(error: BenchError) -> str:
@@ -58,45 +64,29 @@ def _short(error: BenchError) -> str:
     )
 
 
-def _failures(checks: list[Callable[[], object]]) -> list[BenchError]:
-    failures: list[BenchError] = []
-    for check in checks:
-        try:
-            check()
-        except BenchError as error:
-            failures.append(error)
-    return failures
-
-
-def _checks(spec: DatasetSpec, folder: Path) -> list[Callable[[], object]]:
-    def label_file(what: str, names: tuple[str, ...]) -> Callable[[], object]:
-        return lambda: find_file(spec, folder, what, names)
-
-    def directory(what: str, names: tuple[str, ...]) -> Callable[[], object]:
-        return lambda: find_directory(spec, folder, what, names)
-
+def _checks(spec: DatasetSpec, folder: Path) -> Sequence[Callable[[], object]]:
+    """One check for every file and folder."""
+    file, directory = (partial(partial, find, spec, folder) for find in (find_file, find_directory))
     if spec.reader == "coco":
-        annotations = [label_file(f"annotations of {n!r}", files) for n, files in spec.splits.items()]
+        annotations = [file(f"annotations of {n!r}", files) for n, files in spec.splits.items()]
         return annotations + [directory(f"images of {n!r}", spec.images.get(n, (n,))) for n in spec.splits]
     if spec.reader == "visual-genome":
         wanted = ["relationships", "image_data"]
         wanted += ["object_alias", "relationship_alias"] if spec.relations.aliases else []
-        checks = [label_file(what, spec.labels.get(what, visual_genome.FILES[what])) for what in wanted]
-        checks += [label_file(f"list of ids for {n!r}", files) for n, files in spec.splits.items() if files]
-        return [*checks, *(partial(_one_place, spec, folder, n) for n in visual_genome.folder_names(spec))]
+        checks = [file(what, spec.labels.get(what, visual_genome.FILES[what])) for what in wanted]
+        checks += [file(f"list of ids for {n!r}", files) for n, files in spec.splits.items() if files]
+        bases = spec.images.get("bases", visual_genome.BASES)
+        for name in visual_genome.folder_names(spec):
+            checks.append(directory(f"images {name}", [f"{base}/{name}" for base in bases]))
+        return checks
     if spec.reader != "class-folders":
         return [lambda: manifest_reader(spec.reader).places(spec, folder)]
     return [partial(_class_split, spec, folder, n) for n in spec.splits]
 
 
-def _one_place(spec: DatasetSpec, folder: Path, name: str) -> None:
-    bases = spec.images.get("bases", visual_genome.BASES)
-    find_directory(spec, folder, f"images {name}", tuple(f"{base}/{name}" for base in bases))
-
-
 def _class_split(spec: DatasetSpec, folder: Path, name: str) -> None:
     """A split of class folders, with labels when its images lie flat, or shards or a hub copy of it."""
-    if has_encoded(spec, folder, name):
+    if find_archive(spec, folder, name):
         return
     place = find_directory(spec, folder, f"split {name!r}", spec.splits[name])
     if folders(place) or not spec.labelled or spec.generator is not None:

@@ -10,27 +10,21 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from comit_bench.data.digests import file_digests
 from comit_bench.data.images import upright
 
 Kind = Literal["classes", "multilabel", "relations", "masks"]
 
 
+@dataclass(frozen=True, slots=True)
 class PathList(Sequence[Path]):
     """Paths below one directory, made when asked for: a million ``Path`` objects would take 0.5 GB."""
 
-    __slots__ = ("_names", "root")
-
-    def __init__(self, root: Path, names: tuple[str, ...]) -> None:
-        self.root = root
-        self._names = names
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The paths below the directory."""
-        return self._names
+    root: Path
+    names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     @overload
     def __getitem__(self, index: int) -> Path: ...
@@ -38,12 +32,16 @@ class PathList(Sequence[Path]):
     def __getitem__(self, index: slice) -> PathList: ...
     def __getitem__(self, index: int | slice) -> Path | PathList:
         if isinstance(index, slice):
-            return PathList(self.root, self._names[index])
-        return self.root / self._names[index]
+            return PathList(self.root, self.names[index])
+        return self.root / self.names[index]
 
-    def take(self, rows: Sequence[int]) -> PathList:
+    def take(self, index: Sequence[int]) -> PathList:
         """Some of the paths, in this order."""
-        return PathList(self.root, tuple(self._names[row] for row in rows))
+        return PathList(self.root, tuple(self.names[i] for i in index))
+
+    def digests(self, cache: Path, *, title: str, progress: bool) -> list[bytes]:
+        """sha256 of every file, see ``comit_bench.data.digests``."""
+        return file_digests(self.root, self.names, cache=cache, title=title, progress=progress)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +49,8 @@ class Triplets:
     """Relations of a split. Words are positions in the data set's vocabularies.
 
     Attributes:
-        table: int64 [m, 4], the samples: rows (image row, subject word, predicate word, object word),
-            unique and sorted.
+        table: int64 [m, 4], the samples: (position of the image, subject word, predicate word, object
+            word), unique and sorted.
         known: int64 [k, 4], all relations of the split's images that can be said in the vocabularies, also
             those that the area filter took out of ``table``. They are true of their image, so none of them
             may serve as a negative for it. A superset of ``table``; empty stands for "the same".
@@ -61,14 +59,14 @@ class Triplets:
     table: NDArray[np.int64]
     known: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
 
-    def take(self, rows: Sequence[int]) -> Triplets:
-        """Those of some images, which are numbered anew; ``rows`` must ascend."""
-        return Triplets(_renumbered(self.table, rows), _renumbered(self.known, rows))
+    def take(self, index: Sequence[int]) -> Triplets:
+        """Those of some images, which are numbered anew; ``index`` must ascend."""
+        return Triplets(_renumbered(self.table, index), _renumbered(self.known, index))
 
 
-def _renumbered(table: NDArray[np.int64], rows: Sequence[int]) -> NDArray[np.int64]:
-    kept = table[np.isin(table[:, 0], rows)]
-    kept[:, 0] = np.searchsorted(rows, kept[:, 0])
+def _renumbered(table: NDArray[np.int64], index: Sequence[int]) -> NDArray[np.int64]:
+    kept = table[np.isin(table[:, 0], index)]
+    kept[:, 0] = np.searchsorted(index, kept[:, 0])
     return kept
 
 
@@ -80,7 +78,7 @@ class Split:
         name: Name in the recipe, e.g. ``val``.
         ids: Unique, and equal on every machine and for every layout of the files.
         paths: The files, same order.
-        labels: By :attr:`OpenData.kind`, rows in the order of ``ids``. classes: int64 [n], positions in
+        labels: By :attr:`OpenData.kind`, in the order of ``ids``. classes: int64 [n], positions in
             the class list. multilabel: bool [n, C]. relations: :class:`Triplets`. masks: paths [n].
         exif: Whether images are turned upright as their EXIF orientation says.
         contents: sha256 of every image's file, 32 bytes each, same order; empty where nobody has looked.
@@ -102,18 +100,27 @@ class Split:
         """What a tokenizer that declares ``declared`` gets of these images."""
         return upright(declared) if self.exif else declared
 
-    def take(self, rows: Sequence[int]) -> Split:
-        """Some of the samples; ``rows`` must ascend."""
+    def take(self, index: Sequence[int]) -> Split:
+        """Some of the samples; ``index`` must ascend."""
         paths: Any = self.paths
         plain = isinstance(self.labels, np.ndarray)
         return replace(
             self,
-            ids=tuple(self.ids[row] for row in rows),
-            paths=paths.take(rows),
-            labels=self.labels[np.asarray(rows, dtype=np.int64)] if plain else self.labels.take(rows),
-            contents=tuple(self.contents[row] for row in rows) if self.contents else (),
-            mask_contents=tuple(self.mask_contents[row] for row in rows) if self.mask_contents else (),
+            ids=tuple(self.ids[i] for i in index),
+            paths=paths.take(index),
+            labels=self.labels[np.asarray(index, dtype=np.int64)] if plain else self.labels.take(index),
+            contents=tuple(self.contents[i] for i in index) if self.contents else (),
+            mask_contents=tuple(self.mask_contents[i] for i in index) if self.mask_contents else (),
         )
+
+    def with_contents(self, cache: Path, *, progress: bool) -> Split:
+        """The same with what its files hold; each is read once, see ``comit_bench.data.digests``."""
+        found = [
+            tuple(paths.digests(cache, title=f"contents of {what}{self.name} (once)", progress=progress))
+            for paths, what in ((self.paths, ""), (self.labels, "masks of "))
+            if hasattr(paths, "digests")
+        ]
+        return replace(self, contents=found[0], mask_contents=found[1] if len(found) > 1 else ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,8 +132,8 @@ class OpenData:
         version: Version of its recipe.
         classes: Class or category names, labels are positions in it; for relations the words of objects.
         splits: Split name -> samples.
-        fingerprint: ``sha256:<hex>`` of the whole.
-        fingerprints: The same per split.
+        fingerprint: ``sha256:<hex>`` of the whole; empty where nobody has looked into the files.
+        fingerprints: The same per split, over ids, contents and labels.
         folder: Where it was found.
         kind: What ``Split.labels`` holds.
         predicates: Words of predicates; empty unless ``kind`` is relations.
@@ -186,10 +193,3 @@ class OpenData:
         if bad > self.max_broken * total:
             told.append(f"{bad:,} of {total:,} images are missing or broken")
         return told
-
-    def split_fingerprint(self, name: str) -> str:
-        """``sha256:<hex>`` over the ids, contents and labels of one split."""
-        return self.fingerprints[name]
-
-
-ClassificationData = OpenData

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import torch
+from torch.utils.data import DataLoader
+
 from comit_bench.errors import BenchError
 
 PATIENCE = 900.0  # seconds without an item; one may be a whole training step's images off a slow disk
@@ -30,8 +33,6 @@ def read_ahead(source: Any, keys: Iterable[Any], workers: int, *, pin: bool = Fa
     if workers == 0 and not pin:
         yield from (source[key] for key in keys)
         return
-    from torch.utils.data import DataLoader
-
     sampler: Any = keys
     try:
         items = iter(
@@ -66,7 +67,6 @@ def _same(item: Any) -> Any:
 
 def _send_copies(worker: int) -> None:
     """In a worker: tensors leave as NumPy arrays."""
-    import torch
 
     def reduce(tensor: torch.Tensor) -> tuple[Any, tuple[Any, ...]]:
         return torch.from_numpy, (tensor.detach().contiguous().numpy(),)

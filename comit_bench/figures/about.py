@@ -6,11 +6,12 @@ writes it on the page. So no figure of an untrained tokenizer looks like one of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from comit_bench.figures.inputs import Inputs
+from comit_bench.figures.inputs import Images
+from comit_bench.results.schema import Record
 from comit_bench.tokenizers.base import Tokenizer, TokenizerInfo
 
 SCENES_DATA = "scenes-"  # the embedded data sets are called so, also in what weights say they were trained on
@@ -46,7 +47,7 @@ NOTHING = About()
 
 def describe(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     policy: str | None = None,
     decodes: bool = False,
@@ -79,6 +80,39 @@ def describe(
             f"{info.name} was trained on {info.resolution} px embedded scenes; these are other images"
         )
     return About(tuple(warnings), (", ".join(told), images(inputs)), untrained, tuple(parts))
+
+
+def describe_records(records: Sequence[Record], lines: Sequence[str], *, told: str = "") -> About:
+    """Describe a figure of records: which rows have random weights, and whether all data were used.
+
+    Args:
+        records: All that is shown.
+        lines: Stand at the bottom.
+        told: Behind the warning that only part of the data was used.
+    """
+    names = {record.tokenizer.name for record in records}
+    untrained = tuple(dict.fromkeys(r.tokenizer.name for r in records if not r.tokenizer.trained))
+    incomplete = any(not record.complete for record in records)
+    warnings = [f"untrained, random weights: {', '.join(untrained)}"] if untrained else []
+    warnings += [f"incomplete: only part of the data was used{told}"] if incomplete else []
+    parts = ("untrained",) * (len(untrained) == len(names)) + ("incomplete",) * incomplete
+    return About(tuple(warnings), tuple(lines), untrained, parts)
+
+
+def chance_lines(records: Sequence[Record], texts: Mapping[str, str]) -> list[str]:
+    """What guessing, or a flat colour, reaches: ``texts`` are words by metric, with ``{}`` for values."""
+    lines = []
+    for metric, text in texts.items():
+        chances = [r.metrics[metric].chance for r in records if metric in r.metrics]
+        if levels := sorted({f"{chance:.4g}" for chance in chances if chance is not None}):
+            lines.append(text.format(", ".join(levels)))
+    return lines
+
+
+def row_name(record: Record) -> str:
+    """The tokenizer of a record, marked when its weights are random."""
+    row = record.tokenizer
+    return row.name if row.trained or "untrained" in row.name else f"{row.name} (untrained)"
 
 
 def joined(several: Sequence[About]) -> About:
@@ -116,7 +150,7 @@ def decoder(settings: dict[str, Any]) -> str:
     )
 
 
-def images(inputs: Inputs) -> str:
+def images(inputs: Images) -> str:
     """How many images of what, and how many are missing."""
     text = f"{len(inputs)} image{'s' if len(inputs) != 1 else ''}"
     if inputs.available > len(inputs):
@@ -130,6 +164,6 @@ def images(inputs: Inputs) -> str:
     return text
 
 
-def foreign(info: TokenizerInfo, inputs: Inputs) -> bool:
+def foreign(info: TokenizerInfo, inputs: Images) -> bool:
     """Whether a tokenizer that learned from embedded scenes is given something else."""
     return info.trained and info.training_data.startswith(SCENES_DATA) and inputs.of_reader

@@ -15,11 +15,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,10 +28,9 @@ from comit_bench.data.images import mask_of, upright
 from comit_bench.data.readers.saliency import MASKS
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import BATCH, Inputs, encode, noise_seeds, progress, rows_of, tiles_for
+from comit_bench.figures.inputs import BATCH, Images, encode, noise_seeds, progress, rows_of, tiles_for
 from comit_bench.figures.style import (
     COLUMN,
-    FULL,
     ORANGE,
     SEQUENTIAL,
     SMALL,
@@ -47,9 +47,6 @@ from comit_bench.seeding import generator_for
 from comit_bench.tasks.objectness import derangement, make_plan
 from comit_bench.tokenizers.base import Tokenizer
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SHARES = (10, 20, 30, 40)
 LAYER, TIME = 0.857, 0.5  # as the recipes
 SWEEP_TIMES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -63,7 +60,6 @@ class Attention:
     """The best tokens of ``n`` images.
 
     Attributes:
-        tokenizer: Its name.
         names: Ids of the images [n].
         layer: Zero-based block.
         time: Of the evaluation that was read; None for a decoder of one pass.
@@ -79,7 +75,6 @@ class Attention:
         about: Words around the figure.
     """
 
-    tokenizer: str
     names: tuple[str, ...]
     layer: int
     time: float | None
@@ -122,7 +117,7 @@ class Sweep:
     about: About = NOTHING
 
 
-def find_masks(inputs: Inputs) -> tuple[Path, ...]:
+def find_masks(inputs: Images) -> tuple[Path, ...]:
     """Files of the masks: those of the scenes, or those beside the folder of images.
 
     They have the image's name and lie in ``ground_truth_mask/`` or ``ground_truth/``, as in CSSD and ECSSD,
@@ -144,7 +139,7 @@ def find_masks(inputs: Inputs) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def read_masks(inputs: Inputs, preprocessing: str) -> tuple[Inputs, NDArray[np.bool_]]:
+def read_masks(inputs: Images, preprocessing: str) -> tuple[Images, NDArray[np.bool_]]:
     """The images with an object, and their masks through their own crops, bool [n, S, S].
 
     Images whose mask is of no use are left out with a warning.
@@ -183,7 +178,7 @@ def read_masks(inputs: Inputs, preprocessing: str) -> tuple[Inputs, NDArray[np.b
 
 
 def each_map(
-    tokenizer: Tokenizer, inputs: Inputs, spec: ObjectnessSpec, policy: str | None, seed: int
+    tokenizer: Tokenizer, inputs: Images, spec: ObjectnessSpec, policy: str | None, seed: int
 ) -> tuple[AttentionRequest, tuple[float, ...], dict[tuple[int, int], list[Tensor]]]:
     """What was read, when, and per (layer, time) the maps [K, h, w] of every image, means over heads."""
     try:
@@ -223,7 +218,7 @@ def _null(
         yield np.mean(best, axis=0)
 
 
-def _says(tokenizer: Tokenizer, inputs: Inputs, policy: str | None, candidates: int, left_out: int) -> About:
+def _says(tokenizer: Tokenizer, inputs: Images, policy: str | None, candidates: int, left_out: int) -> About:
     """What both figures must say."""
     lines = [
         f"oracle choice: the token shown is the one of {candidates} whose map (mean over heads) covers the "
@@ -236,7 +231,7 @@ def _says(tokenizer: Tokenizer, inputs: Inputs, policy: str | None, candidates: 
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     layer: int | float = LAYER,
     time: float = TIME,
@@ -252,13 +247,9 @@ def compute(
         layer: Zero-based block, negative from the end, or a relative depth in (0, 1).
         time: Flow time in [0, 1).
         shares: Percent of the pixels that are kept.
-        policy: Cropping policy of the message.
-        seed: Of all noise.
 
     Raises:
-        UnsupportedOperation: The tokenizer has no such maps.
         MissingError: An image has no mask.
-        UsageError: An image without an object, or settings out of range.
     """
     asked, (inputs, masks) = len(inputs), read_masks(inputs, tokenizer.info.preprocessing)
     spec = make_spec(layers=(layer,), times=(time,), shares=tuple(shares))
@@ -276,7 +267,6 @@ def compute(
         ]
         kept.append(torch.stack(pixels).numpy())
     return Attention(
-        tokenizer.info.name,
         inputs.names,
         request.layers[0],
         read_at[0] if read_at else None,
@@ -295,7 +285,7 @@ def compute(
 
 def compute_sweep(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     share: int = 20,
     times: Sequence[float] = SWEEP_TIMES,
@@ -310,11 +300,6 @@ def compute_sweep(
         share: Percent of the pixels that are kept.
         times: Flow times; those after the tokenizer's last evaluation, and those that fall on the same one,
             are left out.
-        policy: Cropping policy of the message.
-        seed: Of all noise.
-
-    Raises:
-        As :func:`compute`.
     """
     depth = getattr(tokenizer, "attention_layers", 1)
     asked, (inputs, masks) = len(inputs), read_masks(inputs, tokenizer.info.preprocessing)
@@ -368,14 +353,10 @@ def tint(image: NDArray[np.uint8], kept: NDArray[np.bool_]) -> NDArray[np.uint8]
 
 
 @styled
-def draw(data: Attention, *, width: float = FULL) -> Figure:
+def draw(data: Attention) -> Figure:
     """A row per image: the image, its mask, the map of one token, the best token's pixels at each share.
 
     Under each stand IoU and, in brackets, that of the null; under the map its range.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches.
     """
     middle = len(data.shares) // 2 - (len(data.shares) % 2 == 0)  # the share whose token's map is shown
     rows: list[list[Any]] = []
@@ -400,10 +381,8 @@ def draw(data: Attention, *, width: float = FULL) -> Figure:
     labels = ["image", "mask", f"map\nlayer {data.layer}{when}", *shares]
     figure, axes = gallery(
         rows,
-        row_labels=[""] * len(rows),
         column_labels=labels,
         captions=captions,
-        width=width,
         most_cell=0.92,
     )
     for row in axes:
@@ -412,15 +391,10 @@ def draw(data: Attention, *, width: float = FULL) -> Figure:
 
 
 @styled
-def draw_sweep(data: Sweep, *, width: float = COLUMN) -> Figure:
-    """A heat map of the mean overlap, layers by times; in every cell the value and, in brackets, the null.
-
-    Args:
-        data: From :func:`compute_sweep`.
-        width: In inches.
-    """
+def draw_sweep(data: Sweep) -> Figure:
+    """A heat map of the mean overlap, layers by times; in every cell the value and, in brackets, the null."""
     rows, columns = data.miou.shape
-    height = 0.85 + 0.27 * rows
+    width, height = COLUMN, 0.85 + 0.27 * rows
     figure = new_figure(width, height)
     axes = figure.add_axes((0.45 / width, 0.4 / height, 1 - 1.0 / width, 1 - 0.75 / height))
     show(axes, data.miou)

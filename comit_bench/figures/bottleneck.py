@@ -9,19 +9,29 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from comit_bench.errors import MissingError
-from comit_bench.figures.about import NOTHING, About
-from comit_bench.figures.style import COLOURS, FULL, MARKERS, SMALL, bare, literal, new_figure, styled
+from comit_bench.figures.about import NOTHING, About, chance_lines, describe_records, row_name
+from comit_bench.figures.style import (
+    COLOURS,
+    FULL,
+    MARKERS,
+    SMALL,
+    bare,
+    keep_near,
+    literal,
+    new_figure,
+    styled,
+)
 from comit_bench.files import digest_json
 from comit_bench.results.records import Metric, Record
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 KINDS = {"classification": "top1", "reconstruction": "psnr"}  # kind of task -> metric
+CHANCES = {"top1": "accuracy of guessing: {} %", "psnr": "PSNR of one flat colour: {} dB"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +71,7 @@ def compute(records: Sequence[Record]) -> Bottleneck:
     members = {key: record for column in found.values() for key, record in column.items()}
     points = [
         Point(
-            _name(record),
+            row_name(record),
             record.tokenizer.message_length or 0,
             record.tokenizer.vocab_size or 0,
             *(
@@ -80,7 +90,13 @@ def compute(records: Sequence[Record]) -> Bottleneck:
     columns = [next(iter(column.values()), None) for column in found.values()]
     names = [_column(record) if record else "" for record in columns]
     everything = [record for column in found.values() for record in column.values()]
-    return Bottleneck(tuple(points), (names[0], names[1]), _about(everything))
+    everything.sort(key=lambda record: record.tokenizer.name)
+    lines = [
+        "bits of a message: tokens times log2 of the vocabulary; global crop, default decoder",
+        "bars: standard deviation over probe seeds (accuracy), standard error over images and seeds (PSNR)",
+        *chance_lines(everything, CHANCES),
+    ]
+    return Bottleneck(tuple(points), (names[0], names[1]), describe_records(everything, lines))
 
 
 def _of_one_protocol(kind: str, records: Sequence[Record]) -> Mapping[str, Record]:
@@ -102,38 +118,15 @@ def _of_one_protocol(kind: str, records: Sequence[Record]) -> Mapping[str, Recor
     return most
 
 
-def _name(record: Record) -> str:
-    row = record.tokenizer
-    return row.name if row.trained or "untrained" in row.name else f"{row.name} (untrained)"
-
-
 def _column(record: Record) -> str:
     told = (f"{record.task.name} v{record.task.version}", str(record.protocol.get("column", "")))
     return ", ".join(part for part in told if part)
 
 
-def _about(records: Sequence[Record]) -> About:
-    names = {record.tokenizer.name for record in records}
-    untrained = tuple(sorted({r.tokenizer.name for r in records if not r.tokenizer.trained}))
-    incomplete = any(not record.complete for record in records)
-    warnings = [f"untrained, random weights: {', '.join(untrained)}"] if untrained else []
-    warnings += ["incomplete: only part of the data was used"] if incomplete else []
-    lines = [
-        "bits of a message: tokens times log2 of the vocabulary; global crop, default decoder",
-        "bars: standard deviation over probe seeds (accuracy), standard error over images and seeds (PSNR)",
-    ]
-    for metric, what in (("top1", "accuracy of guessing: {} %"), ("psnr", "PSNR of one flat colour: {} dB")):
-        chances = {r.metrics[metric].chance for r in records if metric in r.metrics}
-        if levels := sorted({f"{chance:.4g}" for chance in chances if chance is not None}):
-            lines.append(what.format(", ".join(levels)))
-    parts = ("untrained",) * (len(untrained) == len(names)) + ("incomplete",) * incomplete
-    return About(tuple(warnings), tuple(lines), untrained, parts)
-
-
 @styled
-def draw(data: Bottleneck, *, width: float = FULL) -> Figure:
+def draw(data: Bottleneck) -> Figure:
     """Accuracy at the left, PSNR beside it, each against the bits of a message; names at the right."""
-    figure = new_figure(width, 2.1, layout="constrained")
+    figure = new_figure(FULL, 2.1, layout="constrained")
     panels: Any = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
     for axes, values, label, column in (
         (panels[0], [p.accuracy for p in data.points], "top-1 accuracy in %", data.columns[0]),
@@ -157,6 +150,4 @@ def _panel(axes: Axes, points: Sequence[Point], values: Sequence[Metric | None])
             [point.bits], [y], None if error is None else [error], color=colour, marker=marker, linestyle="",
             label=label, elinewidth=0.8,
         )  # fmt: skip
-    bits = [point.bits for point in points]
-    if max(bits) < 1.2 * min(bits):  # a tenth of a bit is no distance to look at
-        axes.set_xlim(0.8 * min(bits), 1.2 * max(bits))
+    keep_near(axes, [point.bits for point in points])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import binom
 
 from comit_bench.errors import UnsupportedOperation
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, encode
+from comit_bench.figures.inputs import Images, encode
 from comit_bench.figures.style import (
     BLACK,
     BLUE,
@@ -27,12 +28,7 @@ from comit_bench.recipes.kinds import CodebookSpec
 from comit_bench.tasks.codebook import CodebookUse, count_use, even_entropy, even_unused, excess_information
 from comit_bench.tokenizers.base import Tokenizer
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 POSITIONS = 24  # most positions of the matrix
-HEIGHT = 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,21 +53,13 @@ class CodebookFigure:
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     positions: int = POSITIONS,
     policy: str | None = None,
     seed: int = 0,
 ) -> CodebookFigure:
-    """Count the ids of all images.
-
-    Args:
-        tokenizer: With a finite vocabulary.
-        inputs: From ``load_inputs``; the more the better.
-        positions: Most positions of the matrix, evenly spaced.
-        policy: Cropping policy; None is the tokenizer's default.
-        seed: Of all noise and shuffles.
-    """
+    """Count the ids of all images; the matrix has at most ``positions``, evenly spaced."""
     vocab = tokenizer.info.vocab_size
     if vocab is None:
         raise UnsupportedOperation(
@@ -96,14 +84,9 @@ def compute(
 
 
 @styled
-def draw(data: CodebookFigure, *, width: float = FULL) -> Figure:
-    """Three panels: entropy by position, use by rank, and the matrix of pairs.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches.
-    """
-    figure = new_figure(width, HEIGHT, layout="constrained")
+def draw(data: CodebookFigure) -> Figure:
+    """Three panels: entropy by position, use by rank, and the matrix of pairs."""
+    figure = new_figure(FULL, 2.0, layout="constrained")
     left, middle, right = figure.subplots(1, 3, gridspec_kw={"width_ratios": (1.15, 1, 1)})
     _entropy(left, data.use)
     _ranks(middle, data.use)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, encode
+from comit_bench.figures.inputs import Images, encode
 from comit_bench.figures.style import BLUE, COLOURS, FULL, SMALL, bare, literal, new_figure, show, styled
 from comit_bench.recipes.kinds import CounterfactualSpec
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.changes import changed_ids, moved_codes, pair_up
 from comit_bench.tasks.counterfactual import Assignment, assign
 from comit_bench.tokenizers.base import Tokenizer
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DATASET = "scenes-counterfactual"  # what ``scenes`` means here
 ROW = 32  # most positions in one row; longer messages are shown as a square, in reading order
@@ -54,23 +52,13 @@ class CounterfactualFigure:
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     count: int = 2,
     policy: str | None = None,
     seed: int = 0,
-    spec: CounterfactualSpec | None = None,
 ) -> CounterfactualFigure:
-    """Compare the messages of all scenes, and pick some to show.
-
-    Args:
-        tokenizer: Any.
-        inputs: Images named ``<edit>/<scene>``.
-        count: Scenes shown, chosen by seed.
-        policy: Cropping policy; None is the tokenizer's default.
-        seed: Of the choice and of all noise.
-        spec: Of the null.
-    """
+    """Compare the messages of all scenes, and pick ``count`` to show; images are named ``<edit>/<scene>``."""
     if count < 1:
         raise UsageError(f"--count {count}: at least one scene is needed")
     pairs = pair_up(inputs.names)
@@ -87,7 +75,7 @@ def compute(
     images[rows < 0] = 0
     return CounterfactualFigure(
         tokenizer=tokenizer.info.name,
-        found=assign(pairs, changes, spec or CounterfactualSpec()),
+        found=assign(pairs, changes, CounterfactualSpec()),
         edits=edits,
         shown=shown,
         images=images,
@@ -108,15 +96,10 @@ def panels(edits: tuple[str, ...]) -> dict[str, list[int]]:
 
 
 @styled
-def draw(data: CounterfactualFigure, *, width: float = FULL) -> Figure:
-    """Above: images and strips of their positions, changed ones dark. Below: where changes fall, by edit.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches.
-    """
+def draw(data: CounterfactualFigure) -> Figure:
+    """Above: images and strips of their positions, changed ones dark. Below: where changes fall, by edit."""
     scenes, columns = data.images.shape[:2]
-    length = data.found.changes.change.shape[-1]
+    width, length = FULL, data.found.changes.change.shape[-1]
     cell = (width - LEFT) / columns - GAP
     strip = max(0.1, -(-length // _row(length)) * cell / _row(length))
     block, head, below, note = cell + strip + 2 * GAP, 0.34, 1.9, 0.2

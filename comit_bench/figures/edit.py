@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, together
-from comit_bench.figures.style import FULL, gallery, styled
+from comit_bench.figures.inputs import Images, decode, encode, noise_seeds, rows_of, together
+from comit_bench.figures.style import gallery, styled
 from comit_bench.tokenizers.base import Tokenizer, Tokens
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PLACES = 4  # default number of spans; there are as many prefixes as spans
 MOST = 8  # spans of a given length that fit beside each other; of more, so many are shown
@@ -34,7 +32,6 @@ class Edits:
 
     Attributes:
         names: Ids of (A, B) [n].
-        tokenizer: Its name.
         spans: Half-open ranges of positions (start, stop) that come from B [E]: the spans first, then the
             prefixes (0, k).
         prefixes: How many of ``spans``, at the end, are prefixes.
@@ -47,7 +44,6 @@ class Edits:
     """
 
     names: tuple[tuple[str, str], ...]
-    tokenizer: str
     spans: tuple[tuple[int, int], ...]
     prefixes: int
     images: NDArray[np.uint8]
@@ -77,7 +73,7 @@ def default_spans(length: int, places: int = PLACES) -> tuple[tuple[int, int], .
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     span: int | None = None,
     starts: Sequence[int] | None = None,
@@ -91,12 +87,6 @@ def compute(
         inputs: An even number of images.
         span: Positions per span; None: a quarter of the message.
         starts: First positions of the spans; None: one span after the other, or eight spread evenly.
-        policy: Cropping policy; None is the tokenizer's default.
-        seed: Of all noise.
-
-    Raises:
-        UnsupportedOperation: The tokenizer cannot decode.
-        UsageError: An odd number of images, or a span outside the message.
     """
     if len(inputs) < 2 or len(inputs) % 2:
         raise UsageError(f"swapping needs pairs of images, got {len(inputs)}: give an even number of them")
@@ -104,7 +94,7 @@ def compute(
     length = tokens.codes.shape[1]
     spans = _spans(length, span, starts)
     prefixes = tuple((0, stop) for _, stop in default_spans(length, len(spans)))
-    a, b = _rows(tokens, 0), _rows(tokens, 1)
+    a, b = (rows_of(tokens, slice(first, None, 2)) for first in (0, 1))
     seeds = noise_seeds(inputs.names[::2], seed)
     messages = [a, b, *(swap(a, b, start, stop) for start, stop in spans + prefixes)]
     decoded = decode(tokenizer, together(messages), seeds * len(messages))
@@ -112,7 +102,6 @@ def compute(
     pair, edited = decoded[:, :2], decoded[:, 2:]
     return Edits(
         tuple(zip(inputs.names[::2], inputs.names[1::2], strict=True)),
-        tokenizer.info.name,
         spans + prefixes,
         len(prefixes),
         inputs.images.unflatten(0, (-1, 2)).numpy(),
@@ -141,13 +130,6 @@ def _spans(length: int, span: int | None, starts: Sequence[int] | None) -> tuple
     return tuple((start, start + size) for start in chosen)
 
 
-def _rows(tokens: Tokens, first: int) -> Tokens:
-    """Every second message."""
-    rows = slice(first, None, 2)
-    ids = None if tokens.ids is None else tokens.ids[rows]
-    return Tokens(ids, tokens.codes[rows], None if tokens.offsets is None else tokens.offsets[rows])
-
-
 def _way(pair: Tensor, edited: Tensor) -> NDArray[np.float64]:
     """See :attr:`Edits.way`; NaN where both reconstructions are equal to the edited image."""
     ends = pair.double().flatten(2)  # [n, 2, D]
@@ -159,13 +141,8 @@ def _way(pair: Tensor, edited: Tensor) -> NDArray[np.float64]:
 
 
 @styled
-def draw(data: Edits, *, width: float = FULL) -> Figure:
-    """Two rows per pair: A, its reconstruction and A with spans from B; B, its own and growing prefixes.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches.
-    """
+def draw(data: Edits) -> Figure:
+    """Two rows per pair: A, its reconstruction and A with spans from B; B, its own and growing prefixes."""
     cut = len(data.spans) - data.prefixes
     columns = max(cut, data.prefixes)
     rows: list[list[Any]] = []
@@ -182,7 +159,6 @@ def draw(data: Edits, *, width: float = FULL) -> Figure:
         row_labels=["A, spans from B", "B, prefixes of B in A"] * len(data.names),
         column_labels=["original", "reconstruction", *[""] * columns],
         captions=captions,
-        width=width,
         block=2,
     )
     return figure

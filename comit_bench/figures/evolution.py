@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, withStroke
 from numpy.typing import NDArray
 
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, psnr_of_flat, require_comit
-from comit_bench.figures.style import FULL, SEQUENTIAL, VERMILION, decibels, gallery, show, styled
+from comit_bench.figures.inputs import Images, psnr_of_flat, require_comit
+from comit_bench.figures.style import SEQUENTIAL, VERMILION, decibels, gallery, show, styled
 from comit_bench.figures.tracing import boxes, trace
 from comit_bench.metrics.similarity import psnr
 from comit_bench.tokenizers.base import Tokenizer
 from comit_bench.tokenizers.comit.crops import CELLS, GLOBAL
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DEFAULT_POLICY = "adaptive:6"
 
@@ -31,8 +29,6 @@ class Evolution:
 
     Attributes:
         names: Ids of the images [n].
-        tokenizer: Its name.
-        policy: Canonical name.
         images: uint8 [n, 3, S, S].
         cells: int64 [K, n]: 0..8 in raster order, -1 for the whole image.
         boxes: int64 [K, n, 3], (left, top, side) of every crop in pixels.
@@ -43,8 +39,6 @@ class Evolution:
     """
 
     names: tuple[str, ...]
-    tokenizer: str
-    policy: str
     images: NDArray[np.uint8]
     cells: NDArray[np.int64]
     boxes: NDArray[np.int64]
@@ -55,28 +49,15 @@ class Evolution:
 
 
 def compute(
-    tokenizer: Tokenizer, inputs: Inputs, *, policy: str | None = DEFAULT_POLICY, seed: int = 0
+    tokenizer: Tokenizer, inputs: Images, *, policy: str | None = DEFAULT_POLICY, seed: int = 0
 ) -> Evolution:
-    """Follow messages crop by crop.
-
-    Args:
-        tokenizer: Of the COMiT family.
-        inputs: From ``load_inputs``.
-        policy: Cropping policy; None is the tokenizer's default.
-        seed: Of all noise.
-
-    Raises:
-        UnsupportedOperation: A tokenizer of another family.
-        UsageError: Not a policy.
-    """
+    """Follow messages of a COMiT tokenizer crop by crop."""
     comit = require_comit(tokenizer, "evolution")
     said = describe(comit, inputs, policy=policy, default_policy=DEFAULT_POLICY)
     flat = float(psnr_of_flat(inputs.images).mean())
     found = trace(comit, inputs, policy, seed)
     return Evolution(
         inputs.names,
-        comit.info.name,
-        found.policy,
         inputs.images.numpy(),
         found.cells.numpy(),
         boxes(found, comit.model.spec.geometry),
@@ -92,15 +73,11 @@ def compute(
 
 
 @styled
-def draw(data: Evolution, *, width: float = FULL) -> Figure:
+def draw(data: Evolution) -> Figure:
     """Three rows per image: the crop on the original, the one-step reconstruction, 100 x error by region.
 
     The latest crop has a solid frame, earlier ones a thin dashed one. A region that the policy looks at
     next has a frame in the error map.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches; wider when there are many crops.
     """
     steps, count = data.cells.shape
     rows: list[list[Any]] = []
@@ -117,7 +94,6 @@ def draw(data: Evolution, *, width: float = FULL) -> Figure:
         row_labels=labels,
         column_labels=columns,
         captions=captions,
-        width=width,
         most_cell=0.95,
         block=3,
     )

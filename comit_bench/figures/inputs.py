@@ -28,12 +28,11 @@ from comit_bench.tokenizers.base import (
     Tokenizer,
     TokenizerInfo,
     Tokens,
-    check_decoded,
     looks_at_crops,
     tile_rows,
 )
 from comit_bench.tokenizers.comit.adapter import ComitTokenizer
-from comit_bench.tokenizers.contract import check_tokens
+from comit_bench.tokenizers.contract import check_decoded, check_tokens
 
 SCENES = "scenes"
 SCENES_DATASET, SCENES_SPLIT = "scenes-objectness", "val"
@@ -52,7 +51,7 @@ progress: ContextVar[Start] = ContextVar("progress", default=_silent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
+class Images:
     """Images as a tokenizer takes them.
 
     Attributes:
@@ -91,7 +90,7 @@ def load_inputs(
     *,
     cache: Path | None = None,
     dataset: str = SCENES_DATASET,
-) -> Inputs:
+) -> Images:
     """Choose and read images; the choice depends on names and seed alone, not on the tokenizer.
 
     Args:
@@ -126,7 +125,7 @@ def load_inputs(
     if not kept:
         raise MissingError(f"{source}: none of its {len(names)} image files can be read")
     rows = sorted(kept)
-    return Inputs(
+    return Images(
         tuple(names[row] for row in rows),
         torch.stack([kept[row] for row in rows]),
         tuple(paths[row] for row in rows),
@@ -198,7 +197,7 @@ def tiles_for(count: int) -> AbstractContextManager[None]:
 
 
 def encode(
-    tokenizer: Tokenizer, inputs: Inputs, *, policy: str | None = None, seed: int = 0, batch: int = BATCH
+    tokenizer: Tokenizer, inputs: Images, *, policy: str | None = None, seed: int = 0, batch: int = BATCH
 ) -> Tokens:
     """Messages of all images, on the CPU; each image has its own generator, so batches change nothing.
 
@@ -222,11 +221,11 @@ def encode(
             check_tokens(tokenizer, tokens, len(own))
             parts.append(tokens)
             advance(len(own))
-    return _join(parts)
+    return together(parts)
 
 
 def decode(tokenizer: Tokenizer, tokens: Tokens, seeds: Sequence[int], *, batch: int = BATCH) -> Tensor:
-    """Reconstructions uint8 [n, 3, S, S] on the CPU.
+    """Reconstructions uint8 [n, 3, S, S] on the CPU, from noise of these seeds.
 
     More than ``FEW`` messages are decoded in whole tiles, so that pixels are those of a run; fewer without
     padding, where a few of ten thousand values may be one level off.
@@ -255,12 +254,8 @@ def rows_of(tokens: Tokens, rows: slice) -> Tokens:
     return Tokens(ids, tokens.codes[rows], None if tokens.offsets is None else tokens.offsets[rows])
 
 
-def together(several: Sequence[Tokens]) -> Tokens:
+def together(parts: Sequence[Tokens]) -> Tokens:
     """Messages one after the other, so that they are decoded in full tiles."""
-    return _join(several)
-
-
-def _join(parts: Sequence[Tokens]) -> Tokens:
     ids = [part.ids.cpu() for part in parts if part.ids is not None]
     offsets = [part.offsets.cpu() for part in parts if part.offsets is not None]
     codes = torch.cat([part.codes.cpu() for part in parts])

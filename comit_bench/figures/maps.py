@@ -10,23 +10,20 @@ Shape legend: ``n`` images, ``T`` tokens shown, ``S`` side of an image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
 from comit_bench.figures.attention import LAYER, TIME, each_map, make_spec, tint
-from comit_bench.figures.inputs import Inputs
-from comit_bench.figures.style import FULL, gallery, styled
+from comit_bench.figures.inputs import Images
+from comit_bench.figures.style import gallery, styled
 from comit_bench.metrics.overlap import binary
 from comit_bench.tokenizers.base import Tokenizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHARE = 20  # percent of the pixels that are kept
 MOST_OVERLAP = 0.5
@@ -38,7 +35,6 @@ class Maps:
 
     Attributes:
         names: Ids of the images [n].
-        tokenizer: Its name.
         layer: Zero-based block.
         time: Of the evaluation that was read; None for a decoder of one pass.
         share: Percent of the pixels that are kept.
@@ -49,7 +45,6 @@ class Maps:
     """
 
     names: tuple[str, ...]
-    tokenizer: str
     layer: int
     time: float | None
     share: int
@@ -94,7 +89,7 @@ def choose(kept: Tensor, count: int) -> list[int]:
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     tokens: int = 6,
     layer: int | float = LAYER,
@@ -110,12 +105,6 @@ def compute(
         tokens: How many of each image.
         layer: Zero-based block, negative from the end, or a relative depth in (0, 1).
         time: Flow time in [0, 1).
-        policy: Cropping policy of the message.
-        seed: Of all noise.
-
-    Raises:
-        UnsupportedOperation: The tokenizer has no such maps.
-        UsageError: Settings out of range.
     """
     if tokens < 1:
         raise UsageError(f"--tokens {tokens}: at least one token is needed")
@@ -135,7 +124,6 @@ def compute(
     )
     return Maps(
         inputs.names,
-        tokenizer.info.name,
         request.layers[0],
         read_at[0] if read_at else None,
         SHARE,
@@ -147,13 +135,8 @@ def compute(
 
 
 @styled
-def draw(data: Maps, *, width: float = FULL) -> Figure:
-    """A row per image: the image, then the pixels of each token, its position below.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches.
-    """
+def draw(data: Maps) -> Figure:
+    """A row per image: the image, then the pixels of each token, its position below."""
     rows, captions = [], []
     for image, tokens, kept in zip(data.images, data.tokens, data.binary, strict=True):
         here = [token >= 0 for token in tokens]
@@ -163,7 +146,5 @@ def draw(data: Maps, *, width: float = FULL) -> Figure:
         )
     when = "" if data.time is None else f", t = {data.time:.2g}"
     heads = ["image", f"layer {data.layer}{when}", *[""] * (data.tokens.shape[1] - 1)]
-    figure, _ = gallery(
-        rows, row_labels=[""] * len(rows), column_labels=heads, captions=captions, width=width, most_cell=0.92
-    )
+    figure, _ = gallery(rows, column_labels=heads, captions=captions, most_cell=0.92)
     return figure

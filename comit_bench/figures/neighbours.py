@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comit_bench.errors import UsageError
 from comit_bench.figures.about import NOTHING, About, describe
-from comit_bench.figures.inputs import Inputs, encode, progress
-from comit_bench.figures.style import BLUE, FULL, VERMILION, gallery, styled
+from comit_bench.figures.inputs import Images, encode, progress
+from comit_bench.figures.style import BLUE, VERMILION, gallery, styled
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.retrieval import chance_of_hit, nearest
 from comit_bench.tokenizers.base import Tokenizer
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DATASET = "scenes-recognition"  # what ``scenes`` means here: images in class folders
 
@@ -29,24 +26,20 @@ class Neighbourhood:
     """``q`` queries with their ``k`` nearest neighbours among ``n`` images.
 
     Attributes:
-        tokenizer: Its name.
         names: Ids of the queries and their neighbours, [q][1 + k].
         classes: Their classes, [q][1 + k]: the folder an image lies in; None when all lie in one.
         images: uint8 [q, 1 + k, 3, S, S].
         distance: float64 [q, k], cosine distances.
-        searched: n.
         recall: Percent of all n images whose nearest neighbour is of their class, and percent with one of
             their class among the k nearest; None without classes.
         chance: The same for random orders.
         about: Words around the figure.
     """
 
-    tokenizer: str
     names: tuple[tuple[str, ...], ...]
     classes: tuple[tuple[str, ...], ...] | None
     images: NDArray[np.uint8]
     distance: NDArray[np.float64]
-    searched: int
     recall: tuple[float, float] | None
     chance: tuple[float, float] | None
     about: About = NOTHING
@@ -60,7 +53,7 @@ def classes_of(names: Sequence[str]) -> list[str] | None:
 
 def compute(
     tokenizer: Tokenizer,
-    inputs: Inputs,
+    inputs: Images,
     *,
     queries: int = 5,
     k: int = 8,
@@ -72,10 +65,10 @@ def compute(
     Args:
         tokenizer: Any.
         inputs: All images that are searched.
-        queries: How many images are shown with their neighbours; chosen by seed.
+        queries: How many images are shown with their neighbours.
         k: Neighbours of each.
-        policy: Cropping policy; None is the tokenizer's default.
-        seed: Of the choice and of all noise.
+        policy: Of the messages.
+        seed: Also of the choice of queries.
     """
     if queries < 1:
         raise UsageError(f"--count {queries}: at least one query is needed")
@@ -103,12 +96,10 @@ def compute(
             f"recall@{k} {recall[1]:.1f} % (chance {chance[1]:.1f} %)"
         )
     return Neighbourhood(
-        tokenizer=tokenizer.info.name,
         names=tuple(tuple(inputs.names[i] for i in row) for row in table.tolist()),
         classes=None if folders is None else tuple(tuple(folders[i] for i in row) for row in table.tolist()),
         images=inputs.images.numpy()[table],
         distance=found.distance[chosen],
-        searched=len(inputs),
         recall=recall,
         chance=chance,
         about=describe(tokenizer, inputs, policy=policy).plus(result),
@@ -116,13 +107,8 @@ def compute(
 
 
 @styled
-def draw(data: Neighbourhood, *, width: float = FULL) -> Figure:
-    """A row per query: the image, then its neighbours with their distance; ✓ or ✗ for the class.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches.
-    """
+def draw(data: Neighbourhood) -> Figure:
+    """A row per query: the image, then its neighbours with their distance; ✓ or ✗ for the class."""
     captions: list[Sequence[str] | None] = []
     for number, row in enumerate(data.distance):
         marks = ["" if right is None else ("✓ " if right else "✗ ") for right in _right(data, number)]
@@ -134,7 +120,6 @@ def draw(data: Neighbourhood, *, width: float = FULL) -> Figure:
         row_labels=[label.replace("_", " ") for label in labels],
         column_labels=["query", *(str(k + 1) for k in range(count))],
         captions=captions,
-        width=width,
     )
     for number, row in enumerate(axes):
         for place, right in zip(row[1:], _right(data, number), strict=True):

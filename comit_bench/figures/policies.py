@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comit_bench.figures.about import FLAT, NOTHING, About, describe
 from comit_bench.figures.inputs import (
-    Inputs,
+    Images,
     decode,
     encode,
     noise_seeds,
@@ -24,7 +24,6 @@ from comit_bench.figures.style import (
     BLACK,
     COLOURS,
     COLUMN,
-    FULL,
     MARKERS,
     decibels,
     gallery,
@@ -37,9 +36,6 @@ from comit_bench.tokenizers.base import Tokenizer, Tokens
 from comit_bench.tokenizers.comit.adapter import ComitTokenizer
 from comit_bench.tokenizers.comit.crops import CELLS
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 DEFAULT_POLICIES = ("global", "raster:9", "random:9", "adaptive:9", "global+raster:10")
 ORDERS = {"raster": "fixed order", "random": "random order", "adaptive": "adaptive order"}
 
@@ -50,7 +46,6 @@ class PolicyGallery:
 
     Attributes:
         names: Ids of the images [n].
-        tokenizer: Its name.
         policies: Canonical names [P].
         images: uint8 [n, 3, S, S], the originals.
         reconstructions: uint8 [P, n, 3, S, S], fully decoded.
@@ -59,7 +54,6 @@ class PolicyGallery:
     """
 
     names: tuple[str, ...]
-    tokenizer: str
     policies: tuple[str, ...]
     images: NDArray[np.uint8]
     reconstructions: NDArray[np.uint8]
@@ -72,7 +66,6 @@ class PolicyCurves:
     """PSNR of ``n`` images after 1 .. ``K`` crops in ``O`` orders.
 
     Attributes:
-        tokenizer: Its name.
         orders: ``raster``, ``random``, ``adaptive`` [O]; without the global crop.
         one_step: float64 [O, K, n] in dB: one Euler step, the same noise for one image everywhere.
         full: float64 [O, K, n] in dB: decoded as for a reconstruction, the same noise.
@@ -80,7 +73,6 @@ class PolicyCurves:
         about: Words around the figure.
     """
 
-    tokenizer: str
     orders: tuple[str, ...]
     one_step: NDArray[np.float64]
     full: NDArray[np.float64]
@@ -89,20 +81,9 @@ class PolicyCurves:
 
 
 def compute(
-    tokenizer: Tokenizer, inputs: Inputs, *, policies: Sequence[str] = DEFAULT_POLICIES, seed: int = 0
+    tokenizer: Tokenizer, inputs: Images, *, policies: Sequence[str] = DEFAULT_POLICIES, seed: int = 0
 ) -> PolicyGallery:
-    """Reconstruct images from messages of different crops.
-
-    Args:
-        tokenizer: Of the COMiT family.
-        inputs: From ``load_inputs``.
-        policies: Names as ``parse_policy`` reads them.
-        seed: Of all noise.
-
-    Raises:
-        UnsupportedOperation: A tokenizer of another family.
-        UsageError: Not a policy.
-    """
+    """Reconstruct images from messages of different crops; ``policies`` are names of ``parse_policy``."""
     comit = require_comit(tokenizer, "policies")
     canonical = tuple(str(comit.policy(name)) for name in policies)
     seeds = noise_seeds(inputs.names, seed)
@@ -110,7 +91,6 @@ def compute(
     found = decode(comit, messages, seeds * len(canonical)).unflatten(0, (len(canonical), -1))
     return PolicyGallery(
         inputs.names,
-        comit.info.name,
         canonical,
         inputs.images.numpy(),
         found.numpy(),
@@ -119,29 +99,19 @@ def compute(
     )
 
 
-def _about(comit: ComitTokenizer, inputs: Inputs) -> About:
+def _about(comit: ComitTokenizer, inputs: Images) -> About:
     """The policies are rows or curves, so none is named."""
     said = describe(comit, inputs, decodes=True)
     return replace(said, lines=(said.lines[0].replace(f", policy {comit.policy(None)}", ""), *said.lines[1:]))
 
 
 def compute_curves(
-    tokenizer: Tokenizer, inputs: Inputs, *, crops: int = CELLS, seed: int = 0
+    tokenizer: Tokenizer, inputs: Images, *, crops: int = CELLS, seed: int = 0
 ) -> PolicyCurves:
-    """PSNR against the number of local crops, for a fixed, a random and an adaptive order.
+    """PSNR against the number of local crops (1 to 9), for a fixed, a random and an adaptive order.
 
     A message after k of the crops is the message of the same policy with k crops, so one encoding gives a
     whole curve.
-
-    Args:
-        tokenizer: Of the COMiT family.
-        inputs: From ``load_inputs``.
-        crops: K, 1 to 9.
-        seed: Of all noise and of the random orders.
-
-    Raises:
-        UnsupportedOperation: A tokenizer of another family.
-        UsageError: More crops than there are.
     """
     comit = require_comit(tokenizer, "policies")
     seeds = noise_seeds(inputs.names, seed) * crops
@@ -157,18 +127,14 @@ def compute_curves(
     said = _about(comit, inputs).plus(
         "bars: standard error over images; mean colour: images painted in it, which needs no tokenizer"
     )
-    return PolicyCurves(comit.info.name, tuple(ORDERS), np.array(one_step), np.array(full), flat, said)
+    return PolicyCurves(tuple(ORDERS), np.array(one_step), np.array(full), flat, said)
 
 
 @styled
-def draw(data: PolicyGallery, *, width: float = FULL) -> Figure:
+def draw(data: PolicyGallery) -> Figure:
     """A row of originals and a row per policy, PSNR in dB under each.
 
     Under the originals stands the PSNR of their mean colour, which needs no tokenizer.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches.
     """
     captions = [[decibels(value) for value in row] for row in data.psnr]
     flat = [f"flat: {decibels(value)}" for value in psnr_of_flat(torch.from_numpy(data.images))]
@@ -176,20 +142,14 @@ def draw(data: PolicyGallery, *, width: float = FULL) -> Figure:
         [list(data.images), *(list(row) for row in data.reconstructions)],
         row_labels=["original", *data.policies],
         captions=[flat, *captions],
-        width=width,
     )
     return figure
 
 
 @styled
-def draw_curves(data: PolicyCurves, *, width: float = COLUMN) -> Figure:
-    """Mean PSNR with its standard error over images against the number of crops, two panels.
-
-    Args:
-        data: From :func:`compute_curves`.
-        width: In inches.
-    """
-    figure = new_figure(width, 0.62 * width + 0.2, layout="constrained")
+def draw_curves(data: PolicyCurves) -> Figure:
+    """Mean PSNR with its standard error over images against the number of crops, two panels."""
+    figure = new_figure(COLUMN, 0.62 * COLUMN + 0.2, layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, title, values in zip(
         panels, ("one step", "full decode"), (data.one_step, data.full), strict=True

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comit_bench.figures.about import FLAT, NOTHING, About, describe, joined
-from comit_bench.figures.inputs import Inputs, decode, encode, noise_seeds, psnr_of_flat
-from comit_bench.figures.style import FULL, decibels, gallery, styled
+from comit_bench.figures.inputs import Images, decode, encode, noise_seeds, psnr_of_flat
+from comit_bench.figures.style import decibels, gallery, styled
 from comit_bench.metrics.similarity import psnr
 from comit_bench.tokenizers.base import Tokenizer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,19 +39,13 @@ class Reconstructions:
 
 
 def compute(
-    tokenizers: Sequence[Tokenizer], inputs: Sequence[Inputs], *, policy: str | None = None, seed: int = 0
+    tokenizers: Sequence[Tokenizer], inputs: Sequence[Images], *, policy: str | None = None, seed: int = 0
 ) -> Reconstructions:
     """Encode and decode the same images by several tokenizers.
 
     Args:
         tokenizers: T of them.
         inputs: The same images for each, preprocessed as it declares (``load_inputs``).
-        policy: Cropping policy of those that look at crops; None is their default.
-        seed: Of all noise.
-
-    Raises:
-        UnsupportedOperation: One of them cannot decode.
-        ValueError: The inputs are not the same images.
     """
     names = {given.names for given in inputs}
     if len(names) != 1 or len(inputs) != len(tokenizers):
@@ -77,13 +68,7 @@ def compute(
 
 
 def extremes(data: Reconstructions, count: int, *, best: bool = False) -> Reconstructions:
-    """The ``count`` images that the first tokenizer reconstructs worst (or best), the most extreme first.
-
-    Args:
-        data: Of many images.
-        count: How many to keep.
-        best: The best ones instead.
-    """
+    """The ``count`` images that the first tokenizer reconstructs worst (or best), the most extreme first."""
     first = data.psnr[0]
     order = np.argsort(-first if best else first, kind="stable")[:count]
     return Reconstructions(
@@ -99,14 +84,10 @@ def extremes(data: Reconstructions, count: int, *, best: bool = False) -> Recons
 
 
 @styled
-def draw(data: Reconstructions, *, width: float = FULL) -> Figure:
+def draw(data: Reconstructions) -> Figure:
     """A row of originals (another where preprocessing differs), a row per tokenizer, PSNR under each.
 
     Under the originals stands the PSNR of their mean colour, which needs no tokenizer.
-
-    Args:
-        data: From :func:`compute`.
-        width: In inches.
     """
     rows: list[list[NDArray[np.uint8]]] = []
     labels: list[str] = []
@@ -125,5 +106,5 @@ def draw(data: Reconstructions, *, width: float = FULL) -> Figure:
         rows.append(list(data.images[t]))
         labels.append(data.about.label(name))
         captions.append([decibels(value) for value in data.psnr[t]])
-    figure, _ = gallery(rows, row_labels=labels, captions=captions, width=width)
+    figure, _ = gallery(rows, row_labels=labels, captions=captions)
     return figure

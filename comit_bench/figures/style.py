@@ -14,19 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comit_bench.files import write_atomic
 from comit_bench.metrics.similarity import PSNR_CAP
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLUMN, FULL = 3.25, 6.75
 # Okabe and Ito, "Color Universal Design" (2008), in the order in which lines take them.
@@ -215,13 +212,18 @@ def bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
+def keep_near(axes: Axes, values: Sequence[float]) -> None:
+    """Limits of the x axis in which values that are nearly equal do not lie far apart."""
+    if max(values) < 1.2 * min(values):
+        axes.set_xlim(0.8 * min(values), 1.2 * max(values))
+
+
 def gallery(
     rows: Sequence[Sequence[Any]],
     *,
-    row_labels: Sequence[str],
+    row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     captions: Sequence[Sequence[str] | None] | None = None,
-    width: float = FULL,
     most_cell: float = 1.1,
     block: int | None = None,
 ) -> tuple[Figure, list[list[Axes]]]:
@@ -232,18 +234,18 @@ def gallery(
         row_labels: One per row, wrapped when long.
         column_labels: One per column.
         captions: Per row None, or a short text of one or several lines for every picture.
-        width: In inches; wider when pictures would be smaller than ``LEAST_CELL``.
-        most_cell: Pictures are never larger.
+        most_cell: Side of the largest picture in inches. The page grows rather than pictures below
+            ``LEAST_CELL``.
         block: There is more space after every so many rows.
 
     Returns:
         The figure and its axes, row by row.
     """
     columns = max(len(row) for row in rows)
-    labels = [textwrap.fill(literal(text), 18) for text in row_labels]
+    labels = [textwrap.fill(literal(text), 18) for text in row_labels or [""] * len(rows)]
     longest = max((len(line) for text in labels for line in text.split("\n")), default=0)
     left = longest * 0.62 * SMALL / 72 + GAP
-    cell = min(max((width - left) / columns - GAP, LEAST_CELL), most_cell)
+    cell = min(max((FULL - left) / columns - GAP, LEAST_CELL), most_cell)
     ends = [bool(block) and (r + 1) % (block or 1) == 0 and r + 1 < len(rows) for r in range(len(rows))]
     lines = [max((text.count("\n") + 1 for text in texts or ()), default=0) for texts in captions or ()]
     below = [CAPTION * (lines[r] if lines else 0) + BREAK * end for r, end in enumerate(ends)]

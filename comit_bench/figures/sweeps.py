@@ -10,20 +10,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from comit_bench.errors import MissingError
-from comit_bench.figures.about import NOTHING, About
-from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, literal, new_figure, styled
+from comit_bench.figures.about import NOTHING, About, chance_lines, describe_records, row_name
+from comit_bench.figures.style import COLOURS, COLUMN, FULL, MARKERS, keep_near, literal, new_figure, styled
 from comit_bench.files import digest_json
 from comit_bench.results.records import Record
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DISTANCES = {"rfid": "rFID", "fd_scenes_teacher": "FD (scenes-teacher)"}
 KIND = "reconstruction"
@@ -74,7 +72,6 @@ class Sweeps:
         column: What its protocol says for headers, e.g. ``32 px, 500 images``.
         metric: Name of the Fréchet distance, or empty when there is none.
         panels: One per axis along which there are at least two points.
-        incomplete: Whether any record used only part of the data.
         about: Words around the figure.
     """
 
@@ -82,7 +79,6 @@ class Sweeps:
     column: str
     metric: str
     panels: tuple[Panel, ...]
-    incomplete: bool
     about: About = NOTHING
 
 
@@ -141,30 +137,22 @@ def _sweeps(records: list[Record]) -> Sweeps:
         _column(last),
         metric,
         tuple(panel for panel in panels if panel.curves),
-        any(not record.complete for record in chosen),
         _about(chosen, metric),
     )
 
 
 def _about(records: list[Record], metric: str) -> About:
     """What readers must know about the points: whose they are, of what, and what a flat colour would give."""
-    names = tuple(dict.fromkeys(record.tokenizer.name for record in records))
-    untrained = tuple(dict.fromkeys(r.tokenizer.name for r in records if not r.tokenizer.trained))
     limits = sorted({str(record.limit) for record in records if not record.complete and record.limit})
-    incomplete = any(not record.complete for record in records)
-    warnings = [f"untrained, random weights: {', '.join(untrained)}"] if untrained else []
-    if incomplete:
-        told = f" (--limit {', '.join(limits)})" if limits else ""
-        warnings.append(f"incomplete: only part of the data was used{told}")
     task = records[-1].task
     lines = [", ".join(part for part in (f"{task.name} v{task.version}", _column(records[-1])) if part)]
-    for name, what in ((metric, DISTANCES.get(metric, "")), ("psnr", "PSNR")):
-        chances = [r.metrics[name].chance for r in records if name in r.metrics]
-        if levels := sorted({f"{chance:.4g}" for chance in chances if chance is not None}):
-            lines.append(f"{what} of one flat colour: {', '.join(levels)}")
+    called = {metric: DISTANCES.get(metric, ""), "psnr": "PSNR"}
+    lines += chance_lines(
+        records, {name: f"{what} of one flat colour: {{}}" for name, what in called.items()}
+    )
     lines.append("bars: standard error of PSNR over images and seeds")
-    parts = ["untrained"] * (untrained == names) + ["incomplete"] * incomplete
-    return About(tuple(warnings), (_same_for_all(records), "; ".join(lines)), untrained, tuple(parts))
+    told = f" (--limit {', '.join(limits)})" if limits else ""
+    return describe_records(records, (_same_for_all(records), "; ".join(lines)), told=told)
 
 
 def _same_for_all(records: list[Record]) -> str:
@@ -180,11 +168,6 @@ def _same_for_all(records: list[Record]) -> str:
 
 def _column(record: Record) -> str:
     return str(record.protocol.get("column", ""))
-
-
-def _name(record: Record) -> str:
-    row = record.tokenizer
-    return row.name if row.trained or "untrained" in row.name else f"{row.name} (untrained)"
 
 
 def evaluations(record: Record) -> float | None:
@@ -220,13 +203,13 @@ def _along(records: list[Record], axis: str, metric: str) -> Panel:
     made = []
     for label, points in zip(labels, curves, strict=True):
         numbered = {float(ticks.index(x)) if ticks else float(x): record for x, record in points.items()}
-        made.append(_curve(label, numbered, metric))
+        made.append(_curve(label, sorted(numbered.items()), metric))
     return Panel(axis, tuple(sorted(made, key=lambda curve: curve.label)), ticks)
 
 
 def _labels(records: list[Record], axis: str) -> list[str]:
     """Names, untrained ones marked; where one name has several curves, what stays fixed along each."""
-    names = [_name(record) for record in records]
+    names = [row_name(record) for record in records]
     labels = []
     for record, name in zip(records, names, strict=True):
         parts = []
@@ -248,30 +231,21 @@ def _bottleneck(records: list[Record], metric: str) -> Panel:
         decode: Any = record.tokenizer_protocol.get("decode")
         plain = decode is None or decode.get("default", True)
         if plain and row.message_length and row.vocab_size and row.kind != "reference":
-            points.setdefault((row.message_length * math.log2(row.vocab_size), _name(record)), record)
-    ordered = sorted(points.items())
-    if len({bits for (bits, _), _ in ordered}) < 2:
+            points.setdefault((row.message_length * math.log2(row.vocab_size), row_name(record)), record)
+    if len({bits for bits, _ in points}) < 2:
         return Panel("bits", ())
-    values = [_values(record, metric) for _, record in ordered]
-    numbers = np.array(values, dtype=np.float64)
-    x, names = np.array([bits for (bits, _), _ in ordered]), tuple(name for (_, name), _ in ordered)
-    return Panel("bits", (Curve("", x, numbers[:, 0], numbers[:, 1], numbers[:, 2], names),))
-
-
-def _values(record: Record, metric: str) -> tuple[float, float, float]:
-    """Distance, PSNR and its standard error; NaN where there is none."""
-    distance, psnr = record.metrics.get(metric), record.metrics.get("psnr")
-    return (
-        math.nan if distance is None else distance.value,
-        math.nan if psnr is None else psnr.value,
-        math.nan if psnr is None or psnr.stderr is None else psnr.stderr,
-    )
-
-
-def _curve(label: str, points: dict[float, Record], metric: str) -> Curve:
     ordered = sorted(points.items())
-    values = np.array([_values(record, metric) for _, record in ordered], dtype=np.float64)
-    return Curve(label, np.array([x for x, _ in ordered]), values[:, 0], values[:, 1], values[:, 2])
+    curve = _curve("", [(bits, record) for (bits, _), record in ordered], metric)
+    return Panel("bits", (replace(curve, names=tuple(name for (_, name), _ in ordered)),))
+
+
+def _curve(label: str, points: Sequence[tuple[float, Record]], metric: str) -> Curve:
+    """Points in order of their x; NaN where there is no number."""
+    values = []
+    for x, record in points:
+        distance, psnr = record.metrics.get(metric), record.metrics.get("psnr")
+        values.append((x, distance and distance.value, psnr and psnr.value, psnr and psnr.stderr))
+    return Curve(label, *np.array(values, dtype=np.float64).T)
 
 
 @styled
@@ -279,8 +253,7 @@ def draw(data: Sweeps) -> Figure:
     """A column of two panels per axis: Fréchet distance above, PSNR below, with its standard error."""
     rows = (["distance"] if data.metric else []) + ["psnr"]
     columns = len(data.panels)
-    width = COLUMN if columns == 1 else FULL
-    figure = new_figure(width, 0.5 + 1.55 * len(rows), layout="constrained")
+    figure = new_figure(COLUMN if columns == 1 else FULL, 0.5 + 1.55 * len(rows), layout="constrained")
     grid: Any = figure.subplots(len(rows), columns, sharex="col", squeeze=False)
     names = {
         name for panel in data.panels for curve in panel.curves for name in curve.names or (curve.label,)
@@ -317,8 +290,7 @@ def _panel(axes: Axes, panel: Panel, name: str, looks: dict[str, tuple[str, str]
             for x, value, point in zip(curve.x, y, curve.names, strict=True):
                 colour, marker = looks[point]
                 axes.plot(x, value, linestyle="", marker=marker, color=colour, label=point)
-            if curve.x.max() < 1.2 * curve.x.min():  # a tenth of a bit is no distance to look at
-                axes.set_xlim(0.8 * curve.x.min(), 1.2 * curve.x.max())
+            keep_near(axes, curve.x.tolist())
             continue
         colour, marker = looks[curve.label]
         line = "" if panel.ticks else "-"

@@ -15,13 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.figures.inputs import Inputs, generators, noise_seeds, progress
+from comit_bench.figures.inputs import Images, generators, noise_seeds, progress
 from comit_bench.tokenizers.base import TILE
 from comit_bench.tokenizers.comit.adapter import ComitTokenizer
-from comit_bench.tokenizers.comit.codec import EncodeStep, locate, noise_from_generators, to_uint8
+from comit_bench.tokenizers.comit.codec import locate, noise_from_generators, to_uint8
 from comit_bench.tokenizers.comit.crops import GLOBAL, GRID, CropGeometry, CropPolicy
-
-Box = tuple[int, int, int]  # left, top, side in pixels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +27,6 @@ class Trace:
     """Messages after every crop and what each says about the image.
 
     Attributes:
-        policy: Canonical name.
         cells: int64 [K, n], 0..8 in raster order or ``GLOBAL``.
         codes: float32 [K, n, M, d].
         offsets: float32 [K, n, 2], decoding offsets.
@@ -39,7 +36,6 @@ class Trace:
             are the very maps that choose the next crop.
     """
 
-    policy: str
     cells: Tensor
     codes: Tensor
     offsets: Tensor
@@ -70,7 +66,7 @@ class _Recorder:
         return noise
 
 
-def trace(tokenizer: ComitTokenizer, inputs: Inputs, policy: str | None, seed: int) -> Trace:
+def trace(tokenizer: ComitTokenizer, inputs: Images, policy: str | None, seed: int) -> Trace:
     """Encode images and look at the message after every crop.
 
     The messages are those that ``tokenizer.encode`` makes with the same generators. One-step images start
@@ -96,7 +92,7 @@ def trace(tokenizer: ComitTokenizer, inputs: Inputs, policy: str | None, seed: i
         looked = partial(advance, min(size, len(inputs) - start))
         parts.append(_tile(tokenizer, inputs.images[rows], names, parsed, seed, looked))
     joined = [torch.cat(columns, dim=1)[:, : len(inputs)] for columns in zip(*parts, strict=True)]
-    return Trace(str(parsed), *joined)
+    return Trace(*joined)
 
 
 def _tile(
@@ -117,7 +113,7 @@ def _tile(
     pixels = images.float().div(255).sub(0.5).div(0.5)
     columns: list[tuple[Tensor, ...]] = []
     for k, step in enumerate(steps):
-        offset = decoding_offsets(tokenizer, step, images.shape[-1])
+        offset = -locate(tokenizer.model, step.cells, images.shape[-1])
         seen = tokenizer.one_step(step.codes, offset, recorder.drawn.get(k, fixed)).float().cpu()
         error = tokenizer.model.spec.geometry.error_map(seen, pixels)
         looked()
@@ -125,21 +121,16 @@ def _tile(
     return tuple(torch.stack(column) for column in zip(*columns, strict=True))
 
 
-def decoding_offsets(tokenizer: ComitTokenizer, step: EncodeStep, side: int) -> Tensor:
-    """Decoding offsets [B, 2] of a message that ends with this crop: minus its location."""
-    return -locate(tokenizer.model, step.cells, side)
-
-
 def one_step_images(
     tokenizer: ComitTokenizer, codes: Tensor, offsets: Tensor, seeds: Sequence[int]
 ) -> Tensor:
-    """One-step images uint8 [n, 3, S, S] of messages [n, M, d], from one noise per image; one by one.
+    """One-step images uint8 [n, 3, S, S] of messages, one by one.
 
     Args:
         tokenizer: What decodes.
         codes: [n, M, d].
         offsets: [n, 2].
-        seeds: n of them.
+        seeds: Of the noise of each.
     """
     noise = torch.stack([tokenizer.noise(seed) for seed in seeds])
     advance = progress.get()(f"{tokenizer.info.name}: one step", len(codes), "images")
@@ -151,16 +142,10 @@ def one_step_images(
     return torch.cat(parts)
 
 
-def crop_box(cell: int, side: int, geometry: CropGeometry) -> Box:
-    """Where a crop lies in an image of ``side`` pixels: (left, top, side)."""
-    if cell == GLOBAL:
-        return 0, 0, side
-    stride = geometry.stride(side)
-    return cell % GRID * stride, cell // GRID * stride, geometry.crop
-
-
 def boxes(trace: Trace, geometry: CropGeometry) -> NDArray[np.int64]:
-    """Frames of all crops of a trace: int64 [K, n, 3] of (left, top, side)."""
-    side = trace.one_step.shape[-1]
-    rows = [[crop_box(int(cell), side, geometry) for cell in row] for row in trace.cells]
-    return np.array(rows, dtype=np.int64)
+    """Frames of all crops of a trace in pixels: int64 [K, n, 3] of (left, top, side)."""
+    side, cells = trace.one_step.shape[-1], trace.cells.numpy()
+    stride = geometry.stride(side)
+    local = (cells % GRID * stride, cells // GRID * stride, np.full_like(cells, geometry.crop))
+    whole = np.array((0, 0, side), dtype=np.int64)
+    return np.where((cells == GLOBAL)[..., None], whole, np.stack(local, axis=-1))

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from torch import distributed
+from torch.distributed.rendezvous import rendezvous
+
 from comit_bench.errors import BenchError, UsageError, shown
 
 T = TypeVar("T")
@@ -72,8 +75,6 @@ def meeting(place: Launched) -> Iterator[None]:
     if place.world < 2:
         yield
         return
-    from torch.distributed.rendezvous import rendezvous
-
     try:
         store: Any = next(rendezvous("env://", place.rank, place.world, timeout=RENDEZVOUS))
         yield
@@ -124,8 +125,6 @@ class Ranks:
         place = launched()
         if place.world < 2:
             return cls()
-        from torch import distributed
-
         with meeting(place):
             if not distributed.is_initialized():
                 distributed.init_process_group("gloo", timeout=PATIENCE)
@@ -141,8 +140,6 @@ class Ranks:
         """The first process's value, for all."""
         if self.world == 1:
             return value
-        from torch import distributed
-
         held: list[Any] = [value]
         distributed.broadcast_object_list(held, src=0, group=self.group)
         shared: T = held[0]
@@ -151,8 +148,6 @@ class Ranks:
     def agree(self, error: Exception | None) -> None:
         """Go on when no process has failed; else all of them raise."""
         if self.world > 1:
-            from torch import distributed
-
             known = error is None or isinstance(error, BenchError)
             text = None if error is None else str(error) if known else f"{type(error).__name__}: {error}"
             texts: list[Any] = [None] * self.world
@@ -179,8 +174,6 @@ class Ranks:
         if self.world == 1:
             yield
             return
-        from torch import distributed
-
         if not self.first:
             distributed.barrier(group=self.group)
         try:
@@ -192,6 +185,4 @@ class Ranks:
     def leave(self) -> None:
         """Say goodbye, so that the launcher sees a clean end."""
         if self.world > 1:
-            from torch import distributed
-
             distributed.destroy_process_group()

@@ -17,11 +17,13 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError, shown
@@ -82,8 +84,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         MissingError: Nothing there.
         CorruptFileError: Truncated, empty or of another kind.
     """
-    from safetensors.torch import load_file
-
     _refuse_foreign(path)
     return _guarded(path, lambda: load_file(path))
 
@@ -95,7 +95,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         MissingError: Nothing there.
         CorruptFileError: See :func:`read_safetensors`.
     """
-    from safetensors import safe_open
 
     def read() -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
@@ -382,19 +381,15 @@ def compare(
     first = [*wrong, *missing, *unexpected][0]
     stack = re.match(r"(.+?)\.\d+\.", next(iter([*missing, *unexpected]), ""))
     if stack:
-        counts = [_stacked(keys, stack[1]) for keys in (expected, tensors)]
+        pattern = re.escape(stack[1]) + r"\.(\d+)\."
+        counts = [count_numbers(keys, pattern) for keys in (expected, tensors)]
         if counts[0] != counts[1]:
             first = [*missing, *unexpected][0]
             lines.append(f"  {stack[1]}: {counts[0]} blocks expected, {counts[1]} in the file")
-    key = next((setting for pattern, setting in settings if re.match(pattern, first)), None)
+    key = next((setting for keys, setting in settings if re.match(keys, first)), None)
     told = f" {first} is decided by {key}." if key else ""
     lines.append(f"Check that config.json and the weights belong together.{told}")
     raise UsageError("\n".join(lines))
-
-
-def _stacked(keys: Iterable[str], prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return len({match[1] for key in keys if (match := pattern.match(key))})
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -402,8 +397,8 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _problem(value: Tensor, wanted: Tensor, *, values: bool) -> str | None:
-    """What is wrong with the type, or also the values, of a tensor that is to become ``wanted``."""
+def _problem(value: Tensor, wanted: Tensor) -> str | None:
+    """What is wrong with the type or the values of a tensor that is to become ``wanted``."""
     kind = name_of(value.dtype)
     if value.device.type == "meta":
         return "has no values: it was saved from the meta device"
@@ -413,7 +408,7 @@ def _problem(value: Tensor, wanted: Tensor, *, values: bool) -> str | None:
         return None if value.dtype in WHOLES else f"is {kind}, expected whole numbers"
     if value.dtype not in FLOATS:
         return f"is {kind}, expected floating-point numbers (float32, float16, bfloat16 or float64)"
-    if not values or bool(value.float().isfinite().all()):
+    if bool(value.float().isfinite().all()):
         return None
     bad = int((~value.isfinite()).sum())
     if not bad:
@@ -421,21 +416,18 @@ def _problem(value: Tensor, wanted: Tensor, *, values: bool) -> str | None:
     return f"holds {bad} of {value.numel()} values that are NaN or infinite"
 
 
-def check_types(
-    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, *, values: bool = True
-) -> None:
+def check_types(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuse tensors of another type, and values that are not finite, before they become weights.
 
     Args:
         expected: State dict of the network; other names are not looked at.
         tensors: The checkpoint.
         path: Named in the error.
-        values: False looks at types only.
     """
     problems = [
         f"{key} {problem}"
         for key, value in tensors.items()
-        if key in expected and (problem := _problem(value, expected[key], values=values)) is not None
+        if key in expected and (problem := _problem(value, expected[key])) is not None
     ]
     if problems:
         raise CorruptFileError(f"{path}: {some(problems)}. Download or export it again.")
@@ -450,7 +442,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     module.load_state_dict({k: v.to(kinds[k]) for k, v in tensors.items()}, strict=False, assign=True)
 
 
-def numbered(keys: Iterable[str], pattern: str) -> Iterator[int]:
-    """Numbers that the first group of ``pattern`` finds at the beginning of keys."""
-    search: Callable[[str], re.Match[str] | None] = re.compile(pattern).match
-    return (int(match[1]) for key in keys if (match := search(key)))
+def count_numbers(keys: Iterable[str], pattern: str) -> int:
+    """How many numbers the first group of ``pattern`` finds at the beginning of keys: blocks of a stack."""
+    return len({int(match[1]) for key in keys if (match := re.match(pattern, key))})

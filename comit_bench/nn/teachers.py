@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.errors import UsageError, shown
+from comit_bench.errors import CorruptFileError, MissingError, UsageError, shown
 from comit_bench.nn.plain_files import read_json
 from comit_bench.nn.state_dicts import INDEX, check_types, compare, fill, read, select
 
@@ -104,7 +104,7 @@ class DinoTeacher:
         device: Where it runs.
 
     Raises:
-        ValueError: ``grid`` is not positive.
+        UsageError: ``grid`` is not positive.
     """
 
     def __init__(self, network: Any, *, grid: int, device: torch.device | str = "cpu") -> None:
@@ -254,7 +254,7 @@ class ScenesTeacher:
 
 def _check_grid(grid: int) -> None:
     if grid < 1:
-        raise ValueError(f"the token grid must have at least one row, got {grid}")
+        raise UsageError(f"the token grid must have at least one row, got {grid}")
 
 
 def load_teacher(
@@ -274,8 +274,9 @@ def load_teacher(
         None for ``none``.
 
     Raises:
-        FileNotFoundError: The weights are not here and cannot be fetched.
-        ValueError: Unknown name, or files that are not such a teacher.
+        MissingError: The weights are not here and cannot be fetched.
+        UsageError: Unknown name, or weights of another network.
+        CorruptFileError: Damaged files.
     """
     if name == "none":
         return None
@@ -283,25 +284,25 @@ def load_teacher(
         return ScenesTeacher(_read_scenes_teacher(path), grid=grid, device=device)
     if name in DINOV2:
         return DinoTeacher(_read_dino(name, path), grid=grid, device=device)
-    raise ValueError(f"unknown teacher {name!r}: expected {', '.join(TEACHERS)}")
+    raise UsageError(f"unknown teacher {name!r}: expected {', '.join(TEACHERS)}")
 
 
 def _read_scenes_teacher(path: Path | None) -> ScenesTeacherNet:
     if path is None:
-        raise FileNotFoundError("scenes-teacher: needs the directory of its weights")
+        raise MissingError("scenes-teacher: needs the directory of its weights")
     config_file, weights = path / "config.json", path / WEIGHTS
     for file in (config_file, weights):
         if not file.exists():
-            raise FileNotFoundError(f"{file}: not found. A scenes-teacher is config.json and {WEIGHTS}.")
+            raise MissingError(f"{file}: not found. A scenes-teacher is config.json and {WEIGHTS}.")
     config = read_json(config_file)
     try:
         spec = ScenesTeacherSpec(**config)
     except (TypeError, ValueError) as error:
         known = ", ".join(asdict(ScenesTeacherSpec()))
-        raise ValueError(f"{config_file}: no scenes-teacher ({error}); its keys are {known}") from error
+        raise CorruptFileError(f"{config_file}: no scenes-teacher ({error}); its keys are {known}") from error
     with torch.device("meta"):
         network = ScenesTeacherNet(spec)
-    _load(network, _read_tensors(weights, ("stem", "trunk", "to_cls")), weights)
+    _fill(network, _read(weights, ("stem", "trunk", "to_cls")), weights)
     return network
 
 
@@ -310,15 +311,15 @@ def _read_dino(name: str, path: Path | None) -> nn.Module:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     weights = _download(DINOV2[name]) if path is None else _weight_file(path)
-    tensors = _read_tensors(weights, ("patch_embed.proj", "blocks", "cls_token"))
+    tensors = _read(weights, ("patch_embed.proj", "blocks", "cls_token"))
     network: nn.Module = timm.create_model(
         DINOV2[name], pretrained=False, dynamic_img_size=True, num_classes=0
     )
     try:
         fitting = checkpoint_filter_fn(tensors, network)  # type: ignore[arg-type]
     except Exception as error:  # it assumes the keys of a vision transformer
-        raise ValueError(f"{weights}: not the weights of {DINOV2[name]} ({error!r})") from error
-    _load(network, fitting, weights)
+        raise UsageError(f"{weights}: not the weights of {DINOV2[name]} ({error!r})") from error
+    _fill(network, fitting, weights)
     return network
 
 
@@ -326,16 +327,16 @@ def _weight_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no file and no directory")
+        raise MissingError(f"{path}: no file and no directory")
     if shards := sorted(path.glob(f"*{INDEX}")):
         return shards[0]
     found = sorted([*path.glob("*.safetensors"), *path.glob("*.pth"), *path.glob("*.bin")])
     preferred = [p for p in found if p.name == WEIGHTS] or found
     if not preferred:
-        raise FileNotFoundError(f"{path}: no file and no directory with a .safetensors, .pth or .bin file")
+        raise MissingError(f"{path}: no file and no directory with a .safetensors, .pth or .bin file")
     if len(preferred) > 1:
         names = ", ".join(p.name for p in preferred)
-        raise ValueError(f"{path} holds several weight files ({names}): name the one that is meant")
+        raise UsageError(f"{path} holds several weight files ({names}): name the one that is meant")
     return preferred[0]
 
 
@@ -347,23 +348,20 @@ def _download(model: str) -> Path:
     try:
         return Path(hf_hub_download(repository, WEIGHTS))
     except (HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
+        raise MissingError(
             f"{WEIGHTS} of {repository} is not on this machine and could not be downloaded "
             f"({type(error).__name__}). Fetch it where there is a network (huggingface-cli download "
             f"{repository} {WEIGHTS}) and set teacher.path to the file."
         ) from error
 
 
-def _read_tensors(path: Path, landmarks: tuple[str, ...]) -> dict[str, Tensor]:
+def _read(path: Path, landmarks: tuple[str, ...]) -> dict[str, Tensor]:
     tensors, nested = read(path)
     return select(tensors, landmarks, path, nested=nested)
 
 
-def _load(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    name, expected = type(network).__name__, network.state_dict()
-    try:
-        compare(expected, tensors, path, what=name)
-    except UsageError as error:
-        raise ValueError(f"the weights do not fit {name}: {error}") from error
+def _fill(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    expected = network.state_dict()
+    compare(expected, tensors, path, what=type(network).__name__)
     check_types(expected, tensors, path)
     fill(network, tensors)

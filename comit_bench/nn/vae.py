@@ -1,4 +1,4 @@
-"""Image autoencoders that a flow runs in: SD-VAE, FlexTok's, DCT, none, and the parity stand-in.
+"""Image autoencoders that a flow runs in: KL autoencoders, DCT, none, and the parity stand-in.
 
 All map images [B, 3, S, S] in [-1, 1] to latents [B, C, S/f, S/f] and back; none is trained here.
 The random part of encoding is explicit: pass ``noise`` of the latent's shape to sample the posterior,
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +19,6 @@ from torch.nn import functional as F
 
 from comit_bench.nn.precision import full_precision
 from comit_bench.nn.sizes import CHANNELS, check_sizes
-
-SD_SCALE = 0.18215
 
 
 class LatentCodec(Protocol):
@@ -119,65 +118,6 @@ class StandInVae(nn.Module):
             return F.interpolate(pixels, scale_factor=self.factor, mode="nearest")
 
 
-SD_CONFIG: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "norm_num_groups": 32,
-    "sample_size": 256,
-    "scaling_factor": SD_SCALE,
-}
-
-
-def _draw_weights(network: nn.Module, generator: torch.Generator) -> None:
-    for name, parameter in network.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.xavier_uniform_(parameter, generator=generator)
-        else:
-            nn.init.constant_(parameter, float(name.endswith("weight")))
-
-
-class SDVae(nn.Module):
-    """The Stable Diffusion 1 KL autoencoder (diffusers ``AutoencoderKL``), scaled by 0.18215."""
-
-    factor = 8
-    stochastic = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        self.vae: Any = AutoencoderKL.from_config(SD_CONFIG)
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights from a CPU generator, as :meth:`KLVae.init_weights`."""
-        _draw_weights(self.vae, generator)
-
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[B, 3, S, S] -> [B, 4, S/8, S/8]: mean of the posterior, or mean + std * noise."""
-        with full_precision(images.device):
-            posterior = self.vae.encode(images.float()).latent_dist
-        latents: Tensor = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return latents * SD_SCALE
-
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, S, S] -> mean and standard deviation, scaled like the latents, [B, 4, S/8, S/8] each."""
-        with full_precision(images.device):
-            posterior = self.vae.encode(images.float()).latent_dist
-        return posterior.mean * SD_SCALE, posterior.std * SD_SCALE
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B, 4, h, w] -> [B, 3, 8h, 8w], not clamped."""
-        with full_precision(latents.device):
-            images: Tensor = self.vae.decode(latents.float() / SD_SCALE).sample
-        return images
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KLVaeSpec:
     """A diffusers ``AutoencoderKL`` with a latent scale; defaults are the sizes of Stable Diffusion's.
@@ -205,11 +145,13 @@ class KLVaeSpec:
         return int(2 ** (len(self.widths) - 1))
 
 
-class KLVae(nn.Module):
-    """A KL autoencoder with any number of latent channels and any latent scale.
+SD_VAE = KLVaeSpec(scale=0.18215)
 
-    Unlike :class:`SDVae` it computes in one type, float32 unless :meth:`set_dtype` says otherwise, also
-    under autocast, and shows its posterior.
+
+class KLVae(nn.Module):
+    """Diffusers' ``AutoencoderKL``: Stable Diffusion's (``SD_VAE``), FlexTok's, SelfTok's.
+
+    It computes in one type, float32 unless :meth:`set_dtype` says otherwise, also under autocast.
     """
 
     stochastic = True
@@ -223,7 +165,8 @@ class KLVae(nn.Module):
         blocks = len(spec.widths)
         self.vae: Any = AutoencoderKL.from_config(
             {
-                **SD_CONFIG,
+                "in_channels": 3,
+                "out_channels": 3,
                 "down_block_types": ["DownEncoderBlock2D"] * blocks,
                 "up_block_types": ["UpDecoderBlock2D"] * blocks,
                 "block_out_channels": list(spec.widths),
@@ -245,7 +188,11 @@ class KLVae(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Random weights from a CPU generator: Xavier-uniform maps, unit norms, zero biases."""
-        _draw_weights(self.vae, generator)
+        for name, parameter in self.vae.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter, generator=generator)
+            else:
+                nn.init.constant_(parameter, float(name.endswith("weight")))
 
     def prepare(self, device: torch.device, *, compiled: bool | None = None) -> None:
         """Faster pixels: channels last on CUDA, and a compiled decoder.
@@ -254,8 +201,6 @@ class KLVae(nn.Module):
             device: Where it runs.
             compiled: Compile the decoder; None does so on CUDA where Triton is installed.
         """
-        from importlib.util import find_spec
-
         cuda = device.type == "cuda"
         if cuda:
             self.vae.to(memory_format=torch.channels_last)
@@ -283,7 +228,7 @@ class KLVae(nn.Module):
         return images
 
 
-def build_vae(kind: str, factor: int = 8) -> IdentityVae | DctVae | StandInVae | SDVae:
+def build_vae(kind: str, factor: int = 8) -> IdentityVae | DctVae | StandInVae | KLVae:
     """Make an autoencoder with untrained weights: ``none``, ``dct``, ``stand-in`` or ``sd``."""
     if kind == "none":
         return IdentityVae()
@@ -292,5 +237,5 @@ def build_vae(kind: str, factor: int = 8) -> IdentityVae | DctVae | StandInVae |
     if kind == "stand-in":
         return StandInVae(factor)
     if kind == "sd":
-        return SDVae()
+        return KLVae(SD_VAE)
     raise ValueError(f"unknown VAE kind {kind!r}: expected none, dct, stand-in or sd")

@@ -19,6 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.nn.attention import AttentionRequest, MapReceiver
+
 EVERY_ROW = slice(None)
 
 
@@ -137,6 +139,33 @@ class AttentionProbe:
         k = rearrange(attention.keys_values(h)[..., : h.shape[-1]], "b n (h c) -> b h n c", h=attention.heads)
         logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)
         self._receive(layer, logits.softmax(dim=-1)[..., self.keys])
+
+
+def grid_probe(
+    request: AttentionRequest, receive: MapReceiver, *, depth: int, side: int, tokens: int
+) -> AttentionProbe:
+    """How much the positions of a grid look at tokens, in a sequence [class, side^2 positions, tokens].
+
+    Args:
+        request: Which blocks; a pass has no time and one path.
+        receive: Gets [B, H, tokens, side, side] of every layer, time 0, as soon as it is computed: softmax
+            over *all* keys (class, positions, tokens), so a map is not normalised over space.
+        depth: Number of blocks.
+        side: Of the grid.
+        tokens: Their number.
+
+    Raises:
+        ValueError: A layer that does not exist, or one that is asked for twice.
+    """
+    request.check(depth)
+    edge = 1 + side**2
+
+    def hand_on(layer: int, maps: Tensor) -> None:
+        grids = rearrange(maps, "b heads (h w) k -> b heads k h w", h=side)
+        receive(request.layers.index(layer), 0, grids)
+
+    rows = {"queries": slice(1, edge), "keys": slice(edge, edge + tokens)}
+    return AttentionProbe(request.layers, **rows, receive=hand_on)
 
 
 def run_blocks(

@@ -22,7 +22,7 @@ from comit_bench.pipeline.failures import unexpected
 from comit_bench.pipeline.inputs import inputs_of, protocol_of
 from comit_bench.pipeline.jobs import Job, Reference, Settings
 from comit_bench.pipeline.messages import threads_for, were_mended, with_messages
-from comit_bench.pipeline.plan import Plan, plan_run
+from comit_bench.pipeline.plan import RunPlan, plan_run
 from comit_bench.pipeline.record import (
     Identity,
     identify,
@@ -32,7 +32,7 @@ from comit_bench.pipeline.record import (
     note_seconds,
     work_folder,
 )
-from comit_bench.pipeline.session import Reporter, Session, refuse
+from comit_bench.pipeline.session import Reporter, Session, Start, refuse
 from comit_bench.pipeline.suite import DEFAULT_TOKENIZERS, choose_suite
 from comit_bench.probing.fit import FitProgress, ProgressCallback
 from comit_bench.results.schema import Record
@@ -88,7 +88,7 @@ def evaluate(
     return finished.records
 
 
-def plan_of_suite(suite: str, settings: Settings) -> Plan:
+def plan_of_suite(suite: str, settings: Settings) -> RunPlan:
     """What ``comit-bench run --suite SUITE`` plans when nothing else is asked for; ``doctor`` shows it."""
     return plan_run(DEFAULT_TOKENIZERS, None, settings, suite=suite, dry=True)[0]
 
@@ -235,7 +235,7 @@ def _measure(job: Job, inputs: Inputs, work: Path, session: Session) -> Result |
         reporter.stop()
 
 
-def _epochs(inputs: Inputs, start: Callable[[str, int, str], Callable[[int], None]]) -> ProgressCallback:
+def _epochs(inputs: Inputs, start: Start) -> ProgressCallback:
     """Epochs of all fits in one progress bar; one that stops early counts as if it had not."""
     most, seen = inputs.spec.probe.max_epochs, dict[int, int]()
     fits = len(inputs.seeds) * inputs.spec.split.folds * max(1, len(inputs.learning_rates))

@@ -6,13 +6,14 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from comit_bench import __version__
 from comit_bench.data.digests import file_digests
@@ -21,8 +22,8 @@ from comit_bench.data.images import upright
 from comit_bench.data.split import PathList, Split
 from comit_bench.data.tokens.store import TokenStore
 from comit_bench.data.tokens.token_file import (
-    Origin,
     TokenFile,
+    TokenOrigin,
     output_names,
     read_token_file,
     token_file_bytes,
@@ -40,6 +41,7 @@ from comit_bench.files import (
     sha256_file,
     write_atomic,
 )
+from comit_bench.pipeline.session import Start, silent
 from comit_bench.pipeline.tokenize import (
     list_digest,
     open_store,
@@ -48,18 +50,13 @@ from comit_bench.pipeline.tokenize import (
     tokenize_split,
 )
 from comit_bench.seeding import seed_for
-from comit_bench.tokenizers.base import Tokenizer, Tokens, check_decoded, looks_at_crops
-from comit_bench.tokenizers.contract import check_looked_up
+from comit_bench.tokenizers.base import Tokenizer, Tokens, looks_at_crops
+from comit_bench.tokenizers.contract import check_decoded, check_looked_up
 from comit_bench.tokenizers.identity import code_version
 
 _OTHER = "holds something else. Give another name, or --overwrite"
 SHARD_SIZE = 256  # messages; a process that dies loses at most so many
-Start = Callable[[str, int, str], Callable[[int], None]]  # what, how many, unit -> advance
 _log = logging.getLogger(__name__)
-
-
-def _silent(what: str, total: int, unit: str) -> Callable[[int], None]:
-    return lambda done: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +99,7 @@ def tokenize_folder(
     num_workers: int = 0,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
-    start: Start = _silent,
+    start: Start = silent,
 ) -> Tokenized:
     """Tokenize every image below a folder into one file, turned upright as its EXIF orientation says.
 
@@ -139,7 +136,7 @@ def tokenize_folder(
     canonical = _canonical(tokenizer, policy)
     if output.exists() and not overwrite:
         _refuse_another(output, _origin(tokenizer, canonical, seed), {*names, *odd})
-    contents = file_digests(folder, names, cache=cache, title="contents", progress=start is not _silent)
+    contents = file_digests(folder, names, cache=cache, title="contents", progress=start is not silent)
     split = Split("folder", names, PathList(folder, names), None, exif=True, contents=tuple(contents))
     key = store_key(
         tokenizer, policy=canonical, fingerprint=list_digest(split), seed=seed, selection="all", exif=True
@@ -181,9 +178,9 @@ def _canonical(tokenizer: Tokenizer, policy: str | None) -> str | None:
     return None
 
 
-def _origin(tokenizer: Tokenizer, policy: str | None, seed: int) -> Origin:
+def _origin(tokenizer: Tokenizer, policy: str | None, seed: int) -> TokenOrigin:
     info = tokenizer.info
-    return Origin(
+    return TokenOrigin(
         tokenizer=info.name,
         family=info.family,
         weights=info.weights,
@@ -234,12 +231,13 @@ def _export(
     )
 
 
-def _refuse_another(output: Path, origin: Origin, names: set[str]) -> None:
+def _refuse_another(output: Path, origin: TokenOrigin, names: set[str]) -> None:
     """Before the work: a file that exists must be what this command made, or begins to make again."""
     try:
         there = read_token_file(output)
         same = (
-            there.origin == Origin.from_metadata(origin.metadata()) and {*there.names, *there.broken} == names
+            there.origin == TokenOrigin.from_metadata(origin.metadata())
+            and {*there.names, *there.broken} == names
         )
     except (CorruptFileError, UsageError):
         same = False
@@ -259,7 +257,7 @@ def _write(output: Path, content: bytes, *, overwrite: bool) -> None:
                 ) from error
 
 
-def check_origin(tokenizer: Tokenizer, origin: Origin, path: Path) -> None:
+def check_origin(tokenizer: Tokenizer, origin: TokenOrigin, path: Path) -> None:
     """Refuse to decode tokens that another tokenizer made; say so when only its code has changed."""
     info = tokenizer.info
     fields = ["family", "weights", "message_length", "vocab_size", "code_dim", "resolution"]
@@ -287,7 +285,7 @@ def detokenize_file(
     seed: int = 0,
     batch_size: int = 32,
     overwrite: bool = False,
-    start: Start = _silent,
+    start: Start = silent,
     content: TokenFile | None = None,
     cache: Path | None = None,
 ) -> Detokenized:
@@ -316,6 +314,8 @@ def detokenize_file(
         UnsupportedOperation: The tokenizer cannot decode.
         BenchError: The disk is full or not writable.
     """
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: expected at least 1")
     content = content or read_token_file(source)
     check_origin(tokenizer, content.origin, source)
     if output.exists() and not output.is_dir():
@@ -324,38 +324,25 @@ def detokenize_file(
     note = (cache or cache_root()) / "decoded" / f"{digest_json(str(output.resolve()))[7:31]}.json"
     maker = _maker_of(tokenizer, source, seed)
     with locked(output / ".lock", f"decoding into {output}"):
-        return _decode_missing(tokenizer, content, output, note, maker, seed, batch_size, overwrite, start)
-
-
-def _decode_missing(
-    tokenizer: Tokenizer,
-    content: TokenFile,
-    output: Path,
-    note: Path,
-    maker: dict[str, Any],
-    seed: int,
-    batch_size: int,
-    overwrite: bool,
-    start: Start,
-) -> Detokenized:
-    targets = [
-        inside(output, name, what="a name in the token file", windows=os.name == "nt")
-        for name in output_names(content.names)
-    ]
-    _claim(output, targets, note, maker, overwrite=overwrite)
-    rows = [row for row, target in enumerate(targets) if overwrite or not target.is_file()]
-    advance = start(f"{tokenizer.info.name}: decoding", len(rows), "images") if rows else lambda done: None
-    for chosen in _parts(rows, batch_size):
-        seeds = [seed_for(seed, content.names[row]) for row in chosen]
-        try:
-            images = tokenizer.decode(tokens_of(tokenizer, content, chosen), seeds=seeds)
-        except NotImplementedError as error:
-            raise UnsupportedOperation(f"{tokenizer.info.name} cannot decode its messages") from error
-        images = check_decoded(images, tokenizer.info, len(chosen)).cpu()
-        for row, image in zip(chosen, images, strict=True):
-            write_atomic(targets[row], _png(image), durable=False)  # the tokens are the original
-        advance(len(chosen))
-    return Detokenized(output, len(rows), len(targets) - len(rows))
+        targets = [
+            inside(output, name, what="a name in the token file", windows=os.name == "nt")
+            for name in output_names(content.names)
+        ]
+        _claim(output, targets, note, maker, overwrite=overwrite)
+        rows = [row for row, target in enumerate(targets) if overwrite or not target.is_file()]
+        advance = (start if rows else silent)(f"{tokenizer.info.name}: decoding", len(rows), "images")
+        for first in range(0, len(rows), batch_size):
+            chosen = rows[first : first + batch_size]
+            seeds = [seed_for(seed, content.names[row]) for row in chosen]
+            try:
+                images = tokenizer.decode(tokens_of(tokenizer, content, chosen), seeds=seeds)
+            except NotImplementedError as error:
+                raise UnsupportedOperation(f"{tokenizer.info.name} cannot decode its messages") from error
+            images = check_decoded(images, tokenizer.info, len(chosen)).cpu()
+            for row, image in zip(chosen, images, strict=True):
+                write_atomic(targets[row], _png(image), durable=False)  # the tokens are the original
+            advance(len(chosen))
+        return Detokenized(output, len(rows), len(targets) - len(rows))
 
 
 def _maker_of(tokenizer: Tokenizer, source: Path, seed: int) -> dict[str, Any]:
@@ -404,15 +391,7 @@ def tokens_of(tokenizer: Tokenizer, content: TokenFile, rows: Sequence[int]) -> 
     return Tokens(None, torch.from_numpy(content.codes[index].astype(np.float32)), offsets)
 
 
-def _parts(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    if size < 1:
-        raise UsageError(f"--batch-size {size}: expected at least 1")
-    return (rows[first : first + size] for first in range(0, len(rows), size))
-
-
 def _png(image: torch.Tensor) -> bytes:
-    from PIL import Image
-
     stream = io.BytesIO()
     pixels: Any = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     Image.fromarray(pixels).save(stream, "PNG")

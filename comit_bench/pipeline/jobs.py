@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal
 
+from comit_bench.data.split import Split
 from comit_bench.errors import UsageError, did_you_mean, shown
 from comit_bench.files import cache_root
 from comit_bench.recipes.specs import (
@@ -22,19 +23,15 @@ from comit_bench.recipes.specs import (
     pick,
 )
 from comit_bench.seeding import seed_for
-from comit_bench.tokenizers.base import looks_at_crops
+from comit_bench.tasks.base import Inputs, Task
+from comit_bench.tasks.result import Result
+from comit_bench.tokenizers.base import Tokenizer, looks_at_crops
 from comit_bench.tokenizers.contract import check_tokenizer
 from comit_bench.tokenizers.load import entry_for
 from comit_bench.tokenizers.registry import BLIND, MAJORITY, TokenizerEntry
 from comit_bench.tokenizers.registry import tokenizers as known_tokenizers
 
-if TYPE_CHECKING:
-    from comit_bench.data.split import Split
-    from comit_bench.tasks.base import Inputs, Task
-    from comit_bench.tasks.result import Result
-    from comit_bench.tokenizers.base import Tokenizer
-
-Options = Mapping[str, str | int | float]
+OptionValue = str | int | float
 Overwrite = Literal["always", "never", "only-missing"]
 
 
@@ -73,7 +70,7 @@ class Settings:
     cache: Path | None = None
     policy: str | Sequence[str] | None = None
     weights: str | None = None
-    options: Options = field(default_factory=dict)
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
     limit: int | None = None
     seeds: int | None = None
     device: str = "auto"
@@ -175,7 +172,7 @@ class Reference:
         return kind.probed and (kind.blind or not self.fits)
 
 
-Who: TypeAlias = "str | Tokenizer | Reference"  # a name, directory or hub id; an object; a reference row
+Who = str | Tokenizer | Reference  # a name, directory or hub id; an object; a reference row
 REFERENCES = {
     reference.name: reference
     for reference in (
@@ -304,13 +301,13 @@ def _own_name(key: str, entry: TokenizerEntry) -> str | None:
     return name if known is None or name in known else None
 
 
-def options_for(entry: TokenizerEntry, options: Options) -> dict[str, str | int | float]:
+def options_for(entry: TokenizerEntry, options: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
     """The options that a tokenizer knows; one that names its family wins over one that does not."""
     keys = sorted(options, key=lambda key: "." in key)
     return {name: options[key] for key in keys if (name := _own_name(key, entry)) is not None}
 
 
-def check_options(tokenizers: Iterable[Who], options: Options) -> None:
+def check_options(tokenizers: Iterable[Who], options: Mapping[str, OptionValue]) -> None:
     """Refuse an option that no tokenizer of the run knows, and a value that one of them cannot read."""
     entries = _entries(tokenizers).values() if options else ()
     for entry in entries:
@@ -326,7 +323,7 @@ def check_options(tokenizers: Iterable[Who], options: Options) -> None:
         raise UsageError(f"--option {key}: no tokenizer of this run has it.{did_you_mean(key, known)}")
 
 
-def left_out(tokenizers: Iterable[Who], options: Options) -> dict[str, list[str]]:
+def left_out(tokenizers: Iterable[Who], options: Mapping[str, OptionValue]) -> dict[str, list[str]]:
     """For each option the tokenizers that run without it, when it was not meant for one family alone."""
     entries = _entries(tokenizers) if options else {}
     without = {

@@ -38,7 +38,7 @@ class JobPlan:
 
 
 @dataclass(slots=True)
-class Plan:
+class RunPlan:
     """Every job, the state of the data, what is missing and what cannot be done.
 
     Attributes:
@@ -97,7 +97,7 @@ def plan_run(
     suite: str,
     references: bool = True,
     dry: bool = False,
-) -> tuple[Plan, Session]:
+) -> tuple[RunPlan, Session]:
     """From what was asked for to a plan, and the session that will do it.
 
     Args:
@@ -120,7 +120,7 @@ def plan_run(
     return make_plan(session.settle_policies(jobs), session, dry=dry), session
 
 
-def make_plan(jobs: Sequence[Job], session: Session, *, dry: bool = False) -> Plan:
+def make_plan(jobs: Sequence[Job], session: Session, *, dry: bool = False) -> RunPlan:
     """Look at data and weights of every job, now rather than hours later.
 
     Args:
@@ -134,7 +134,7 @@ def make_plan(jobs: Sequence[Job], session: Session, *, dry: bool = False) -> Pl
     """
     settings = session.settings
     resolve_dtype(settings.dtype, session.device)
-    plan = Plan(list(jobs))
+    plan = RunPlan(list(jobs))
     counts: dict[str, dict[str, int]] = {}
     for job in jobs:
         name = job.dataset.spec.name
@@ -208,7 +208,7 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
-def describe(plan: Plan, settings: Settings, *, suite: str, why: str) -> list[str]:
+def describe(plan: RunPlan, settings: Settings, *, suite: str, why: str) -> list[str]:
     """The plan as lines of text."""
     lines = [f"suite {suite} ({why})"]
     lines += [f"  data   {name}: {state}" for name, state in plan.data.items()]
@@ -245,7 +245,7 @@ def _words(part: JobPlan, settings: Settings) -> str:
     return f"{policy}: {images}, {seeds} {what}, {known}"
 
 
-def _total(plan: Plan) -> str:
+def _total(plan: RunPlan) -> str:
     read = [part for part in plan.jobs if not part.job.instant]
     timed = [part.seconds for part in read if part.seconds is not None]
     others = len(read) - len(timed)

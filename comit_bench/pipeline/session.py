@@ -24,12 +24,19 @@ from comit_bench.tokenizers.base import Tokenizer, looks_at_crops
 from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer, check_settings
 from comit_bench.tokenizers.load import entry_for, load_tokenizer, resolve_device
 
+Start = Callable[[str, int, str], Callable[[int], None]]  # what, how many, unit -> advance
+
+
+def silent(what: str, total: int, unit: str) -> Callable[[int], None]:
+    """Shows no progress."""
+    return lambda done: None
+
 
 @dataclass(slots=True)
 class Reporter:
     """Hooks for progress; the defaults are silent."""
 
-    start: Callable[[str, int, str], Callable[[int], None]] = lambda what, total, unit: lambda done: None
+    start: Start = silent
     stop: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None  # between jobs; may raise KeyboardInterrupt
 
@@ -174,7 +181,7 @@ def _fit(job: Job, options: Mapping[str, Any], session: Session) -> Tokenizer:
         session.reporter.stop()
 
     key = {
-        "data": data.split_fingerprint(name),
+        "data": data.fingerprints[name],
         "selection": settings.selection,
         "preprocessing": preprocessing,
     }

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import DATA_VARIABLE
 from comit_bench.pipeline.jobs import REFERENCES, Settings
 from comit_bench.recipes.specs import find_tasks, kinds
-
-if TYPE_CHECKING:
-    from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tokenizers.base import Tokenizer
 
 DEFAULT_TOKENIZERS = ("kmeans-patch", "vq-grid-nano", "titok-nano", "comit-nano")
 ALL = "all"

@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from comit_bench.errors import UnsupportedOperation, UsageError, shown
 from comit_bench.nn.ranks import launched
 from comit_bench.pipeline.evaluate import evaluate
+from comit_bench.pipeline.jobs import OptionValue
+from comit_bench.pipeline.session import Reporter
 from comit_bench.pipeline.suite import choose_suite
 from comit_bench.recipes.specs import find_tasks, pick
-
-if TYPE_CHECKING:
-    from comit_bench.pipeline.session import Reporter
-    from comit_bench.results.schema import Record
-    from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.results.schema import Record
+from comit_bench.tokenizers.base import Tokenizer
 
 TASKS = {"scenes": "reconstruction-scenes", "paper": "reconstruction-imagenet1k"}
 AXES = ("steps", "guidance")
-Value = str | int | float
 _log = logging.getLogger(__name__)
 
 
 def sweep_points(
-    steps: Sequence[int], guidance: Sequence[float], options: Mapping[str, Value]
-) -> Iterator[dict[str, Value]]:
+    steps: Sequence[int], guidance: Sequence[float], options: Mapping[str, OptionValue]
+) -> Iterator[dict[str, OptionValue]]:
     """Options of the decoder, one mapping per point: each list is one sweep, the other setting stays."""
     for axis, values in (("steps", steps), ("guidance", guidance)):
         for value in values:
@@ -85,7 +83,7 @@ def sweep(
         raise UsageError(
             f"task {name} is of kind {recipe.spec.kind!r}: a sweep needs one of 'reconstruction'"
         )
-    given: Mapping[str, Value] = settings.pop("options", {})
+    given: Mapping[str, OptionValue] = settings.pop("options", {})
     points = list(sweep_points(steps, guidance, given))
     if (steps or guidance) and not all(isinstance(tokenizer, str) for tokenizer in tokenizers):
         raise UsageError("steps and guidance need tokenizers by name: objects have their settings already")
@@ -105,7 +103,7 @@ def sweep(
     return list(found.values())
 
 
-def check_point(record: Record, options: Mapping[str, Value]) -> None:
+def check_point(record: Record, options: Mapping[str, OptionValue]) -> None:
     """Refuse a record that does not say where in the sweep it stands: it might be another point's."""
     for axis in AXES:
         if axis in options and record.decoder_setting(axis) != float(options[axis]):

@@ -11,11 +11,10 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from queue import Full, Queue
-from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -205,7 +204,11 @@ def tokenize_split(
             )
             source: Any = ahead(images) if num_workers == 0 else images
             with closing(source) as batches:
-                for batch in _timed(batches, spent, "images"):
+                while True:
+                    with _clock(spent, "images"):
+                        batch = next(batches, None)
+                    if batch is None:
+                        break
                     with _clock(spent, "encode"):
                         generators = [
                             generator_for(int(key["seed"]), split.ids[index]) for index in batch.indices
@@ -227,41 +230,14 @@ def ahead(items: Iterator[T], depth: int = 2) -> Generator[T]:
     Decoding and resizing release Python's lock, so they run beside the network. Errors come where the
     item would have come; closing the generator ends the thread.
     """
-    held: Queue[tuple[bool, Any]] = Queue(depth)
-    stop = Event()
-
-    def put(entry: tuple[bool, Any]) -> bool:
-        while not stop.is_set():
-            try:
-                held.put(entry, timeout=0.1)
-                return True
-            except Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except Exception as error:
-            put((False, error))
-
-    thread = Thread(target=work, name="images", daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="images")
     try:
-        while True:
-            there, item = held.get()
-            if there:
-                yield item
-            elif item is None:
-                return
-            else:
-                raise item
+        waiting = deque(thread.submit(next, items, None) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, items, None))
+            yield item
     finally:
-        stop.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -269,17 +245,6 @@ def _clock(spent: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
-
-
-def _timed(items: Iterator[T], spent: dict[str, float], name: str) -> Iterator[T]:
-    """The same items; the time spent waiting for them is added up."""
-    while True:
-        started = time.perf_counter()
-        item = next(items, None)
-        spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
-        if item is None:
-            return
-        yield item
 
 
 class _Pending:

@@ -13,9 +13,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError
-from comit_bench.files import explain_write_error, open_url, refuse_special, require_folder, write_atomic
+from comit_bench.files import check_url, explain_write_error, refuse_special, require_folder, write_atomic
 from comit_bench.recipes.reading import read_json
 
 AGENT = "comit_bench"  # a browser's name would be sent a web page by some servers
@@ -25,6 +26,22 @@ ATTEMPTS = 4  # without a byte in between
 PAUSE = 2.0
 
 Advance = Callable[[int, int | None], None]
+
+
+class _Checking(HTTPRedirectHandler):
+    """Redirections obey :func:`check_url` as well."""
+
+    def __init__(self, checked: bool) -> None:
+        self.checked = checked
+
+    def redirect_request(self, *args: Any) -> Any:
+        check_url(args[-1], checked=self.checked)
+        return super().redirect_request(*args)
+
+
+def _open(url: str, headers: Mapping[str, str], checked: bool) -> Any:
+    check_url(url, checked=checked)
+    return build_opener(_Checking(checked)).open(Request(url, headers=dict(headers)), timeout=TIMEOUT)
 
 
 class _Broken(Exception):
@@ -113,7 +130,7 @@ def _attempt(
     if have and version:
         headers |= {"Range": f"bytes={have}-", "If-Range": str(version)}
     try:
-        response = open_url(url, headers, timeout=TIMEOUT, checked=checked)
+        response = _open(url, headers, checked)
     except HTTPError as error:
         if error.code != 416:  # nothing is left to send: either complete, or another file by now
             raise

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import yaml
 
 from comit_bench.errors import SHOWN, BenchError, CorruptFileError, MissingError, UsageError, shown
 from comit_bench.nn.plain_files import parse_json as parse_json
-
-if TYPE_CHECKING:
-    import yaml
 
 SMALL_TEXT = 1_000_000  # bytes of a file that a person writes
 LARGE_TEXT = 64_000_000  # bytes of a file that a program writes
@@ -21,12 +20,7 @@ DEEPEST = 64  # levels of a YAML file
 
 
 def read_text(path: Path, *, most: int = LARGE_TEXT) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
-
-    Args:
-        path: The file.
-        most: Bytes that it may have.
-    """
+    """The text of a UTF-8 file of at most ``most`` bytes, without a byte order mark."""
     try:
         if not path.is_file():
             if path.exists() or path.is_symlink():
@@ -55,68 +49,59 @@ def read_json(path: Path, *, most: int = LARGE_TEXT, strict: bool = True) -> Any
     return parse_json(read_text(path, most=most), path, strict=strict)
 
 
-def _yaml_loader() -> type[yaml.SafeLoader]:
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
+_TAGS = {None, *(f"tag:yaml.org,2002:{kind}" for kind in _KINDS)}
+
+
+class _PlainLoader(yaml.SafeLoader):
     """A loader of plain values: no anchors, no dates, no tags of other types, no key twice, nothing deep."""
-    import yaml
 
-    class Loader(yaml.SafeLoader):
-        level = 0
+    level = 0
 
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                raise yaml.MarkedYAMLError(
-                    problem="anchors and aliases (&, *) are not taken: write the value out",
-                    problem_mark=event.start_mark,
-                )
-            if self.level >= DEEPEST:
-                raise yaml.MarkedYAMLError(
-                    problem=f"nested more than {DEEPEST} levels deep", problem_mark=event.start_mark
-                )
-            self.level += 1
-            node = super().compose_node(parent, index)
-            self.level -= 1
-            return node
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            problem = "anchors and aliases (&, *) are not taken: write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if self.level >= DEEPEST:
+            problem = f"nested more than {DEEPEST} levels deep"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen: set[Any] = set()
-            for key, _ in node.value:
-                name = self.construct_object(key, deep=True)
-                if not isinstance(name, str):
-                    problem = f"the key {shown(name)} is no text: put it in quotes"
-                elif name in seen:
-                    problem = f"key {shown(name)} occurs twice"
-                else:
-                    seen.add(name)
-                    continue
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            return super().construct_mapping(node, deep)
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str):
+                problem = f"the key {shown(name)} is no text: put it in quotes"
+            elif name in seen:
+                problem = f"key {shown(name)} occurs twice"
+            else:
+                seen.add(name)
+                continue
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
-    kinds = ("null", "bool", "int", "float", "str", "seq", "map")
-    tags = {f"tag:yaml.org,2002:{kind}" for kind in kinds}
-    Loader.yaml_constructors = {
-        tag: maker for tag, maker in yaml.SafeLoader.yaml_constructors.items() if tag in tags or tag is None
-    }
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if tag in tags]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    return Loader
+
+_PlainLoader.yaml_constructors = {
+    tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _TAGS
+}
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag in _TAGS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str, where: object) -> Any:
     """The value of a YAML text, made of what JSON has: null, truth, numbers, text, lists and mappings.
 
-    Keys and dates are text. Anchors are refused: they can make a small file endless.
-
-    Args:
-        text: The text.
-        where: File or place, for the message.
+    Keys and dates are text. Anchors are refused: they can make a small file endless. Messages name ``where``.
     """
-    import yaml
-
     try:
-        value = _yaml_loader()(text).get_single_data()
+        value = _PlainLoader(text).get_single_data()
         _check_plain(value)
     except RecursionError as error:
         raise UsageError(f"{where}: not valid YAML: nested too deeply") from error
@@ -152,13 +137,7 @@ def _check_plain(value: Any) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file that a person wrote, see :func:`parse_yaml`.
-
-    Raises:
-        MissingError: No such file.
-        UsageError: Not such a file.
-        BenchError: The system cannot read it.
-    """
+    """The value of a YAML file that a person wrote, see :func:`parse_yaml`; UsageError for any other."""
     try:
         return parse_yaml(read_text(path, most=SMALL_TEXT), path)
     except CorruptFileError as error:

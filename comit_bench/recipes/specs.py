@@ -157,11 +157,7 @@ READS = {"class-folders": "classes", "coco": "multilabel", "visual-genome": "rel
 
 
 def _of_others(group: str, known: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Name and object of every entry point of a group.
-
-    Raises:
-        UsageError: It takes a name that exists, or cannot be loaded.
-    """
+    """Name and object of every entry point of a group."""
     for point in entry_points(group=group):
         if point.name in known:
             raise UsageError(f"{group}: {point.value!r} takes the name {point.name!r}, which exists already")
@@ -453,11 +449,7 @@ class Recipe(Generic[S]):
 
 
 def recipe_root(kind: Kind) -> Path:
-    """Where the built-in recipes lie: inside a wheel, or beside the package in a checkout.
-
-    Raises:
-        MissingError: This installation has lost them.
-    """
+    """Where the built-in recipes lie: inside a wheel, or beside the package in a checkout."""
     package = Path(str(files("comit_bench")))
     for root in (package / "_recipes" / kind, package.parent / kind):
         if root.is_dir():
@@ -496,12 +488,7 @@ def _nearest_key(error: dict[str, Any], model: type[BaseModel]) -> str:
 
 
 def parse_mapping(path: Path) -> dict[str, Any]:
-    """Read one YAML file as a mapping.
-
-    Raises:
-        MissingError: No such file.
-        UsageError: Not YAML, or not a mapping.
-    """
+    """Read one YAML file as a mapping; errors as for :func:`read_yaml`."""
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected a mapping of keys to values, found {type(raw).__name__}")
@@ -532,11 +519,7 @@ def validate_mapping(raw: dict[str, Any], path: Path, model: type[M]) -> M:
 
 
 def parse_recipe(path: Path, model: type[M]) -> M:
-    """Read one YAML file into ``model``.
-
-    Raises:
-        UsageError: Names the file, the key, the value and the nearest valid key or value.
-    """
+    """Read one YAML file into ``model``; errors as for :func:`validate_mapping`."""
     kinds(), readers()  # what is wrong with a package is not the recipe's fault
     spec = validate_mapping(parse_mapping(path), path, model)
     if isinstance(spec, DatasetSpec):
@@ -585,11 +568,7 @@ def find_datasets(
 
 
 def check_fit(task: Recipe[TaskSpec], dataset: Recipe[DatasetSpec]) -> None:
-    """Refuse a task whose data set is of another kind, or lacks a split that the task names.
-
-    Raises:
-        UsageError: Names the recipe of the task, and what the data set has.
-    """
+    """Refuse a task whose data set is of another kind, or lacks a split that the task names."""
     spec, data = task.spec, dataset.spec
     kind, found = spec.task_kind, readers()[data.reader]
     if not kind.takes(found):
@@ -606,11 +585,7 @@ def check_fit(task: Recipe[TaskSpec], dataset: Recipe[DatasetSpec]) -> None:
 
 
 def dataset_of(task: Recipe[TaskSpec], datasets: dict[str, Recipe[DatasetSpec]]) -> Recipe[DatasetSpec]:
-    """The data set of a task, after making sure that they fit each other.
-
-    Raises:
-        UsageError: There is none of that name, or see :func:`check_fit`.
-    """
+    """The data set of a task, after making sure that they fit each other."""
     if task.spec.dataset not in datasets:
         raise UsageError(
             f"{task.path}: unknown dataset {shown(task.spec.dataset)}."
@@ -621,11 +596,7 @@ def dataset_of(task: Recipe[TaskSpec], datasets: dict[str, Recipe[DatasetSpec]])
 
 
 def pick(name: str, known: dict[str, Recipe[S]], what: str) -> Recipe[S]:
-    """Look a name up.
-
-    Raises:
-        UsageError: Unknown name; suggests the nearest.
-    """
+    """Look a name up; UsageError suggests the nearest."""
     if name not in known:
         raise UsageError(f"unknown {what} {shown(name)}.{did_you_mean(name, known)}")
     return known[name]

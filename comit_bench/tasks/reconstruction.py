@@ -57,7 +57,7 @@ from comit_bench.tasks.shards import (
     save_columns,
     shard_by_shard,
 )
-from comit_bench.tokenizers.base import check_decoded, decodes_with_noise
+from comit_bench.tokenizers.base import decodes_with_noise
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
@@ -244,7 +244,7 @@ class _Meter:
         data = self.inputs.data
         key = {
             "format": REFERENCE_FORMAT,
-            "data": data.split_fingerprint(self.role.split.name),
+            "data": data.fingerprints[self.role.split.name],
             "ids": digest_json(self.role.ids),
             "preprocessing": self.role.split.preprocessing(self.inputs.the_tokenizer().info.preprocessing),
             "features": perceptual.feature_identity(self.spec.features),
@@ -297,6 +297,8 @@ class _Meter:
             UnsupportedOperation: The tokenizer has no decoder; names it.
             BenchError: It returned no such images.
         """
+        from comit_bench.tokenizers.contract import check_decoded
+
         tokenizer = self.inputs.the_tokenizer()
         try:
             decoded = tokenizer.decode(batch.tokens, seeds=noise_seeds(seed, batch.ids))

@@ -76,7 +76,7 @@ def lists_of(inputs: Inputs, name: str) -> tuple[Lists, str]:
         vocabulary(inputs),
         inputs.spec.negatives,
         cache=inputs.cache,
-        fingerprint=inputs.data.split_fingerprint(role.split.name),
+        fingerprint=inputs.data.fingerprints[role.split.name],
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,6 +29,11 @@ from comit_bench.tokenizers.options import OFF, ON
 # which is enough to flip a token at a rounding boundary). Only measurements of one image change it.
 TILE = 8
 tile_rows: ContextVar[int] = ContextVar("tile_rows", default=TILE)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LATENTS = ("codes", "prequant", "raw")  # see HasHiddenFeatures
+POSTERIORS = ("mode", "sample")  # what is taken of a VAE's
+Streams = Sequence[torch.Generator] | None  # of random numbers: one CPU generator per image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,30 +112,34 @@ class Tokenizer(Protocol):
     @property
     def info(self) -> TokenizerInfo: ...
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
         """Tokenize uint8 [B, 3, S, S] (S = ``info.resolution``).
 
         Args:
             images_u8: RGB images, already preprocessed as ``info.preprocessing`` says.
             policy: Cropping policy for tokenizers that look at crops; None is their default.
             generators: One CPU generator per image, used for everything random about it.
+
+        Raises:
+            ValueError: Wrong shape or type, or randomness is needed and no generators were given.
+            UsageError: Not a policy of a tokenizer that looks at crops.
         """
         ...
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Look up codes: int [..., K] -> float32 [..., K, d]. Continuous tokenizers raise."""
+        """Look up codes: int [..., K] -> float32 [..., K, d].
+
+        Raises:
+            ValueError: An id outside the vocabulary.
+            UnsupportedOperation: A continuous tokenizer.
+        """
         ...
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
         """Reconstruct uint8 [B, 3, S, S]; one noise seed per image, see :func:`decodes_with_noise`.
 
         Raises:
+            ValueError: Codes of another shape, or not one seed per image.
             UnsupportedOperation: When the tokenizer has no decoder.
         """
         ...
@@ -162,8 +171,10 @@ class Loader(Protocol):
         """Make the tokenizer.
 
         Args:
-            name: The entry point's, as it was asked for.
-            weights: ``--weights``: a directory or file, ``random``, or None.
+            name: As it was asked for: the entry point's; of the families of this package a preset, a hub id
+                or a checkpoint directory.
+            weights: ``--weights``: a directory, a file (beside the name of a preset), ``random`` (untrained),
+                or None: the directory that is named, what ships, what was fetched, or the hub.
             device: Where it computes.
             offline: Whether no hub may be asked.
             seed: Of random weights.
@@ -172,7 +183,8 @@ class Loader(Protocol):
 
         Raises:
             UsageError: An option or weights that make no sense.
-            MissingError: Weights that are not on this machine.
+            MissingError: Weights that are not on this machine, and cannot be had.
+            CorruptFileError: A file that cannot be read.
         """
         ...
 
@@ -308,76 +320,51 @@ def only_finite(name: str) -> Iterator[None]:
         )
 
 
-def attention_in_tiles(
-    function: Callable[..., None], receive: TileReceiver, *batches: Tensor, tile: int | None = None
-) -> None:
+def _tiles(batches: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """First row of every tile and that many rows of every batch; the last one is padded by repetition."""
+    total, tile = batches[0].shape[0], tile_rows.get()
+    for start in range(0, total, tile):
+        index = torch.arange(start, start + tile).clamp_(max=total - 1)
+        yield start, [batch[index.to(batch.device, non_blocking=True)] for batch in batches]
+
+
+def attention_in_tiles(function: Callable[..., None], receive: TileReceiver, *batches: Tensor) -> None:
     """Call ``function`` as :func:`in_tiles` does and pass its maps on without the padding.
 
     Args:
         function: Takes one slice of every batch and a :data:`MapReceiver`.
         receive: Gets the maps of every tile.
         *batches: Tensors with equal first dimension B >= 1.
-        tile: Rows per call; None is ``TILE``.
 
     Raises:
         BenchError: Maps that are not finite.
     """
-    total, tile = batches[0].shape[0], tile or tile_rows.get()
+    total = batches[0].shape[0]
     with only_finite("this tokenizer"):
-        for start in range(0, total, tile):
-            index = torch.arange(start, start + tile).clamp_(max=total - 1)
-            count = min(tile, total - start)
+        for start, rows in _tiles(batches):
 
-            def hand_on(layer: int, time: int, maps: Tensor, start: int = start, count: int = count) -> None:
-                receive(start, layer, time, observe("attention maps", maps)[:count])
+            def hand_on(layer: int, time: int, maps: Tensor, start: int = start) -> None:
+                receive(start, layer, time, observe("attention maps", maps)[: total - start])
 
-            function(*(b[index.to(b.device, non_blocking=True)] for b in batches), hand_on)
+            function(*rows, hand_on)
 
 
-def gather_attention(
-    tokenizer: Attends, tokens: Tokens, request: AttentionRequest, *, seeds: Sequence[int]
-) -> Tensor:
-    """All maps of a few images at once, float32 [layers, times, B, H, K, h, w] on the CPU.
-
-    ``times`` is 1 for a decoder of a single pass. Meant for figures and inspection: nothing is streamed.
-    """
-    found: dict[tuple[int, int], list[Tensor]] = {}
-
-    def keep(first: int, layer: int, time: int, maps: Tensor) -> None:
-        found.setdefault((layer, time), []).append(maps.float().cpu())
-
-    tokenizer.attention(tokens, request, keep, seeds=seeds)
-    times = 1 + max(time for _, time in found)
-    layers = [
-        torch.stack([torch.cat(found[layer, time]) for time in range(times)])
-        for layer in range(len(request.layers))
-    ]
-    return torch.stack(layers)
-
-
-def in_tiles(
-    function: Callable[..., Tokens],
-    *batches: Tensor,
-    tile: int | None = None,
-    name: str = "this tokenizer",
-) -> Tokens:
-    """Call ``function`` on slices of exactly ``tile`` rows; the last one is padded by repetition.
+def in_tiles(function: Callable[..., Tokens], *batches: Tensor, name: str = "this tokenizer") -> Tokens:
+    """Call ``function`` on slices of exactly :data:`TILE` rows; the last one is padded by repetition.
 
     Args:
-        function: Takes one slice of every batch, returns Tokens with ``tile`` rows.
+        function: Takes one slice of every batch, returns Tokens with as many rows.
         *batches: Tensors with equal first dimension B >= 1.
-        tile: Rows per call; None is ``TILE``.
         name: Of the tokenizer, for the message.
 
     Raises:
         BenchError: See :func:`only_finite`.
     """
-    total, tile = batches[0].shape[0], tile or tile_rows.get()
+    total = batches[0].shape[0]
     parts: list[Tokens] = []
     with only_finite(name):
-        for start in range(0, total, tile):
-            index = torch.arange(start, start + tile).clamp_(max=total - 1)
-            parts.append(function(*(b[index.to(b.device, non_blocking=True)] for b in batches)))
+        for _, rows in _tiles(batches):
+            parts.append(function(*rows))
             observe("codes", parts[-1].codes)
 
     def join(values: list[Tensor | None]) -> Tensor | None:
@@ -426,8 +413,9 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
     Raises:
         ValueError: Names those expected.
     """
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
-        raise ValueError(f"ids must lie in 0..{vocab_size - 1}")
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"ids must lie in 0..{vocab_size - 1}, got {low} to {high}")
 
 
 def check_codes(codes: Tensor, info: TokenizerInfo) -> None:
@@ -443,30 +431,13 @@ def check_codes(codes: Tensor, info: TokenizerInfo) -> None:
         )
 
 
-def check_decoded(images: object, info: TokenizerInfo, count: int) -> Tensor:
-    """What a tokenizer decoded: uint8 [B, 3, S, S], or it is refused; a plugin may hand out floats.
-
-    Raises:
-        BenchError: Another type or shape.
-    """
-    expected = (count, 3, info.resolution, info.resolution)
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or tuple(images.shape) != expected:
-        came = (
-            f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
-            if isinstance(images, Tensor)
-            else f"a {type(images).__name__}"
-        )
-        raise BenchError(f"{info.name}: decode() must return uint8 images {list(expected)}, got {came}")
-    return images
-
-
 def warn_policy(name: str, policy: str | None) -> None:
     """Say that a cropping policy has no effect on a tokenizer that reads whole images."""
     if policy not in (None, "global"):
         warnings.warn(f"{name} reads whole images: policy {policy!r} has no effect on it", stacklevel=3)
 
 
-def own_streams(generators: Sequence[torch.Generator] | None, index: Tensor) -> list[torch.Generator] | None:
+def own_streams(generators: Streams, index: Tensor) -> list[torch.Generator] | None:
     """The generators of a tile's rows, cloned: a padded row must not advance its original's stream."""
     return None if generators is None else [generators[i].clone_state() for i in index.tolist()]
 
@@ -567,6 +538,22 @@ def refuse_unknown(options: Iterable[str], known: Iterable[str], family: str) ->
         raise UsageError(f"{family} has no option {option!r}.{did_you_mean(option, known)}")
 
 
+def split_options(options: Mapping[str, Any], known: type, family: str) -> tuple[dict[str, Any], bool]:
+    """What a loader was given beside its arguments: the tokenizer's settings, and ``allow_pickle``.
+
+    Args:
+        options: As given.
+        known: The ``TypedDict`` that lists them.
+        family: Named in errors.
+
+    Raises:
+        UsageError: An option that is not listed.
+    """
+    refuse_unknown(options, known.__annotations__, family)
+    settings = dict(options)
+    return settings, switch(settings.pop("allow_pickle", False), "allow_pickle")
+
+
 MOST_STEPS = 10_000  # of a sampler
 
 
@@ -581,6 +568,18 @@ def number(value: object, option: str, *, whole: bool = False, low: float = -1e6
         return float(given)
     what = "a whole number" if whole else "a number"
     raise UsageError(f"{option} must be {what} from {low:g} to {high:g}, got {shown(value)}")
+
+
+def one_of(value: object, option: str, allowed: Sequence[str]) -> str:
+    """A word of the command line or of Python.
+
+    Raises:
+        UsageError: Not one of those that are allowed.
+    """
+    if value in allowed:
+        return str(value)
+    near = did_you_mean(str(value), allowed)
+    raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {shown(value)}.{near}")
 
 
 def switch(value: object, option: str) -> bool:

@@ -11,26 +11,30 @@ before anything is copied.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, shown
-from comit_bench.files import atomic_path, digest_json, sha256_file
+from comit_bench.files import atomic_path, digest_json, sha256_file, write_atomic
 from comit_bench.nn import state_dicts
 from comit_bench.nn.plain_files import read_json, some
 
 WEIGHT_FILES = ("model.safetensors", "weights.safetensors")
 PICKLED = "pytorch_model.bin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")
 ATTENTION_NAMES = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 Settings = Sequence[tuple[str, str]]
 Spec = TypeVar("Spec")
+Network = TypeVar("Network", bound=nn.Module)
 _log = logging.getLogger(__name__)
 
 
@@ -142,16 +146,6 @@ def weight_file(directory: Path, names: Sequence[str] = WEIGHT_FILES) -> Path:
     )
 
 
-def shard_names(index: Path) -> list[str]:
-    """Names of the shards of an index, whether they are there or not.
-
-    Raises:
-        MissingError: No such file.
-        CorruptFileError: The index is damaged or points outside of its folder.
-    """
-    return state_dicts.shards(index, present=False)
-
-
 def weights_digest(path: Path) -> str:
     """``sha256:<hex>`` of a file of weights; of an index, of all its shards.
 
@@ -224,8 +218,6 @@ def modern_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
     with atomic_path(path) as temporary:
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
@@ -246,29 +238,19 @@ def as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
     return stored
 
 
-def check_tensors(
-    expected: Mapping[str, Tensor],
+def write_checkpoint(
+    directory: Path,
     tensors: Mapping[str, Tensor],
-    source: Path,
-    *,
-    what: str,
-    optional: tuple[str, ...] = (),
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Compare names, shapes, types and values.
-
-    Args:
-        expected: State dict of the network, on any device.
-        tensors: The checkpoint.
-        source: File named in the error.
-        what: What it should fit.
-        optional: Prefixes of keys that may be absent.
+    """Write ``model.safetensors``, then ``config.json``; the directory is made if absent.
 
     Raises:
-        UsageError: Lists missing keys, unexpected keys and shapes that differ.
-        CorruptFileError: Other types, NaN or infinity.
+        BenchError: A weight is not finite, or too large for ``dtype``.
     """
-    state_dicts.compare(expected, tensors, source, what=what, optional=optional)
-    state_dicts.check_types(expected, tensors, source)
+    write_tensors(directory / WEIGHT_FILES[0], as_stored(tensors, dtype))
+    write_atomic(directory / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def read_floats(path: Path, landmarks: Sequence[str], *, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -298,15 +280,25 @@ def check_float_file(path: Path) -> None:
         )
 
 
-def load_checked(
-    module: nn.Module,
+def read_vae(path: Path) -> dict[str, Tensor]:
+    """A diffusers ``AutoencoderKL`` under today's key names; errors are those of :func:`read_floats`."""
+    return modern_attention(read_floats(path, VAE_LANDMARKS))
+
+
+def on_meta(network: Callable[[Spec], Network], spec: Spec) -> Network:
+    """A network whose weights are still to be loaded or drawn."""
+    with torch.device("meta"):
+        return network(spec)
+
+
+def load_network(
+    module: Network,
     tensors: Mapping[str, Tensor],
     source: Path,
     *,
     optional: tuple[str, ...] = (),
     settings: Settings = (),
-    values: bool = False,
-) -> None:
+) -> Network:
     """Load ``tensors`` into ``module`` (which may be on the meta device), floats as float32.
 
     Args:
@@ -315,31 +307,17 @@ def load_checked(
         source: File named in the error.
         optional: Prefixes of keys that may be absent (they must be initialised already).
         settings: Pattern of keys -> what in ``config.json`` decides about them, for the message.
-        values: Also refuse NaN and infinity; see :func:`load_network`.
 
-    Raises:
-        UsageError: Lists missing keys, unexpected keys and shapes that differ.
-        CorruptFileError: Tensors of another type; names them.
-    """
-    expected = module.state_dict()
-    what = f"{type(module).__name__} as config.json describes it"
-    state_dicts.compare(expected, tensors, source, what=what, optional=optional, settings=settings)
-    state_dicts.check_types(expected, tensors, source, values=values)
-    state_dicts.fill(module, tensors)
-
-
-def load_network(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    source: Path,
-    *,
-    optional: tuple[str, ...] = (),
-    settings: Settings = (),
-) -> None:
-    """What every family loads its weights by: :func:`load_checked`, and every value must be finite.
+    Returns:
+        The module, evaluating.
 
     Raises:
         UsageError: Lists missing keys, unexpected keys and shapes that differ.
         CorruptFileError: Tensors of another type, NaN or infinity; names them.
     """
-    load_checked(module, tensors, source, optional=optional, settings=settings, values=True)
+    expected = module.state_dict()
+    what = f"{type(module).__name__} as config.json describes it"
+    state_dicts.compare(expected, tensors, source, what=what, optional=optional, settings=settings)
+    state_dicts.check_types(expected, tensors, source)
+    state_dicts.fill(module, tensors)
+    return module.eval()

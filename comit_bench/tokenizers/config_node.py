@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -225,6 +226,21 @@ def _as_whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+@contextmanager
+def blaming(source: Path | str) -> Iterator[None]:
+    """A specification that refuses its sizes: the error names the file or option they come from.
+
+    Raises:
+        UsageError: Instead of a plain ``ValueError``.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from error
+
+
 def kl_vae_spec(node: Node, base: KLVaeSpec, **changes: Any) -> KLVaeSpec:
     """Sizes of a diffusers ``AutoencoderKL`` from its constructor arguments.
 
@@ -255,10 +271,8 @@ def kl_vae_spec(node: Node, base: KLVaeSpec, **changes: Any) -> KLVaeSpec:
         "layers": node.whole("layers_per_block", base.layers, high=16),
         "groups": node.whole("norm_num_groups", base.groups, high=8192),
     }
-    try:
+    with blaming(node.source):
         return replace(base, **{**sizes, **changes})
-    except ValueError as error:
-        raise UsageError(f"{node.source}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

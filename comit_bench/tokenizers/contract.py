@@ -119,6 +119,19 @@ def check_values(tokenizer: Tokenizer, name: str, values: Tensor) -> None:
             _refuse(tokenizer, "encode", f"{name} from {low} to {high}", f"0..{vocab - 1}")
 
 
+def check_decoded(images: object, info: TokenizerInfo, count: int) -> Tensor:
+    """What a tokenizer decoded: uint8 [B, 3, S, S], or it is refused; a plugin may hand out floats.
+
+    Raises:
+        BenchError: Another type or shape.
+    """
+    expected = (count, 3, info.resolution, info.resolution)
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or tuple(images.shape) != expected:
+        wanted = f"uint8 images {list(expected)}"
+        raise BenchError(f"{info.name}: decode() must return {wanted}, got {_form(images)}")
+    return images
+
+
 def check_looked_up(tokenizer: Tokenizer, codes: Any, ids: Tensor) -> Tensor:
     """Refuse codes that ``codes_from_ids`` made of ids [..., K] when their form is another.
 

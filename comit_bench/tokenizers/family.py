@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 Config = Mapping[str, Any]  # content of a config.json
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # of a diffusers autoencoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,8 +9,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
 from comit_bench.errors import MissingError, UsageError
-from comit_bench.tokenizers.checkpoints import PICKLED, WEIGHT_FILES, shard_names
+from comit_bench.nn.state_dicts import shards
+from comit_bench.tokenizers.checkpoints import PICKLED, WEIGHT_FILES
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +32,8 @@ def fetch(repository: str, names: Sequence[str], *, offline: bool, hint: str) ->
         UsageError: Not a hub id.
         MissingError: Names the files that could not be had, where they come from and how to give them.
     """
-    cached = {name: _cached(repository, name) for name in names}
-    missing = [name for name, path in cached.items() if path is None]
+    found = {name: cached(repository, name) for name in names}
+    missing = [name for name, path in found.items() if path is None]
     reason = "--offline forbids a download"
     if missing and not offline:
         reason = ""
@@ -37,7 +41,7 @@ def fetch(repository: str, names: Sequence[str], *, offline: bool, hint: str) ->
             path, reason = _download(repository, name)
             if path is None:
                 break  # without a network the next one would fail the same way, after as many retries
-            cached[name] = path
+            found[name] = path
             missing.remove(name)
     if missing:
         raise MissingError(
@@ -46,7 +50,7 @@ def fetch(repository: str, names: Sequence[str], *, offline: bool, hint: str) ->
             f"them where there is a network (hf download {repository} {' '.join(missing)}) and copy the "
             f"cache, {hint}."
         )
-    first = cached[names[0]]
+    first = found[names[0]]
     assert first is not None
     return first.parent
 
@@ -85,14 +89,12 @@ def fetch_checkpoint(
             raise first from None
         _log.info("%s: no %s to be had, trying %s", repository, weights, PICKLED)
         return fetch(repository, ("config.json", PICKLED), offline=offline, hint=hint)
-    fetch(repository, shard_names(folder / index), offline=offline, hint=hint)
+    fetch(repository, shards(folder / index, present=False), offline=offline, hint=hint)
     return folder
 
 
-def _cached(repository: str, name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
+def cached(repository: str, name: str) -> Path | None:
+    """A file of a repository in the hub's own cache, or None."""
     try:
         found = try_to_load_from_cache(repository, name)
     except HFValidationError as error:
@@ -102,9 +104,6 @@ def _cached(repository: str, name: str) -> Path | None:
 
 def _download(repository: str, name: str) -> tuple[Path | None, str]:
     """The downloaded file, or None and why not."""
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     host = urlsplit(constants.ENDPOINT).hostname or ""
     if not getproxies():  # ask for the address first: the client's own retries take most of a minute
         try:

@@ -16,12 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from inspect import unwrap
 from pathlib import Path
 from types import CellType, CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from comit_bench.files import digest_json
-
-if TYPE_CHECKING:
-    from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tokenizers.base import Tokenizer
 
 OURS = "comit_bench"
 

@@ -29,11 +29,20 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import Tensor
 
-from comit_bench.errors import CorruptFileError, MissingError, UsageError, did_you_mean, shown
+from comit_bench.errors import CorruptFileError, MissingError, UsageError, shown
 from comit_bench.files import atomic_path, digest_json, locked, sweep
-from comit_bench.tokenizers.base import TokenizerInfo, Tokens, check_images, warn_policy
+from comit_bench.tokenizers.base import (
+    Streams,
+    TokenizerInfo,
+    Tokens,
+    check_ids,
+    check_images,
+    refuse_unknown,
+    warn_policy,
+)
 from comit_bench.tokenizers.checkpoints import read_config, read_tensors
 from comit_bench.tokenizers.identity import configuration_digest
 from comit_bench.tokenizers.pixels import check_grid, from_patches, to_codes, to_patches
@@ -49,7 +58,7 @@ SEARCH_ROWS = 4096  # patches per distance table: bounds memory, cannot change a
 _log = logging.getLogger(__name__)
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes."""
 
     patch: int
@@ -113,18 +122,8 @@ class KMeansPatchTokenizer:
             version=VERSION,
         )
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Ids [B, K] and codes [B, K, d] of uint8 [B, 3, S, S]; nothing about it is random.
-
-        Raises:
-            ValueError: Another type or shape.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """See the contract; nothing about it is random."""
         check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
         patches = to_patches(images_u8.to(self.device), self.patch)
@@ -141,12 +140,8 @@ class KMeansPatchTokenizer:
         return torch.cat(parts)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Look up centroids scaled to [-1, 1]: int [..., K] -> float32 [..., K, d].
-
-        Raises:
-            ValueError: An id outside 0..V-1.
-        """
-        self._check_ids(ids)
+        """Centroids scaled to [-1, 1]; see the contract."""
+        check_ids(ids, len(self.centroids))
         return self._codes[ids.to(self.device).long()]
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
@@ -155,15 +150,8 @@ class KMeansPatchTokenizer:
         if tokens.ids is None or tokens.ids.ndim != 2 or tokens.ids.shape[1] != length:
             got = "none" if tokens.ids is None else list(tokens.ids.shape)
             raise ValueError(f"{FAMILY} decodes ids of shape [B, {length}], got {got}")
-        self._check_ids(tokens.ids)
+        check_ids(tokens.ids, len(self.centroids))
         return from_patches(self.centroids[tokens.ids.to(self.device).long()], self.patch)
-
-    def _check_ids(self, ids: Tensor) -> None:
-        vocab = self.centroids.shape[0]
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
-            raise ValueError(
-                f"{FAMILY}: ids run from 0 to {vocab - 1}, got {int(ids.min())} to {int(ids.max())}"
-            )
 
     @classmethod
     def fit(
@@ -264,8 +252,6 @@ class KMeansPatchTokenizer:
 
     def save(self, directory: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; the whole directory or nothing."""
-        from safetensors.torch import save_file
-
         config = {
             "family": FAMILY,
             "format": FORMAT_VERSION,
@@ -318,22 +304,13 @@ def load(
     device: torch.device | str = "cpu",
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> KMeansPatchTokenizer:
-    """Load a fitted tokenizer from its directory (what the registry calls).
+    """Load a fitted tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
         name: Directory, or ``kmeans-patch`` when ``weights`` is one.
-        weights: Directory of a fitted tokenizer.
-        device: Where it computes.
-        offline: Nothing is ever fetched, so it makes no difference.
-        seed: Belongs to the fit; a fitted tokenizer has no use for it.
         **options: ``patch``, ``resolution``, ``vocab``: must be those of the fit.
-
-    Raises:
-        UsageError: Random weights, an unknown option or one that differs from the fit.
-        MissingError: No such directory or file.
-        CorruptFileError: See :meth:`KMeansPatchTokenizer.load`.
     """
     if weights == "random":
         raise UsageError(f"{FAMILY} has no random weights: it is fitted on images. Leave --weights away.")
@@ -343,9 +320,8 @@ def load(
     tokenizer = KMeansPatchTokenizer.load(directory, device=device)
     info = tokenizer.info
     known = {"patch": tokenizer.patch, "resolution": info.resolution, "vocab": info.vocab_size}
+    refuse_unknown(options, known, FAMILY)
     for option, value in options.items():
-        if option not in known:
-            raise UsageError(f"{FAMILY} has no option {option!r}.{did_you_mean(option, known)}")
         if value != known[option]:
             raise UsageError(
                 f"{directory}: was fitted with {option} {known[option]}, not {value}. Fit it again."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
-from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tokenizers.base import DTYPES, Tokenizer
 from comit_bench.tokenizers.checkpoints import checkpoint_path, read_config
 from comit_bench.tokenizers.contract import check_tokenizer
 from comit_bench.tokenizers.family import Family, Preset
@@ -24,7 +24,6 @@ from comit_bench.tokenizers.registry import FAMILIES, TokenizerEntry, code, find
 
 _log = logging.getLogger(__name__)
 CODE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", re.ASCII)  # where a loader is found
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import nn
+
 from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.files import shipped_weights
 from comit_bench.tokenizers.checkpoints import (
     checkpoint_path,
     described,
+    on_meta,
     read_config,
     single_file_spec,
     weight_file,
@@ -27,7 +31,7 @@ HINT = "or pass --weights DIR or --weights FILE (a pickled .bin also needs --opt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class WeightsOrigin:
     """What a :class:`~comit_bench.tokenizers.base.TokenizerInfo` says of its weights; see there."""
 
     name: str
@@ -39,9 +43,9 @@ class Origin:
     group: str = ""
 
 
-def untrained(name: str, seed: int) -> Origin:
+def untrained(name: str, seed: int) -> WeightsOrigin:
     """Of random weights."""
-    return Origin(
+    return WeightsOrigin(
         name=name, weights=f"random:{seed}", trained=False, training_data="none", weights_licence="none"
     )
 
@@ -53,8 +57,27 @@ def spec_of(name: str, presets: Mapping[str, Spec]) -> Spec:
     return presets[name.lower()]
 
 
+def random_network(
+    network: Callable[[Spec], nn.Module], spec: Spec, device: torch.device, seed: int, **how: bool
+) -> Any:
+    """An untrained network on the CPU; one that is meant for the meta ``device`` stays without weights.
+
+    Args:
+        network: Its class, with a method ``init_weights(generator, ...)`` that sets every weight.
+        spec: Its sizes.
+        device: Where it is to run.
+        seed: Of the weights.
+        **how: Further arguments of ``init_weights``.
+    """
+    model: Any = on_meta(network, spec)
+    if device.type != "meta":
+        model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
+        model.init_weights(torch.Generator().manual_seed(seed), **how)
+    return model
+
+
 @dataclass(frozen=True, slots=True)
-class Place:
+class Located:
     """A checkpoint directory or file of weights.
 
     Attributes:
@@ -80,7 +103,7 @@ class Place:
             return path, config, spec_from_config(config, self.local / "config.json")
         return self.local, {}, single_file_spec(self.name, self.local, presets)
 
-    def origin(self, weights: Path, config: Mapping[str, Any], names: Iterable[str]) -> Origin:
+    def origin(self, weights: Path, config: Mapping[str, Any], names: Iterable[str]) -> WeightsOrigin:
         """What is known about them: what the config says, else what is known of the preset.
 
         Args:
@@ -94,7 +117,7 @@ class Place:
         facts = read_facts(config, self.local / "config.json")
         known = self.released or Preset(name="")
         label, revision = described(self.name, self.local, tuple(names))
-        return Origin(
+        return WeightsOrigin(
             name=label,
             weights=weights_digest(weights),
             revision=revision,
@@ -113,7 +136,7 @@ def locate(
     offline: bool,
     allow_pickle: bool,
     release: str | None = None,
-) -> Place:
+) -> Located:
     """Find what ``--tokenizer`` and ``--weights`` name: a path, what ships, the cache's or the hub's.
 
     Args:
@@ -132,20 +155,20 @@ def locate(
     converts = any(isinstance(known.source, Release) for known in family.presets)
     if weights:
         if converts:  # a released pickle is converted once
-            return Place(weight_source(release or name, local, allow_pickle=allow_pickle), name, None)
+            return Located(weight_source(release or name, local, allow_pickle=allow_pickle), name, None)
         if not local.exists():
             raise MissingError(
                 f"--weights {weights}: no such file or directory. Give a directory with config.json and "
                 "model.safetensors, one file of weights, or 'random'."
             )
-        return Place(local, name, None)
+        return Located(local, name, None)
     if local.is_dir():
-        return Place(local, name, None)
+        return Located(local, name, None)
     source = preset.source if preset is not None else Hub(repository=name)
     if isinstance(source, Shipped) and preset is not None:
-        return Place(shipped_weights(preset.name), name, None)
+        return Located(shipped_weights(preset.name), name, None)
     if isinstance(source, Release) and preset is not None:
-        return Place(required(release or preset.name, hint=" or pass --weights DIR"), name, preset)
+        return Located(required(release or preset.name, hint=" or pass --weights DIR"), name, preset)
     if not isinstance(source, Hub) or converts or "/" not in source.repository:
         names = [known.name for known in family.presets]
         how = f" Fetched with `comit-bench weights fetch {' | '.join(names)}`." if converts else ""
@@ -153,4 +176,4 @@ def locate(
             f"{name}: no such directory, and no name of {family.name}.{did_you_mean(name, names)}{how}"
         )
     folder = fetch_checkpoint(source.repository, offline=offline, hint=HINT, allow_pickle=allow_pickle)
-    return Place(folder, name, preset)
+    return Located(folder, name, preset)

@@ -20,6 +20,7 @@ from torch import Tensor
 from comit_bench.errors import UnsupportedOperation, UsageError, shown
 from comit_bench.nn.finite import observe
 from comit_bench.tokenizers.base import (
+    Streams,
     TokenizerInfo,
     Tokens,
     check_codes,
@@ -33,7 +34,7 @@ from comit_bench.tokenizers.identity import configuration_digest
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes."""
 
     patch: int
@@ -124,31 +125,19 @@ class PixelOracleTokenizer:
             version=VERSION,
         )
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Cut uint8 [B, 3, S, S] into codes [B, K, d]; nothing about it is random.
-
-        Raises:
-            ValueError: Another type or shape.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """See the contract; nothing about it is random."""
         check_images(images_u8, self.info)
         warn_policy(self.info.name, policy)
         return Tokens(None, to_codes(to_patches(images_u8.to(self.device), self.patch)))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Refuse: there is no vocabulary."""
         raise UnsupportedOperation(f"{self.info.name} has continuous codes and no ids to look up")
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Paste the patches back: uint8 [B, 3, S, S], exactly the encoded images.
+        """Exactly the encoded images; see the contract.
 
         Raises:
-            ValueError: Codes of another shape.
             BenchError: Codes that are not finite.
         """
         check_codes(tokens.codes, self.info)
@@ -163,20 +152,8 @@ def load(
     device: torch.device | str = "cpu",
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> PixelOracleTokenizer:
-    """Build the oracle (what the registry calls); it has no weights, so most arguments change nothing.
-
-    Args:
-        name: ``pixel-oracle``.
-        weights: Makes no difference.
-        device: Where codes are returned.
-        offline: Makes no difference.
-        seed: Makes no difference.
-        **options: ``patch`` and ``resolution``, in pixels.
-
-    Raises:
-        UsageError: Unknown option, or the patches do not tile the image.
-    """
-    refuse_unknown(options, Options.__annotations__, name)
+    """Build the oracle from ``patch`` and ``resolution``, in pixels; it has no weights."""
+    refuse_unknown(options, _Options.__annotations__, name)
     return PixelOracleTokenizer(device=device, **options)

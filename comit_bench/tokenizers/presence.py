@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from comit_bench.tokenizers.family import Hub, Part, Preset, Release, Shipped
+from comit_bench.tokenizers.hub import cached
 from comit_bench.tokenizers.weights import state
 
 FETCH = "comit-bench weights fetch"
@@ -29,17 +32,12 @@ def hub_state(repository: str, names: Sequence[str], otherwise: Mapping[str, str
         names: Files that are needed.
         otherwise: For a name another one that does as well.
     """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    def there(name: str) -> bool:
-        return isinstance(try_to_load_from_cache(repository, name), str)
-
-    found = [there(name) or there((otherwise or {}).get(name, name)) for name in names]
+    others = otherwise or {}
+    found = [cached(repository, name) or cached(repository, others.get(name, name)) for name in names]
     if all(found):
         return "yes"
-    begun = (Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "blobs").glob("*.incomplete")
-    return "part" if any(found) or any(begun) else "no"
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    return "part" if any(found) or any((folder / "blobs").glob("*.incomplete")) else "no"
 
 
 def weights_state(item: Preset | Part) -> str:

@@ -7,11 +7,15 @@ else in the folder stays here.
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from comit_bench.errors import BenchError, MissingError, UsageError
+from comit_bench.tokenizers.load import load_tokenizer
 
 NEEDED = ("config.json", "model.safetensors")
 CARD = "README.md"
@@ -71,8 +75,6 @@ def prepare(folder: Path, repository: str) -> Upload:
         MissingError: No such folder, or files that are missing.
         CorruptFileError: A file that cannot be read.
     """
-    from comit_bench.tokenizers.load import load_tokenizer
-
     check_repository(repository)
     folder = folder.expanduser()
     if not folder.is_dir():
@@ -130,28 +132,22 @@ def push(upload: Upload, *, private: bool = False, api: Any = None) -> Upload:
 
 def retry_command(folder: Path, repository: str, *, private: bool) -> str:
     """The command that uploads a folder once more."""
-    import shlex
-
     options = ["--private"] if private else []
     return shlex.join(["comit-bench", "push", str(folder), "--repo", repository, *options])
 
 
 def has_token() -> bool:
     """Whether the hub's client would find a token (environment, or a login on this machine)."""
-    from huggingface_hub import get_token
-
-    return get_token() is not None
+    return huggingface_hub.get_token() is not None
 
 
 def _client() -> Any:
-    from huggingface_hub import HfApi
-
     if not has_token():
         raise UsageError(
             "no token for the Hugging Face hub on this machine: run `hf auth login` (or set HF_TOKEN) with a "
             "token that may write"
         )
-    return HfApi(library_name="comit_bench")
+    return huggingface_hub.HfApi(library_name="comit_bench")
 
 
 def _explain(error: Exception, upload: Upload) -> str:

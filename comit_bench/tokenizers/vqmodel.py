@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
+from diffusers import VQModel
 from einops import rearrange
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from comit_bench.nn.finite import observe
 from comit_bench.nn.sizes import SIDE
 from comit_bench.nn.vq import nearest
 from comit_bench.tokenizers.base import (
+    Streams,
     TokenizerInfo,
     Tokens,
     autocast,
@@ -32,8 +34,7 @@ from comit_bench.tokenizers.base import (
     check_ids,
     decode_tiles,
     encode_tiles,
-    refuse_unknown,
-    switch,
+    split_options,
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import (
@@ -48,13 +49,14 @@ from comit_bench.tokenizers.checkpoints import (
     weights_digest,
 )
 from comit_bench.tokenizers.config_node import Node
+from comit_bench.tokenizers.hub import fetch_checkpoint
 from comit_bench.tokenizers.identity import configuration_digest
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes."""
 
     dtype: torch.dtype
@@ -146,10 +148,7 @@ class VqModelTokenizer:
     """A diffusers ``VQModel`` behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
         grid: Tokens per side.
-        device: Where it runs.
         dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the search
             stay in float32.
     """
@@ -178,18 +177,8 @@ class VqModelTokenizer:
         weight: Tensor = self.model.quantize.embedding.weight
         return weight.float()
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Tokenize uint8 [B, 3, S, S]; nothing about it is random.
-
-        Raises:
-            ValueError: Wrong shape or type.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """See the contract; nothing about it is random."""
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
@@ -203,20 +192,10 @@ class VqModelTokenizer:
         return encode_tiles(self, tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Integers [..., K] -> float32 [..., K, d].
-
-        Raises:
-            ValueError: An id outside the vocabulary.
-        """
         check_ids(ids, self.info.vocab_size or 0)
         return torch.nn.functional.embedding(ids.to(self.device), self.table)
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Messages -> uint8 [B, 3, S, S]; the seeds change nothing.
-
-        Raises:
-            ValueError: Codes of another shape.
-        """
         check_codes(tokens.codes, self.info)
         spatial = self.model.config.get("norm_type", "group") == "spatial"
 
@@ -231,8 +210,6 @@ class VqModelTokenizer:
 
 def _directory(source: str, *, offline: bool) -> Path:
     """The checkpoint directory of that name, or of a hub id."""
-    from comit_bench.tokenizers.hub import fetch_checkpoint
-
     local = checkpoint_path(source)
     if local.is_file():
         raise UsageError(f"{source}: this is a file. Give the directory that holds {' and '.join(FILES)}.")
@@ -251,30 +228,17 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> VqModelTokenizer:
-    """Load a diffusers ``VQModel``.
+    """Load a diffusers ``VQModel``; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
-        name: A directory, a hub id, or ``vqmodel`` together with ``weights``.
-        weights: Directory or hub id.
-        device: Where it runs.
-        offline: Never ask the hub.
-        seed: Makes no difference.
+        name: A directory, a hub id, or ``vqmodel`` together with ``weights``, which is one of them.
         **options: ``resolution`` in pixels (default: the config's ``sample_size``), ``allow_pickle``
             and ``dtype``.
-
-    Raises:
-        MissingError: No weights on this machine and the hub is out of reach.
-        UsageError: Unknown option, no checkpoint named, or one that does not fit.
-        CorruptFileError: A file that cannot be read.
     """
-    from diffusers import VQModel
-
-    refuse_unknown(options, Options.__annotations__, "vqmodel")
-    settings: dict[str, Any] = {**options}
+    settings, allow = split_options(options, _Options, "vqmodel")
     resolution = settings.pop("resolution", None)
-    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     source = weights or name
     if source.lower() in ("vqmodel", "random"):
         raise UsageError(

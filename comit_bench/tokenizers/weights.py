@@ -16,13 +16,16 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import cache_root, locked, require_folder, sha256_file, write_atomic
 from comit_bench.nn.plain_files import is_safetensors
 from comit_bench.recipes.download import Advance, download
 from comit_bench.recipes.reading import read_json
+from comit_bench.tokenizers import hub
 from comit_bench.tokenizers.checkpoints import (
     PICKLES,
     WEIGHT_FILES,
@@ -34,9 +37,6 @@ from comit_bench.tokenizers.checkpoints import (
 )
 from comit_bench.tokenizers.family import Release, resolve
 from comit_bench.tokenizers.registry import find_release
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SOURCE, CHECKSUMS = "source.json", "checksums.json"
 
@@ -125,10 +125,8 @@ def fetch(name: str, *, keep: bool = False, url: str | None = None, advance: Adv
             return there
         folder, ours = weights_root() / name, True
         if release.hub and not url:
-            from comit_bench.tokenizers.hub import fetch as hub_fetch
-
             hint = f"or run `comit-bench weights convert {name} FILE`"
-            file = hub_fetch(release.hub, (release.file,), offline=False, hint=hint) / release.file
+            file = hub.fetch(release.hub, (release.file,), offline=False, hint=hint) / release.file
             ours = False  # it belongs to the hub's own cache
         else:
             file = folder / release.file

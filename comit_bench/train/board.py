@@ -13,6 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from comit_bench.errors import MissingError
 from comit_bench.train.logs import read_rows
 
@@ -49,7 +52,7 @@ class Board:
         """Begin to write after step ``resumed``; call it when the CSV logs were brought to that step."""
         if not self.active:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # needs the extra `track`
 
         folder = self.directory / FOLDER
         fresh = not any(folder.glob("events.out.tfevents.*"))
@@ -79,9 +82,6 @@ class Board:
         """The PNG at ``path``."""
         if self._writer is None or not path.is_file():
             return
-        import numpy as np
-        from PIL import Image
-
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
         self._writer.add_image(f"{VALIDATION}/picture", pixels, step, dataformats="HWC")

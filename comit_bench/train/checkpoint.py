@@ -183,11 +183,10 @@ def config_differences(saved: dict[str, Any], config: AnyRun) -> list[str]:
     blank: Any = type(config).model_construct
     defaults = _flat(blank().model_dump(mode="json", warnings=False))
     old, new = {**defaults, **_flat(saved)}, _flat(config.model_dump(mode="json"))
-    keys = sorted((old.keys() | new.keys()) - config.free)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in keys
-        if old.get(key) != new.get(key)  # a setting that came later is None in what ran before it
+        for key in sorted((old.keys() | new.keys()) - config.free)
+        if old.get(key) != new.get(key)
     ]
 
 
@@ -216,9 +215,13 @@ def read_counters(directory: Path, config: AnyRun, data: str) -> Counters:
     return counters
 
 
-def _fill(target: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+@torch.no_grad()
+def _fill(target: dict[str, Tensor], path: Path) -> None:
+    tensors = read_tensors(path)
     if target.keys() != tensors.keys() or any(target[k].shape != tensors[k].shape for k in target):
         raise CorruptFileError(f"{path}: its tensors are not those of this model. Remove the checkpoint.")
+    for name, value in target.items():
+        fill(value, tensors[name])
 
 
 def load_checkpoint(directory: Path, state: TrainState, config: AnyRun, data: str) -> Counters:
@@ -228,15 +231,9 @@ def load_checkpoint(directory: Path, state: TrainState, config: AnyRun, data: st
         MissingError: Not a checkpoint. CorruptFileError: damaged. UsageError: another configuration.
     """
     counters = read_counters(directory, config, data)
-    weights = read_tensors(directory / "model.safetensors")
-    _fill(state.weights(), weights, directory / "model.safetensors")
+    _fill(state.weights(), directory / "model.safetensors")
     if state.ema is not None:
-        averages = read_tensors(directory / "ema.safetensors")
-        _fill(state.ema.averages, averages, directory / "ema.safetensors")
-        state.ema.load(averages)
-    with torch.no_grad():
-        for name, value in state.weights().items():
-            fill(value, weights[name])
+        _fill(state.ema.averages, directory / "ema.safetensors")
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in read_tensors(directory / "optimizer.safetensors").items():
         number, _, name = key.partition(".")

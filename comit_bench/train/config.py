@@ -6,7 +6,9 @@ Letters in the descriptions say where a default comes from (spec, "Training as t
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,7 +21,6 @@ from comit_bench.nn.teachers import ScenesTeacherSpec
 from comit_bench.recipes.kinds import SpecModel
 from comit_bench.recipes.reading import parse_yaml
 from comit_bench.recipes.specs import parse_mapping, validate_mapping
-from comit_bench.tokenizers.comit.crops import CropGeometry
 from comit_bench.tokenizers.comit.model import PRESETS, ComitSpec
 from comit_bench.tokenizers.push import check_repository
 
@@ -74,28 +75,22 @@ class ModelConfig(SpecModel):
     init: Literal["released", "message"] = "released"
 
     def spec(self) -> ComitSpec:
-        """The network's spec."""
-        from dataclasses import replace
-
+        """The network's spec, after making sure that all sizes fit each other."""
         if self.preset not in PRESETS:
             raise UsageError(f"model.preset: unknown {self.preset!r}.{did_you_mean(self.preset, PRESETS)}")
-        names = (
-            "mask_mode",
-            "message_length",
-            "fsq_levels",
-            "depth",
-            "width",
-            "heads",
-            "representation_layer",
-        )
-        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        checked = {"preset", "vocab_size", "image_size", "vae_path", "init"}
         try:
-            spec = replace(PRESETS[self.preset], **changes)
+            spec = replace(PRESETS[self.preset], **self.model_dump(exclude=checked, exclude_none=True))
+            crop, cell = spec.geometry.crop, spec.vae_factor * spec.patch_size
+            if crop % cell or crop >= spec.image_size:
+                raise ValueError(
+                    f"local crops of {crop} px must be a multiple of {cell} px (VAE factor x patch) and "
+                    f"smaller than the image, {spec.image_size} px"
+                )
+            spec.geometry.stride(spec.image_size)
         except ValueError as error:
             raise UsageError(f"model: {error}") from error
-        vocabulary = 1
-        for level in spec.fsq_levels:
-            vocabulary *= level
+        vocabulary = math.prod(spec.fsq_levels)
         if self.vocab_size is not None and vocabulary != self.vocab_size:
             raise UsageError(
                 f"model.vocab_size is {self.vocab_size}, but the levels "
@@ -111,10 +106,6 @@ class ModelConfig(SpecModel):
                 f"model.image_size is {self.image_size}, but {self.preset} has {spec.image_size}"
             )
         return spec
-
-    def geometry(self) -> CropGeometry:
-        """Crop constants of the network."""
-        return self.spec().geometry
 
 
 class CropsConfig(SpecModel):
@@ -379,13 +370,7 @@ class TeacherRun(SmallRun):
     def spec(self) -> ScenesTeacherSpec:
         """The network's sizes."""
         try:
-            return ScenesTeacherSpec(
-                image_size=self.image_size,
-                patch=self.patch,
-                width=self.width,
-                depth=self.depth,
-                dim=self.dim,
-            )
+            return ScenesTeacherSpec(**self.model_dump(include={f.name for f in fields(ScenesTeacherSpec)}))
         except ValueError as error:
             raise UsageError(f"scenes-teacher: {error}") from error
 
@@ -422,14 +407,10 @@ class AutoencoderRun(SmallRun):
 AnyRun = TrainConfig | TeacherRun | AutoencoderRun
 
 
-def preset_folder() -> Path:
-    """Where the shipped training presets lie."""
-    return Path(str(files("comit_bench"))) / "train" / "presets"
-
-
 def presets() -> dict[str, Path]:
     """Shipped training presets by name."""
-    return {path.stem: path for path in sorted(preset_folder().glob("*.yaml"))}
+    folder = Path(str(files("comit_bench"))) / "train" / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -476,8 +457,11 @@ def _read(name_or_file: str, overrides: tuple[str, ...]) -> tuple[dict[str, Any]
     return raw, path
 
 
-def load_run(name_or_file: str, overrides: tuple[str, ...] = ()) -> AnyRun:
-    """Like :func:`load_config`, for anything that can be trained: ``kind`` says what."""
+def load_config(name_or_file: str, overrides: tuple[str, ...] = ()) -> AnyRun:
+    """Read a preset or file, apply ``key=value`` overrides, validate everything.
+
+    A file may start from a preset with ``extends: NAME`` (one level); sections are merged key by key.
+    """
     raw, path = _read(name_or_file, overrides)
     kind = raw.get("kind", "comit")
     if kind == "scenes-teacher":
@@ -491,14 +475,3 @@ def load_run(name_or_file: str, overrides: tuple[str, ...] = ()) -> AnyRun:
     config = validate_mapping(raw, path, TrainConfig)
     config.model.spec()
     return config
-
-
-def load_config(name_or_file: str, overrides: tuple[str, ...] = ()) -> TrainConfig:
-    """Read a preset or file, apply ``key=value`` overrides, validate everything.
-
-    A file may start from a preset with ``extends: NAME`` (one level); sections are merged key by key.
-    """
-    run = load_run(name_or_file, overrides)
-    if not isinstance(run, TrainConfig):
-        raise UsageError(f"--config {name_or_file}: trains a {run.kind}, not a COMiT network")
-    return run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from matplotlib.figure import Figure
 
 from comit_bench.files import atomic_path
 from comit_bench.train.logs import read_rows
@@ -30,14 +31,12 @@ def _points(rows: Sequence[dict[str, str]], column: str) -> tuple[list[int], lis
     return [step for step, _ in kept], [value for _, value in kept]
 
 
-def draw_curves(run: Path) -> Any:
+def draw_curves(run: Path) -> Figure | None:
     """A matplotlib figure of four panels over steps, or None when there is nothing to draw.
 
     Args:
         run: The run's directory, with ``log.csv`` and ``validation.csv``.
     """
-    from matplotlib.figure import Figure
-
     logs = {name: read_rows(run / f"{name}.csv") for name in ("log", "validation")}
     if not any(logs.values()):
         return None

@@ -9,7 +9,7 @@ parts. So a run continues from its step number alone, and the number of ranks ch
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor
 from comit_bench.data.folders import walk_images
 from comit_bench.data.images import load_image
 from comit_bench.data.readers.common import EXTENSIONS
+from comit_bench.data.scenes.painting import Scenes, paint
 from comit_bench.data.split import PathList
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
@@ -30,7 +31,7 @@ from comit_bench.nn.teachers import TeacherFeatures
 from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
-from comit_bench.train.sampling import StepPlan, plan_step
+from comit_bench.train.sampling import TrainPlan, plan_step
 from comit_bench.train.sources import (
     hold_out,
     open_hf,
@@ -44,6 +45,11 @@ _log = logging.getLogger(__name__)
 PROBE_VAL_SCENES = 1000  # of the recognition recipe; validation here starts after them
 PAINTED_AT_ONCE = 1000
 TRIES = 1000  # broken images in a row before we give up
+
+
+def to_pixels(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 -> [-1, 1] float32 on the device, as COMiT's adapter does it."""
+    return images.to(device, non_blocking=True).float().div(255).sub(0.5).div(0.5)
 
 
 class Images(Protocol):
@@ -89,19 +95,24 @@ def paint_scenes(split: str, start: int, count: int, side: int) -> MemoryImages:
         count: How many.
         side: Pixels.
     """
-    from comit_bench.data.scenes.painting import paint
-
     if split not in ("train", "val"):
         raise UsageError(f"data.split {split!r}: scenes have the splits train and val")
     if not 16 <= side <= 256:
         raise UsageError(f"scenes are 16 to 256 pixels wide, but the model takes images of {side} px")
-    spec = GeneratorSpec(layout="recognition", image_size=side)
-    parts: list[NDArray[np.uint8]] = []
-    for first in range(start, start + count, PAINTED_AT_ONCE):
-        numbers = range(first, min(first + PAINTED_AT_ONCE, start + count))
-        parts.append(paint(spec, "train" if split == "train" else "val", numbers).images)
-    images = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()
+    images = channels_first([part.images for part in painted("recognition", split, start, count, side)])
     return MemoryImages(tuple(f"scenes/{split}/{i:06d}" for i in range(start, start + count)), images)
+
+
+def painted(layout: Any, split: Any, start: int, count: int, side: int) -> Iterator[Scenes]:
+    """Scenes of a layout, some at a time."""
+    spec = GeneratorSpec(layout=layout, image_size=side)
+    for first in range(start, start + count, PAINTED_AT_ONCE):
+        yield paint(spec, split, range(first, min(first + PAINTED_AT_ONCE, start + count)))
+
+
+def channels_first(parts: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """[n, S, S, 3] each -> [all, 3, S, S]."""
+    return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()
 
 
 def list_images(root: Path) -> tuple[str, ...]:
@@ -210,8 +221,7 @@ class Order:
 
     def slots(self, step: int, batch: int) -> list[Slot]:
         """All slots of a step's global batch."""
-        places = range(step * batch, (step + 1) * batch)
-        return [Slot(*divmod(place, self.count)) for place in places]
+        return [Slot(*divmod(place, self.count)) for place in range(step * batch, (step + 1) * batch)]
 
     def index(self, slot: Slot, shift: int = 0) -> int:
         """The image at a slot, or ``shift`` places later in the same epoch (going round)."""
@@ -223,7 +233,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class TrainBatch:
     """One rank's part of a step.
 
     Attributes:
@@ -238,11 +248,11 @@ class Batch:
     step: int
     ids: tuple[str, ...]
     images: Tensor
-    plan: StepPlan
+    plan: TrainPlan
     broken: dict[str, str]
     features: TeacherFeatures | None = None
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> TrainBatch:
         """Called by the loader for a GPU."""
         features = self.features
         if features is not None:
@@ -250,23 +260,16 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), features=features)
 
 
-class FeatureLookup(Protocol):
-    """Features that lie ready, by the number of the image in its source."""
-
-    def take(self, numbers: Sequence[int]) -> TeacherFeatures:
-        """Features of some images, float32 on the CPU."""
-
-
 class Steps:
-    """Map-style data set whose item ``step`` is this rank's :class:`Batch`; errors come as values.
+    """Map-style data set whose item ``step`` is this rank's :class:`TrainBatch`; errors come as values.
 
     Images are read as they are, but for ``data.flip``, so what only depends on an image can be kept:
-    ``features``, when set, is asked for the teacher's features of the images that were read.
+    ``features``, when set, gives the teacher's features, float32 on the CPU, of images by their numbers.
     """
 
     def __init__(self, config: TrainConfig, source: Images, *, rank: int = 0, ranks: int = 1) -> None:
         self.config, self.source = config, source
-        self.features: FeatureLookup | None = None
+        self.features: Callable[[Sequence[int]], TeacherFeatures] | None = None
         self.order = Order(len(source.ids), config.seed)
         part = config.global_batch // ranks
         self.part = slice(rank * part, (rank + 1) * part)
@@ -276,8 +279,7 @@ class Steps:
 
     def global_ids(self, step: int) -> list[str]:
         """Ids of the whole global batch, all ranks."""
-        slots = self.order.slots(step, self.config.global_batch)
-        return [self._id(slot) for slot in slots]
+        return [self._id(slot) for slot in self.order.slots(step, self.config.global_batch)]
 
     def _id(self, slot: Slot) -> str:
         return f"{self.source.ids[self.order.index(slot)]}@{slot.epoch}"
@@ -294,23 +296,21 @@ class Steps:
     def _mirrored(self, image: Tensor, name: str) -> Tensor:
         """The image or, as a slot's own draw says, its mirror image."""
         share = self.config.data.flip
-        if (
-            share == 0
-            or float(torch.rand((), generator=generator_for(self.config.seed, f"flip/{name}"))) >= share
-        ):
+        if share == 0:
             return image
-        return image.flip(-1)
+        drawn = torch.rand((), generator=generator_for(self.config.seed, f"flip/{name}"))
+        return image.flip(-1) if float(drawn) < share else image
 
-    def __getitem__(self, step: int) -> Batch | BenchError:
+    def __getitem__(self, step: int) -> TrainBatch | BenchError:
         slots = self.order.slots(step, self.config.global_batch)[self.part]
         broken: dict[str, str] = {}
         try:
             ids = tuple(self._id(slot) for slot in slots)
             numbers, images = zip(*(self._read(slot, broken) for slot in slots), strict=True)
             shown = [self._mirrored(image, name) for image, name in zip(images, ids, strict=True)]
-            features = None if self.features is None else self.features.take(numbers)
+            features = None if self.features is None else self.features(numbers)
             plan = plan_step(self.config, step=step, sample_ids=ids)
-            return Batch(step, ids, torch.stack(shown), plan, broken, features)
+            return TrainBatch(step, ids, torch.stack(shown), plan, broken, features)
         except BenchError as error:
             return error
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from comit_bench.train.sharding import fill, local
+from comit_bench.train.sharding import local
 
 
 class Ema:
@@ -32,12 +32,6 @@ class Ema:
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         current = [local(p.detach()).float() for p in self._live.values()]
         torch._foreach_lerp_([local(a) for a in self.averages.values()], current, 1.0 - decay)
-
-    @torch.no_grad()
-    def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Copy saved averages in; the names must be the same."""
-        for name, value in self.averages.items():
-            fill(value, averages[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -18,11 +18,9 @@ Shape legend: ``n`` images, ``D1`` / ``D2`` vector sizes, ``X`` image tokens.
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,23 +31,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from comit_bench.data.digests import file_digests
-from comit_bench.data.tokens.shards import Array, Shard, SharedWork, read_shard, shard_bytes
-from comit_bench.data.tokens.store import check_key, remove_stale
+from comit_bench.data.tokens.shards import Array, ShardStore, SharedWork
 from comit_bench.data.workers import read_ahead
-from comit_bench.errors import BenchError, CorruptFileError, MissingError
-from comit_bench.files import cache_root, digest_json, write_atomic
+from comit_bench.errors import BenchError, CorruptFileError
+from comit_bench.files import cache_root, require_room
 from comit_bench.nn.teachers import Teacher, TeacherFeatures
 from comit_bench.train.config import TeacherConfig
-from comit_bench.train.data import FolderImages, Images, MemoryImages
+from comit_bench.train.data import FolderImages, Images, to_pixels
 from comit_bench.train.sources import DecodedImages
 
-FORMAT_VERSION = 1
 BATCH = 64  # images per read; on a GPU also per call of the teacher
 SHARD_BYTES = 2**27
-
-
-def _pixels(images: Tensor, device: torch.device) -> Tensor:
-    return images.to(device, non_blocking=True).float().div(255).sub(0.5).div(0.5)
 
 
 def compute_features(teacher: Teacher, images: Tensor) -> TeacherFeatures:
@@ -70,10 +62,7 @@ def images_digest(source: Images) -> str:
         MissingError: A file vanished.
     """
     digest = hashlib.sha256()
-    if isinstance(source, MemoryImages):
-        digest.update("\n".join(source.ids).encode())
-        digest.update(source.images.contiguous().numpy().data)
-    elif isinstance(source, FolderImages):
+    if isinstance(source, FolderImages):
         _add(digest, source.recipe, source.ids, file_digests(source.root, source.ids, cache=cache_root()))
     elif isinstance(source, DecodedImages):
         rows = source.rows.tolist()
@@ -133,47 +122,19 @@ def layout_for(count: int, dims: tuple[int, int], tokens: int, dtype: str) -> Fe
     return replace(one, shard_size=max(1, SHARD_BYTES // one.nbytes(1)))
 
 
-class FeatureStore:
+class FeatureStore(ShardStore[FeatureLayout]):
     """Features of one list of images; make it with :meth:`open`, complete it with :meth:`fill`."""
 
-    def __init__(self, directory: Path, digest: str, layout: FeatureLayout) -> None:
-        self.directory, self.digest, self.layout = directory, digest, layout
-        self._shards: dict[int, Shard] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a worker maps the files itself
+    what = "feature cache"
+    absent = (
+        "this part of the teacher's features is not here. All processes must see the same cache directory "
+        "(COMIT_BENCH_CACHE)."
+    )
 
     @classmethod
     def open(cls, key: dict[str, object], layout: FeatureLayout, *, root: Path | None = None) -> FeatureStore:
-        """Find or begin the store for a key; reads no shard.
-
-        Args:
-            key: Everything that can change a feature, as plain JSON values.
-            layout: Shapes; added to the key.
-            root: The cache directory; None is the package's.
-
-        Raises:
-            CorruptFileError: ``key.json`` is not that of this store.
-        """
-        payload = {"format": FORMAT_VERSION, "key": key, "layout": asdict(layout)}
-        digest = digest_json(payload).removeprefix("sha256:")
-        directory = (root or cache_root()) / "features" / digest[:2] / digest
-        check_key(directory / "key.json", json.loads(json.dumps(payload)))
-        return cls(directory, digest, layout)
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of the complete store."""
-        return -(-self.layout.count // self.layout.shard_size)
-
-    def shard_path(self, shard: int) -> Path:
-        """File of a shard."""
-        return self.directory / f"shard-{shard:06d}.safetensors"
-
-    def shard_range(self, shard: int) -> range:
-        """Rows of a shard."""
-        start = shard * self.layout.shard_size
-        return range(start, min(self.layout.count, start + self.layout.shard_size))
+        """Find or begin the store for a key below ``root`` (None: the package's cache); reads no shard."""
+        return cls((root or cache_root()) / "features", key, layout, check=False)
 
     def missing(self) -> list[int]:
         """Shards without a file."""
@@ -182,27 +143,20 @@ class FeatureStore:
     def check_room(self) -> None:
         """Refuse to begin what will not fit."""
         need = self.layout.nbytes(sum(len(self.shard_range(i)) for i in self.missing()))
-        free = shutil.disk_usage(self.directory).free
-        if need > free:
-            half = ", teacher.cache_dtype=float16 needs half" if self.layout.dtype == "float32" else ""
-            raise BenchError(
-                f"teacher.cache=disk: the features of {self.layout.count} images need {need / 1e9:.1f} GB, "
-                f"but {free / 1e9:.1f} GB are free in {self.directory}. Free some space, set "
-                f"COMIT_BENCH_CACHE to another disk{half}, or use teacher.cache=none."
-            )
+        what = f"teacher.cache=disk: the features of {self.layout.count} images need"
+        half = ", use teacher.cache_dtype=float16 (half)" if self.layout.dtype == "float32" else ""
+        require_room(self.directory, need, what, advice=f"{half}, or use teacher.cache=none")
 
-    def verify(self, shards: Sequence[int]) -> list[int]:
-        """Check these shards byte by byte; damaged ones are removed. Returns those without a file then."""
-        wanting = []
-        for shard in shards:
-            try:
-                self._load(shard, check=True)
-            except FileNotFoundError:
-                wanting.append(shard)
-            except CorruptFileError:
-                self.shard_path(shard).unlink(missing_ok=True)
-                wanting.append(shard)
-        return wanting
+    def _is_whole(self, shard: int) -> bool:
+        """Whether a shard is there and every byte is right; a damaged one is removed."""
+        try:
+            self._load(shard, check=True)
+        except FileNotFoundError:
+            return False
+        except CorruptFileError:
+            self.shard_path(shard).unlink(missing_ok=True)
+            return False
+        return True
 
     def fill(
         self,
@@ -235,10 +189,9 @@ class FeatureStore:
             BenchError: Features that are not finite (in float16: too large), or no room on the disk.
             KeyboardInterrupt: See ``stopped``.
         """
-        remove_stale(self.directory)
+        self.remove_stale()
         mine = range(rank, self.num_shards, ranks)
-        wanting = self.verify(mine)
-        todo = [shard for shard in mine if shard in wanting or self._forget_if_mended(shard, source)]
+        todo = [shard for shard in mine if not self._is_whole(shard) or self._forget_if_mended(shard, source)]
         total = sum(len(self.shard_range(shard)) for shard in todo)
         work = SharedWork(todo, self.shard_path, "the teacher's features")
         made = 0
@@ -272,12 +225,12 @@ class FeatureStore:
             if stopped():
                 raise KeyboardInterrupt
             shard = taken.popleft()
-            self._write(shard, chain([first], images), teacher, device, bar)
+            self._compute(shard, chain([first], images), teacher, device, bar)
             work.done(shard)
             made += len(self.shard_range(shard))
         return made
 
-    def _write(
+    def _compute(
         self,
         shard: int,
         images: Iterator[tuple[Tensor | None, str]],
@@ -298,7 +251,7 @@ class FeatureStore:
                     pixels.append(image)
                     places.append(place)
             if pixels:
-                done = compute_features(teacher, _pixels(torch.stack(pixels), device))
+                done = compute_features(teacher, to_pixels(torch.stack(pixels), device))
                 with np.errstate(over="ignore"):  # becomes infinite, which is refused below
                     tensors["cls"][places] = done.cls.cpu().numpy()
                     tensors["patches"][places] = done.patches.cpu().numpy()
@@ -310,8 +263,7 @@ class FeatureStore:
                     f"teacher features of images {rows.start} to {rows.stop - 1} are not finite as "
                     f"{self.layout.dtype}. Use teacher.cache_dtype=float32, or look at the teacher's weights."
                 )
-        content = shard_bytes(tensors, broken, store=self.digest, shard=shard)
-        write_atomic(self.shard_path(shard), content)
+        self._write(shard, tensors, broken)
 
     def _forget_if_mended(self, shard: int, source: Images) -> bool:
         """Remove a shard when an image that was broken when it was made can be read now."""
@@ -343,28 +295,6 @@ class FeatureStore:
             for name, values in out.items():
                 values[place] = tensors[name][row]
         return TeacherFeatures(torch.from_numpy(out["cls"]), torch.from_numpy(out["patches"]))
-
-    def _shard(self, shard: int) -> Shard:
-        if shard not in self._shards:
-            try:
-                self._load(shard, check=False)
-            except FileNotFoundError as error:
-                raise MissingError(
-                    f"{self.shard_path(shard)}: this part of the teacher's features is not here. All "
-                    "processes must see the same cache directory (COMIT_BENCH_CACHE)."
-                ) from error
-        return self._shards[shard]
-
-    def _load(self, shard: int, *, check: bool) -> None:
-        path, rows = self.shard_path(shard), len(self.shard_range(shard))
-        try:
-            found = read_shard(path, self.layout, rows, store=self.digest, shard=shard, check=check)
-        except (ValueError, RuntimeError) as error:  # RuntimeError: torch could not map it
-            raise CorruptFileError(
-                f"{path}: damaged part of the feature cache ({error}). Remove the file and run the same "
-                "command again."
-            ) from error
-        self._shards[shard] = found
 
 
 class _Reader:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from comit_bench.errors import BenchError, memory_runs_out
 from comit_bench.files import user_path
@@ -34,12 +35,12 @@ from comit_bench.train.data import iterate_steps
 from comit_bench.train.ema import Ema
 from comit_bench.train.logs import CsvLog
 from comit_bench.train.objectives.autoencoder import AutoencoderObjective
-from comit_bench.train.objectives.base import Objective, Place
+from comit_bench.train.objectives.base import Process, TrainObjective
 from comit_bench.train.objectives.comit_run import ComitObjective
 from comit_bench.train.objectives.teacher import TeacherObjective
 from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.pictures import save_picture
-from comit_bench.train.setup import check_spec, divide, make_accelerator
+from comit_bench.train.setup import divide, make_accelerator
 from comit_bench.train.sharding import full, gather, shard, sync_gradients
 
 NAMED = 16  # sample ids in a message
@@ -94,8 +95,6 @@ class Trainer:
     ) -> None:
         self.config, self.command = config, command
         check_tensorboard(config.tensorboard)
-        if isinstance(config, TrainConfig):
-            check_spec(config.model.spec())
         self.accelerator = make_accelerator(config, device)
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
@@ -104,7 +103,7 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         with self._alone():  # now, not after an hour of reading
             start = checkpoint.choose(self.checkpoints, resume)
-        place = Place(self.device, self.accelerator.process_index, self.work.ranks)
+        place = Process(self.device, self.accelerator.process_index, self.work.ranks)
         self.objective = make_objective(config, place)
         self.steps = self.objective.steps
         self.parts = (*self.objective.parts, "grad_norm")
@@ -347,8 +346,6 @@ class Trainer:
 
     def _run(self, stop: Stop) -> bool:
         """All remaining steps; False when asked to stop."""
-        from tqdm import tqdm
-
         self.objective.fill_cache(lambda: stop.asked, progress=self.progress)
         config, start = self.config, self.counters.step
         workers = config.data.workers if isinstance(config, TrainConfig) else 0
@@ -423,7 +420,7 @@ class Trainer:
             return target
 
 
-def make_objective(config: AnyRun, place: Place) -> Objective:
+def make_objective(config: AnyRun, place: Process) -> TrainObjective:
     """What the settings train; raises as its constructor does."""
     if isinstance(config, TrainConfig):
         return ComitObjective(config, place)

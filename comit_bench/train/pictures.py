@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from comit_bench.files import atomic_path
@@ -109,9 +109,7 @@ def make_sheet(
     return Sheet(shown[0], corners, geometry.crop, shown[1], shown[2], label)
 
 
-def _tile(image: Tensor, factor: int) -> Any:
-    from PIL import Image
-
+def _tile(image: Tensor, factor: int) -> Image.Image:
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, Image.Resampling.NEAREST)
@@ -127,10 +125,8 @@ def _covered(side: int, corners: Tensor, crop: int) -> Tensor:
     return seen
 
 
-def _crops_tile(image: Tensor, corners: Tensor, crop: int, factor: int) -> Any:
+def _crops_tile(image: Tensor, corners: Tensor, crop: int, factor: int) -> Image.Image:
     """The image, dark where no crop covers it, with a numbered frame per crop."""
-    from PIL import ImageDraw, ImageFont
-
     side = image.shape[-1]
     seen = _covered(side, corners, crop)
     shown = torch.where(seen, image.float(), image.float() * UNSEEN).to(torch.uint8)
@@ -155,23 +151,16 @@ def _crops_tile(image: Tensor, corners: Tensor, crop: int, factor: int) -> Any:
     return tile
 
 
-def draw_sheet(sheet: Sheet) -> Any:
+def draw_sheet(sheet: Sheet) -> Image.Image:
     """The picture as a PIL image: a labelled row each of images, crops seen, one-step and guided."""
-    from PIL import Image, ImageDraw, ImageFont
-
     count, side = sheet.images.shape[0], sheet.images.shape[-1]
     factor = max(1, round(TILE / side))
     size = side * factor
     crops = "1 crop seen" if sheet.corners.shape[0] == 1 else f"{sheet.corners.shape[0]} crops seen\nin order"
+    seen = zip(sheet.images, sheet.corners.unbind(1), strict=True)
     rows = [
         ("image", [_tile(image, factor) for image in sheet.images]),
-        (
-            crops,
-            [
-                _crops_tile(image, sheet.corners[:, i], sheet.crop, factor)
-                for i, image in enumerate(sheet.images)
-            ],
-        ),
+        (crops, [_crops_tile(image, corners, sheet.crop, factor) for image, corners in seen]),
         ("one step\nno guidance", [_tile(image, factor) for image in sheet.one_step]),
         (sheet.guided_label, [_tile(image, factor) for image in sheet.guided]),
     ]

@@ -25,7 +25,7 @@ ABSENT = -2  # and of a step before an image's first crop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StepPlan:
+class TrainPlan:
     """All random choices of one step.
 
     Attributes:
@@ -48,13 +48,13 @@ class StepPlan:
     relaxed: Tensor
     posterior: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> StepPlan:
+    def to(self, device: torch.device | str) -> TrainPlan:
         """Move times and noise. The rest steers indexing on the host: moving it would cost a sync."""
         times, noise = (x.to(device, non_blocking=True) for x in (self.times, self.noise))
         posterior = None if self.posterior is None else self.posterior.to(device, non_blocking=True)
-        return StepPlan(self.crops, self.corners, self.skip, times, noise, self.relaxed, posterior)
+        return TrainPlan(self.crops, self.corners, self.skip, times, noise, self.relaxed, posterior)
 
-    def select(self, rows: slice | Sequence[int] | Tensor) -> StepPlan:
+    def select(self, rows: slice | Sequence[int] | Tensor) -> TrainPlan:
         """The plan of some of the images (a slice or their numbers), for accumulation in pieces."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.int64).cpu()
         device_index = index if isinstance(index, slice) else index.to(self.times.device)
@@ -62,7 +62,7 @@ class StepPlan:
         idle = idle_steps(corners)
         if posterior is not None:
             posterior = torch.cat([posterior[:1], posterior[1 + idle :]])[:, device_index]
-        return StepPlan(
+        return TrainPlan(
             self.crops - idle,
             corners[idle:],
             self.skip[index],
@@ -118,7 +118,7 @@ def mean_crops(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> 
     return sum(_crops_of(config, step, sample)[1] for sample in sample_ids) / len(sample_ids)
 
 
-def plan_step(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> StepPlan:
+def plan_step(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> TrainPlan:
     """Draw everything random about some images of a step.
 
     By default the number of crops depends on (seed, step) only: all ranks run the same number of message
@@ -132,10 +132,7 @@ def plan_step(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> S
         sample_ids: One id per image; an id names a sample for good.
     """
     spec = config.model.spec()
-    places = spec.image_size - spec.geometry.crop + 1
-    if places < 1:
-        raise ValueError(f"a {spec.geometry.crop} px crop does not fit into {spec.image_size} px images")
-    drawn = [_draw(config, spec, places, step, sample) for sample in sample_ids]
+    drawn = [_draw(config, spec, step, sample) for sample in sample_ids]
     uniforms = torch.stack([d.uniforms for d in drawn])
     normals = torch.stack([d.normal for d in drawn])
     count = max(len(d.corners) for d in drawn)
@@ -146,7 +143,7 @@ def plan_step(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> S
     if config.objective.posterior == "sample":
         posterior = _posterior_noise(config, spec, step, sample_ids, count)
     objective = config.objective
-    return StepPlan(
+    return TrainPlan(
         crops=count,
         corners=corners,
         skip=uniforms[:, 0] < objective.skip,
@@ -182,12 +179,13 @@ def _crops_of(config: TrainConfig, step: int, sample: str) -> tuple[bool, int]:
     )
 
 
-def _draw(config: TrainConfig, spec: ComitSpec, places: int, step: int, sample: str) -> _Drawn:
+def _draw(config: TrainConfig, spec: ComitSpec, step: int, sample: str) -> _Drawn:
     generator, uniforms = _uniforms(config, step, sample)
     normal = torch.randn((), generator=generator)
     side = spec.max_input_size
     noise = torch.randn(spec.in_channels, side, side, generator=generator)
     whole_first, count = _crops_of(config, step, sample)
+    places = spec.image_size - spec.geometry.crop + 1
     corners = torch.randint(places, (count, 2), generator=generator)
     if whole_first:
         corners[0] = WHOLE

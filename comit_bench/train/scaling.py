@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from comit_bench.nn.teachers import DinoTeacher, ScenesTeacher
-from comit_bench.nn.vae import SDVae
+from comit_bench.nn.vae import KLVae
 from comit_bench.tokenizers.comit.fast import BlockRunner, BlockState, run_block
 from comit_bench.tokenizers.comit.model import Block, Comit
 
@@ -78,10 +78,10 @@ def compile_frozen(model: Comit, teacher: object, backend: Any = "inductor") -> 
 
     Other autoencoders are one product and gain nothing.
     """
-    compiler: Any = torch.compile
-    if isinstance(model.vae, SDVae):
+    if isinstance(model.vae, KLVae):
         model.vae.vae.encoder.compile(backend=backend)
     if isinstance(teacher, ScenesTeacher):
         teacher.network.compile(backend=backend)
     elif isinstance(teacher, DinoTeacher):
-        teacher.network.forward_features = compiler(teacher.network.forward_features, backend=backend)
+        forward: Any = torch.compile(teacher.network.forward_features, backend=backend)
+        teacher.network.forward_features = forward

@@ -9,18 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from comit_bench.errors import MissingError, UsageError, shown
+from comit_bench.errors import UsageError, shown
 from comit_bench.files import shipped_weights
 from comit_bench.nn.ranks import launched, meeting, without_launcher
 from comit_bench.nn.teachers import Teacher, load_teacher
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import load_network
-from comit_bench.tokenizers.comit.checkpoint import build, sd_vae_tensors
+from comit_bench.tokenizers.comit.checkpoint import build, find_sd_vae, read_sd_vae
 from comit_bench.tokenizers.comit.family import VAE_HUB
-from comit_bench.tokenizers.comit.model import Comit, ComitSpec
+from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.tokenizers.load import resolve_device
 from comit_bench.train.config import AnyRun, TrainConfig
-from comit_bench.train.objectives.comit import TrainingModule
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -48,46 +47,14 @@ def divide(config: AnyRun, ranks: int) -> Work:
     return Work(ranks, part // device_batch, device_batch)
 
 
-def check_spec(spec: ComitSpec) -> None:
-    """Image, latent, patch and crop sizes must fit each other."""
-    crop, cell = spec.geometry.crop, spec.vae_factor * spec.patch_size
-    if crop % cell or crop >= spec.image_size:
-        raise UsageError(
-            f"local crops of {crop} px must be a multiple of {cell} px (VAE factor x patch) and smaller "
-            f"than the image, {spec.image_size} px"
-        )
-    try:
-        spec.geometry.stride(spec.image_size)
-    except ValueError as error:
-        raise UsageError(f"model: {error}") from error
-
-
 def make_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
     """The frozen teacher, None without one; a scenes-teacher without a path is the one that ships."""
     spec, teacher = config.model.spec(), config.teacher
+    path = teacher.path
+    if path is None and teacher.name == "scenes-teacher":
+        path = shipped_weights("scenes-teacher")
     grid = spec.max_input_size // spec.patch_size
-    try:
-        path = teacher.path
-        if path is None and teacher.name == "scenes-teacher":
-            path = shipped_weights("scenes-teacher")
-        return load_teacher(teacher.name, path=path, grid=grid, device=device)
-    except FileNotFoundError as error:
-        raise MissingError(f"teacher: {error}") from error
-    except ValueError as error:
-        raise UsageError(f"teacher: {error}") from error
-
-
-def make_module(config: TrainConfig, teacher: Teacher | None) -> TrainingModule:
-    """Network, heads and loss in one module.
-
-    Raises:
-        MissingError: Weights of the autoencoder are not here. UsageError: Sizes that do not fit.
-    """
-    model = make_model(config)
-    try:
-        return TrainingModule(model, config, None if teacher is None else teacher.dims)
-    except ValueError as error:
-        raise UsageError(f"model: {error}") from error
+    return load_teacher(teacher.name, path=path, grid=grid, device=device)
 
 
 def check_device(config: AnyRun, device: str) -> None:
@@ -130,14 +97,13 @@ def make_model(config: TrainConfig) -> Comit:
         UsageError: Sizes that do not fit.
     """
     spec = config.model.spec()
-    check_spec(spec)
     model = build(spec)
     model.predictor.init_weights(generator_for(config.seed, "train/init"))
     if config.model.init == "message":
         model.predictor.favour_message()
     if spec.vae in VAE_HUB:
         path = config.model.vae_path or Path("vae")
-        tensors = sd_vae_tensors(spec.vae, path, offline=False)
+        tensors = read_sd_vae(find_sd_vae(spec.vae, path, offline=False))
         load_network(model.vae, {k.removeprefix("vae."): v for k, v in tensors.items()}, path)
     model.vae.requires_grad_(False).eval()
     return model

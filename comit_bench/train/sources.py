@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.data.images import decode_image
+from comit_bench.data.readers.encoded import Encoded
 from comit_bench.data.readers.hub import ONLY, HfImages, open_splits
 from comit_bench.data.readers.tar_shards import TarImages, find_shards
 from comit_bench.errors import UsageError, did_you_mean
@@ -26,23 +26,6 @@ from comit_bench.seeding import seed_for
 from comit_bench.train.config import DataConfig
 
 ALIASES = ("val", "validation", "valid")  # how sets call their validation split
-
-
-class Encoded(Protocol):
-    """A list of encoded images."""
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Unique names, sorted."""
-
-    def read(self, index: int) -> bytes:
-        """Content of an image file. Raises CorruptFileError when there is none."""
-
-    def where(self, index: int) -> str:
-        """What messages call it."""
-
-    def digests(self, rows: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
-        """sha256 of some of the files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,8 +6,6 @@ times are keyed by the image's id, so two checkpoints are compared on the same d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -18,22 +16,18 @@ from comit_bench.tokenizers.comit.crops import CropPolicy
 from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
-from comit_bench.train.data import MemoryImages
+from comit_bench.train.data import MemoryImages, to_pixels
 from comit_bench.train.pictures import Sheet, make_sheet
 
-COLUMNS = (
-    "step", "val_flow", "psnr_one_step", "psnr_guided", "psnr_mean_colour", "shuffled_gap", "ids_used",
-    "perplexity",
-)  # fmt: skip
+MEANS = ("val_flow", "psnr_one_step", "psnr_guided", "psnr_mean_colour", "shuffled_gap")  # over images
+MEASURES = (*MEANS, "ids_used", "perplexity")
 
 
-def to_pixels(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 -> [-1, 1] float32 on the device, as the tokenizer does it."""
-    return images.to(device, non_blocking=True).float().div(255).sub(0.5).div(0.5)
+def float_psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal to noise in dB per image, in float32 for images in [-1, 1]; ``others`` are clamped.
 
-
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal to noise in dB per image, for images in [-1, 1]; ``others`` are clamped."""
+    Reconstructions are not rounded to bytes first, unlike those of ``metrics.similarity.psnr``.
+    """
     error = (images - others.clamp(-1, 1)).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(4.0 / error.clamp_min(1e-10))
 
@@ -43,14 +37,6 @@ def perplexity(counts: Tensor) -> float:
     share = counts[counts > 0].double()
     share = share / share.sum()
     return float(torch.exp(-(share * share.log()).sum()))
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """Measurements of one batch, one entry per image."""
-
-    values: Tensor  # float64 [B, 5]
-    ids: Tensor  # int64 [B, M]
 
 
 def _draws(config: TrainConfig, model: Comit, ids: tuple[str, ...]) -> tuple[Tensor, Tensor]:
@@ -66,7 +52,10 @@ def _draws(config: TrainConfig, model: Comit, ids: tuple[str, ...]) -> tuple[Ten
     return torch.stack(times), torch.stack(noise)
 
 
-def _measure(model: Comit, config: TrainConfig, images: Tensor, ids: tuple[str, ...]) -> _Seen:
+def _measure(
+    model: Comit, config: TrainConfig, images: Tensor, ids: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """``MEANS`` float64 [B, 5] and ids int64 [B, M] of one batch."""
     codec, network = model.codec, FastPredictor(model.predictor)
     times, noise = (part.to(images.device) for part in _draws(config, model, ids))
     message = encode(model, images, CropPolicy(global_crop=True, num_crops=1), network=network)
@@ -75,20 +64,19 @@ def _measure(model: Comit, config: TrainConfig, images: Tensor, ids: tuple[str, 
     condition = network.condition(message.codes, message.offset)
     velocity = network.velocity((1 - t) * noise + t * latents, condition, network.time_state(times))
     flow = (velocity - (latents - noise)).square().flatten(1).mean(dim=1)
-    one = codec.decode(one_step_decode(model, message.codes, message.offset, noise, network=network))
-    mixed = one_step_decode(model, message.codes.roll(1, 0), message.offset, noise, network=network)
-    other = codec.decode(mixed)
     settings = config.validation
     guidance = Guidance(weight=settings.guidance)
     given = message.codes, message.offset, noise
-    sampled = decode(model, *given, steps=settings.steps, guidance=guidance, network=network)
-    guided = codec.decode(sampled.latents)
-    flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
-    quality = psnr(images, one)
-    values = torch.stack(
-        [flow, quality, psnr(images, guided), psnr(images, flat), quality - psnr(images, other)], dim=1
+    others = message.codes.roll(1, 0), message.offset, noise
+    shown = (
+        codec.decode(one_step_decode(model, *given, network=network)),
+        codec.decode(decode(model, *given, steps=settings.steps, guidance=guidance, network=network).latents),
+        images.mean(dim=(2, 3), keepdim=True).expand_as(images),
+        codec.decode(one_step_decode(model, *others, network=network)),
     )
-    return _Seen(values.double().cpu(), message.ids.cpu())
+    one_step, guided, flat, mixed_up = (float_psnr(images, picture) for picture in shown)
+    values = torch.stack([flow, one_step, guided, flat, one_step - mixed_up], dim=1)
+    return values.double().cpu(), message.ids.cpu()
 
 
 @torch.inference_mode()
@@ -98,20 +86,21 @@ def validate(
     """Measure a model, which holds the weights to be judged.
 
     Returns:
-        Values by the names of ``COLUMNS`` without ``step``, and the picture of the first images.
+        Values of ``MEASURES``, and the picture of the first images.
     """
-    seen = []
+    all_values: list[Tensor] = []
+    all_ids: list[Tensor] = []
     for start in range(0, len(data.ids), batch):
         # the last batch reaches back, so that no image is alone with its own message
         rows = slice(max(0, min(start, len(data.ids) - batch)), start + batch)
-        done = _measure(model, config, to_pixels(data.images[rows], device), data.ids[rows])
-        fresh = len(data.ids[rows]) - (start - (rows.start or 0))
-        seen.append(_Seen(done.values[-fresh:], done.ids[-fresh:]))
-    means = torch.cat([part.values for part in seen]).mean(dim=0).tolist()
-    counts = torch.bincount(torch.cat([part.ids.flatten() for part in seen]))
-    values = dict(zip(COLUMNS[1:6], means, strict=True))
-    values["ids_used"] = int((counts > 0).sum())
-    values["perplexity"] = perplexity(counts)
+        found, ids = _measure(model, config, to_pixels(data.images[rows], device), data.ids[rows])
+        fresh = len(ids) - (start - rows.start)
+        all_values.append(found[-fresh:])
+        all_ids.append(ids[-fresh:])
+    means = torch.cat(all_values).mean(dim=0).tolist()
+    counts = torch.bincount(torch.cat(all_ids).flatten())
+    values = dict(zip(MEANS, means, strict=True))
+    values |= {"ids_used": int((counts > 0).sum()), "perplexity": perplexity(counts)}
     shown = data.ids[: config.validation.pictures]
     _, noise = _draws(config, model, shown)
     images = to_pixels(data.images[: len(shown)], device)

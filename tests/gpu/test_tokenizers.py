@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from attention_maps import gather_attention
 from cuda_device import Cuda
 from small_tokenizers import ROUNDING, SMALL_TOKENIZERS, pictures, streams
 
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.precision import exact_products
-from comit_bench.tokenizers.base import AttendingTokenizer, autocast, gather_attention
+from comit_bench.tokenizers.base import AttendingTokenizer, autocast
 from comit_bench.tokenizers.comit import codec as comit_codec
 from comit_bench.tokenizers.flextok import codec as flextok_codec
 from comit_bench.tokenizers.selftok import codec as selftok_codec

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from comit_plain import noise_from_tensors
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,6 @@ from comit_bench.nn.vae import DctVae, IdentityVae
 from comit_bench.tokenizers.comit.codec import (
     decode,
     encode,
-    noise_from_tensors,
     one_step_decode,
     update,
 )

@@ -13,6 +13,7 @@ from functools import cache
 
 import pytest
 import torch
+from flextok_plain import plain_condition
 from torch.utils.flop_counter import FlopCounterMode
 
 from comit_bench.commands.cost import encode_gflop
@@ -87,7 +88,7 @@ def test_velocity(name: str) -> None:
     assert 0.98 * null_limit < null <= null_limit
 
     def plain() -> None:
-        given = decoder.plain_condition(codes(256))
+        given = plain_condition(decoder, codes(256))
         h = decoder.trunk(decoder.sequence(x, given), given, state, patches_only=False)
         decoder.module_dict["dec_to_patches"](h[:, :256], state.head, 16)
 

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from parity import ParityCase, expect
+from parity import ParityCase, expect, fill_exactly
 from torch import Tensor
 
+from comit_bench.nn.attention import AttentionRequest
+from comit_bench.tokenizers.alit.adapter import load
 from comit_bench.tokenizers.alit.base_model import Vae, Vqgan
-from comit_bench.tokenizers.alit.config import build, load_directory, spec_from_config, without_losses
-from comit_bench.tokenizers.alit.model import Alit, Step, select_length
-from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors
+from comit_bench.tokenizers.alit.config import spec_from_config, without_losses
+from comit_bench.tokenizers.alit.model import Alit, Iteration, select_length
+from comit_bench.tokenizers.checkpoints import on_meta, read_config, read_tensors
 
 FLOAT, CODES, ATTENTION = 1e-4, 1e-5, 1e-5
 
@@ -29,15 +31,15 @@ class Case(ParityCase):
     def load(self) -> Alit:
         config = read_config(self.folder)
         if not self.omitted:
-            return load_directory(self.folder)[0]
+            return load(str(self.folder), device=torch.device("cpu")).model
         spec = spec_from_config(config, self.folder / "config.json")
         tensors = without_losses(read_tensors(self.folder / "weights.safetensors"))
-        for name, value in build(spec, empty=True).state_dict().items():
+        model = on_meta(Alit, spec)
+        for name, value in model.state_dict().items():
             if name.startswith(tuple(self.omitted)):
                 assert name not in tensors, f"{name} is said to be left out"
                 tensors[name] = torch.full(value.shape, float("nan"))  # whoever uses it is found out
-        model = build(spec, empty=True)
-        load_checked(model, tensors, self.folder)
+        fill_exactly(model, tensors)
         return model
 
     def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -59,7 +61,7 @@ class Case(ParityCase):
         found = [self.io.get(f"{what}_t{t}") for t in range(self.count)]
         return [t for t in found if t is not None] or None
 
-    def steps(self, iterations: int | None = None) -> list[Step]:
+    def steps(self, iterations: int | None = None) -> list[Iteration]:
         with torch.no_grad():
             done = self.model.iterate(
                 self.io["images"],
@@ -75,7 +77,7 @@ class Case(ParityCase):
         return not any(".encoder." in prefix for prefix in self.omitted)
 
     @cached_property
-    def trace(self) -> list[Step]:
+    def trace(self) -> list[Iteration]:
         return self.steps()
 
     def checks(self) -> dict[str, Callable[[], list[str]]]:
@@ -106,7 +108,7 @@ class Case(ParityCase):
             seen.append(expect("gt_indices", base.indices(features), io["gt_indices"]))
         return seen
 
-    def _step(self, t: int, step: Step) -> list[str]:
+    def _step(self, t: int, step: Iteration) -> list[str]:
         parts = {
             "encoder_in": (step.entered, FLOAT),
             "latents": (step.latents, FLOAT),
@@ -176,7 +178,11 @@ class Case(ParityCase):
             if f"attn_t{t}" in self.io:
                 layers = range(self.model.spec.decoder_layers)
                 found: dict[int, Tensor] = {}
-                self.model.attention(step.codes, layers, lambda n, _, m, found=found: found.update({n: m}))
+                self.model.attention(
+                    step.codes,
+                    AttentionRequest(layers=tuple(layers)),
+                    lambda n, _, m, found=found: found.update({n: m}),
+                )
                 stacked = torch.stack([found[layer] for layer in layers])
                 maps = stacked.mean(dim=2).flatten(-2).transpose(-2, -1)
                 seen.append(expect(f"attn_t{t}", maps, self.io[f"attn_t{t}"], tolerance=ATTENTION))

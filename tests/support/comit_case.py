@@ -13,17 +13,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from comit_plain import noise_from_tensors
 from parity import ParityCase, expect
 from torch import Tensor
 
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.flow import Guidance
-from comit_bench.tokenizers.comit.checkpoint import load_directory
+from comit_bench.tokenizers.comit.adapter import load
 from comit_bench.tokenizers.comit.codec import (
     crop_latents,
     decode,
     encode,
-    noise_from_tensors,
     one_step_decode,
 )
 from comit_bench.tokenizers.comit.crops import CropPolicy
@@ -38,7 +38,7 @@ class Case(ParityCase):
     """One COMiT case: ``calls.json`` says which calls of the original were recorded."""
 
     def load(self) -> Comit:
-        return load_directory(self.folder, offline=True)[0]
+        return load(str(self.folder), device=torch.device("cpu"), offline=True).model
 
     def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
         done = encode(self.model, self.images, CropPolicy(global_crop=True, num_crops=1))

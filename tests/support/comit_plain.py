@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from comit_bench.tokenizers.comit.fast import AttentionProbe, Condition
+from comit_bench.tokenizers.comit.codec import NoiseSource
+from comit_bench.tokenizers.comit.fast import Condition, MessageProbe
 from comit_bench.tokenizers.comit.model import MaskMode, Output, Predictor, attention_bias
 
 
@@ -37,7 +40,7 @@ class PlainPredictor:
         time: Tensor,
         *,
         mask_mode: MaskMode | None = None,
-        probe: AttentionProbe | None = None,
+        probe: MessageProbe | None = None,
     ) -> Tensor:
         out, spec = self.call(latents, given, time, mask_mode), self.predictor.spec
         if probe is not None:
@@ -57,3 +60,16 @@ class PlainPredictor:
         out, length = self.call(latents, given, time), self.predictor.spec.message_length
         state = out.states[layer]
         return out.velocity, (state[:, 1 : -2 * length], state[:, -2 * length : -length])
+
+
+def noise_from_tensors(
+    *, adaptive: Tensor | None = None, latent: Sequence[Tensor] | None = None
+) -> NoiseSource:
+    """Stored noise: ``adaptive`` [K, B, C, h, w]; ``latent[k]`` [B, C, h', w'] for crop k."""
+
+    def draw(what: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        stored = adaptive if what == "adaptive" else latent
+        assert stored is not None, f"{what} noise is needed but was not given"
+        return stored[step][list(images)]
+
+    return draw

@@ -14,10 +14,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from parity import ParityCase, expect
+from flextok_plain import plain_condition, plain_null
+from parity import ParityCase, expect, fill_exactly
 from torch import Tensor
 
-from comit_bench.tokenizers.checkpoints import load_checked, weight_file
 from comit_bench.tokenizers.flextok.checkpoint import VAE, Checkpoint, load_directory, read_checkpoint
 from comit_bench.tokenizers.flextok.codec import Sampling, encode_latents, sample
 from comit_bench.tokenizers.flextok.model import FlexTok, TimeStates
@@ -39,11 +39,11 @@ class Case(ParityCase):
 
     def load(self) -> FlexTok:
         if self.has_vae:
-            return load_directory(self.folder, offline=True).model
+            return load_directory(self.folder, offline=True)[0]
         spec = self.checkpoint.spec
-        scale = self.checkpoint.vae["scaling_factor"]
+        scale = self.checkpoint.vae.values["scaling_factor"]
         model = FlexTok(replace(spec, vae=replace(spec.vae, scale=scale)))
-        load_checked(model, self.checkpoint.tensors, weight_file(self.folder), optional=("vae.",))
+        fill_exactly(model, self.checkpoint.tensors, but="vae.")
         return model
 
     def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -155,16 +155,16 @@ class Case(ParityCase):
     def conditions(self) -> list[str]:
         decoder, io = self.model.decoder, self.io
         batch = io["noise"].shape[0]
-        given = decoder.plain_condition(io["codes_padded"], self.keep)
+        given = plain_condition(decoder, io["codes_padded"], self.keep)
         return [
             *self.see("dec_temb_step0", decoder.time_vector(torch.ones(batch, device=self.device))),
             *self.see("dec_seq_in_step0", decoder.sequence(io["noise"], given)),
-            *self.see("dec_seq_in_uncond_step0", decoder.sequence(io["noise"], decoder.plain_null())),
+            *self.see("dec_seq_in_uncond_step0", decoder.sequence(io["noise"], plain_null(decoder))),
         ]
 
     def first_step(self) -> list[str]:
         decoder, io, state = self.model.decoder, self.io, self._first()
-        plain = decoder.plain_condition(io["codes_padded"], self.keep)
+        plain = plain_condition(decoder, io["codes_padded"], self.keep)
         h = decoder.sequence(io["noise"], plain)
         seen = self.see("dec_seq_out_step0", decoder.trunk(h, plain, state, patches_only=False))
         short = decoder.condition(io["codes_padded"], self.keep)
@@ -203,12 +203,12 @@ class Case(ParityCase):
         rows = []
         for row, k in enumerate(self.keep):
             x, m = io["noise"][row : row + 1], torch.zeros((), device=self.device)
-            given = decoder.plain_condition(io["codes_padded"][row : row + 1], [k])
+            given = plain_condition(decoder, io["codes_padded"][row : row + 1], [k])
             for i in range(count, 0, -1):
                 state = decoder.time_states(torch.tensor([i / count], device=self.device))
                 v, g = decoder(x, given, state), self.weight(count - i)
                 if guided:
-                    u = decoder(x, decoder.plain_null(), state)
+                    u = decoder(x, plain_null(decoder), state)
                     if projected:
                         m = (v - u) - 0.5 * m
                         d = (m * min(1.0, 2.5 / float(m.norm()))).double()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from comit_bench.files import sha256_file
 from comit_bench.nn.precision import exact_products
+from comit_bench.nn.state_dicts import compare, fill
 from comit_bench.tokenizers.checkpoints import read_tensors
 
 CUDA_SLACK = 5.0  # float32 sums run in another order there; ids must be equal all the same
@@ -43,6 +44,12 @@ def expect(name: str, got: Tensor | None, want: Tensor, *, tolerance: float | No
         worst = (got.double() - want.double()).abs().max().item()
         assert worst <= tolerance, f"{name}: largest difference {worst:.2e}, allowed {tolerance:.0e}"
     return name
+
+
+def fill_exactly(model: nn.Module, tensors: dict[str, Tensor], *, but: str = "\0") -> None:
+    """Load tensors of a case, which may be NaN; no key but those that begin with ``but`` may be missing."""
+    compare(model.state_dict(), tensors, Path("the case"), what="the network", optional=(but,))
+    fill(model, tensors)
 
 
 @dataclass

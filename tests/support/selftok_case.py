@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from parity import ParityCase, expect
+from parity import ParityCase, expect, fill_exactly
 from torch import Tensor
 
-from comit_bench.tokenizers.checkpoints import load_checked, read_config, read_tensors
-from comit_bench.tokenizers.selftok.checkpoint import OWN_VAE, build, find_vae, load_directory
+from comit_bench.tokenizers.checkpoints import on_meta, read_config, read_tensors, weight_file
+from comit_bench.tokenizers.selftok.checkpoint import OWN_VAE, find_vae, load_files
 from comit_bench.tokenizers.selftok.codec import (
     decode_latents,
     encode,
@@ -57,18 +57,19 @@ class Case(ParityCase):
         return (self.folder / OWN_VAE).is_file()
 
     def load(self) -> Selftok:
+        vae = find_vae(self.config, self.folder, None, offline=True) if self.has_vae else None
         if not self.omitted:
-            return load_directory(self.folder, offline=True, latents_only=not self.has_vae).model
+            return load_files(weight_file(self.folder), self.config, self.folder / "config.json", vae)
         tensors = used(read_tensors(self.folder / "weights.safetensors"))
         for key, shape in self.omitted.items():
             assert key not in tensors, f"{key} is said to be left out"
             tensors[key] = torch.full(shape, float("nan"))  # whoever uses it is found out
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-        vae = find_vae(self.config, self.folder, None, offline=True) if self.has_vae else None
-        model = build(spec_from_config(self.config, shapes, self.folder, None if vae is None else vae[0]))
-        load_checked(model, tensors, self.folder, optional=("vae.",))
+        spec = spec_from_config(self.config, shapes, self.folder, None if vae is None else vae[0])
+        model = on_meta(Selftok, spec)
+        fill_exactly(model, tensors, but="vae.")
         if vae is not None and model.vae is not None:
-            load_checked(model.vae.vae, read_tensors(vae[1]), vae[1])
+            fill_exactly(model.vae.vae, read_tensors(vae[1]))
         return model
 
     def ids(self) -> dict[str, tuple[Tensor, Tensor]]:

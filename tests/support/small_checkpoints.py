@@ -13,20 +13,23 @@ from selftok_sizes import SMALL
 
 from comit_bench.nn.vae import KLVaeSpec
 from comit_bench.tokenizers.alit import adapter as alit
+from comit_bench.tokenizers.alit.model import Alit
 from comit_bench.tokenizers.comit import checkpoint as comit_files
 from comit_bench.tokenizers.comit.model import PRESETS as COMIT
-from comit_bench.tokenizers.flextok import adapter as flextok
 from comit_bench.tokenizers.flextok import checkpoint as flextok_files
 from comit_bench.tokenizers.flextok.blocks import TableSpec
-from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
+from comit_bench.tokenizers.flextok.model import FlexTok, FlexTokSpec, TrunkSpec
 from comit_bench.tokenizers.load import load_tokenizer
-from comit_bench.tokenizers.selftok import adapter as selftok
+from comit_bench.tokenizers.origin import random_network
 from comit_bench.tokenizers.selftok import checkpoint as selftok_files
+from comit_bench.tokenizers.selftok.model import Selftok
 from comit_bench.tokenizers.titok import adapter as titok
 from comit_bench.tokenizers.titok.model import PRESETS as TITOK
-from comit_bench.tokenizers.titok.model import VitSize
+from comit_bench.tokenizers.titok.model import Titok, VitSize
 from comit_bench.tokenizers.vq_grid import adapter as vq_grid
-from comit_bench.tokenizers.vq_grid.model import VqGridSpec
+from comit_bench.tokenizers.vq_grid.model import VqGrid, VqGridSpec
+
+CPU = torch.device("cpu")
 
 
 def generator() -> torch.Generator:
@@ -42,7 +45,7 @@ def write_comit(folder: Path) -> None:
 
 def write_titok(folder: Path) -> None:
     size = VitSize(width=32, layers=2, heads=2)
-    model = titok.build(replace(TITOK["titok-nano"], encoder=size, decoder=size, vocab_size=64))
+    model = Titok(replace(TITOK["titok-nano"], encoder=size, decoder=size, vocab_size=64))
     model.init_weights(generator(), spread=True)
     titok.save(model, folder)
 
@@ -51,13 +54,13 @@ def write_vq_grid(folder: Path) -> None:
     spec = VqGridSpec(
         image_size=16, patch=2, width=16, depth=2, inner_width=32, head_dim=16, fsq_levels=(4, 3, 2)
     )
-    model = vq_grid.build(spec)
+    model = VqGrid(spec)
     model.init_weights(generator())
     vq_grid.save(model, folder)
 
 
 def write_alit(folder: Path) -> None:
-    model = alit.build(TINY)
+    model = Alit(TINY)
     model.init_weights(generator())
     alit.save(model, folder)
 
@@ -66,11 +69,11 @@ def write_flextok(folder: Path) -> None:
     trunk = TrunkSpec(depth=2, width=32, head_dim=16, positions=TableSpec(kind="grid", size=(4, 4)))
     vae = KLVaeSpec(channels=4, widths=(8, 8), layers=1, groups=4)
     spec = FlexTokSpec(encoder=trunk, decoder=trunk, registers=8, register_positions=8, vae=vae)
-    flextok_files.save(flextok.build_random(spec, 0), folder)
+    flextok_files.save(random_network(FlexTok, spec, CPU, 0, zero_gates=False), folder)
 
 
 def write_selftok(folder: Path) -> None:
-    selftok_files.save(selftok.build_random(SMALL, 0), folder)
+    selftok_files.save(random_network(Selftok, SMALL, CPU, 0, zero_gates=False), folder)
 
 
 def write_vqmodel(folder: Path) -> None:

@@ -16,25 +16,23 @@ from diffusers import VQModel
 from selftok_sizes import RENDERER, SMALL
 from torch import Tensor
 
-from comit_bench.nn import vae
-from comit_bench.nn.vae import KLVaeSpec
+from comit_bench.nn.vae import SD_VAE, KLVae, KLVaeSpec
 from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers import vqmodel
 from comit_bench.tokenizers.alit import adapter as alit
-from comit_bench.tokenizers.alit import config as alit_config
-from comit_bench.tokenizers.alit.model import AlitSpec
+from comit_bench.tokenizers.alit.model import Alit, AlitSpec
 from comit_bench.tokenizers.base import Tokenizer, TokenizerInfo
 from comit_bench.tokenizers.comit import adapter as comit
 from comit_bench.tokenizers.comit.crops import CropGeometry
 from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.tokenizers.flextok import adapter as flextok
 from comit_bench.tokenizers.flextok.blocks import TableSpec
-from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
+from comit_bench.tokenizers.flextok.model import FlexTok, FlexTokSpec, TrunkSpec
 from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
 from comit_bench.tokenizers.load import load_tokenizer
-from comit_bench.tokenizers.origin import untrained
+from comit_bench.tokenizers.origin import random_network, untrained
 from comit_bench.tokenizers.selftok import adapter as selftok
-from comit_bench.tokenizers.selftok.model import SelftokSpec
+from comit_bench.tokenizers.selftok.model import Selftok, SelftokSpec
 from comit_bench.tokenizers.titok import adapter as titok
 from comit_bench.tokenizers.titok.model import Titok, TitokSpec, VitSize
 
@@ -93,14 +91,9 @@ def fill(network: torch.nn.Module) -> None:
             parameter.add_(1.0)
 
 
-def small_sd_vae() -> vae.SDVae:
+def small_sd_vae() -> KLVae:
     """The SD-VAE with 8 channels everywhere and weights from a seed."""
-    sizes, vae.SD_CONFIG = vae.SD_CONFIG, {**vae.SD_CONFIG}
-    try:
-        vae.SD_CONFIG |= {"block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1}
-        made = vae.SDVae()
-    finally:
-        vae.SD_CONFIG = sizes
+    made = KLVae(replace(SD_VAE, widths=(8,) * 4, groups=4, layers=1))
     fill(made)
     return made
 
@@ -120,7 +113,7 @@ def titok_legacy(**options: Any) -> Tokenizer:
 
 
 def small_alit(spec: AlitSpec = TINY, **options: Any) -> Tokenizer:
-    model = alit_config.build(spec).requires_grad_(False)
+    model = Alit(spec).requires_grad_(False)
     model.init_weights(seeded())
     g = seeded(1)
     for parameter in model.parameters():  # messages then differ between images
@@ -130,13 +123,13 @@ def small_alit(spec: AlitSpec = TINY, **options: Any) -> Tokenizer:
 
 
 def small_flextok(**options: Any) -> Tokenizer:
-    model = flextok.build_random(FLEXTOK, 0)
+    model = random_network(FlexTok, FLEXTOK, torch.device("cpu"), 0, zero_gates=False)
     info = flextok._info(model, untrained("flextok", 0))
     return flextok.FlexTokTokenizer(model, info, steps=2, compile="off", **options)
 
 
 def small_selftok(spec: SelftokSpec = SMALL, **options: Any) -> Tokenizer:
-    model = selftok.build_random(spec, 0)
+    model = random_network(Selftok, spec, torch.device("cpu"), 0, zero_gates=False)
     info = selftok._info(model, untrained("selftok", 0))
     return selftok.SelftokTokenizer(model, info, compile="off", **options)
 

@@ -9,7 +9,7 @@ from parity import ParityCase, expect
 from torch import Tensor, nn
 
 from comit_bench.nn.vit import run_blocks
-from comit_bench.tokenizers.titok.adapter import load_directory
+from comit_bench.tokenizers.titok.adapter import load
 from comit_bench.tokenizers.titok.model import Titok
 
 FLOAT = 1e-4
@@ -19,7 +19,7 @@ class Case(ParityCase):
     """Encoder, quantizer, decoder and pixels of one checkpoint; nothing in TiTok is random."""
 
     def load(self) -> Titok:
-        return load_directory(self.folder)
+        return load(str(self.folder), device=torch.device("cpu")).model
 
     def ids(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {"ids": (self.model.encode(self.io["images"])[0], self.io["ids"])}

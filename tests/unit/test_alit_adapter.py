@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from alit_sizes import TINY, TINY_VAE
+from attention_maps import gather_attention
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,9 +21,9 @@ from comit_bench.nn.attention import AttentionRequest
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.alit import config as alit_config
 from comit_bench.tokenizers.alit.adapter import AlitTokenizer, save, to_uint8
-from comit_bench.tokenizers.alit.config import VARIANTS, build, load_directory
-from comit_bench.tokenizers.alit.model import AlitSpec
-from comit_bench.tokenizers.base import AttendingTokenizer, Tokenizer, gather_attention
+from comit_bench.tokenizers.alit.config import VARIANTS
+from comit_bench.tokenizers.alit.model import Alit, AlitSpec
+from comit_bench.tokenizers.base import AttendingTokenizer, Tokenizer
 from comit_bench.tokenizers.load import load_tokenizer
 
 CASE = Path(__file__).parents[1] / "parity" / "cases" / "alit" / "vqgan_quantized_slim"
@@ -31,7 +32,7 @@ EAGER = replace(TINY, threshold=0.02)  # drops many tokens, so that halting show
 
 def write(folder: Path, spec: AlitSpec = TINY) -> Path:
     """A checkpoint whose every parameter matters."""
-    model = build(spec).requires_grad_(False)
+    model = Alit(spec).requires_grad_(False)
     model.init_weights(torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -176,7 +177,7 @@ def test_losses_in_the_file_are_ignored(checkpoint: Path, tmp_path: Path) -> Non
     counter = {"gan_losses.0.discriminator.main.3.num_batches_tracked": torch.tensor(7)}
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     save_file({**tensors, **counter}, tmp_path / "model.safetensors")
-    model = load_directory(tmp_path)[0]
+    model = load_tokenizer(str(tmp_path), device="cpu").model
     assert not any(key.startswith("gan_losses") for key in model.state_dict())
 
 

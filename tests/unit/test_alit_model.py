@@ -10,6 +10,7 @@ from alit_sizes import TINY, TINY_VAE
 from torch import Tensor
 from torch.nn import functional as F
 
+from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers.alit.base_model import Vae, Vqgan
 from comit_bench.tokenizers.alit.config import VARIANTS, config_from_spec, spec_from_config
@@ -310,12 +311,14 @@ def test_attention_is_a_share_of_all_keys() -> None:
     model = tiny()
     codes = next(model.iterate(images(2))).codes
     found: dict[int, torch.Tensor] = {}
-    model.attention(codes, [0, 2], lambda layer, _, maps: found.update({layer: maps}))
+    model.attention(
+        codes, AttentionRequest(layers=(0, 2)), lambda layer, _, maps: found.update({layer: maps})
+    )
     assert [found[layer].shape for layer in (0, 1)] == [(2, 2, 4, 16, 16)] * 2
     maps = torch.stack([found[0], found[1]])
     assert float(maps.min()) > 0 and float(maps.sum(dim=3).max()) < 1  # class and image keys have the rest
     with pytest.raises(ValueError, match=r"0\.\.2"):
-        model.attention(codes, [3], lambda *_: None)
+        model.attention(codes, AttentionRequest(layers=(3,)), lambda *_: None)
 
 
 # ---------------------------------------------------------------- length selection

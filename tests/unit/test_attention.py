@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_maps import gather_attention
 from live_memory import LiveMemory
 from pixel_nano import PIXEL_NANO
 from torch import Tensor
@@ -13,9 +14,9 @@ from torch import Tensor
 from comit_bench.nn.attention import AttentionRequest
 from comit_bench.nn.flow import Guidance, evaluation_times, integrate
 from comit_bench.nn.vae import IdentityVae
-from comit_bench.tokenizers.base import AttendingTokenizer, Tokens, gather_attention
+from comit_bench.tokenizers.base import AttendingTokenizer, Tokens
 from comit_bench.tokenizers.comit.codec import decode
-from comit_bench.tokenizers.comit.fast import AttentionProbe
+from comit_bench.tokenizers.comit.fast import MessageProbe
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.titok.model import PRESETS as TITOK
@@ -188,7 +189,7 @@ def test_only_message_rows_are_formed() -> None:
     """The largest tensor the probe makes is [B, H, M, X] for logits, [B, H, M, N] with the softmax."""
     q = torch.empty(BATCH, 2, 1 + 64 + 16 + 16, 32, device="meta")
     for softmax, columns in ((False, 64), (True, 97)):
-        probe = AttentionProbe((0,), softmax=softmax, receive=lambda *_: None)
+        probe = MessageProbe((0,), softmax=softmax, receive=lambda *_: None)
         with LiveMemory() as memory:
             probe.record(0, slice(1, 65), slice(65, 81), q, q, None)
         assert memory.largest == 4 * BATCH * 2 * 16 * columns

@@ -263,12 +263,12 @@ def test_tokens_that_do_not_fit_are_refused(words: KMeansPatchTokenizer) -> None
     for ids, text in (
         (None, "got none"),
         (torch.zeros(1, 15, dtype=torch.int64), r"got \[1, 15\]"),
-        (torch.full((1, 16), 64), "from 0 to 63, got 64"),
+        (torch.full((1, 16), 64), r"0\.\.63, got 64"),
         (torch.full((1, 16), -1), "got -1"),
     ):
         with pytest.raises(ValueError, match=text):
             words.decode(Tokens(ids, codes), seeds=[0])
-    with pytest.raises(ValueError, match="from 0 to 63"):
+    with pytest.raises(ValueError, match=r"0\.\.63, got 64"):
         words.codes_from_ids(torch.tensor([64]))
     oracle = PixelOracleTokenizer()
     with pytest.raises(ValueError, match=r"got \[1, 15, 192\]"):

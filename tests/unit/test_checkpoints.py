@@ -584,8 +584,7 @@ def test_another_autoencoder_beside_the_same_weights_is_another_tokenizer(
     from comit_bench.tokenizers.comit import checkpoint as comit_files
     from comit_bench.tokenizers.comit.model import PRESETS
 
-    monkeypatch.setitem(vae.SD_CONFIG, "block_out_channels", [32] * 4)
-    monkeypatch.setitem(vae.SD_CONFIG, "layers_per_block", 1)
+    monkeypatch.setattr(vae, "SD_VAE", replace(vae.SD_VAE, widths=(32,) * 4, layers=1))
     model = comit_files.build(replace(PRESETS["comit-b"], depth=1, width=32, heads=2))
     comit_files.save(model, tmp_path)
     tensors = tensors_of(tmp_path)

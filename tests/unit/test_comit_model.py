@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comit_plain import noise_from_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pixel_nano import PIXEL_NANO
@@ -22,7 +23,6 @@ from comit_bench.tokenizers.comit.codec import (
     encode,
     encode_crops,
     noise_from_generators,
-    noise_from_tensors,
 )
 from comit_bench.tokenizers.comit.crops import CropPolicy, parse_policy
 from comit_bench.tokenizers.comit.fast import FastPredictor

@@ -113,7 +113,7 @@ def test_one_byte_changes_the_fingerprint_and_a_copy_does_not(kind: str, tmp_pat
     changed = open_mine(tmp_path / "one", **changes)
     assert changed.fingerprint != first.fingerprint
     name = next(name for name in first.splits if name in path.parts or len(first.splits) == 1)
-    assert changed.split_fingerprint(name) != first.split_fingerprint(name)
+    assert changed.fingerprints[name] != first.fingerprints[name]
 
 
 def test_inverted_masks_are_other_data(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_archives_and_folders_of_the_same_bytes_have_one_fingerprint(layout: str
     assert found.fingerprint == wanted.fingerprint
     sets["val"]["n01440764/n01440764_50.png"] = encoded(99, "png")
     write(tmp_path / "archive", sets)
-    assert look(tmp_path / "archive").split_fingerprint("val") != wanted.split_fingerprint("val")
+    assert look(tmp_path / "archive").fingerprints["val"] != wanted.fingerprints["val"]
 
 
 def test_scenes_that_were_changed_are_painted_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

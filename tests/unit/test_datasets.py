@@ -18,7 +18,7 @@ from scipy.io import savemat
 from comit_bench.data.datasets import open_dataset
 from comit_bench.data.labels import read_class_list, read_devkit_synsets, read_ground_truth
 from comit_bench.data.pieces import missing_pieces
-from comit_bench.data.split import ClassificationData, PathList
+from comit_bench.data.split import OpenData, PathList
 from comit_bench.data.splitting import holdout
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.recipes.specs import DatasetSpec, GeneratorSpec, Recipe, find_datasets
@@ -60,7 +60,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def opened(root: Path, **changes: Any) -> ClassificationData:
+def opened(root: Path, **changes: Any) -> OpenData:
     recipe = Recipe(spec_of(**changes), root.parent / "recipe" / "dataset.yaml", "builtin")
     return open_dataset(recipe, data_root=root, cache=root.parent / "cache", progress=False)
 
@@ -134,7 +134,7 @@ def test_every_validation_layout_gives_the_same_samples(root: Path, write: Calla
     write_foldered(root / "imagenet", "validation")
     foldered = opened(root)
     assert foldered.fingerprint == data.fingerprint
-    assert foldered.split_fingerprint("val") == data.split_fingerprint("val")
+    assert foldered.fingerprints["val"] == data.fingerprints["val"]
 
 
 def test_folders_files_and_order(root: Path) -> None:
@@ -181,8 +181,8 @@ def test_fingerprint_sees_added_renamed_resized_files(root: Path) -> None:
     (folder / "new.webp").write_bytes(b"")
     last = opened(root)
     assert len({*prints, last.fingerprint}) == 4
-    assert last.split_fingerprint("train") != first.split_fingerprint("train")
-    assert last.split_fingerprint("val") == first.split_fingerprint("val")
+    assert last.fingerprints["train"] != first.fingerprints["train"]
+    assert last.fingerprints["val"] == first.fingerprints["val"]
 
 
 def test_missing_root_folder_and_split(root: Path, tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def kaggle(tmp_path: Path) -> Path:
     return top
 
 
-def open_kaggle(top: Path, data_root: Path) -> ClassificationData:
+def open_kaggle(top: Path, data_root: Path) -> OpenData:
     recipe = find_datasets()["imagenet100"]
     spec = recipe.spec.model_copy(update={"class_list": str(top.parent / "recipe" / "classes.txt")})
     cache = top.parent / "cache"

@@ -193,7 +193,7 @@ CASES = {
         ),
         options=(
             ({"halting": "maybe"}, "must be on or off"),
-            ({"posterior": "median"}, "'mode' or 'sample'"),
+            ({"posterior": "median"}, "one of mode, sample, got 'median'"),
             ({"latents": "logits"}, "codes, prequant, raw"),
             ({"iteration": 3}, "Did you mean 'iterations'"),
             ({"iterations": 0}, "1 to 3"),

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention_maps import gather_attention
 from PIL import Image
 from typer.testing import CliRunner
 
 from comit_bench.commands.app import app
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
 from comit_bench.figures import attention, style
-from comit_bench.figures.inputs import Inputs, encode, load_inputs, noise_seeds
+from comit_bench.figures.inputs import Images, encode, load_inputs, noise_seeds
 from comit_bench.metrics.overlap import binary, overlaps
 from comit_bench.nn.attention import AttentionRequest
-from comit_bench.tokenizers.base import gather_attention
 from comit_bench.tokenizers.load import load_tokenizer
 
 
@@ -27,12 +27,12 @@ def nano() -> Any:
 
 
 @pytest.fixture(scope="module")
-def scenes(nano: Any) -> Inputs:
+def scenes(nano: Any) -> Images:
     return load_inputs("scenes", nano.info, 3, 0)
 
 
 @pytest.fixture(scope="module")
-def data(nano: Any, scenes: Inputs) -> attention.Attention:
+def data(nano: Any, scenes: Images) -> attention.Attention:
     return attention.compute(nano, scenes, layer=-1, time=0.2, shares=(10, 20, 30, 40))
 
 
@@ -47,7 +47,7 @@ def test_the_pixels_shown_are_those_that_are_counted() -> None:
         assert torch.equal(overlaps(maps, mask, (30,), resize=resize)[0], both.double() / either)
 
 
-def test_numbers_of_the_gallery(nano: Any, scenes: Inputs, data: attention.Attention) -> None:
+def test_numbers_of_the_gallery(nano: Any, scenes: Images, data: attention.Attention) -> None:
     assert (data.layer, data.shares) == (3, (10, 20, 30, 40)) and data.time == pytest.approx(0.2)
     assert scenes.masks is not None
     with Image.open(scenes.masks[0]) as mask:
@@ -67,14 +67,14 @@ def test_numbers_of_the_gallery(nano: Any, scenes: Inputs, data: attention.Atten
         assert np.array_equal(maps[n][data.tokens[n]].numpy(), data.maps[n])
 
 
-def test_numbers_of_the_sweep(nano: Any, scenes: Inputs, data: attention.Attention) -> None:
+def test_numbers_of_the_sweep(nano: Any, scenes: Images, data: attention.Attention) -> None:
     sweep = attention.compute_sweep(nano, scenes, share=20, times=(0.2, 0.15, 0.5, 0.99))
     assert sweep.layers == (0, 1, 2, 3) and sweep.times == pytest.approx((0.2, 0.5))
     assert sweep.miou.shape == (4, 2) and sweep.images == 3
     assert sweep.miou[3, 0] == pytest.approx(data.iou[:, 1].mean())
 
 
-def test_a_decoder_of_one_pass(scenes: Inputs) -> None:
+def test_a_decoder_of_one_pass(scenes: Images) -> None:
     titok = load_tokenizer("titok-nano", device="cpu")
     inputs = load_inputs("scenes", titok.info, 2, 0)
     found = attention.compute(titok, inputs)
@@ -113,7 +113,7 @@ def test_masks_beside_a_folder(tmp_path: Path, nano: Any) -> None:
     assert found.masks.shape == (1, 32, 32) and found.masks.mean() == pytest.approx(0.25, abs=0.03)
 
 
-def test_what_cannot_be_shown_is_refused(nano: Any, scenes: Inputs) -> None:
+def test_what_cannot_be_shown_is_refused(nano: Any, scenes: Images) -> None:
     pixels = load_tokenizer("pixel-oracle", device="cpu")
     for compute in (attention.compute, attention.compute_sweep):
         with pytest.raises(UnsupportedOperation, match="pixel-oracle cannot be shown"):

@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from comit_bench.commands.app import app
-from comit_bench.commands.figure import FIGURES
+from comit_bench.commands.figure import NEEDS
 from comit_bench.errors import MissingError, UnsupportedOperation, UsageError
 from comit_bench.figures import edit, evolution, policies, reconstruction, style, tracing
-from comit_bench.figures.inputs import Inputs, decode, encode, generators, load_inputs, noise_seeds
+from comit_bench.figures.inputs import Images, decode, encode, generators, load_inputs, noise_seeds
 from comit_bench.metrics.similarity import psnr
 from comit_bench.seeding import generator_for, seed_for
 from comit_bench.tokenizers.base import Tokens
@@ -34,7 +34,7 @@ def nano() -> Any:
 
 
 @pytest.fixture(scope="module")
-def scenes(nano: Any) -> Inputs:
+def scenes(nano: Any) -> Images:
     return load_inputs("scenes", nano.info, 3, 0)
 
 
@@ -129,7 +129,7 @@ def test_psnr_by_hand() -> None:
     assert values[1] == 100
 
 
-def test_batches_change_nothing(nano: Any, scenes: Inputs) -> None:
+def test_batches_change_nothing(nano: Any, scenes: Images) -> None:
     tokens = [encode(nano, scenes, policy="random:3", batch=size) for size in (1, 2, 32)]
     assert all(torch.equal(tokens[0].codes, one.codes) for one in tokens)
     seeds = noise_seeds(scenes.names, 0)
@@ -177,7 +177,7 @@ def test_galleries_stay_readable_when_they_are_wide() -> None:
 # ------------------------------------------------------------ reconstruction
 
 
-def test_reconstruction_is_encode_and_decode(nano: Any, scenes: Inputs, tmp_path: Path) -> None:
+def test_reconstruction_is_encode_and_decode(nano: Any, scenes: Images, tmp_path: Path) -> None:
     oracle = load_tokenizer("pixel-oracle", device="cpu")
     data = reconstruction.compute([nano, oracle], [scenes, scenes], policy="random:2", seed=4)
     name = scenes.names[1]
@@ -193,7 +193,7 @@ def test_reconstruction_is_encode_and_decode(nano: Any, scenes: Inputs, tmp_path
     check_files(figure, tmp_path)
 
 
-def test_worst_and_best_are_those_of_the_first_tokenizer(nano: Any, scenes: Inputs) -> None:
+def test_worst_and_best_are_those_of_the_first_tokenizer(nano: Any, scenes: Images) -> None:
     data = reconstruction.compute([nano], [scenes], seed=1)
     for best, order in ((False, np.argsort(data.psnr[0])), (True, np.argsort(-data.psnr[0]))):
         two = reconstruction.extremes(data, 2, best=best)
@@ -203,7 +203,7 @@ def test_worst_and_best_are_those_of_the_first_tokenizer(nano: Any, scenes: Inpu
         np.testing.assert_array_equal(two.psnr, data.psnr[:, order[:2]])
 
 
-def test_originals_that_differ_are_shown_twice(nano: Any, scenes: Inputs) -> None:
+def test_originals_that_differ_are_shown_twice(nano: Any, scenes: Images) -> None:
     oracle = load_tokenizer("pixel-oracle", device="cpu", resolution=16, patch=4)
     small = load_inputs("scenes", oracle.info, 3, 0)
     data = reconstruction.compute([nano, oracle], [scenes, small])
@@ -213,7 +213,7 @@ def test_originals_that_differ_are_shown_twice(nano: Any, scenes: Inputs) -> Non
         reconstruction.compute([nano, oracle], [scenes, replace(small, names=("a", "b", "c"))])
 
 
-def test_what_cannot_decode_is_one_clear_error(nano: Any, scenes: Inputs) -> None:
+def test_what_cannot_decode_is_one_clear_error(nano: Any, scenes: Images) -> None:
     class Blind:
         info = nano.info
         encode = nano.encode
@@ -230,7 +230,7 @@ def test_what_cannot_decode_is_one_clear_error(nano: Any, scenes: Inputs) -> Non
 
 
 @pytest.mark.parametrize("policy", ["raster:3", "random:4", "global+adaptive:4", "adaptive:3"])
-def test_a_trace_ends_with_the_message_and_shows_what_it_says(nano: Any, scenes: Inputs, policy: str) -> None:
+def test_a_trace_ends_with_the_message_and_shows_what_it_says(nano: Any, scenes: Images, policy: str) -> None:
     found = tracing.trace(nano, scenes, policy, 0)
     tokens = encode(nano, scenes, policy=policy)
     assert torch.equal(found.codes[-1], tokens.codes)
@@ -248,7 +248,7 @@ def test_a_trace_ends_with_the_message_and_shows_what_it_says(nano: Any, scenes:
     assert int(difference.max()) <= 1  # another batch size may round differently
 
 
-def test_adaptive_maps_are_those_that_chose(nano: Any, scenes: Inputs) -> None:
+def test_adaptive_maps_are_those_that_chose(nano: Any, scenes: Images) -> None:
     found = tracing.trace(nano, scenes, "adaptive:5", 0)
     own = generators(scenes.names, 0)
     steps = nano.messages(scenes.images, nano.policy("adaptive:5"), own).steps
@@ -261,7 +261,7 @@ def test_adaptive_maps_are_those_that_chose(nano: Any, scenes: Inputs) -> None:
             assert int(found.cells[k + 1, i]) == max(allowed, key=lambda cell: float(errors[cell]))
 
 
-def test_errors_by_region_by_hand(nano: Any, scenes: Inputs) -> None:
+def test_errors_by_region_by_hand(nano: Any, scenes: Images) -> None:
     data = evolution.compute(nano, scenes, policy="global+raster:3", seed=0)
     assert data.cells[:, 0].tolist() == [GLOBAL, 0, 1]
     geometry = nano.model.spec.geometry
@@ -279,7 +279,7 @@ def test_errors_by_region_by_hand(nano: Any, scenes: Inputs) -> None:
 
 def test_a_trace_does_not_depend_on_its_batch(nano: Any) -> None:
     many = load_inputs("scenes", nano.info, 11, 0)
-    one = Inputs(many.names[9:10], many.images[9:10], many.paths[9:10])
+    one = Images(many.names[9:10], many.images[9:10], many.paths[9:10])
     for policy in ("random:3", "adaptive:3"):
         alone, among = tracing.trace(nano, one, policy, 0), tracing.trace(nano, many, policy, 0)
         for name in ("cells", "codes", "offsets", "one_step", "errors"):
@@ -287,7 +287,7 @@ def test_a_trace_does_not_depend_on_its_batch(nano: Any) -> None:
 
 
 @pytest.mark.parametrize("policy", ["adaptive:2", "global+random:10"])
-def test_evolution_is_drawn(nano: Any, scenes: Inputs, tmp_path: Path, policy: str) -> None:
+def test_evolution_is_drawn(nano: Any, scenes: Images, tmp_path: Path, policy: str) -> None:
     data = evolution.compute(nano, scenes, policy=policy)
     figure = evolution.draw(data)
     steps = data.cells.shape[0]
@@ -298,14 +298,14 @@ def test_evolution_is_drawn(nano: Any, scenes: Inputs, tmp_path: Path, policy: s
     check_files(figure, tmp_path)
 
 
-def test_only_comit_has_crops(scenes: Inputs) -> None:
+def test_only_comit_has_crops(scenes: Images) -> None:
     other = load_tokenizer("titok-nano", device="cpu")
     for compute in (evolution.compute, policies.compute, policies.compute_curves):
         with pytest.raises(UnsupportedOperation, match="titok-nano does not build its message crop by crop"):
             compute(other, scenes)
 
 
-def test_policies_are_reconstructions(nano: Any, scenes: Inputs, tmp_path: Path) -> None:
+def test_policies_are_reconstructions(nano: Any, scenes: Images, tmp_path: Path) -> None:
     data = policies.compute(nano, scenes, policies=("global", "GLOBAL+random:4"), seed=2)
     assert data.policies == ("global", "global+random:4")
     for number, name in enumerate(data.policies):
@@ -319,7 +319,7 @@ def test_policies_are_reconstructions(nano: Any, scenes: Inputs, tmp_path: Path)
         policies.compute(nano, scenes, policies=("spiral:3",))
 
 
-def test_curves_are_those_of_the_policies_with_fewer_crops(nano: Any, scenes: Inputs, tmp_path: Path) -> None:
+def test_curves_are_those_of_the_policies_with_fewer_crops(nano: Any, scenes: Images, tmp_path: Path) -> None:
     data = policies.compute_curves(nano, scenes, crops=3, seed=1)
     assert data.orders == ("raster", "random", "adaptive")
     assert data.one_step.shape == data.full.shape == (3, 3, 3)
@@ -375,17 +375,17 @@ def test_continuous_messages_are_swapped_too() -> None:
     np.testing.assert_array_equal(data.edited[0, 0], expected.numpy())
 
 
-def test_impossible_edits_are_refused(nano: Any, scenes: Inputs) -> None:
+def test_impossible_edits_are_refused(nano: Any, scenes: Images) -> None:
     with pytest.raises(UsageError, match="pairs of images, got 3"):
         edit.compute(nano, scenes)
-    pair = Inputs(scenes.names[:2], scenes.images[:2], scenes.paths[:2])
+    pair = Images(scenes.names[:2], scenes.images[:2], scenes.paths[:2])
     for settings in ({"span": 17}, {"span": 0}, {"starts": (-1,)}, {"span": 4, "starts": (13,)}):
         with pytest.raises(UsageError, match="does not lie in a message of 16"):
             edit.compute(nano, pair, **settings)
 
 
-def test_of_many_spans_eight_are_shown(nano: Any, scenes: Inputs) -> None:
-    pair = Inputs(scenes.names[:2], scenes.images[:2], scenes.paths[:2])
+def test_of_many_spans_eight_are_shown(nano: Any, scenes: Images) -> None:
+    pair = Images(scenes.names[:2], scenes.images[:2], scenes.paths[:2])
     data = edit.compute(nano, pair, span=1)
     assert data.spans[:8] == tuple((start, start + 1) for start in (0, 2, 4, 6, 9, 11, 13, 15))
     figure = edit.draw(data)
@@ -393,8 +393,8 @@ def test_of_many_spans_eight_are_shown(nano: Any, scenes: Inputs) -> None:
     check_texts(figure)
 
 
-def test_equal_images_have_no_way_between_them(nano: Any, scenes: Inputs) -> None:
-    twice = Inputs(("a", "b"), scenes.images[:1].expand(2, -1, -1, -1), scenes.paths[:1] * 2)
+def test_equal_images_have_no_way_between_them(nano: Any, scenes: Images) -> None:
+    twice = Images(("a", "b"), scenes.images[:1].expand(2, -1, -1, -1), scenes.paths[:1] * 2)
     data = edit.compute(nano, twice)
     assert np.isnan(data.way).all()
     assert "1–4" in [text.get_text() for text in edit.draw(data).texts]
@@ -407,9 +407,9 @@ def test_ls_names_every_command_and_what_it_needs() -> None:
     done = run("ls")
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [figure.name for figure in FIGURES]
+    assert [line.split()[0] for line in lines[1:]] == [*NEEDS]
     commands = {command.name for command in app_commands()}
-    assert {figure.name for figure in FIGURES} == commands - {"ls"}
+    assert NEEDS.keys() == commands - {"ls"}
     assert any("COMiT only" in line for line in lines if line.startswith("evolution"))
 
 
@@ -455,14 +455,14 @@ def test_a_command_with_random_weights_and_one_that_cannot(tmp_path: Path) -> No
     assert not list(tmp_path.glob("evolution*"))
 
 
-def test_a_policy_that_means_nothing_is_said(scenes: Inputs, caplog: Any) -> None:
+def test_a_policy_that_means_nothing_is_said(scenes: Images, caplog: Any) -> None:
     titok = load_tokenizer("titok-nano", device="cpu")
     with_policy = encode(titok, scenes, policy="raster:9")
     assert "titok-nano looks at whole images" in caplog.text
     assert torch.equal(with_policy.codes, encode(titok, scenes).codes)
 
 
-def test_png_opens(nano: Any, scenes: Inputs, tmp_path: Path) -> None:
+def test_png_opens(nano: Any, scenes: Images, tmp_path: Path) -> None:
     """The picture in the figure is the picture: its pixels can be found in the PNG."""
     data = reconstruction.compute([nano], [scenes])
     figure = reconstruction.draw(data)

@@ -29,7 +29,7 @@ from comit_bench.figures import (
     tracing,
 )
 from comit_bench.figures.about import About, describe, joined
-from comit_bench.figures.inputs import Inputs, decode, encode, load_inputs, progress, psnr_of_flat
+from comit_bench.figures.inputs import Images, decode, encode, load_inputs, progress, psnr_of_flat
 from comit_bench.metrics.overlap import overlaps
 from comit_bench.metrics.similarity import psnr
 from comit_bench.recipes.kinds import ObjectnessSpec
@@ -37,7 +37,7 @@ from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.codec import to_uint8
 from comit_bench.tokenizers.load import load_tokenizer
 
-FIGURES: dict[str, Callable[[Any, Inputs], Any]] = {
+FIGURES: dict[str, Callable[[Any, Images], Any]] = {
     "attention": lambda t, x: attention.draw(attention.compute(t, x)),
     "attention sweep": lambda t, x: attention.draw_sweep(attention.compute_sweep(t, x, times=(0.5,))),
     "codebook": lambda t, x: codebook.draw(codebook.compute(t, x, positions=3)),
@@ -64,7 +64,7 @@ def blank() -> Any:
 
 
 @pytest.fixture(scope="module")
-def scenes(nano: Any) -> Inputs:
+def scenes(nano: Any) -> Images:
     return load_inputs("scenes", nano.info, 2, 0)
 
 
@@ -90,7 +90,7 @@ def photos(root: Path, count: int = 3) -> Path:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_says_who_made_it_and_whether_it_learned_anything(
-    name: str, nano: Any, blank: Any, scenes: Inputs
+    name: str, nano: Any, blank: Any, scenes: Images
 ) -> None:
     said, said_blank = (words(FIGURES[name](one, scenes)) for one in (nano, blank))
     assert "untrained: comit-nano has random weights" in said_blank
@@ -112,7 +112,7 @@ def test_a_counterfactual_figure_says_it_too(blank: Any) -> None:
     assert len(legends) == 1 and figure.bbox.y0 <= box.y0 and box.x1 <= figure.bbox.x1 + 1
 
 
-def test_signing_moves_everything_and_covers_nothing(nano: Any, scenes: Inputs) -> None:
+def test_signing_moves_everything_and_covers_nothing(nano: Any, scenes: Images) -> None:
     about = About(("warning " * 30,), ("line " * 90, "two"))
     data = replace(reconstruction.compute([nano], [scenes]), about=about)
     plain, signed = reconstruction.draw(replace(data, about=About())), reconstruction.draw(data)
@@ -129,7 +129,7 @@ def test_signing_moves_everything_and_covers_nothing(nano: Any, scenes: Inputs) 
         assert not any(box.shrunk(0.98, 0.9).overlaps(other) for other in others)
 
 
-def test_a_legend_stays_below_the_warnings(blank: Any, scenes: Inputs) -> None:
+def test_a_legend_stays_below_the_warnings(blank: Any, scenes: Images) -> None:
     figure = policies.draw_curves(policies.compute_curves(blank, scenes, crops=1))
     figure.draw_without_rendering()
     (warning,) = (text for text in figure.texts if text.get_text().startswith("untrained"))
@@ -160,7 +160,7 @@ def test_images_of_the_reader_and_files_that_were_left_out(tmp_path: Path, nano:
     assert not said.warnings and said.lines[0] == "pixel-oracle: no weights"
 
 
-def test_several_tokenizers_are_all_described(nano: Any, blank: Any, scenes: Inputs) -> None:
+def test_several_tokenizers_are_all_described(nano: Any, blank: Any, scenes: Images) -> None:
     titok = load_tokenizer("titok-nano", device="cpu", weights="random")
     both = joined([describe(one, scenes, decodes=True) for one in (nano, titok)])
     assert [line.split(":")[0] for line in both.lines[:2]] == ["comit-nano", "titok-nano"]
@@ -172,7 +172,7 @@ def test_several_tokenizers_are_all_described(nano: Any, blank: Any, scenes: Inp
 # ---------------------------------------------------------- nulls and ranges
 
 
-def test_the_null_of_attention_by_hand(nano: Any, scenes: Inputs) -> None:
+def test_the_null_of_attention_by_hand(nano: Any, scenes: Images) -> None:
     """The best of the other image's maps; of two images that is the other one in every draw."""
     spec = ObjectnessSpec(shares=(10, 20))
     data = attention.compute(nano, scenes, shares=(10, 20))
@@ -192,7 +192,7 @@ def replace_spec(spec: ObjectnessSpec) -> ObjectnessSpec:
     return spec.model_copy(update={"layers": (attention.LAYER,), "times": (attention.TIME,)})
 
 
-def test_attention_shows_null_choice_and_range(nano: Any, scenes: Inputs) -> None:
+def test_attention_shows_null_choice_and_range(nano: Any, scenes: Images) -> None:
     data = attention.compute(nano, scenes)
     figure = attention.draw(data)
     texts = [text.get_text() for text in figure.texts]
@@ -205,7 +205,7 @@ def test_attention_shows_null_choice_and_range(nano: Any, scenes: Inputs) -> Non
     assert mean in said
 
 
-def test_the_sweep_of_attention_has_a_null_in_every_cell(nano: Any, scenes: Inputs) -> None:
+def test_the_sweep_of_attention_has_a_null_in_every_cell(nano: Any, scenes: Images) -> None:
     sweep = attention.compute_sweep(nano, scenes, times=(0.2, 0.5))
     assert sweep.null.shape == sweep.miou.shape == (4, 2) and (sweep.null > 0.02).all()
     figure = attention.draw_sweep(sweep)
@@ -234,7 +234,7 @@ def test_an_image_without_an_object_is_left_out_and_said(
         attention.compute(nano, load_inputs(str(folder), nano.info, 2, 0))
 
 
-def test_flat_images_by_hand_and_on_the_page(nano: Any, scenes: Inputs) -> None:
+def test_flat_images_by_hand_and_on_the_page(nano: Any, scenes: Images) -> None:
     flat = psnr_of_flat(scenes.images)
     one = scenes.images[0].double()
     error = (one - one.mean(dim=(1, 2), keepdim=True).round()).square().mean()
@@ -246,13 +246,13 @@ def test_flat_images_by_hand_and_on_the_page(nano: Any, scenes: Inputs) -> None:
     assert any(np.allclose(np.asarray(line.get_ydata()), flat.mean()) for line in lines)
 
 
-def test_error_maps_say_their_range(nano: Any, scenes: Inputs) -> None:
+def test_error_maps_say_their_range(nano: Any, scenes: Images) -> None:
     data = evolution.compute(nano, scenes, policy="raster:2")
     top = evolution.short(100 * float(data.errors[:, 1].max()))
     assert f"100 × squared error (0 to {top})" in words(evolution.draw(data))
 
 
-def test_codebook_has_its_null_beside_the_numbers(nano: Any, scenes: Inputs) -> None:
+def test_codebook_has_its_null_beside_the_numbers(nano: Any, scenes: Images) -> None:
     data = codebook.compute(nano, scenes)
     said = words(codebook.draw(data))
     assert said.count("even use") == 2 and f"perplexity {data.use.perplexity:.0f} (even use" in said
@@ -301,7 +301,7 @@ def test_long_names_that_differ_at_the_end_stay_different() -> None:
 # -------------------------------------------------------- few images, progress
 
 
-def test_one_photo_costs_one(nano: Any, scenes: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_photo_costs_one(nano: Any, scenes: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that the network sees for one image: one per look, nothing is padded."""
     rows: dict[str, list[int]] = {"messages": [], "one_step": [], "decode": []}
     messages, one_step = type(nano)._messages, type(nano).one_step
@@ -336,7 +336,7 @@ def test_one_photo_costs_one(nano: Any, scenes: Inputs, monkeypatch: pytest.Monk
     assert rows["decode"] == [8, 2]
 
 
-def test_policies_that_share_crops_keep_their_tile(nano: Any, scenes: Inputs) -> None:
+def test_policies_that_share_crops_keep_their_tile(nano: Any, scenes: Images) -> None:
     own = [generator_for(0, name) for name in scenes.names]
     in_runs = nano.encode(scenes.images, policy="adaptive-shared:3", generators=own)
     assert torch.equal(encode(nano, scenes, policy="adaptive-shared:3").codes, in_runs.codes)
@@ -344,7 +344,7 @@ def test_policies_that_share_crops_keep_their_tile(nano: Any, scenes: Inputs) ->
     assert torch.equal(found.codes[-1], in_runs.codes)
 
 
-def test_few_images_are_those_of_a_run_within_rounding(nano: Any, scenes: Inputs) -> None:
+def test_few_images_are_those_of_a_run_within_rounding(nano: Any, scenes: Images) -> None:
     own = [generator_for(0, name) for name in scenes.names]
     in_runs = nano.encode(scenes.images, policy="raster:3", generators=own)
     tokens = encode(nano, scenes, policy="raster:3")
@@ -353,7 +353,7 @@ def test_few_images_are_those_of_a_run_within_rounding(nano: Any, scenes: Inputs
     assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 0.01
 
 
-def test_every_step_is_shown_and_ends(nano: Any, scenes: Inputs) -> None:
+def test_every_step_is_shown_and_ends(nano: Any, scenes: Images) -> None:
     seen: dict[str, list[int]] = {}
 
     def start(what: str, total: int, unit: str) -> Callable[[int], None]:
@@ -410,7 +410,7 @@ def test_tokenize_names_its_default(tmp_path: Path) -> None:
         assert done.exit_code == 0 and done.stderr.count(said) == wanted, done.output
 
 
-def test_too_many_neighbours_are_refused_before_anything_is_encoded(nano: Any, scenes: Inputs) -> None:
+def test_too_many_neighbours_are_refused_before_anything_is_encoded(nano: Any, scenes: Images) -> None:
     class Deaf:
         info = nano.info
 
@@ -419,7 +419,7 @@ def test_too_many_neighbours_are_refused_before_anything_is_encoded(nano: Any, s
         neighbours.compute(deaf, scenes, k=2)
 
 
-def test_pictures_are_those_of_the_tokenizer(nano: Any, scenes: Inputs) -> None:
+def test_pictures_are_those_of_the_tokenizer(nano: Any, scenes: Images) -> None:
     """A trace of single images shows what the network says, pixel by pixel."""
     found = tracing.trace(nano, scenes, "raster:1", 0)
     noise = torch.stack([nano.noise(seed) for seed in _seeds(scenes)])
@@ -428,7 +428,7 @@ def test_pictures_are_those_of_the_tokenizer(nano: Any, scenes: Inputs) -> None:
     assert psnr(scenes.images, found.one_step[0]).shape == (2,)
 
 
-def _seeds(inputs: Inputs) -> list[int]:
+def _seeds(inputs: Images) -> list[int]:
     from comit_bench.figures.inputs import noise_seeds
 
     return noise_seeds(inputs.names, 0)

@@ -12,11 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from comit_bench.commands.app import app
-from comit_bench.commands.figure import FIGURES
+from comit_bench.commands.figure import NEEDS
 from comit_bench.data.scenes.painting import EDITS, paint
 from comit_bench.errors import UnsupportedOperation, UsageError
 from comit_bench.figures import codebook, counterfactual, neighbours, style
-from comit_bench.figures.inputs import Inputs, encode
+from comit_bench.figures.inputs import Images, encode
 from comit_bench.recipes.kinds import CounterfactualSpec
 from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.tasks.changes import changed_ids, pair_up
@@ -37,13 +37,13 @@ def oracle() -> Any:
     return load_tokenizer("pixel-oracle", device="cpu")
 
 
-def as_inputs(names: list[str], images: np.ndarray) -> Inputs:
+def as_inputs(names: list[str], images: np.ndarray) -> Images:
     pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
-    return Inputs(tuple(names), pixels, tuple(Path(name) for name in names))
+    return Images(tuple(names), pixels, tuple(Path(name) for name in names))
 
 
 @pytest.fixture(scope="module")
-def digits() -> Inputs:
+def digits() -> Images:
     spec = GeneratorSpec(layout="recognition", train=0, val=40)
     scenes = paint(spec, "val", range(40))
     names = [f"{scenes.name(i, 0).replace(' ', '_')}/{i:05d}" for i in range(40)]
@@ -52,7 +52,7 @@ def digits() -> Inputs:
 
 
 @pytest.fixture(scope="module")
-def pairs() -> Inputs:
+def pairs() -> Images:
     spec = GeneratorSpec(layout="counterfactual", train=0, val=SCENES * len(EDITS))
     scenes = paint(spec, "val", range(SCENES * len(EDITS)))
     return as_inputs([f"{edit}/{scene:05d}" for scene in range(SCENES) for edit in EDITS], scenes.images)
@@ -66,7 +66,7 @@ def check_files(figure: Any, folder: Path) -> None:
         assert np.asarray(image.convert("L")).std() > 5
 
 
-def test_neighbours_are_those_of_the_task(nano: Any, digits: Inputs, tmp_path: Path) -> None:
+def test_neighbours_are_those_of_the_task(nano: Any, digits: Images, tmp_path: Path) -> None:
     data = neighbours.compute(nano, digits, queries=3, k=4, seed=1)
     codes = encode(nano, digits, seed=1).codes
     found = nearest(lambda rows: codes[rows], 40, 4)
@@ -87,8 +87,8 @@ def test_neighbours_are_those_of_the_task(nano: Any, digits: Inputs, tmp_path: P
     check_files(figure, tmp_path)
 
 
-def test_neighbours_without_classes(nano: Any, digits: Inputs, tmp_path: Path) -> None:
-    flat = Inputs(tuple(f"{i:03d}" for i in range(40)), digits.images, digits.paths)
+def test_neighbours_without_classes(nano: Any, digits: Images, tmp_path: Path) -> None:
+    flat = Images(tuple(f"{i:03d}" for i in range(40)), digits.images, digits.paths)
     data = neighbours.compute(nano, flat, queries=2, k=3)
     assert data.classes is None and data.recall is None
     figure = neighbours.draw(data)
@@ -99,7 +99,7 @@ def test_neighbours_without_classes(nano: Any, digits: Inputs, tmp_path: Path) -
         neighbours.compute(nano, flat, queries=0)
 
 
-def test_codebook_counts_and_matrix(nano: Any, oracle: Any, digits: Inputs, tmp_path: Path) -> None:
+def test_codebook_counts_and_matrix(nano: Any, oracle: Any, digits: Images, tmp_path: Path) -> None:
     data = codebook.compute(nano, digits, positions=5)
     assert data.positions.tolist() == [0, 4, 8, 11, 15]
     assert data.shared.shape == (5, 5) and np.isnan(np.diag(data.shared)).all()
@@ -110,7 +110,7 @@ def test_codebook_counts_and_matrix(nano: Any, oracle: Any, digits: Inputs, tmp_
         codebook.compute(oracle, digits)
 
 
-def test_counterfactual_shows_what_is_measured(nano: Any, pairs: Inputs, tmp_path: Path) -> None:
+def test_counterfactual_shows_what_is_measured(nano: Any, pairs: Images, tmp_path: Path) -> None:
     data = counterfactual.compute(nano, pairs, count=2)
     ids = encode(nano, pairs).ids
     assert ids is not None and data.by_id
@@ -137,7 +137,7 @@ def test_counterfactual_shows_what_is_measured(nano: Any, pairs: Inputs, tmp_pat
     check_files(figure, tmp_path)
 
 
-def test_counterfactual_of_continuous_codes(oracle: Any, pairs: Inputs, tmp_path: Path) -> None:
+def test_counterfactual_of_continuous_codes(oracle: Any, pairs: Images, tmp_path: Path) -> None:
     data = counterfactual.compute(oracle, pairs, count=1)
     assert not data.by_id and data.found.scores["object"].value == pytest.approx(1)
     check_files(counterfactual.draw(data), tmp_path)
@@ -147,7 +147,7 @@ def test_counterfactual_of_continuous_codes(oracle: Any, pairs: Inputs, tmp_path
         counterfactual.compute(oracle, as_inputs(["a", "b"], np.zeros((2, 32, 32, 3), np.uint8)))
 
 
-def write(inputs: Inputs, folder: Path) -> Path:
+def write(inputs: Images, folder: Path) -> Path:
     for name, image in zip(inputs.names, inputs.images, strict=True):
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,9 +155,8 @@ def write(inputs: Inputs, folder: Path) -> Path:
     return folder
 
 
-def test_commands_on_folders(digits: Inputs, pairs: Inputs, tmp_path: Path) -> None:
-    listed = {entry.name for entry in FIGURES}
-    assert {"neighbours", "codebook", "counterfactual"} <= listed
+def test_commands_on_folders(digits: Images, pairs: Images, tmp_path: Path) -> None:
+    assert {"neighbours", "codebook", "counterfactual"} <= NEEDS.keys()
     folders = {"digits": write(digits, tmp_path / "digits"), "pairs": write(pairs, tmp_path / "pairs")}
     calls = {
         "neighbours": ["digits", "--count", 2, "-k", 3], "codebook": ["digits"], "counterfactual": ["pairs"],

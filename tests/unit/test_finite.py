@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from alit_sizes import TINY, TINY_VAE
+from attention_maps import gather_attention
 from selftok_sizes import RENDERER, SMALL
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,16 +20,19 @@ from comit_bench.nn.fsq import FSQ
 from comit_bench.nn.vae import KLVaeSpec
 from comit_bench.nn.vq import VectorQuantizer
 from comit_bench.tokenizers.alit import adapter as alit
-from comit_bench.tokenizers.base import Tokens, check_decoded, in_tiles, only_finite, tile_rows
+from comit_bench.tokenizers.alit.model import Alit
+from comit_bench.tokenizers.base import Tokens, in_tiles, only_finite, tile_rows
+from comit_bench.tokenizers.contract import check_decoded
 from comit_bench.tokenizers.flextok import adapter as flextok
 from comit_bench.tokenizers.flextok.blocks import TableSpec
-from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
+from comit_bench.tokenizers.flextok.model import FlexTok, FlexTokSpec, TrunkSpec
 from comit_bench.tokenizers.load import load_tokenizer
-from comit_bench.tokenizers.origin import untrained
+from comit_bench.tokenizers.origin import random_network, untrained
 from comit_bench.tokenizers.selftok import adapter as selftok
+from comit_bench.tokenizers.selftok.model import Selftok
 from comit_bench.tokenizers.titok import adapter as titok
 from comit_bench.tokenizers.titok.model import PRESETS as TITOK
-from comit_bench.tokenizers.titok.model import VitSize
+from comit_bench.tokenizers.titok.model import Titok, VitSize
 
 CPU = torch.device("cpu")
 
@@ -54,7 +58,7 @@ def titok_legacy() -> Any:
     size = VitSize(width=32, layers=1, heads=2)
     pixels = VqganSpec(hidden=32, multipliers=(1, 1, 1), blocks=1, latent_channels=8, codebook_size=16)
     spec = replace(TITOK["titok-nano"], encoder=size, decoder=size, image_size=16, pixels=pixels)
-    model = titok.build(spec)
+    model = Titok(spec)
     model.init_weights(torch.Generator().manual_seed(0))
     info = titok._info(model, untrained("titok-small", 0))
     return titok.TitokTokenizer(model, info, device=CPU)
@@ -65,7 +69,7 @@ def grid_nano() -> Any:
 
 
 def alit_tiny(spec: Any = TINY, **options: Any) -> Any:
-    model = alit.build(spec)
+    model = Alit(spec)
     model.init_weights(torch.Generator().manual_seed(0))
     info = alit._info(model, untrained("alit-tiny", 0))
     return alit.AlitTokenizer(model, info, device=CPU, **options)
@@ -75,13 +79,13 @@ def flextok_tiny() -> Any:
     trunk = TrunkSpec(depth=1, width=32, head_dim=16, positions=TableSpec(kind="grid", size=(4, 4)))
     vae = KLVaeSpec(channels=4, widths=(8, 8), layers=1, groups=4)
     spec = FlexTokSpec(encoder=trunk, decoder=trunk, registers=8, register_positions=8, vae=vae)
-    model = flextok.build_random(spec, 0)
+    model = random_network(FlexTok, spec, CPU, 0, zero_gates=False)
     info = flextok._info(model, untrained("flextok-tiny", 0))
     return flextok.FlexTokTokenizer(model, info, device=CPU, steps=2)
 
 
 def selftok_tiny(spec: Any = SMALL, **options: Any) -> Any:
-    model = selftok.build_random(spec, 0)
+    model = random_network(Selftok, spec, CPU, 0, zero_gates=False)
     return selftok.SelftokTokenizer(
         model, selftok._info(model, untrained("selftok-tiny", 0)), device=CPU, **options
     )
@@ -243,7 +247,6 @@ def test_plugins_that_use_the_shared_tiles_are_watched() -> None:
 
 def test_maps_and_inspection_are_watched() -> None:
     from comit_bench.nn.attention import AttentionRequest
-    from comit_bench.tokenizers.base import gather_attention
 
     for make in (comit_nano, titok_nano, alit_tiny):
         tokenizer = make()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flextok_plain import plain_condition, plain_null
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -243,7 +244,7 @@ def velocities(model: FlexTok, x: Tensor, condition: Any, t: float = 0.6) -> Ten
 def test_masked_registers_collapse_to_one(model: FlexTok, codes: Tensor, keep: list[int] | None) -> None:
     x, decoder = rand(4, 4, 4, 4, seed=2), model.decoder
     state = decoder.time_states(torch.tensor([0.6])).at(0)
-    short, plain = decoder.condition(codes, keep), decoder.plain_condition(codes, keep)
+    short, plain = decoder.condition(codes, keep), plain_condition(decoder, codes, keep)
     assert plain.tokens.shape[1] == K and plain.bias is None
     longest = max(keep or [K])
     assert short.tokens.shape[1] == (K if keep in (None, [8] * 4) else longest + 1)
@@ -255,9 +256,9 @@ def test_a_short_message_is_a_truncated_one(model: FlexTok, codes: Tensor) -> No
     cut, kept = decoder.condition(codes[:, :3]), decoder.condition(codes, [3] * 4)
     assert torch.equal(cut.tokens, kept.tokens)
     assert cut.bias is not None and kept.bias is not None and torch.equal(cut.bias, kept.bias)
-    want = velocities(model, rand(4, 4, 4, 4), decoder.plain_condition(codes, [3] * 4))
+    want = velocities(model, rand(4, 4, 4, 4), plain_condition(decoder, codes, [3] * 4))
     torch.testing.assert_close(
-        want, velocities(model, rand(4, 4, 4, 4), decoder.plain_condition(codes[:, :3])), atol=0, rtol=0
+        want, velocities(model, rand(4, 4, 4, 4), plain_condition(decoder, codes[:, :3])), atol=0, rtol=0
     )
 
 
@@ -265,7 +266,7 @@ def test_null_registers_collapse_to_one(model: FlexTok) -> None:
     x, decoder = rand(4, 4, 4, 4, seed=2), model.decoder
     assert decoder.null().tokens.shape == (1, 1, 48)
     state = decoder.time_states(torch.tensor([0.6])).at(0)
-    want = velocities(model, x, decoder.plain_null())
+    want = velocities(model, x, plain_null(decoder))
     torch.testing.assert_close(decoder(x, decoder.null(), state), want, atol=1e-5, rtol=0)
 
 
@@ -332,8 +333,8 @@ def test_guidance_may_depend_on_time(model: FlexTok, codes: Tensor, projected: b
         x, m = noise[row : row + 1], torch.zeros(())
         for i in range(4, 0, -1):
             t = i / 4
-            v = velocities(model, x, model.decoder.plain_condition(codes[row : row + 1]), t)
-            u = velocities(model, x, model.decoder.plain_null(), t)
+            v = velocities(model, x, plain_condition(model.decoder, codes[row : row + 1]), t)
+            u = velocities(model, x, plain_null(model.decoder), t)
             g = 5.0 * t
             if projected:
                 m = (v - u) - 0.5 * m

@@ -176,8 +176,7 @@ def test_other_weights_of_the_vae_are_another_key(tmp_path: Path, monkeypatch: p
     import comit_bench.nn.vae as vaes
     from comit_bench.tokenizers.comit import checkpoint as comit_files
 
-    small = {**vaes.SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
-    monkeypatch.setattr(vaes, "SD_CONFIG", small)
+    monkeypatch.setattr(vaes, "SD_VAE", replace(vaes.SD_VAE, widths=(8,) * 4, groups=4))
     spec = replace(
         COMIT["comit-nano"],
         vae="sd-mse",
@@ -208,8 +207,7 @@ def test_the_vae_of_an_untrained_comit_is_drawn_from_the_seed(monkeypatch: pytes
     import comit_bench.nn.vae as vaes
     from comit_bench.tokenizers.comit import adapter as comit
 
-    small = {**vaes.SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
-    monkeypatch.setattr(vaes, "SD_CONFIG", small)
+    monkeypatch.setattr(vaes, "SD_VAE", replace(vaes.SD_VAE, widths=(8,) * 4, groups=4))
     spec = replace(
         COMIT["comit-nano"],
         vae="sd-mse",
@@ -373,7 +371,7 @@ def photos(folder: Path) -> Path:
 
 
 def test_a_token_file_knows_its_configuration(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from comit_bench.data.tokens.token_file import Origin, read_token_file
+    from comit_bench.data.tokens.token_file import TokenOrigin, read_token_file
 
     folder, out = photos(tmp_path / "photos"), tmp_path / "t.safetensors"
     nano = load_tokenizer("comit-nano", device="cpu")
@@ -386,7 +384,7 @@ def test_a_token_file_knows_its_configuration(tmp_path: Path, caplog: pytest.Log
     with pytest.raises(UsageError, match="configuration sha256"):
         check_origin(other, origin, out)
     old = {k: v for k, v in origin.metadata().items() if k not in ("configuration", "version")}
-    check_origin(nano, Origin.from_metadata(old), out)  # files of earlier versions do not say it
+    check_origin(nano, TokenOrigin.from_metadata(old), out)  # files of earlier versions do not say it
     with caplog.at_level(logging.WARNING):
         check_origin(nano, replace(origin, version="0"), out)
     assert "version 0" in caplog.text

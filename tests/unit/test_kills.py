@@ -23,7 +23,7 @@ from comit_bench.tokenizers.kmeans import KMeansPatchTokenizer
 from comit_bench.tokenizers.registry import FAMILIES
 from comit_bench.train import checkpoint
 from comit_bench.train.checkpoint import Counters
-from comit_bench.train.config import load_run
+from comit_bench.train.config import load_config
 
 MOMENTS = [
     pytest.param(RENAMES, id="renames"),
@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["comit-nano", "vq-grid-nano", "scenes-teacher"])
 @pytest.mark.parametrize("changes", MOMENTS)
 def test_checkpoints_of_a_training(tmp_path: Path, changes: tuple[str, ...], name: str) -> None:
-    config = load_run(name, ())
+    config = load_config(name, ())
 
     def work(root: Path) -> None:
         checkpoint.sweep(root)

@@ -19,7 +19,6 @@ from tiny import write_images, write_recipes
 import comit_bench
 from comit_bench.commands import app as cli
 from comit_bench.commands import train as train_command
-from comit_bench.commands import weights as weights_command
 from comit_bench.commands.console import guarded
 from comit_bench.commands.run import finish
 from comit_bench.errors import BenchError
@@ -150,7 +149,6 @@ def test_a_loader_that_fails_is_one_line(
     [
         (cli.main, ("data", "build", "mscoco-pairs"), "comit_bench.data.building.build_dataset"),
         (cli.main, ("weights", "ls"), "comit_bench.tokenizers.presence.weights_state"),
-        (weights_command.main, ("ls",), "comit_bench.tokenizers.presence.weights_state"),
         (cli.main_run, ("--dry-run",), "comit_bench.pipeline.plan.make_jobs"),
         (cli.main, ("train", "--config", "comit-nano"), "comit_bench.train.loop.Trainer"),
         (train_command.main, ("--config", "comit-nano"), "comit_bench.train.loop.Trainer"),
@@ -180,7 +178,7 @@ def test_every_command_has_the_net(
     assert "nobody foresaw this" in log_of(err)
 
 
-@pytest.mark.parametrize("entry", [cli.main, cli.main_run, train_command.main, weights_command.main])
+@pytest.mark.parametrize("entry", [cli.main, cli.main_run, train_command.main])
 def test_ctrl_c_and_exit_codes_pass_the_net(entry: object) -> None:
     def stop() -> None:
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from comit_bench.data.images import load_image, load_mask, mask_of, read_mask
+from comit_bench.data.images import load_image, mask_of, read_mask
 from comit_bench.data.masks import read_levels
 from comit_bench.data.split import PathList, Split
 from comit_bench.errors import BenchError, CorruptFileError
@@ -240,7 +240,7 @@ def test_shapes_must_fit(tmp_path: Path) -> None:
     whole = (tmp_path / "m.png").read_bytes()
     (tmp_path / "m.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CorruptFileError, match=r"m\.png: damaged"):
-        load_mask(tmp_path / "m.png", RECIPE, (40, 30))
+        mask_of(tmp_path / "p.png", tmp_path / "m.png", RECIPE)
 
 
 # ----------------------------------------------------------------------------------- before anything else

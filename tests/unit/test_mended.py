@@ -83,20 +83,20 @@ def test_an_image_that_another_decoder_can_read_is_measured(
 ) -> None:
     """Same files, another program: the record is made again and replaced."""
     path = root / "tiny" / "val" / "red_b" / "0001.png"
-    real = images.load_image
+    real = images.decode_image
 
-    def old_decoder(file: Path, recipe: str) -> Any:
-        if file == path:
-            raise CorruptFileError(f"{file}: this version cannot read it")
-        return real(file, recipe)
+    def old_decoder(content: bytes, recipe: str, *, name: str) -> Any:
+        if name == str(path):
+            raise CorruptFileError(f"{name}: this version cannot read it")
+        return real(content, recipe, name=name)
 
-    monkeypatch.setattr(images, "load_image", old_decoder)
+    monkeypatch.setattr(images, "decode_image", old_decoder)
     first = measure(root)
     assert broken(first) == 1
     made = shards(root)
     again = measure(root)
     assert again.created == first.created and shards(root) == made, "still broken: the record is kept"
-    monkeypatch.setattr(images, "load_image", real)
+    monkeypatch.setattr(images, "decode_image", real)
     second = measure(root)
     assert broken(second) == 0 and second.metrics["psnr"].n == 20
     assert second.protocol_digest == first.protocol_digest

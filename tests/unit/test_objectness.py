@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from comit_bench.commands import app as cli
-from comit_bench.data.images import header_size, load_mask
+from comit_bench.data.images import header_size, mask_of
 from comit_bench.data.split import OpenData, PathList, Split
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.metrics.overlap import (
@@ -162,6 +162,13 @@ def test_layers_of_a_recipe() -> None:
 def save_mask(path: Path, values: np.ndarray[Any, Any]) -> Path:
     Image.fromarray(values).save(path)
     return path
+
+
+def load_mask(path: Path, preprocessing: str, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """The mask through the steps of a photograph of ``size``."""
+    photo = path.parent / "photo.png"
+    Image.new("RGB", size).save(photo)
+    return mask_of(photo, path, preprocessing)[0]
 
 
 def test_masks_pass_through_the_crop_of_their_image(tmp_path: Path) -> None:

@@ -613,7 +613,7 @@ def test_codes_that_break_the_contract(
 
 
 def test_images_that_break_the_contract() -> None:
-    from comit_bench.tokenizers.base import check_decoded
+    from comit_bench.tokenizers.contract import check_decoded
 
     info, good = Toy().info, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert check_decoded(good, info, 2) is good

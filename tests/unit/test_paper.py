@@ -14,7 +14,7 @@ import torch
 
 from comit_bench.commands import app as cli
 from comit_bench.commands.paper import do_parts
-from comit_bench.commands.paper_parts import Part, Step, choose_parts, make_cast, make_parts
+from comit_bench.commands.paper_parts import PaperPart, PaperStep, choose_parts, make_cast, make_parts
 from comit_bench.commands.paper_plan import StepPlan, plan_parts, preset_costs, total_cost
 from comit_bench.errors import BenchError, MissingError, UnsupportedOperation, UsageError
 from comit_bench.pipeline.jobs import Settings
@@ -232,8 +232,8 @@ def test_both_suites_have_the_same_parts_and_existing_names() -> None:
 # --------------------------------------------------------------------------------------- execution
 
 
-def step(name: str, *, follows: bool = False) -> Step:
-    return Step(command=("figure", name), tokenizers=() if follows else ("x",), follows=follows)
+def step(name: str, *, follows: bool = False) -> PaperStep:
+    return PaperStep(command=("figure", name), tokenizers=() if follows else ("x",), follows=follows)
 
 
 def run(plans: Sequence[StepPlan], answers: dict[str, Any]) -> tuple[Any, list[str]]:
@@ -247,7 +247,7 @@ def run(plans: Sequence[StepPlan], answers: dict[str, Any]) -> tuple[Any, list[s
             raise answer
         return int(answer)
 
-    part = Part(name="part", title="", steps=tuple(plan.step for plan in plans))
+    part = PaperPart(name="part", title="", steps=tuple(plan.step for plan in plans))
     return do_parts([(part, plans)], Settings(), invoke), called
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.tokenizers import weights as store
 from comit_bench.tokenizers.base import Tokenizer, Tokens
+from comit_bench.tokenizers.checkpoints import on_meta
 from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.registry import downloads
 from comit_bench.tokenizers.selftok.adapter import SelftokTokenizer, choose_schedule
-from comit_bench.tokenizers.selftok.checkpoint import build, find_vae
+from comit_bench.tokenizers.selftok.checkpoint import find_vae
 from comit_bench.tokenizers.selftok.config import (
     config_from_spec,
     released_config,
@@ -29,7 +30,7 @@ from comit_bench.tokenizers.selftok.config import (
     used,
     vae_spec,
 )
-from comit_bench.tokenizers.selftok.model import PRESETS, SD3_VAE, Schedule, variant
+from comit_bench.tokenizers.selftok.model import PRESETS, SD3_VAE, Schedule, Selftok, variant
 
 SIDE, K = 64, 12
 JUNK = {
@@ -198,7 +199,7 @@ def test_config_round_trip(name: str) -> None:
             SMALL, sees_image=False, output_dim=20, schedule=Schedule(ends=(9, 1000), counts=(5, 7))
         ),
     }[name]
-    shapes = {key: tuple(value.shape) for key, value in build(spec).own_state().items()}
+    shapes = {key: tuple(value.shape) for key, value in on_meta(Selftok, spec).own_state().items()}
     config = json.loads(json.dumps(config_from_spec(spec)))
     found = spec_from_config(config, shapes, Path("x"), vae_spec(config["vae"], Path("x")))
     want = spec if spec.kind == "diffusion" else replace(spec, steps=found.steps)

@@ -28,7 +28,7 @@ from comit_bench.errors import BenchError, UsageError
 from comit_bench.files import locked, try_lock, write_atomic
 from comit_bench.pipeline.folders import detokenize_file, tokenize_folder
 from comit_bench.train.checkpoint import only_training
-from comit_bench.train.config import AutoencoderRun, load_config, load_run
+from comit_bench.train.config import AutoencoderRun, load_config
 from comit_bench.train.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -301,7 +301,7 @@ def test_places_that_no_file_can_take_are_refused_before_the_work(
 def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
     small = ("steps=1", "global_batch=4", "data.count=8", "data.val_count=2", "model.depth=1")
     config = load_config("comit-nano", (*small, "model.representation_layer=0", f"output={tmp_path}"))
-    autoencoder = load_run("vq-grid-nano", (f"output={tmp_path}", "name=comit-nano"))
+    autoencoder = load_config("vq-grid-nano", (f"output={tmp_path}", "name=comit-nano"))
     assert isinstance(autoencoder, AutoencoderRun)
     with only_training(tmp_path / "comit-nano"):
         with pytest.raises(BenchError, match=r"another training is running in this folder.*output="):

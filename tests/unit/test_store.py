@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import comit_bench
-from comit_bench.data.tokens.shards import Layout, id_dtype
-from comit_bench.data.tokens.store import TokenStore
+from comit_bench.data.tokens.shards import id_dtype
+from comit_bench.data.tokens.store import TokenLayout, TokenStore
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UnsupportedOperation, UsageError
 
 KEY: dict[str, object] = {
@@ -486,7 +486,7 @@ def test_reading_does_not_need_many_rows_per_shard(tmp_path: Path) -> None:
 
 
 def test_layout_sizes() -> None:
-    layout = Layout(count=1_281_167, message_length=256, vocab_size=64000, code_dim=6, shard_size=1024)
+    layout = TokenLayout(count=1_281_167, message_length=256, vocab_size=64000, code_dim=6, shard_size=1024)
     assert layout.nbytes == 1_281_167 * 512
     with pytest.raises(UsageError, match="shard_size 0"):
-        Layout(count=1, message_length=1, vocab_size=1, code_dim=1, shard_size=0)
+        TokenLayout(count=1, message_length=1, vocab_size=1, code_dim=1, shard_size=0)

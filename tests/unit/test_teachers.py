@@ -158,7 +158,7 @@ def test_bad_dino_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable safetensors"):
         load_teacher("dinov2-l", path=tmp_path / "b.safetensors", grid=8)
     save_file({"other": torch.zeros(1)}, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="does not fit"):
         load_teacher("dinov2-l", path=tmp_path / "b.safetensors", grid=8)
 
 
@@ -195,5 +195,5 @@ def test_scenes_teacher_round_trip_and_its_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its keys are image_size"):
         load_teacher("scenes-teacher", path=tmp_path, grid=8)
     (tmp_path / "config.json").write_text('{"width": 32}')
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="does not fit"):
         load_teacher("scenes-teacher", path=tmp_path, grid=8)

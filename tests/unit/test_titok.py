@@ -17,11 +17,11 @@ from comit_bench.nn.vit import PlainBlock, run_blocks
 from comit_bench.nn.vq import VectorQuantizer, nearest
 from comit_bench.nn.vqgan import VqganBlock, VqganDecoder, VqganSpec
 from comit_bench.tokenizers.base import Tokenizer, Tokens
+from comit_bench.tokenizers.checkpoints import on_meta
 from comit_bench.tokenizers.load import load_tokenizer
 from comit_bench.tokenizers.registry import builtin
 from comit_bench.tokenizers.titok.adapter import (
     TitokTokenizer,
-    build,
     config_from_spec,
     save,
     spec_from_config,
@@ -50,7 +50,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def network(spec: TitokSpec) -> Titok:
     """An untrained network in which no bias and no norm is trivial."""
-    model = build(spec).eval().requires_grad_(False)
+    model = Titok(spec).eval().requires_grad_(False)
     model.init_weights(generator(), spread=True)
     noise = generator(1)
     for parameter in model.parameters():
@@ -97,7 +97,7 @@ def tokenizer(checkpoint: Path) -> TitokTokenizer:
 def test_published_sizes_on_the_meta_device(
     name: str, parameters: int, tensors: int, parts: tuple[int, ...] | None
 ) -> None:
-    model = build(PRESETS[name], empty=True)
+    model = on_meta(Titok, PRESETS[name])
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert len(model.state_dict()) == tensors
     if parts:
@@ -215,7 +215,7 @@ def expected_keys(
     ],
 )
 def test_key_contract(name: str, numbers: tuple[Any, ...]) -> None:
-    state = build(PRESETS[name], empty=True).state_dict()
+    state = on_meta(Titok, PRESETS[name]).state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == expected_keys(*numbers)
     assert {value.dtype for value in state.values()} == {torch.float32}
 
@@ -377,7 +377,7 @@ def test_training_leftovers_are_ignored(checkpoint: Path, tokenizer: TitokTokeni
 
 
 def test_initialisation_follows_the_spec() -> None:
-    model = build(LEGACY)
+    model = Titok(LEGACY)
     model.init_weights(generator())
     state = model.state_dict()
     assert state["quantize.embedding.weight"].abs().max() <= 1 / 500

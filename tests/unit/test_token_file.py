@@ -24,8 +24,8 @@ from comit_bench.commands.app import app
 from comit_bench.data.folders import list_images
 from comit_bench.data.images import load_image
 from comit_bench.data.tokens.token_file import (
-    Origin,
     TokenFile,
+    TokenOrigin,
     check_name,
     output_names,
     read_token_file,
@@ -285,8 +285,8 @@ def test_existing_images_are_kept_unless_told_otherwise(folder: Path, tmp_path: 
 # ----------------------------------------------------------- what may be wrong
 
 
-def origin(**changes: Any) -> Origin:
-    whole = Origin(
+def origin(**changes: Any) -> TokenOrigin:
+    whole = TokenOrigin(
         tokenizer="x", family="y", weights="none", message_length=2, vocab_size=300, code_dim=1, resolution=8,
         preprocessing="resize(8,box)", policy=None, options={"a": "b"}, seed=0, comit_bench="0",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from comit_bench.pipeline.tokenize import ahead
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "images"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
 def test_items_come_in_order_and_the_thread_ends() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from typer.testing import CliRunner
 
 from comit_bench.commands.app import app
 from comit_bench.errors import MissingError, UsageError
+from comit_bench.tokenizers.comit.model import PRESETS
 from comit_bench.train.config import TrainConfig, load_config, presets
 from comit_bench.train.data import Order, list_images, open_images, paint_scenes
 from comit_bench.train.schedule import alignment_ramp, learning_rate
-from comit_bench.train.setup import check_device, check_spec, divide
+from comit_bench.train.setup import check_device, divide
 
 SOURCE = "data.source=images"
 
@@ -29,7 +31,6 @@ def test_every_preset_is_valid(name: str) -> None:
     config = load(name)
     assert config.name == name
     assert presets()[name].read_text().startswith("# ")
-    check_spec(config.model.spec())
     assert config.model.spec().mask_mode == "hard"
 
 
@@ -114,6 +115,15 @@ def test_rules_about_several_keys_say_only_what_is_wrong() -> None:
     assert str(refused.value).endswith(
         "(top level): data.kind class-folders needs data.source: give data.source=DIR"
     )
+
+
+def test_crops_must_fit_the_patches_and_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    nano = PRESETS["comit-nano"]
+    for crop, words in ((10, "multiple of"), (nano.image_size, "smaller than the image")):
+        geometry = replace(nano.geometry, crop=crop)
+        monkeypatch.setitem(PRESETS, "comit-nano", replace(nano, geometry=geometry))
+        with pytest.raises(UsageError, match=words):
+            load_config("comit-nano")
 
 
 def test_unknown_presets_are_named() -> None:

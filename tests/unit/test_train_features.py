@@ -216,7 +216,7 @@ def test_broken_images_are_kept_as_broken(tmp_path: Path) -> None:
 
 def test_no_room_is_said_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(10, 9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
     with pytest.raises(BenchError, match=r"11 images need 0\.0 GB, but 0\.0 GB .*cache_dtype=float16"):
         store(images(), Counting())
     huge = layout_for(1_281_167, (768, 768), 256, "float32")

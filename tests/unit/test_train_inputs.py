@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from versions import needs_muon
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.train.card import training_data
 from comit_bench.train.config import DataConfig, TrainConfig, load_config
-from comit_bench.train.data import Batch, Steps, iterate_steps, open_images
+from comit_bench.train.data import Steps, TrainBatch, iterate_steps, open_images
 from comit_bench.train.loop import Trainer
+from comit_bench.train.objectives.comit_card import training_data
 from comit_bench.train.sources import DecodedImages
 
 TINY = (
@@ -76,12 +76,12 @@ def settings(*overrides: str) -> TrainConfig:
     return load_config("comit-nano", (*TINY, *overrides))
 
 
-def batches(config: TrainConfig, start: int = 0, **ranks: int) -> list[Batch]:
+def batches(config: TrainConfig, start: int = 0, **ranks: int) -> list[TrainBatch]:
     steps = Steps(config, open_images(config)[0], **ranks)
     return list(iterate_steps(steps, start, workers=config.data.workers, pin=False))
 
 
-def assert_equal(one: Batch, other: Batch) -> None:
+def assert_equal(one: TrainBatch, other: TrainBatch) -> None:
     assert (one.step, one.ids, one.broken) == (other.step, other.ids, other.broken)
     assert torch.equal(one.images, other.images)
     assert torch.equal(one.plan.noise, other.plan.noise)

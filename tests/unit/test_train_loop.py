@@ -26,11 +26,11 @@ from comit_bench.errors import BenchError, CorruptFileError, MissingError, Usage
 from comit_bench.nn.teachers import ScenesTeacherNet, ScenesTeacherSpec
 from comit_bench.train import checkpoint
 from comit_bench.train.config import TrainConfig, load_config
-from comit_bench.train.data import Batch, Steps, open_images, read_all
+from comit_bench.train.data import Steps, TrainBatch, open_images, read_all
 from comit_bench.train.ema import Ema
 from comit_bench.train.logs import read_rows
 from comit_bench.train.loop import Stop, Trainer
-from comit_bench.train.validation import perplexity, psnr, validate
+from comit_bench.train.validation import float_psnr, perplexity, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -138,7 +138,7 @@ def test_kill_9_at_any_moment(straight: Path, tmp_path: Path) -> None:
 
 
 class Signalled(Trainer):
-    def _step(self, batch: Batch, stop: Stop) -> tuple[list[float], bool]:
+    def _step(self, batch: TrainBatch, stop: Stop) -> tuple[list[float], bool]:
         if batch.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return super()._step(batch, stop)
@@ -154,7 +154,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path) -> None:
 class Poisoned(Trainer):
     bad: tuple[int, ...] = ()
 
-    def _gradients(self, batch: Batch) -> torch.Tensor:
+    def _gradients(self, batch: TrainBatch) -> torch.Tensor:
         means = super()._gradients(batch)
         if batch.step in self.bad:
             self.parameters[0].grad = torch.full_like(self.parameters[0], float("nan"))
@@ -182,12 +182,12 @@ def test_ranks_share_one_order(tmp_path: Path) -> None:
     images, _ = open_images(config)
     whole = Steps(config, images)[5]
     parts = [Steps(config, images, rank=rank, ranks=2)[5] for rank in (0, 1)]
-    assert isinstance(whole, Batch)
-    assert tuple(name for part in parts if isinstance(part, Batch) for name in part.ids) == whole.ids
+    assert isinstance(whole, TrainBatch)
+    assert tuple(name for part in parts if isinstance(part, TrainBatch) for name in part.ids) == whole.ids
     for name in ("images", "ids"):
         assert len(getattr(whole, name)) == 8
     assert list(whole.ids) == Steps(config, images).global_ids(5)
-    noise = torch.cat([part.plan.noise for part in parts if isinstance(part, Batch)])
+    noise = torch.cat([part.plan.noise for part in parts if isinstance(part, TrainBatch)])
     assert torch.equal(noise, whole.plan.noise)
 
 
@@ -296,7 +296,7 @@ def test_alignment_with_a_teacher_is_logged(tmp_path: Path) -> None:
     assert parts["flow"] < parts["loss"] < parts["flow"] + 0.25 * (parts["repa"] + parts["srepa"])
     with pytest.raises(MissingError, match="teacher"):
         train(tmp_path / "b", *weights, "teacher.name=scenes-teacher", f"teacher.path={tmp_path}/none")
-    with pytest.raises(UsageError, match="weights do not fit"):
+    with pytest.raises(UsageError, match="this checkpoint does not fit ScenesTeacherNet"):
         (tmp_path / "teacher" / "config.json").write_text(json.dumps({**asdict(spec), "dim": spec.dim * 2}))
         train(tmp_path / "b", *weights, *teacher)
 
@@ -320,7 +320,7 @@ def test_broken_images_are_replaced_counted_and_limited(
     assert broken
     assert set(broken) <= {"000.png", "001.png", "002.png"}
     batches = [trainer.steps[n] for n in range(5)]
-    assert all(isinstance(b, Batch) and bool(b.images.flatten(1).any(1).all()) for b in batches)
+    assert all(isinstance(b, TrainBatch) and bool(b.images.flatten(1).any(1).all()) for b in batches)
     with pytest.raises(BenchError, match=r"training images are broken .*data\.max_broken"):
         train(tmp_path / "again", *folders, "data.max_broken=0.01")
 
@@ -345,7 +345,7 @@ def test_averages_return_the_own_weights_exactly() -> None:
 
 def test_measures() -> None:
     image = torch.zeros(2, 3, 4, 4)
-    assert psnr(image, image + 0.2).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
+    assert float_psnr(image, image + 0.2).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
     assert perplexity(torch.tensor([3, 3, 0, 3])) == pytest.approx(3.0)
 
 
@@ -353,7 +353,7 @@ def test_measures() -> None:
 def test_64_scenes_are_overfitted(tmp_path: Path) -> None:
     """The first gate of the shipped weights: a network that sees 64 scenes only learns them by heart.
 
-    About ten minutes on one core. Reconstructions of the training scenes from their messages alone come
+    CardText ten minutes on one core. Reconstructions of the training scenes from their messages alone come
     near the 32 dB that the autoencoder itself reaches, far from the 13 dB of the mean colour.
     """
     run = load_config(

@@ -19,7 +19,7 @@ from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.train.config import CropsConfig, TrainConfig
 from comit_bench.train.objectives.comit import LossParts, TrainingModule, crop_locations, cut_crops
-from comit_bench.train.sampling import StepPlan, crop_count, plan_step
+from comit_bench.train.sampling import TrainPlan, crop_count, plan_step
 
 SMALL = {"depth": 2, "width": 32, "representation_layer": 1, "message_length": 8}
 ALIGNED = {"repa_weight": 0.5, "srepa_weight": 0.5, "projector_width": 24}
@@ -73,14 +73,14 @@ def ids(count: int) -> list[str]:
     return [f"train/{i:05d}" for i in range(count)]
 
 
-def plan_of(run: TrainConfig, count: int, *, crops: int | None = None, step: int = 0) -> StepPlan:
+def plan_of(run: TrainConfig, count: int, *, crops: int | None = None, step: int = 0) -> TrainPlan:
     """The plan of the first step, from ``step`` on, that has this many crops."""
     while crops is not None and crop_count(run.crops, seed=run.seed, step=step) != crops:
         step += 1
     return plan_step(run, step=step, sample_ids=ids(count))
 
 
-def with_(plan: StepPlan, **changes: Any) -> StepPlan:
+def with_(plan: TrainPlan, **changes: Any) -> TrainPlan:
     return replace(plan, **changes)
 
 

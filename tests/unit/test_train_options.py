@@ -22,12 +22,13 @@ from comit_bench.nn.vae import DctVae
 from comit_bench.tokenizers.comit.codec import encode
 from comit_bench.tokenizers.comit.crops import CropPolicy
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
-from comit_bench.train.card import RunFacts, model_card
+from comit_bench.train.card import RunFacts, render
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.data import MemoryImages, Steps
 from comit_bench.train.loop import Trainer
 from comit_bench.train.objectives.comit import TrainingModule, crop_locations
-from comit_bench.train.sampling import ABSENT, WHOLE, StepPlan, crop_count, mean_crops, plan_step
+from comit_bench.train.objectives.comit_card import about
+from comit_bench.train.sampling import ABSENT, WHOLE, TrainPlan, crop_count, mean_crops, plan_step
 
 SMALL = ("model.depth=2", "model.width=32", "model.heads=2", "model.message_length=4", "optim.name=adam",
          "model.representation_layer=1", "global_batch=8")  # fmt: skip
@@ -90,7 +91,7 @@ def test_with_the_defaults_plans_are_what_they_were(preset: str, step: int, crop
 # ----------------------------------------------------------- number of crops
 
 
-def counts(plan: StepPlan) -> list[int]:
+def counts(plan: TrainPlan) -> list[int]:
     return [int(n) for n in (plan.corners[..., 0] != ABSENT).sum(dim=0)]
 
 
@@ -124,7 +125,7 @@ def test_a_plan_does_not_depend_on_the_company(more: tuple[str, ...]) -> None:
     assert mean_crops(run, step=5, sample_ids=IDS[:12]) == sum(counts(whole)) / 12
 
 
-def loss_and_gradient(train: TrainingModule, x: Tensor, plan: StepPlan) -> tuple[float, Tensor]:
+def loss_and_gradient(train: TrainingModule, x: Tensor, plan: TrainPlan) -> tuple[float, Tensor]:
     train.zero_grad()
     total = train(x, plan, None, 1.0).total
     total.backward()
@@ -242,7 +243,8 @@ def test_targets_and_crops_are_samples(sd: None) -> None:
     assert plan.posterior is not None and plan.crops == 3
     vae: Any = train.model.vae
     with torch.no_grad():
-        mean, deviation = vae.posterior(x)
+        mean, logvar = vae.posterior(x)
+        mean, deviation = mean * vae.scale, (0.5 * logvar).exp() * vae.scale
         assert torch.allclose(mean, vae.encode(x))
         assert torch.allclose(mean + deviation * plan.posterior[0], vae.encode(x, plan.posterior[0]))
         clean, samples = train._image_latents(x, plan)
@@ -378,7 +380,7 @@ def test_cards_name_the_choices(sd: None) -> None:
 
     def card(*overrides: str) -> str:
         run = config(SD, *overrides)
-        return model_card(run, Comit(run.model.spec(), small_sd_vae()), facts)
+        return render(run, facts, about(run, Comit(run.model.spec(), small_sd_vae())))
 
     plain = card()
     for says in ("as they are", "the mode of the autoencoder's posterior", "per step", "at most 4;"):

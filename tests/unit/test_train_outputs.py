@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from comit_bench import load_tokenizer
 from comit_bench.errors import BenchError, MissingError, UsageError
-from comit_bench.tokenizers.comit.checkpoint import build, load_directory, save
+from comit_bench.tokenizers.comit.checkpoint import build, save
 from comit_bench.tokenizers.comit.codec import decode, encode, one_step_decode, to_uint8
 from comit_bench.tokenizers.comit.crops import CropPolicy
 from comit_bench.tokenizers.comit.model import PRESETS
@@ -291,9 +291,9 @@ def test_half_precision_weights_load_and_tokenize(finished: Path) -> None:
     assert {value.dtype for value in stored.values()} == {torch.float16}
     averages = load_file(checkpoint.folder(finished / "checkpoints", 6) / "ema.safetensors")
     assert all(torch.equal(stored[f"predictor.{key}"], value.half()) for key, value in averages.items())
-    model, _ = load_directory(folder)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    tokens = load_tokenizer(str(folder), device="cpu").encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    tokenizer = load_tokenizer(str(folder), device="cpu")
+    assert {p.dtype for p in tokenizer.model.parameters()} == {torch.float32}
+    tokens = tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert tokens.codes.dtype == torch.float32
 
 

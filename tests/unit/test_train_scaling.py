@@ -25,10 +25,10 @@ from comit_bench.tokenizers.comit.fast import FastPredictor, run_block
 from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.train import scaling
 from comit_bench.train.config import TrainConfig, load_config
-from comit_bench.train.data import Batch
+from comit_bench.train.data import TrainBatch
 from comit_bench.train.loop import Trainer
 from comit_bench.train.objectives.comit import TrainingModule
-from comit_bench.train.sampling import StepPlan, crop_count, plan_step
+from comit_bench.train.sampling import TrainPlan, crop_count, plan_step
 from comit_bench.train.scaling import block_runner
 from comit_bench.train.setup import make_model, make_teacher
 from comit_bench.train.sharding import whole_copy
@@ -55,7 +55,7 @@ def module(config: TrainConfig) -> TrainingModule:
     return TrainingModule(model, config, None).train()
 
 
-def plan(config: TrainConfig, images: int, crops: int) -> StepPlan:
+def plan(config: TrainConfig, images: int, crops: int) -> TrainPlan:
     """The first step's plan with this many crops; nobody is skipped, so that batch sizes are known."""
     step = next(s for s in range(1000) if crop_count(config.crops, seed=config.seed, step=s) == crops)
     return plan_step(config, step=step, sample_ids=[f"i{n}" for n in range(images)])
@@ -215,7 +215,7 @@ def test_sharded_processes_equal_one_and_either_continues(tmp_path: Path) -> Non
     calls = set()
     for step in (1, 2):
         batch = one.steps[step]
-        assert isinstance(batch, Batch)
+        assert isinstance(batch, TrainBatch)
         whole = [part[0, :, 0] < 0 for part in batch.plan.corners.split(2, dim=1)]
         pieces = [len(part.unique()) for part in whole]  # first two: rank 0, last two: rank 1
         calls |= set(zip(pieces[:2], pieces[2:], strict=True))

@@ -17,7 +17,7 @@ from versions import needs_muon
 
 from comit_bench.errors import BenchError, UsageError
 from comit_bench.train import checkpoint
-from comit_bench.train.config import AnyRun, load_run
+from comit_bench.train.config import AnyRun, load_config
 from comit_bench.train.loop import Stop, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ NAMES = [pytest.param(name, marks=needs_muon if name != "scenes-teacher" else ()
 
 
 def settings(name: str, output: Path, *overrides: str) -> AnyRun:
-    return load_run(name, (*SMALL[name], "steps=6", f"output={output}", *overrides))
+    return load_config(name, (*SMALL[name], "steps=6", f"output={output}", *overrides))
 
 
 def files(trainer: Trainer, step: int) -> dict[str, torch.Tensor]:

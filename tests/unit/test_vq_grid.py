@@ -14,8 +14,9 @@ from torch import Tensor
 from comit_bench.errors import UsageError
 from comit_bench.files import shipped_weights
 from comit_bench.results.schema import TokenizerRow
+from comit_bench.tokenizers.checkpoints import on_meta
 from comit_bench.tokenizers.load import load_tokenizer
-from comit_bench.tokenizers.vq_grid.adapter import build, config_from_spec, save, spec_from_config
+from comit_bench.tokenizers.vq_grid.adapter import config_from_spec, save, spec_from_config
 from comit_bench.tokenizers.vq_grid.model import PRESETS, VqGrid, VqGridSpec
 from comit_bench.train.data import PROBE_VAL_SCENES, paint_scenes
 
@@ -30,17 +31,17 @@ def images(count: int, side: int = 32) -> Tensor:
 
 
 def network(spec: VqGridSpec, seed: int = 0) -> VqGrid:
-    model = build(spec)
+    model = VqGrid(spec)
     model.init_weights(torch.Generator().manual_seed(seed))
     return model
 
 
 def test_the_preset_has_the_promised_size() -> None:
-    model = build(PRESETS["vq-grid-nano"], empty=True)
+    model = on_meta(VqGrid, PRESETS["vq-grid-nano"])
     assert sum(p.numel() for p in model.parameters()) == 491720
     spec = model.spec
     assert (spec.grid, spec.message_length, model.quantizer.vocab_size) == (4, 16, 1000)
-    assert build(spec).quantizer.codes(torch.arange(1000)).abs().max() == 1.0
+    assert VqGrid(spec).quantizer.codes(torch.arange(1000)).abs().max() == 1.0
 
 
 def test_keys_are_a_contract() -> None:
@@ -58,7 +59,7 @@ def test_keys_are_a_contract() -> None:
         want |= {f"{side}.{name}.{part}" for name in names for part in ("weight", "bias")}
         want |= {f"{side}.blocks.{i}.{key}" for i in range(2) for key in block}
         want |= {f"{side}.inner_blocks.0.{key}" for key in block}
-    assert build(PRESETS["vq-grid-nano"], empty=True).state_dict().keys() == want
+    assert on_meta(VqGrid, PRESETS["vq-grid-nano"]).state_dict().keys() == want
 
 
 @pytest.mark.parametrize("spec", [*PRESETS.values(), SMALL])

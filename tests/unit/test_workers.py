@@ -23,7 +23,7 @@ from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError
 from comit_bench.nn.teachers import TeacherFeatures
 from comit_bench.train.config import load_config
-from comit_bench.train.data import Batch, Steps, iterate_steps, open_images
+from comit_bench.train.data import Steps, TrainBatch, iterate_steps, open_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +87,7 @@ def test_images_and_training_steps_need_no_shared_memory(tmp_path: Path) -> None
     here, there = (list(iterate_steps(Steps(config, train), 0, workers=n, pin=False)) for n in (0, 2))
     assert len(here) == len(there) == 3
     for one, other in zip(here, there, strict=True):
-        assert isinstance(one, Batch) and torch.equal(one.images, other.images) and one.ids == other.ids
+        assert isinstance(one, TrainBatch) and torch.equal(one.images, other.images) and one.ids == other.ids
 
 
 def test_keys_are_asked_for_as_they_are_needed() -> None:

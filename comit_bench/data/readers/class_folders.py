@@ -21,7 +21,7 @@ import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from comit_bench.data.digests import file_digests
 from comit_bench.data.labels import (
     read_class_list,
     read_devkit_synsets,
@@ -45,7 +44,7 @@ from comit_bench.data.readers.common import (
     look_for_images,
     stem,
 )
-from comit_bench.data.readers.encoded import contents_of, find_encoded, read_encoded
+from comit_bench.data.readers.encoded import find_encoded, read_encoded
 from comit_bench.data.split import PathList, Split
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation
 from comit_bench.recipes.specs import DatasetSpec, Recipe
@@ -70,22 +69,10 @@ def read_class_folders(
     class_list: Path | None,
     cache: Path,
     progress: bool,
-    contents: bool,
 ) -> Reading:
     """Classes, splits, and id -> what stands where an image should be.
 
-    Args:
-        recipe: The dataset's recipe.
-        folder: Where the dataset was found.
-        class_list: Replaces the recipe's own list of classes.
-        cache: Cache directory, for listings of shards and digests of files.
-        progress: Show progress bars.
-        contents: Look at what the files hold.
-
-    Raises:
-        MissingError: A split, a class or the labels of a flat split are not there.
-        CorruptFileError: A class folder without images, or label files that contradict themselves.
-        UsageError: A class list that cannot be used.
+    ``class_list`` replaces the recipe's own list of classes; ``cache`` is for listings of shards.
     """
     spec = recipe.spec
     if class_list is None and spec.class_list is not None:
@@ -103,31 +90,26 @@ def read_class_folders(
         )
     if not spec.labelled:
         listed = _list_unlabelled(places, progress)
-        return ("image",), *_as_splits(places, listed, cache, progress, contents)
+        return ("image",), *_as_splits(places, listed)
     classes = wanted if wanted is not None else _classes_from(spec, places)
     reader = _ClassFolders(spec, folder, classes, exact=wanted is not None, progress=progress)
     listed = {name: reader.read(name, place) for name, place in places.items() if name not in encoded}
-    splits, missing = _as_splits(places, listed, cache, progress, contents)
+    splits, missing = _as_splits(places, listed)
     for name, source in encoded.items():
-        split = read_encoded(name, source, classes, partial(reader.labels_of_flat, name, places[name]))
-        splits[name] = replace(split, contents=contents_of(split, cache, progress) if contents else ())
+        labels_of_flat = partial(reader.labels_of_flat, name, places[name])
+        splits[name] = read_encoded(name, source, classes, labels_of_flat)
     return classes, {n: splits[n] for n in spec.splits}, missing
 
 
 def _as_splits(
-    places: dict[str, Path], listed: dict[str, Listing], cache: Path, progress: bool, contents: bool
+    places: dict[str, Path], listed: dict[str, Listing]
 ) -> tuple[dict[str, Split], dict[str, str]]:
-    splits: dict[str, Split] = {}
-    missing: dict[str, str] = {}
-    for name, (samples, odd) in listed.items():
-        split = _as_split(name, places[name], samples)
-        files = [sample.file for sample in samples]
-        title = f"contents of {name} (once)"
-        if contents:
-            found = file_digests(places[name], files, cache=cache, title=title, progress=progress)
-            split = replace(split, contents=tuple(found))
-        splits[name] = split
-        missing |= {f"{name}/{file}": f"this is {what}, not a file" for file, what in odd.items()}
+    splits = {name: _as_split(name, places[name], samples) for name, (samples, _) in listed.items()}
+    missing = {
+        f"{name}/{file}": f"this is {what}, not a file"
+        for name, (_, odd) in listed.items()
+        for file, what in odd.items()
+    }
     return splits, missing
 
 
@@ -180,8 +162,6 @@ def _as_split(name: str, place: Path, samples: list[_Sample]) -> Split:
 
 @dataclass(frozen=True, slots=True)
 class _ClassFolders:
-    """The reader for ``<split>/<class>/*`` and ImageNet's flat validation folder."""
-
     spec: DatasetSpec
     folder: Path
     classes: tuple[str, ...]

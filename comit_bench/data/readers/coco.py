@@ -44,11 +44,7 @@ FAR = 0.02  # from the target share of val images: said aloud
 
 
 def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
-    """Annotation file of every split.
-
-    Raises:
-        MissingError: One is not there.
-    """
+    """Annotation file of every split."""
     return {
         name: find_file(spec, folder, f"annotations of {name!r}", files)
         for name, files in spec.splits.items()
@@ -56,11 +52,7 @@ def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
 
 
 def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
-    """Image directory of every split.
-
-    Raises:
-        MissingError: One is not there.
-    """
+    """Image directory of every split."""
     return {
         name: find_directory(spec, folder, f"images of {name!r}", spec.images.get(name, (name,)))
         for name in spec.splits

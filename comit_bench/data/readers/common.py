@@ -27,7 +27,7 @@ def how_to_get(spec: DatasetSpec) -> str:
     return (f" Where it comes from: {source.strip()}" if source else "") + command
 
 
-def how_to_point(spec: DatasetSpec) -> str:
+def _how_to_point(spec: DatasetSpec) -> str:
     """How to say where the data lie, as the end of a message."""
     return (
         f" Pass --data-root DIR, or set {DATA_VARIABLE}=DIR, where DIR is the folder that "
@@ -43,14 +43,16 @@ def find_folder(spec: DatasetSpec, data_root: Path | None) -> Path:
     itself or lies on the way to that place.
     """
     if data_root is None:
-        raise MissingError(f"dataset {spec.name}: no data root is set.{how_to_point(spec)}{how_to_get(spec)}")
+        raise MissingError(
+            f"dataset {spec.name}: no data root is set.{_how_to_point(spec)}{how_to_get(spec)}"
+        )
     folder = data_root / spec.folder
     if folder.is_dir():
         return _tree_around(spec, folder) or folder
     if (tree := _tree_around(spec, data_root)) is not None:
         return tree
     raise MissingError(
-        f"dataset {spec.name}: {folder} is not there.{_hint(spec, data_root)}{how_to_point(spec)}"
+        f"dataset {spec.name}: {folder} is not there.{_hint(spec, data_root)}{_how_to_point(spec)}"
         f"{how_to_get(spec)}"
     )
 
@@ -85,24 +87,22 @@ def _hint(spec: DatasetSpec, data_root: Path) -> str:
 
 def find_file(spec: DatasetSpec, folder: Path, what: str, candidates: Sequence[str]) -> Path:
     """The first of ``candidates`` that is a file."""
-    for candidate in candidates:
-        if (folder / candidate).is_file():
-            return folder / candidate
-    raise MissingError(
-        f"dataset {spec.name}: {folder} has no {what}: looked for {' or '.join(candidates)} there."
-        f"{how_to_point(spec)}{how_to_get(spec)}"
-    )
+    if found := next((folder / name for name in candidates if (folder / name).is_file()), None):
+        return found
+    raise _not_found(spec, folder, what, candidates)
 
 
 def find_directory(spec: DatasetSpec, folder: Path, what: str, candidates: Sequence[str]) -> Path:
     """The first of ``candidates`` that is a directory."""
-    for candidate in candidates:
-        if (folder / candidate).is_dir():
-            return folder / candidate
-    looked = " or ".join(f"{candidate}/" for candidate in candidates)
-    raise MissingError(
-        f"dataset {spec.name}: {folder} has no {what}: looked for {looked} there."
-        f"{how_to_point(spec)}{how_to_get(spec)}"
+    if found := next((folder / name for name in candidates if (folder / name).is_dir()), None):
+        return found
+    raise _not_found(spec, folder, what, [f"{name}/" for name in candidates])
+
+
+def _not_found(spec: DatasetSpec, folder: Path, what: str, looked: Sequence[str]) -> MissingError:
+    return MissingError(
+        f"dataset {spec.name}: {folder} has no {what}: looked for {' or '.join(looked)} there."
+        f"{_how_to_point(spec)}{how_to_get(spec)}"
     )
 
 
@@ -125,15 +125,10 @@ def check_file(name: object) -> str:
     return str(name)
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder is to be passed over."""
-    return name.startswith(".")
-
-
 def folders(directory: Path) -> list[str]:
     """Names of the folders directly in ``directory``, sorted."""
     with os.scandir(directory) as entries:
-        return sorted(e.name for e in entries if not hidden(e.name) and _is_folder(e))
+        return sorted(e.name for e in entries if not e.name.startswith(".") and _is_folder(e))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -143,9 +138,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def images(directory: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
+def images(directory: Path) -> list[str]:
     """Names of the image files directly in ``directory``, see :func:`look_for_images`."""
-    return look_for_images(directory, suffixes)[0]
+    return look_for_images(directory)[0]
 
 
 def look_for_images(
@@ -160,7 +155,7 @@ def look_for_images(
     odd: dict[str, str] = {}
     with os.scandir(directory) as entries:
         for entry in entries:
-            if hidden(entry.name) or suffix(entry.name).lower() not in suffixes:
+            if entry.name.startswith(".") or suffix(entry.name).lower() not in suffixes:
                 continue
             what = None if entry.is_file(follow_symlinks=False) else why_no_file(entry.path)
             if what is None:

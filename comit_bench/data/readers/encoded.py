@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -29,19 +30,32 @@ _OFFICIAL = re.compile(r"ILSVRC2012_val_\d{8}")
 HUB_SPLITS = {"train": ("train",), "val": ("validation", "val", "valid")}
 
 
+class Encoded(Protocol):
+    """A list of encoded images: :class:`TarImages`, :class:`HfImages`."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Unique names, sorted."""
+
+    def read(self, index: int) -> bytes:
+        """Content of an image file. Raises CorruptFileError if there is none, MissingError if it is gone."""
+
+    def where(self, index: int) -> str:
+        """What messages call it."""
+
+    def digests(self, index: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
+        """sha256 of some of the files; read once, see ``comit_bench.data.digests``."""
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedPaths(Sequence[Path]):
-    """Images inside archives, in the order of a split.
+    """Some images of an archive; items are names for messages, :meth:`read` gives the content."""
 
-    Items are names for messages; :meth:`read` gives the content.
-    """
-
-    __slots__ = ("_rows", "_source")
-
-    def __init__(self, source: Any, rows: tuple[int, ...]) -> None:
-        self._source, self._rows = source, rows
+    source: Encoded
+    positions: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.positions)
 
     @overload
     def __getitem__(self, index: int) -> Path: ...
@@ -49,111 +63,58 @@ class EncodedPaths(Sequence[Path]):
     def __getitem__(self, index: slice) -> EncodedPaths: ...
     def __getitem__(self, index: int | slice) -> Path | EncodedPaths:
         if isinstance(index, slice):
-            return EncodedPaths(self._source, self._rows[index])
-        return Path(self._source.where(self._rows[index]))
+            return EncodedPaths(self.source, self.positions[index])
+        return Path(self.source.where(self.positions[index]))
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises CorruptFileError when there is none, MissingError when it vanished."""
-        content: bytes = self._source.read(self._rows[index])
-        return content
+        """The encoded image; raises as :meth:`Encoded.read`."""
+        return self.source.read(self.positions[index])
 
-    def take(self, rows: Sequence[int]) -> EncodedPaths:
+    def take(self, index: Sequence[int]) -> EncodedPaths:
         """Some of the images, in this order."""
-        return EncodedPaths(self._source, tuple(self._rows[row] for row in rows))
+        return EncodedPaths(self.source, tuple(self.positions[i] for i in index))
 
     def digests(self, cache: Path, *, title: str, progress: bool) -> list[bytes]:
-        """sha256 of every image; read once, see ``comit_bench.data.digests``."""
-        found: list[bytes] = self._source.digests(self._rows, cache=cache, title=title, progress=progress)
-        return found
+        """sha256 of every image."""
+        return self.source.digests(self.positions, cache=cache, title=title, progress=progress)
 
 
-def contents_of(split: Split, cache: Path, progress: bool) -> tuple[bytes, ...]:
-    """sha256 of every image of a split that lies in an archive."""
-    title = f"contents of {split.name} (once)"
-    return tuple(split.paths.digests(cache, title=title, progress=progress))  # type: ignore[attr-defined]
-
-
-def _in_folders(spec: DatasetSpec, folder: Path, name: str) -> bool:
-    """Whether a directory of the split holds class folders or images."""
-    for candidate in spec.splits[name]:
-        place = folder / candidate
+def find_archive(spec: DatasetSpec, folder: Path, name: str) -> list[Path]:
+    """The shards of a split, or the one directory of a hub copy; nothing when it lies in folders."""
+    for place in (folder / candidate for candidate in spec.splits[name]):
         if place.is_dir() and (folders(place) or images(place)):
-            return True
-    return False
-
-
-def _shards(spec: DatasetSpec, folder: Path, name: str) -> list[Path]:
-    """Shards of the first pattern that some files fit."""
+            return []
     for pattern in spec.shards.get(name, ()):
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if found:
-            return found
-    return []
+        if shards := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return shards
+    return [folder / copy for copy in spec.hub_copies if (folder / copy).is_dir()][:1]
 
 
-def _hub_copy(spec: DatasetSpec, folder: Path) -> Path | None:
-    return next((folder / place for place in spec.hub_copies if (folder / place).is_dir()), None)
-
-
-def has_encoded(spec: DatasetSpec, folder: Path, name: str) -> bool:
-    """Whether a split that is not in folders lies in shards or a hub copy."""
-    if _in_folders(spec, folder, name):
-        return False
-    return bool(_shards(spec, folder, name)) or _hub_copy(spec, folder) is not None
-
-
-def find_encoded(spec: DatasetSpec, folder: Path, cache: Path) -> dict[str, Any]:
-    """Split -> its archive, for the splits that no folder holds.
-
-    Raises:
-        MissingError: The library for hub copies is not installed.
-        CorruptFileError: A shard is damaged.
-    """
-    found: dict[str, Any] = {}
+def find_encoded(spec: DatasetSpec, folder: Path, cache: Path) -> dict[str, Encoded]:
+    """Split -> its archive, for the splits that no folder holds."""
+    found: dict[str, Encoded] = {}
     for name in spec.splits:
-        if not has_encoded(spec, folder, name):
-            continue
-        if shards := _shards(spec, folder, name):
-            found[name] = TarImages(shards, cache=cache)
-        else:
-            found[name] = _HubImages(_hub_copy(spec, folder), name)
+        archive = find_archive(spec, folder, name)
+        if archive and archive[0].is_dir():
+            found[name] = _open_hub_copy(archive[0], name)
+        elif archive:
+            found[name] = TarImages(archive, cache=cache)
     return found
 
 
-class _HubImages:
-    """One split of a hub copy, with the ``label`` column beside the images."""
-
-    def __init__(self, folder: Path | None, name: str) -> None:
-        assert folder is not None
-        splits = open_splits(str(folder))
-        split = next((s for s in HUB_SPLITS.get(name, (name,)) if s in splits), None)
-        if split is None:
-            raise CorruptFileError(f"{folder}: has no split {name!r}, only {few(splits)}")
-        rows = splits[split]
-        self._images = HfImages(rows, source=str(folder), split=split)
-        self.ids = self._images.ids
-        self.labels: list[int] | None = None
-        if "label" in rows.column_names:
-            # HfImages sorts by id; ids with a row number end in it, named ones are told by their name.
-            plain = [f"{split}/{row:08d}" for row in range(len(rows))]
-            if self.ids == tuple(sorted(plain)):
-                self.labels = [int(label) for label in rows.select_columns(["label"])[:]["label"]]
-
-    def where(self, index: int) -> str:
-        return self._images.where(index)
-
-    def read(self, index: int) -> bytes:
-        return self._images.read(index)
-
-    def digests(self, rows: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
-        return self._images.digests(rows, cache=cache, title=title, progress=progress)
+def _open_hub_copy(folder: Path, name: str) -> HfImages:
+    splits = open_splits(str(folder))
+    split = next((s for s in HUB_SPLITS.get(name, (name,)) if s in splits), None)
+    if split is None:
+        raise CorruptFileError(f"{folder}: has no split {name!r}, only {few(splits)}")
+    return HfImages(splits[split], source=str(folder), split=split)
 
 
-def _class_by_label(source: Any) -> Callable[[int], str | None]:
-    """Row -> wnid by the label column of a hub copy."""
-    labels = getattr(source, "labels", None)
+def _class_by_label(source: Encoded) -> Callable[[int], str | None]:
+    """Position -> wnid by the label column of a hub copy."""
+    labels = source.labels if isinstance(source, HfImages) else None
     if labels is None:
-        return lambda row: None
+        return lambda index: None
     from timm.data.imagenet_info import ImageNetInfo
 
     names: Any = ImageNetInfo()
@@ -163,28 +124,25 @@ def _class_by_label(source: Any) -> Callable[[int], str | None]:
             f"{source.where(0)}: labels reach from {min(labels)} to {max(labels)}; those of ImageNet-1k "
             "go from 0 to 999"
         )
-    return lambda row: wnids[labels[row]]
+    return lambda index: wnids[labels[index]]
 
 
 def read_encoded(
     name: str,
-    source: Any,
+    source: Encoded,
     classes: tuple[str, ...],
     official: Callable[[], Callable[[str], str | None]],
 ) -> Split:
-    """One split from an archive; its contents are not read yet.
+    """One split from an archive; images of other classes are left out, and nothing is read yet.
 
-    Args:
-        name: The split.
-        source: Has ``ids``, ``read`` and ``where``.
-        classes: The class list; images of other classes are left out.
-        official: Called when an official validation name turns up; gives the function from names to classes.
+    ``official`` is called when an official validation name turns up; it gives the function from names to
+    classes.
     """
     labels = {c: i for i, c in enumerate(classes)}
     by_label = _class_by_label(source)
     by_name: Callable[[str], str | None] | None = None
     found: list[tuple[str, int, int]] = []
-    for row, full in enumerate(source.ids):
+    for index, full in enumerate(source.ids):
         plain = _TAIL.sub("", stem(full.rsplit("/", 1)[-1]))
         match = _WNID.search(full)
         class_name = match[1] if match else None
@@ -192,15 +150,15 @@ def read_encoded(
             by_name = by_name or official()
             class_name = by_name(plain)
         if class_name is None:
-            class_name = by_label(row)
+            class_name = by_label(index)
         if class_name is None:
             raise UnsupportedOperation(
-                f"{source.where(row)}: its class cannot be told. Expected a wnid in the name (n01440764/..., "
-                "n01440764_10026.jpg), an official validation name with label files beside, or a hub copy "
-                "with a label column. Unpack the images into class folders."
+                f"{source.where(index)}: its class cannot be told. Expected a wnid in the name "
+                "(n01440764/..., n01440764_10026.jpg), an official validation name with label "
+                "files beside, or a hub copy with a label column. Unpack the images into class folders."
             )
         if class_name in labels:
-            found.append((f"{class_name}/{plain}", row, labels[class_name]))
+            found.append((f"{class_name}/{plain}", index, labels[class_name]))
     found.sort()
     ids = tuple(entry[0] for entry in found)
     if len(set(ids)) < len(ids):

@@ -172,7 +172,7 @@ def find_image_column(features: Mapping[str, Any], wanted: str | None, source: s
 
 
 class HfImages:
-    """The images of one split as bytes, sorted by id.
+    """The images of one split as bytes, sorted by id, and where ids are row numbers the column ``label``.
 
     Args:
         dataset: A ``datasets.Dataset``.
@@ -201,7 +201,8 @@ class HfImages:
         if len(dataset) == 0:
             raise UsageError(f"{self.name}: no rows")
         self.column = find_image_column(dataset.features, image_key, self.name)
-        ids = self._ids_from(dataset, id_key) if id_key is not None else self._ids_of(dataset, split)
+        numbers = [f"{split or 'row'}/{row:08d}" for row in range(len(dataset))]
+        ids = self._ids_from(dataset, id_key) if id_key is not None else self._ids_of(dataset, numbers)
         rows = dataset.select_columns([self.column])
         if isinstance(dataset.features[self.column], Image):
             rows = rows.cast_column(self.column, Image(decode=False))
@@ -209,6 +210,10 @@ class HfImages:
         order = sorted(range(len(ids)), key=ids.__getitem__)
         self.ids = tuple(ids[i] for i in order)
         self._order = np.array(order, dtype=np.int64)
+        self.labels: list[int] | None = None
+        if ids == numbers and "label" in dataset.column_names:
+            labels = dataset.select_columns(["label"])[:]["label"]
+            self.labels = [labels[i] for i in order]
 
     def _ids_from(self, dataset: Any, key: str) -> list[str]:
         names = dataset.column_names
@@ -225,9 +230,8 @@ class HfImages:
             seen.add(name)
         return ids
 
-    def _ids_of(self, dataset: Any, split: str) -> list[str]:
+    def _ids_of(self, dataset: Any, numbers: list[str]) -> list[str]:
         """File names where the set stores them, else row numbers."""
-        numbers = [f"{split or 'row'}/{row:08d}" for row in range(len(dataset))]
         try:  # only the names are read from the mapped files, not the images
             chunks = dataset.with_format("arrow").data.column(self.column).chunks
             paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
@@ -275,9 +279,9 @@ class HfImages:
             raise CorruptFileError(f"{self.where(index)}: the row holds no image")
         return bytes(content)
 
-    def digests(self, rows: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
-        """sha256 of the images of some rows, read once as long as the files of the set stay as they are."""
-        order = [int(self._order[row]) for row in rows]
+    def digests(self, index: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
+        """sha256 of some images, read once as long as the files of the set stay as they are."""
+        order = [int(self._order[i]) for i in index]
         more: dict[str, Any] = {"cache": cache, "title": title, "progress": progress}
         names = self._named_files()
         if names is not None:
@@ -285,7 +289,7 @@ class HfImages:
         files = [Path(entry["filename"]) for entry in self._rows.cache_files]
         state = state_of_files(files) if files else None  # a set that lives in memory is read every time
         parts = [f"{self.column}/{i}" for i in order]
-        return part_digests(self.name, state, parts, lambda i: self._held(rows[i]), threads=1, **more)
+        return part_digests(self.name, state, parts, lambda part: self._held(index[part]), threads=1, **more)
 
     def _held(self, index: int) -> bytes:
         """The encoded image; nothing where the row holds none."""

@@ -30,25 +30,12 @@ MASKS = ("ground_truth_mask", "ground_truth")
 PHOTOS = frozenset({".jpg", ".jpeg"})
 
 
-def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
-    """No annotation files: the folders themselves are listed, see :func:`places`.
-
-    Raises:
-        MissingError: A folder of images is not there.
-    """
-    return {
+def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
+    """Directories of images (``<split>``) and of masks (``<split> masks``)."""
+    found = {
         name: find_directory(spec, folder, f"images of {name!r}", candidates)
         for name, candidates in spec.splits.items()
     }
-
-
-def places(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
-    """Directories of images (``<split>``) and of masks (``<split> masks``).
-
-    Raises:
-        MissingError: One is not there.
-    """
-    found = sources(spec, folder)
     for name in spec.splits:
         candidates = spec.labels.get(name, MASKS)
         together = [] if any((folder / c).is_dir() for c in candidates) else _if_together(found[name])

@@ -27,25 +27,23 @@ import re
 import sys
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from hashlib import sha256
-from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from comit_bench.data.digests import part_digests, state_of_files
 from comit_bench.data.readers.common import EXTENSIONS
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
-from comit_bench.files import user_path, write_atomic
+from comit_bench.files import locked, require_folder, user_path, write_atomic
 from comit_bench.recipes.reading import read_json
 
 FORMAT = 1
@@ -247,26 +245,6 @@ def _cached(path: Path, cache: Path) -> TarIndex | None:
         return None
 
 
-@contextmanager
-def _alone(folder: Path, shards: Sequence[Path]) -> Iterator[bool]:
-    """One process lists these shards, the others wait for it. False: the cache cannot be written."""
-    key = sha256("\0".join(map(str, shards)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f".{key}.lock")
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        _log.warning(
-            "%s: cannot keep the listing of the shards (%s); it is made anew next time", folder, error
-        )
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
 def _list_one(path: Path, cache: Path, keep: bool) -> TarIndex:
     known = _cached(path, cache)  # another process may have finished it meanwhile
     if known is not None:
@@ -276,6 +254,15 @@ def _list_one(path: Path, cache: Path, keep: bool) -> TarIndex:
         content = {"format": FORMAT, "path": _printable(str(path.resolve())), **asdict(index)}
         write_atomic(_place(path, cache), json.dumps(content, separators=(",", ":")))
     return index
+
+
+def _can_keep(folder: Path) -> bool:
+    try:
+        require_folder(folder)
+    except BenchError as error:
+        _log.warning("the listing of the shards cannot be kept, it is made anew next time: %s", error)
+        return False
+    return True
 
 
 def index_shards(shards: Sequence[Path], cache: Path) -> list[TarIndex]:
@@ -293,7 +280,11 @@ def index_shards(shards: Sequence[Path], cache: Path) -> list[TarIndex]:
     known = [_cached(path, cache) for path in shards]
     stale = [path for path, index in zip(shards, known, strict=True) if index is None]
     if stale:
-        with _alone(cache / "tar-index", stale) as keep, ThreadPoolExecutor(THREADS) as pool:
+        folder = cache / "tar-index"
+        key = sha256("\0".join(map(str, stale)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        keep = _can_keep(folder)
+        lock = locked(folder / f".{key}.lock", "listing these shards") if keep else nullcontext()
+        with lock, ThreadPoolExecutor(THREADS) as pool:
             jobs = [pool.submit(_list_one, path, cache, keep) for path in stale]
             try:
                 bar = tqdm(jobs, "listing shards", delay=1.0, leave=False, disable=None)
@@ -371,57 +362,44 @@ class TarImages:
         """Shard and id of an image, for messages."""
         return f"{self.shards[int(self._shard[index])]}: {self.ids[index]}"
 
-    def size(self, index: int) -> int:
-        """Bytes of the encoded image."""
-        return int(self._size[index])
-
-    def digests(self, rows: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
+    def digests(self, index: Sequence[int], *, cache: Path, title: str, progress: bool) -> list[bytes]:
         """sha256 of some images, read once as long as their shard stays as it is."""
         found: dict[int, bytes] = {}
         by_shard: dict[int, list[int]] = defaultdict(list)
-        for row in rows:
-            by_shard[int(self._shard[row])].append(row)
+        for i in index:
+            by_shard[int(self._shard[i])].append(i)
         for number, inside in by_shard.items():
             path = self.shards[number]
-            parts = [f"{self._offset[row]}+{self._size[row]}" for row in inside]
             values = part_digests(
                 str(path.resolve()),
                 state_of_files([path]),
-                parts,
-                lambda i, inside=inside: self.read(inside[i]),  # type: ignore[misc]
+                [f"{self._offset[i]}+{self._size[i]}" for i in inside],
+                lambda part, inside=inside: self.read(inside[part]),  # type: ignore[misc]
                 cache=cache,
                 title=title,
                 progress=progress,
             )
             found |= dict(zip(inside, values, strict=True))
-        return [found[row] for row in rows]
+        return [found[i] for i in index]
 
     def read(self, index: int) -> bytes:
         """The encoded image."""
         number = int(self._shard[index])
         path, size = self.shards[number], int(self._size[index])
         try:
-            with path.open("rb", buffering=0) as stream:
+            with path.open("rb") as stream:
                 now = os.fstat(stream.fileno())
                 if (now.st_size, now.st_mtime_ns) != self._states[number]:
                     raise BenchError(f"{path}: was changed while it was in use. Start the command again.")
                 stream.seek(int(self._offset[index]))
-                return _read_exactly(stream, size, path)
+                content = stream.read(size)
         except FileNotFoundError as error:
             raise MissingError(f"{path}: no such shard. The data changed after they were listed.") from error
         except OSError as error:
             raise BenchError(f"{path}: cannot read: {error.strerror or error}") from error
-
-
-def _read_exactly(stream: FileIO, size: int, path: Path) -> bytes:
-    parts = []
-    while size > 0:
-        part = stream.read(size)
-        if not part:
+        if len(content) < size:
             raise BenchError(f"{path}: ends too early. Replace it by an intact copy.")
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+        return content
 
 
 def _choose(path: Path, index: TarIndex, image_key: str | None) -> tuple[list[int], int]:

@@ -52,11 +52,7 @@ SYNSET = re.compile(r"[^\s'\",\[\]]+\.[a-z]\.\d+")  # shirt.n.01
 
 
 def sources(spec: DatasetSpec, folder: Path) -> dict[str, Path]:
-    """Annotation files, alias files that exist, and lists of ids when the recipe names some.
-
-    Raises:
-        MissingError: One that is needed is not there.
-    """
+    """Annotation files, alias files that exist, and lists of ids when the recipe names some."""
     found = {}
     for what, names in FILES.items():
         candidates = spec.labels.get(what, names)
@@ -108,8 +104,7 @@ class _Words:
         """The number of a text; -1 for an empty one. ``synsets`` are what the file says of it there."""
         found = self.raw.get(text)
         if found is None:
-            plain = normalise(text)
-            plain = self.aliases.get(plain, plain)
+            plain = _canonical(text, self.aliases)
             found = self.number.setdefault(plain, len(self.number)) if plain else -1
             self.raw[text] = found
         if synsets and (named := SYNSET.search(str(synsets))):
@@ -311,11 +306,11 @@ def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manif
     manifest = Manifest(
         "relations", tuple(texts[i] for i in words), tuple(verb_texts[i] for i in verbs), splits, notes
     )
-    verify(manifest, str(found["relationships"]))
+    verify(spec, manifest, str(found["relationships"]))
     return manifest
 
 
-def verify(manifest: Manifest, where: str) -> None:
+def verify(spec: DatasetSpec, manifest: Manifest, where: str) -> None:
     """Check from the samples alone that no id is in two splits and that every sample has a relation.
 
     One photograph under two ids is found later, by what its files hold.
@@ -400,9 +395,6 @@ def regions(
 
     Returns:
         Image id -> first occurrences that pass the area filter, in the order asked for.
-
-    Raises:
-        MissingError: An annotation file is not there. CorruptFileError: It is not one.
     """
     found = sources(spec, folder)
     pictures = _images(found["image_data"])

@@ -12,17 +12,22 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from comit_bench.errors import UsageError
-from comit_bench.files import SAY_AFTER, try_lock
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.files import SAY_AFTER, digest_json, sweep, try_lock, write_atomic
+from comit_bench.recipes.reading import read_json
 
+FORMAT_VERSION = 1
+STALE_SECONDS = 3600.0  # a temporary file this old belongs to a process that was killed
 POLL = 0.2  # seconds between two looks at what others are doing
 Array = NDArray[Any]
 _log = logging.getLogger(__name__)
@@ -38,7 +43,15 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardLayout(Protocol):
-    """What a store's shards look like."""
+    """Shape of a store; a dataclass of plain values, a part of the store's key."""
+
+    @property
+    def count(self) -> int:
+        """Rows of the store."""
+
+    @property
+    def shard_size(self) -> int:
+        """Rows per shard."""
 
     @property
     def optional(self) -> frozenset[str]:
@@ -46,62 +59,6 @@ class ShardLayout(Protocol):
 
     def shapes(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
         """Type and shape of every tensor a shard of ``rows`` rows may hold."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """Shape of a store: ``n`` messages of K tokens. A part of its key.
-
-    Attributes:
-        count: Number of messages, n.
-        message_length: Tokens per message, K.
-        vocab_size: Number of distinct ids, or None for continuous codes.
-        code_dim: Length of a code vector, d.
-        shard_size: Rows per shard.
-    """
-
-    count: int
-    message_length: int
-    vocab_size: int | None
-    code_dim: int
-    shard_size: int
-
-    def __post_init__(self) -> None:
-        for name, least in (("count", 0), ("message_length", 1), ("code_dim", 1), ("shard_size", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"token store: {name} {getattr(self, name)} must be at least {least}")
-        if self.vocab_size is not None:
-            id_dtype(self.vocab_size)
-
-    @property
-    def optional(self) -> frozenset[str]:
-        """Tensors that may be absent."""
-        return frozenset({"offsets"})
-
-    @property
-    def payload(self) -> str:
-        """Name of the main tensor: ``ids`` or ``codes``."""
-        return "codes" if self.vocab_size is None else "ids"
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Stored type of the main tensor."""
-        return np.dtype(np.float32) if self.vocab_size is None else id_dtype(self.vocab_size)
-
-    def shapes(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-        """Type and shape of every tensor a shard of ``rows`` rows may hold."""
-        tail = (self.message_length, self.code_dim) if self.vocab_size is None else (self.message_length,)
-        return {
-            self.payload: (self.dtype, (rows, *tail)),
-            "offsets": (np.dtype(np.float32), (rows, 2)),
-            "valid": (np.dtype(np.uint8), (rows,)),
-        }
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the main tensor over all shards; what a plan prints as the cache size."""
-        dtype, shape = self.shapes(self.count)[self.payload]
-        return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +83,7 @@ def shard_bytes(tensors: dict[str, Array], broken: Mapping[int, str], *, store: 
     """Content of a shard's file.
 
     Args:
-        tensors: What :meth:`Layout.shapes` lists, C-contiguous; ``offsets`` may be absent.
+        tensors: What :meth:`ShardLayout.shapes` lists, C-contiguous.
         broken: Row of the store -> why its image could not be read.
         store: Digest of the store it belongs to.
         shard: Its number there.
@@ -153,8 +110,6 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
 
     ImageNet has 1,252 shards, and a process may often open no more than 1,024 files.
     """
-    import torch
-
     size = path.stat().st_size
     if size < 8:
         raise ValueError("the file is truncated")
@@ -184,16 +139,8 @@ def _parse(data: NDArray[np.uint8]) -> tuple[dict[str, str], dict[str, Array]]:
     return metadata, tensors
 
 
-def read_shard(path: Path, layout: ShardLayout, rows: int, *, store: str, shard: int, check: bool) -> Shard:
-    """Map one shard and compare it with what it should be.
-
-    Args:
-        path: Its file.
-        layout: Shape of the store.
-        rows: Rows the shard should have.
-        store: Digest of the store it should belong to.
-        shard: The number it should have.
-        check: Whether to compute the checksum.
+def _read_shard(path: Path, layout: ShardLayout, rows: int, *, store: str, shard: int, check: bool) -> Shard:
+    """Map one shard and compare it with what it should be, its checksum only with ``check``.
 
     Raises:
         ValueError: Damaged in any way.
@@ -216,6 +163,116 @@ def read_shard(path: Path, layout: ShardLayout, rows: int, *, store: str, shard:
     except (LookupError, TypeError, AttributeError) as error:  # a header that is JSON of another form
         raise ValueError(f"its header is damaged: {error!r}") from error
     return Shard(tensors, broken)
+
+
+L = TypeVar("L", bound=ShardLayout)
+
+
+class ShardStore(Generic[L]):
+    """Shards in a directory that is named by the digest of its key; shards that were read stay mapped.
+
+    ``<root>/<digest[:2]>/<digest>/`` holds ``key.json`` and ``shard-NNNNNN.safetensors``.
+
+    Args:
+        root: Where all stores of a kind lie.
+        key: Everything that can change a number, as plain JSON values; the layout is added to it.
+        layout: Shape of the store.
+        check: Whether checksums are verified at the first use of a shard.
+
+    Raises:
+        CorruptFileError: ``key.json`` is not that of this store.
+    """
+
+    what: ClassVar[str]  # completes "damaged part of the ..."
+    absent: ClassVar[str]  # what is said of a shard that is not there
+
+    def __init__(self, root: Path, key: Mapping[str, object], layout: L, *, check: bool) -> None:
+        values: Any = layout
+        payload = {"format": FORMAT_VERSION, "key": dict(key), "layout": asdict(values)}
+        self.digest = digest_json(payload).removeprefix("sha256:")
+        self.directory = root / self.digest[:2] / self.digest
+        self.layout, self.check = layout, check
+        self._shards: dict[int, Shard] = {}
+        _check_key(self.directory / "key.json", json.loads(json.dumps(payload)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": {}}  # another process maps the files itself
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of the complete store."""
+        return -(-self.layout.count // self.layout.shard_size)
+
+    def shard_path(self, shard: int) -> Path:
+        """File of a shard."""
+        return self.directory / f"shard-{shard:06d}{self._tag(shard)}.safetensors"
+
+    def _tag(self, shard: int) -> str:
+        """What a shard's name says of its rows."""
+        return ""
+
+    def shard_range(self, shard: int) -> range:
+        """Rows of a shard."""
+        if not 0 <= shard < self.num_shards:
+            raise IndexError(f"shard {shard} is outside 0..{self.num_shards - 1}")
+        start = shard * self.layout.shard_size
+        return range(start, min(self.layout.count, start + self.layout.shard_size))
+
+    def remove_stale(self) -> None:
+        """Remove the temporary files that killed processes left, of any version."""
+        sweep(self.directory)
+        now = time.time()
+        for path in self.directory.glob(".shard-*.part"):
+            with suppress(OSError):  # finished or removed by its owner meanwhile, or not ours to remove
+                if now - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
+
+    def _write(self, shard: int, tensors: dict[str, Array], broken: Mapping[int, str]) -> None:
+        content = shard_bytes(tensors, broken, store=f"{self.digest}{self._tag(shard)}", shard=shard)
+        write_atomic(self.shard_path(shard), content)
+        self._shards.pop(shard, None)
+
+    def _shard(self, shard: int) -> Shard:
+        """A shard; raises MissingError or CorruptFileError."""
+        if shard not in self._shards:
+            try:
+                self._load(shard, check=self.check)
+            except FileNotFoundError as error:
+                raise MissingError(f"{self.shard_path(shard)}: {self.absent}") from error
+        return self._shards[shard]
+
+    def _load(self, shard: int, *, check: bool) -> None:
+        path, rows = self.shard_path(shard), len(self.shard_range(shard))
+        store = f"{self.digest}{self._tag(shard)}"
+        try:
+            self._shards[shard] = _read_shard(path, self.layout, rows, store=store, shard=shard, check=check)
+        except (ValueError, RuntimeError) as error:  # RuntimeError: torch could not map it
+            raise CorruptFileError(
+                f"{path}: damaged part of the {self.what} ({error}). "
+                "Remove the file, or run the same command again, to rebuild it."
+            ) from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise BenchError(f"{path}: cannot read: {error.strerror}") from error
+
+
+def _check_key(path: Path, payload: dict[str, Any]) -> None:
+    """Write ``key.json``, or compare it when it exists."""
+    if not path.exists():
+        write_atomic(path, json.dumps(payload, indent=2, sort_keys=True) + "\n")
+        return
+    try:
+        found = read_json(path)
+    except BenchError as error:
+        raise CorruptFileError(
+            f"{path}: cannot be read ({error}). Remove its folder and run the same command again."
+        ) from error
+    if found != payload:
+        raise CorruptFileError(
+            f"{path}: describes other content than the folder's name says. "
+            "Remove the folder and run the same command again."
+        )
 
 
 class SharedWork:

@@ -21,27 +21,21 @@ that want the same shards at the same time divide them (``SharedWork`` there).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comit_bench.data.tokens.shards import Array, Layout, Shard, read_shard, shard_bytes
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UnsupportedOperation, UsageError
-from comit_bench.files import digest_json, private_folder, require_room, sweep, write_atomic
-from comit_bench.recipes.reading import read_json
+from comit_bench.data.tokens.shards import Array, ShardStore, id_dtype
+from comit_bench.errors import CorruptFileError, UnsupportedOperation, UsageError
+from comit_bench.files import private_folder, require_room
 
-FORMAT_VERSION = 1
-STALE_SECONDS = 3600.0  # a temporary file this old belongs to a process that was killed
-
-Rows = Sequence[int] | NDArray[np.integer[Any]]
+Index = Sequence[int] | NDArray[np.integer[Any]]
 
 _log = logging.getLogger(__name__)
 
@@ -63,23 +57,88 @@ class Messages:
     valid: NDArray[np.bool_]
 
 
-@dataclass(slots=True, eq=False)
-class TokenStore:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLayout:
+    """Shape of a store: ``n`` messages of K tokens. A part of its key.
+
+    Attributes:
+        count: Number of messages, n.
+        message_length: Tokens per message, K.
+        vocab_size: Number of distinct ids, or None for continuous codes.
+        code_dim: Length of a code vector, d.
+        shard_size: Rows per shard.
+    """
+
+    count: int
+    message_length: int
+    vocab_size: int | None
+    code_dim: int
+    shard_size: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("count", 0), ("message_length", 1), ("code_dim", 1), ("shard_size", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"token store: {name} {getattr(self, name)} must be at least {least}")
+        if self.vocab_size is not None:
+            id_dtype(self.vocab_size)
+
+    @property
+    def optional(self) -> frozenset[str]:
+        return frozenset({"offsets"})
+
+    @property
+    def payload(self) -> str:
+        """Name of the main tensor: ``ids`` or ``codes``."""
+        return "codes" if self.vocab_size is None else "ids"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Stored type of the main tensor."""
+        return np.dtype(np.float32) if self.vocab_size is None else id_dtype(self.vocab_size)
+
+    def shapes(self, rows: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """As :class:`ShardLayout`: the main tensor, ``offsets`` and ``valid``."""
+        tail = (self.message_length, self.code_dim) if self.vocab_size is None else (self.message_length,)
+        return {
+            self.payload: (self.dtype, (rows, *tail)),
+            "offsets": (np.dtype(np.float32), (rows, 2)),
+            "valid": (np.dtype(np.uint8), (rows,)),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the main tensor over all shards; what a plan prints as the cache size."""
+        dtype, shape = self.shapes(self.count)[self.payload]
+        return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+class TokenStore(ShardStore[TokenLayout]):
     """Messages of one tokenizer on one split under one protocol; make it with :meth:`open`.
 
     Every shard's checksum is verified once per open, at its first use; :meth:`missing_shards` verifies
     all that exist and removes corrupt ones, so that exactly these are computed again.
     """
 
-    directory: Path
-    digest: str
-    layout: Layout
-    verify_checksums: bool = True
-    mark: Callable[[int], str] | None = None
-    _tags: dict[int, str] = field(default_factory=dict)
-    _shards: dict[int, Shard] = field(default_factory=dict)
-    _swept: bool = False
-    _since: int = 0
+    what = "token store"
+    absent = (
+        "this part of the token store has not been computed. "
+        "Run the same command again; only missing parts are computed."
+    )
+
+    def __init__(
+        self,
+        root: Path,
+        key: Mapping[str, object],
+        layout: TokenLayout,
+        *,
+        check: bool,
+        mark: Callable[[int], str] | None,
+    ) -> None:
+        super().__init__(root / "tokens", key, layout, check=check)
+        self.mark = mark
+        self._tags: dict[int, str] = {}
+        self._swept = False
+        self._since = 0
 
     @classmethod
     def open(
@@ -112,32 +171,19 @@ class TokenStore:
             CorruptFileError: ``key.json`` holds something else than ``key``.
             UsageError: Impossible sizes.
         """
-        layout = Layout(
+        layout = TokenLayout(
             count=count,
             message_length=message_length,
             vocab_size=vocab_size,
             code_dim=code_dim,
             shard_size=shard_size,
         )
-        payload = {"format": FORMAT_VERSION, "key": dict(key), "layout": asdict(layout)}
-        digest = digest_json(payload).removeprefix("sha256:")
-        directory = root / "tokens" / digest[:2] / digest
-        check_key(directory / "key.json", json.loads(json.dumps(payload)))
-        return cls(directory, digest, layout, verify, mark)
+        return cls(root, key, layout, check=verify, mark=mark)
 
     @property
     def count(self) -> int:
         """Number of messages, n."""
         return self.layout.count
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards of the complete store."""
-        return -(-self.layout.count // self.layout.shard_size)
-
-    def shard_path(self, shard: int) -> Path:
-        """File of a shard."""
-        return self.directory / f"shard-{shard:06d}{self._tag(shard)}.safetensors"
 
     def _tag(self, shard: int) -> str:
         """What the marks of a shard's rows add to its name."""
@@ -148,13 +194,6 @@ class TokenStore:
             self._tags[shard] = f"-{hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
         return self._tags[shard]
 
-    def shard_range(self, shard: int) -> range:
-        """Rows of a shard."""
-        if not 0 <= shard < self.num_shards:
-            raise IndexError(f"shard {shard} is outside 0..{self.num_shards - 1}")
-        start = shard * self.layout.shard_size
-        return range(start, min(self.layout.count, start + self.layout.shard_size))
-
     def missing_shards(self) -> list[int]:
         """Numbers of the shards still to be written.
 
@@ -163,8 +202,8 @@ class TokenStore:
         """
         if not self._swept:
             self._swept = True
-            remove_stale(self.directory)
-            self.verify(checksums=self.verify_checksums)
+            self.remove_stale()
+            self.verify(checksums=self.check)
         present = {entry.name for entry in os.scandir(self.directory)}
         return [
             shard
@@ -178,11 +217,7 @@ class TokenStore:
         return not self.missing_shards()
 
     def require_room(self, shards: Sequence[int]) -> None:
-        """Refuse to begin what will not fit on the disk.
-
-        Raises:
-            BenchError: The messages of these shards need more than is free.
-        """
+        """Refuse to begin when the messages of these shards will not fit on the disk."""
         rows = sum(len(self.shard_range(shard)) for shard in shards)
         if rows:
             need = self.layout.nbytes * rows // self.layout.count
@@ -267,12 +302,10 @@ class TokenStore:
         valid = np.ones(len(rows), dtype=np.uint8)
         valid[[row - rows.start for row in broken]] = 0
         tensors["valid"] = valid
-        content = shard_bytes(tensors, broken, store=f"{self.digest}{self._tag(shard)}", shard=shard)
-        write_atomic(self.shard_path(shard), content)
-        self._shards.pop(shard, None)
+        self._write(shard, tensors, broken)
 
-    def ids(self, rows: Rows) -> NDArray[np.int64]:
-        """Ids of some rows, in the order asked for: int64 [len(rows), K].
+    def ids(self, index: Index) -> NDArray[np.int64]:
+        """Ids of some messages, in the order asked for: int64 [len(index), K].
 
         Raises:
             UnsupportedOperation: The store holds continuous codes.
@@ -281,21 +314,21 @@ class TokenStore:
         """
         if self.layout.vocab_size is None:
             raise UnsupportedOperation(f"{self.directory}: holds continuous codes, which have no ids")
-        return self._gather("ids", rows).astype(np.int64)
+        return self._gather("ids", index).astype(np.int64)
 
-    def codes(self, rows: Rows) -> NDArray[np.float32]:
-        """Codes of some rows: float32 [len(rows), K, d]. Errors as for :meth:`ids`."""
+    def codes(self, index: Index) -> NDArray[np.float32]:
+        """Codes of some messages: float32 [len(index), K, d]. Errors as for :meth:`ids`."""
         if self.layout.vocab_size is not None:
             raise UnsupportedOperation(
                 f"{self.directory}: holds ids; look codes up with the tokenizer's codes_from_ids(ids)"
             )
-        return self._gather("codes", rows)
+        return self._gather("codes", index)
 
-    def offsets(self, rows: Rows) -> NDArray[np.float32] | None:
-        """Decoding offsets: float32 [len(rows), 2], or None when the tokenizer has none."""
+    def offsets(self, index: Index) -> NDArray[np.float32] | None:
+        """Decoding offsets: float32 [len(index), 2], or None when the tokenizer has none."""
         if not self.has_offsets:
             return None
-        return self._gather("offsets", rows)
+        return self._gather("offsets", index)
 
     @property
     def has_offsets(self) -> bool:
@@ -355,34 +388,6 @@ class TokenStore:
                 "Remove it and run the same command again."
             ) from error
 
-    def _shard(self, shard: int) -> Shard:
-        if shard not in self._shards:
-            try:
-                self._load(shard, check=self.verify_checksums)
-            except FileNotFoundError as error:
-                raise MissingError(
-                    f"{self.shard_path(shard)}: this part of the token store has not been computed. "
-                    "Run the same command again; only missing parts are computed."
-                ) from error
-        return self._shards[shard]
-
-    def _load(self, shard: int, *, check: bool) -> None:
-        path = self.shard_path(shard)
-        rows = len(self.shard_range(shard))
-        try:
-            store = f"{self.digest}{self._tag(shard)}"
-            loaded = read_shard(path, self.layout, rows, store=store, shard=shard, check=check)
-        except (ValueError, RuntimeError) as error:  # RuntimeError: torch could not map it
-            raise CorruptFileError(
-                f"{path}: damaged part of the token store ({error}). "
-                "Remove the file, or run the same command again, to rebuild it."
-            ) from error
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise BenchError(f"{path}: cannot read: {error.strerror}") from error
-        self._shards[shard] = loaded
-
     def _tensor(self, shard: int, name: str) -> Array:
         try:
             return self._shard(shard).tensors[name]
@@ -392,8 +397,8 @@ class TokenStore:
                 "Remove the file and run the same command again to rebuild it."
             ) from None
 
-    def _gather(self, name: str, rows: Rows) -> Array:
-        index = np.asarray(rows)
+    def _gather(self, name: str, wanted: Index) -> Array:
+        index = np.asarray(wanted)
         if index.size == 0:
             index = index.astype(np.int64)
         if index.ndim != 1 or index.dtype.kind not in "iu":
@@ -422,36 +427,6 @@ class TokenStore:
             rows = self.shard_range(shard)
             out[rows.start : rows.stop] = self._tensor(shard, name)
         return out
-
-
-def remove_stale(directory: Path) -> None:
-    """Remove the temporary files that killed processes left in a store's directory, of any version."""
-    sweep(directory)
-    now = time.time()
-    for path in directory.glob(".shard-*.part"):
-        try:
-            if now - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-        except OSError:  # finished or removed by its owner meanwhile, or not ours to remove
-            continue
-
-
-def check_key(path: Path, payload: dict[str, Any]) -> None:
-    """Write ``key.json``, or compare it when it exists."""
-    if not path.exists():
-        write_atomic(path, json.dumps(payload, indent=2, sort_keys=True) + "\n")
-        return
-    try:
-        found = read_json(path)
-    except BenchError as error:
-        raise CorruptFileError(
-            f"{path}: cannot be read ({error}). Remove its folder and run the same command again."
-        ) from error
-    if found != payload:
-        raise CorruptFileError(
-            f"{path}: describes other content than the folder's name says. "
-            "Remove the folder and run the same command again."
-        )
 
 
 def _same_file(path: Path, before: os.stat_result) -> bool:

@@ -25,15 +25,13 @@ from comit_bench.data.tokens.shards import Array, checksum, id_dtype, sorted_hea
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, shown
 from comit_bench.recipes.reading import parse_json
 
-LONGEST_PART, LONGEST_NAME = (
-    250,
-    3000,
-)  # bytes of a part of a name (with .png behind it), characters of a name
+LONGEST_PART = 250  # bytes of a part of a name (with .png behind it)
+LONGEST_NAME = 3000  # characters
 FORMAT, FORMAT_VERSION = "comit-bench tokens", 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class TokenOrigin:
     """How tokens were made: everything that can change one, and who made the file.
 
     Attributes:
@@ -75,7 +73,7 @@ class Origin:
         return {name: "" if value is None else str(value) for name, value in values.items()}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> Origin:
+    def from_metadata(cls, metadata: Mapping[str, str]) -> TokenOrigin:
         """The inverse of :meth:`metadata`. Raises LookupError or ValueError."""
         defaults = {"configuration": "", "version": "", **metadata}  # older files have neither
         values: dict[str, Any] = {name: defaults[name] for name in cls.__dataclass_fields__}
@@ -102,7 +100,7 @@ class TokenFile:
         broken: Name -> why, for images that could not be read; they have no row.
     """
 
-    origin: Origin
+    origin: TokenOrigin
     names: tuple[str, ...]
     ids: Array | None = None
     codes: NDArray[np.float32] | None = None
@@ -196,7 +194,7 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> TokenFi
     if not isinstance(names, list) or not isinstance(broken, dict):
         raise ValueError("names is not a JSON list, or broken is not a JSON mapping")
     found = TokenFile(
-        origin=Origin.from_metadata(metadata),
+        origin=TokenOrigin.from_metadata(metadata),
         names=tuple(names),
         ids=tensors.get("ids"),
         codes=tensors.get("codes"),
@@ -235,12 +233,7 @@ def _check(content: TokenFile) -> None:
 
 
 def check_name(name: object, *, windows: bool = os.name == "nt") -> None:
-    """Refuse a name that is no relative path inside a folder.
-
-    Args:
-        name: With forward slashes.
-        windows: Whether backslashes and colons mean something to this system's paths.
-    """
+    """Refuse a name that is no relative path inside a folder; on Windows also backslashes and colons."""
     if not isinstance(name, str) or not name or "\0" in name or (windows and set("\\:") & set(name)):
         raise ValueError(f"the name {name!r} is not a relative path with forward slashes")
     path = PurePosixPath(name)

@@ -1,7 +1,7 @@
 """Adapter for ALIT: uint8 images <-> the message of one iteration.
 
 A checkpoint is a directory with ``config.json`` and safetensors under the released key names, or one file
-of weights together with a name (``alit_config.py`` knows the names). The released files are pickles behind
+of weights together with a name (``config.py`` knows the names). The released files are pickles behind
 plain links: ``comit-bench weights fetch NAME`` brings them here and converts them once.
 
 What the benchmark fixes, because the released program draws it at evaluation: no halting and the mean of
@@ -10,9 +10,8 @@ the VAE's posterior. Both can be asked for; the noise then comes from the image'
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -21,21 +20,22 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UnsupportedOperation, UsageError
-from comit_bench.files import write_atomic
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.finite import observe
 from comit_bench.tokenizers.alit.base_model import Vqgan
 from comit_bench.tokenizers.alit.config import (
     VARIANTS,
-    build,
     choose_variant,
     config_from_spec,
     load_file,
     spec_from_config,
 )
 from comit_bench.tokenizers.alit.family import FAMILY
-from comit_bench.tokenizers.alit.model import GRID, Alit, AlitSpec, Step, select_length
+from comit_bench.tokenizers.alit.model import GRID, Alit, Iteration, select_length
 from comit_bench.tokenizers.base import (
+    LATENTS,
+    POSTERIORS,
+    Streams,
     TileReceiver,
     TokenizerInfo,
     Tokens,
@@ -46,28 +46,23 @@ from comit_bench.tokenizers.base import (
     decode_tiles,
     encode_tiles,
     on_device,
+    one_of,
     only_finite,
     own_streams,
-    refuse_unknown,
     speed_up,
+    split_options,
     switch,
     switch_or_auto,
     warn_policy,
 )
-from comit_bench.tokenizers.checkpoints import (
-    WEIGHT_FILES,
-    as_stored,
-    weight_file,
-    write_tensors,
-)
+from comit_bench.tokenizers.checkpoints import weight_file, write_checkpoint
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
 
 VERSION = "1"  # raised when the same weights and configuration may give other ids
-LATENTS = ("codes", "prequant", "raw")
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see there and :class:`AlitTokenizer`."""
 
     base: str  # texts and numbers whose values are checked, with more words, where they are used
@@ -93,9 +88,6 @@ class AlitTokenizer:
     """ALIT behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         iterations: 1 to T; the message has K0 times as many tokens. None is all.
         halting: ``off`` (default, deterministic) or ``on`` (released, VQGAN base only).
         posterior: ``mode`` (default, deterministic) or ``sample`` (released, VAE base only).
@@ -129,12 +121,9 @@ class AlitTokenizer:
             raise UsageError(f"iterations must be a whole number from 1 to {spec.iterations}, got {wanted!r}")
         self.iterations = int(wanted)
         self.halting = switch(halting, "halting") and spec.halting
-        if posterior not in ("mode", "sample"):
-            raise UsageError(f"posterior must be 'mode' or 'sample', got {posterior!r}")
-        if latents not in LATENTS:
-            raise UsageError(f"latents must be one of {', '.join(LATENTS)}, got {latents!r}")
+        posterior = one_of(posterior, "posterior", POSTERIORS)
         self.sample = posterior == "sample" and model.base.stochastic
-        self.latents = latents
+        self.latents = one_of(latents, "latents", LATENTS)
         quantized = isinstance(model.base, Vqgan)
         if self.halting and not quantized:
             _log.warning("%s: halting=on changes nothing: the VAE models have no working halting", info.name)
@@ -178,29 +167,17 @@ class AlitTokenizer:
             uniform = [torch.stack(parts).to(self.device) for parts in zip(*drawn, strict=True)]
         return normal, uniform
 
-    def _steps(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Iterator[Step]:
+    def _steps(self, pixels: Tensor, generators: Streams) -> Iterator[Iteration]:
         normal, uniform = self._noise(generators)
         return self.model.iterate(pixels, iterations=self.iterations, noise=normal, uniforms=uniform)
 
-    def messages(
-        self, images_u8: Tensor, *, generators: Sequence[torch.Generator] | None = None
-    ) -> list[Step]:
+    def messages(self, images_u8: Tensor, *, generators: Streams = None) -> list[Iteration]:
         """All iterations of one un-tiled encoding with their trace, for figures and inspection."""
         with only_finite(self.info.name), computing(self):
             return list(self._steps(on_device(images_u8, self.device).div(255), generators))
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Tokenize uint8 [B, 3, S, S]: the message of the last iteration that was asked for.
-
-        Raises:
-            ValueError: Wrong shape or type, or randomness is asked for and no generators were given.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """The message of the last iteration that was asked for; see the contract."""
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor, index: Tensor) -> Tokens:
@@ -213,12 +190,6 @@ class AlitTokenizer:
         return encode_tiles(self, tile, images_u8, torch.arange(len(images_u8)))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Integers [..., K] -> float32 [..., K, d], unit vectors.
-
-        Raises:
-            ValueError: An id outside the vocabulary.
-            UnsupportedOperation: There are no ids.
-        """
         quantizer = self.model.quantize
         if quantizer is None or self.latents != "codes":
             raise UnsupportedOperation(f"{self.info.name} with latents={self.latents} is continuous: no ids")
@@ -245,11 +216,7 @@ class AlitTokenizer:
         return self.model.quantized(codes)[0] if self.latents == "prequant" else codes
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Messages of one iteration -> uint8 [B, 3, S, S]; the seeds change nothing.
-
-        Raises:
-            ValueError: Codes of another shape.
-        """
+        """Messages of any one iteration; see the contract."""
 
         def tile(codes: Tensor) -> Tensor:
             return to_uint8(self.model.reconstruct(self._decoder_codes(codes)))
@@ -258,7 +225,6 @@ class AlitTokenizer:
 
     @property
     def attention_layers(self) -> int:
-        """Blocks whose maps can be read."""
         return self.model.spec.decoder_layers
 
     def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
@@ -276,7 +242,7 @@ class AlitTokenizer:
 
         def tile(codes: Tensor, hand_on: MapReceiver) -> None:
             with computing(self):
-                self.model.attention(self._decoder_codes(codes.to(self.device)), request.layers, hand_on)
+                self.model.attention(self._decoder_codes(codes.to(self.device)), request, hand_on)
 
         attention_in_tiles(tile, receive, tokens.codes)
 
@@ -285,7 +251,7 @@ class AlitTokenizer:
         images_u8: Tensor,
         *,
         threshold: float = 0.07,
-        generators: Sequence[torch.Generator] | None = None,
+        generators: Streams = None,
     ) -> Tensor:
         """Iterations (from 1) that each image needs: the released length selection with a batch of one.
 
@@ -313,20 +279,12 @@ class AlitTokenizer:
         save(self.model, directory)
 
 
-def save(model: Alit, directory: Path, *, config: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint directory.
-
-    Args:
-        model: The network.
-        directory: Made if absent.
-        config: Written verbatim when given.
-    """
-    write_tensors(directory / WEIGHT_FILES[0], as_stored(model.state_dict(), torch.float32))
-    text = json.dumps(config or config_from_spec(model.spec), indent=1)
-    write_atomic(directory / "config.json", text + "\n")
+def save(model: Alit, directory: Path) -> None:
+    """Write a checkpoint directory."""
+    write_checkpoint(directory, model.state_dict(), config_from_spec(model.spec))
 
 
-def _info(model: Alit, origin: Origin) -> TokenizerInfo:
+def _info(model: Alit, origin: WeightsOrigin) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="alit",
@@ -343,28 +301,6 @@ def _info(model: Alit, origin: Origin) -> TokenizerInfo:
     )
 
 
-def _random(
-    name: str, presets: Mapping[str, AlitSpec], device: torch.device, seed: int
-) -> tuple[Alit, TokenizerInfo]:
-    model = build(spec_of(name, presets), empty=True)
-    if device.type != "meta":
-        model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed))
-    return model.eval(), _info(model, untrained(name, seed))
-
-
-def _stored(
-    name: str, weights: str | None, presets: Mapping[str, AlitSpec], *, offline: bool, allow_pickle: bool
-) -> tuple[Alit, TokenizerInfo]:
-    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
-    config: dict[str, Any] = {}
-    if name in presets and place.local.is_dir() and not (place.local / "config.json").is_file():
-        path, spec = weight_file(place.local), presets[name]
-    else:
-        path, config, spec = place.read(presets, spec_from_config)
-    model = load_file(path, spec, allow_pickle=allow_pickle)
-    return model, _info(model, place.origin(path, config, presets))
-
-
 def load(
     name: str,
     *,
@@ -372,31 +308,19 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> AlitTokenizer:
-    """Load an ALIT tokenizer.
+    """Load an ALIT tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
         name: ``alit-small``, ``alit-base``, ``alit-semilarge``, one of their released variants, or a
             checkpoint directory.
-        weights: Checkpoint directory, a file of weights (``.safetensors``, or, if ``allow_pickle``, a
-            released ``.pth``, which is converted once), ``random`` (untrained), or None: the directory or
-            the cache.
-        device: Where it runs.
-        offline: Changes nothing: loading never uses the network, ``weights fetch`` does.
-        seed: Of random weights.
+        weights: A released ``.pth`` (if ``allow_pickle``) is converted once.
         **options: ``base`` (vqgan, vae) and ``latent`` (quantized, continuous) choose a variant;
             ``allow_pickle`` (default off); the others are those of :class:`AlitTokenizer`.
-
-    Raises:
-        MissingError: The weights are not on this machine.
-        UsageError: Unknown name or option, or a checkpoint that does not fit.
-        CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, Options.__annotations__, "ALIT")
-    settings: dict[str, Any] = {**options}
+    settings, allow = split_options(options, _Options, "ALIT")
     base, latent = settings.pop("base", None), settings.pop("latent", None)
-    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     presets = {label: variant.spec for label, variant in VARIANTS.items()}
     if name.lower() in VARIANTS and not Path(name).is_dir():
         name, choice = choose_variant(name.lower(), base, latent)
@@ -410,7 +334,14 @@ def load(
     elif base or latent:
         raise UsageError("the options base and latent choose among released names; a checkpoint has its own")
     if weights == "random":
-        model, info = _random(name, presets, device, seed)
+        spec, origin = spec_of(name, presets), untrained(name, seed)
+        model = random_network(Alit, spec, device, seed)
     else:
-        model, info = _stored(name, weights, presets, offline=offline, allow_pickle=allow)
-    return AlitTokenizer(model, info, device=device, **settings)
+        place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow)
+        config: dict[str, Any] = {}
+        if name in presets and place.local.is_dir() and not (place.local / "config.json").is_file():
+            path, spec = weight_file(place.local), presets[name]
+        else:
+            path, config, spec = place.read(presets, spec_from_config)
+        model, origin = load_file(path, spec, allow_pickle=allow), place.origin(path, config, presets)
+    return AlitTokenizer(model, _info(model, origin), device=device, **settings)

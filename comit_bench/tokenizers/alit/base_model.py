@@ -1,7 +1,7 @@
 """The two 2D base tokenizers of ALIT: an f16 VQGAN and a KL-VAE.
 
 The VQGAN shares its residual block with TiTok's pixel decoder (``nn/vqgan.py``), but not the frame
-around it: here ``mid`` always has two blocks and the released names differ.
+around it, which is the VAE's: ``mid`` always has two blocks and the released names differ.
 
 What is unusual:
 
@@ -101,58 +101,39 @@ def _widths(start: int, end: int, blocks: int) -> list[tuple[int, int]]:
     return [(start if i == 0 else end, end) for i in range(blocks)]
 
 
-class VqganMiddle(nn.Module):
-    """Two blocks at the lowest resolution."""
+class Middle(nn.Module):
+    """Two blocks at the lowest resolution, and what stands between them."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, block: type[nn.Module], attention: nn.Module | None = None) -> None:
         super().__init__()
-        self.block_1, self.block_2 = VqganBlock(channels, channels), VqganBlock(channels, channels)
+        self.block_1, self.block_2 = block(channels, channels), block(channels, channels)
+        self.attn_1 = attention
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, c, h, w] -> the same shape."""
-        out: Tensor = self.block_2(self.block_1(x))
+        x = self.block_1(x)
+        out: Tensor = self.block_2(x if self.attn_1 is None else self.attn_1(x))
         return out
 
 
-class VqganEncoder(nn.Module):
-    """Image -> continuous features."""
-
-    def __init__(self, spec: VqganSpec) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, spec.hidden, 3, padding=1, bias=False)
-        self.down = nn.ModuleList()
-        width = spec.hidden
-        for multiplier in spec.multipliers:
-            end = spec.hidden * multiplier
-            self.down.append(Level([VqganBlock(a, b) for a, b in _widths(width, end, spec.blocks)]))
-            width = end
-        self.mid = VqganMiddle(width)
-        self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, spec.latent_channels, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, C, G, G]."""
-        x = self.conv_in(images)
-        for index, level in enumerate(self.down):
-            x = level(x)
-            if index + 1 < len(self.down):
-                x = F.avg_pool2d(x, 2)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
-        return out
-
-
-class VqganDecoder(nn.Module):
+class BaseDecoder(nn.Module):
     """Features -> image; ``up`` is indexed by level and runs from the lowest resolution to the highest."""
 
-    def __init__(self, spec: VqganSpec) -> None:
+    def __init__(
+        self,
+        spec: VqganSpec | VaeSpec,
+        block: type[nn.Module],
+        blocks: int,
+        attention: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         width = spec.hidden * spec.multipliers[-1]
         self.conv_in = nn.Conv2d(spec.latent_channels, width, 3, padding=1)
-        self.mid = VqganMiddle(width)
+        self.mid = Middle(width, block, attention)
         levels: list[Level] = []
         for index in reversed(range(len(spec.multipliers))):
             end = spec.hidden * spec.multipliers[index]
-            level = Level([VqganBlock(a, b) for a, b in _widths(width, end, spec.blocks)])
+            level = Level([block(a, b) for a, b in _widths(width, end, blocks)])
             width = end
             if index > 0:
                 level.upsample = Resample(width, up=True)
@@ -170,6 +151,33 @@ class VqganDecoder(nn.Module):
         return out
 
 
+class VqganEncoder(nn.Module):
+    """Image -> continuous features."""
+
+    def __init__(self, spec: VqganSpec) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, spec.hidden, 3, padding=1, bias=False)
+        self.down = nn.ModuleList()
+        width = spec.hidden
+        for multiplier in spec.multipliers:
+            end = spec.hidden * multiplier
+            self.down.append(Level([VqganBlock(a, b) for a, b in _widths(width, end, spec.blocks)]))
+            width = end
+        self.mid = Middle(width, VqganBlock)
+        self.norm_out = _norm(width)
+        self.conv_out = nn.Conv2d(width, spec.latent_channels, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, C, G, G]."""
+        x = self.conv_in(images)
+        for index, level in enumerate(self.down):
+            x = level(x)
+            if index + 1 < len(self.down):
+                x = F.avg_pool2d(x, 2)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return out
+
+
 class Vqgan(nn.Module):
     """The VQGAN base; its codebook names image tokens (for halting) and is mixed by the decoder."""
 
@@ -179,7 +187,7 @@ class Vqgan(nn.Module):
         super().__init__()
         self.spec = spec
         self.encoder = VqganEncoder(spec)
-        self.decoder = VqganDecoder(spec)
+        self.decoder = BaseDecoder(spec, VqganBlock, spec.blocks)
         self.quantize = VectorQuantizer(spec.codebook_size, spec.latent_channels, l2_norm=False)
 
     @property
@@ -243,20 +251,6 @@ class VaeAttention(nn.Module):
         return out
 
 
-class VaeMiddle(nn.Module):
-    """Block, attention, block."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1, self.block_2 = VaeBlock(channels, channels), VaeBlock(channels, channels)
-        self.attn_1 = VaeAttention(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, c, h, w] -> the same shape."""
-        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
-        return out
-
-
 class VaeEncoder(nn.Module):
     """Image -> moments before ``quant_conv``."""
 
@@ -277,7 +271,7 @@ class VaeEncoder(nn.Module):
                 level.downsample = Resample(width, up=False)
             self.down.append(level)
             resolution //= 2
-        self.mid = VaeMiddle(width)
+        self.mid = Middle(width, VaeBlock, VaeAttention(width))
         self.norm_out = _norm(width)
         self.conv_out = nn.Conv2d(width, 2 * spec.latent_channels, 3, padding=1)
 
@@ -290,35 +284,6 @@ class VaeEncoder(nn.Module):
         return out
 
 
-class VaeDecoder(nn.Module):
-    """Latent after ``post_quant_conv`` -> image; one block more per level than the encoder."""
-
-    def __init__(self, spec: VaeSpec) -> None:
-        super().__init__()
-        width = spec.hidden * spec.multipliers[-1]
-        self.conv_in = nn.Conv2d(spec.latent_channels, width, 3, padding=1)
-        self.mid = VaeMiddle(width)
-        levels: list[Level] = []
-        for index in reversed(range(len(spec.multipliers))):
-            end = spec.hidden * spec.multipliers[index]
-            level = Level([VaeBlock(a, b) for a, b in _widths(width, end, spec.blocks + 1)])
-            width = end
-            if index > 0:
-                level.upsample = Resample(width, up=True)
-            levels.insert(0, level)
-        self.up = nn.ModuleList(levels)
-        self.norm_out = _norm(width)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, code: Tensor) -> Tensor:
-        """[B, C, G, G] -> [B, 3, S, S], not clamped."""
-        x = self.mid(self.conv_in(code))
-        for level in reversed(self.up):
-            x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out
-
-
 class Vae(nn.Module):
     """The KL-VAE base; the distillation decoder predicts its latents directly."""
 
@@ -328,7 +293,8 @@ class Vae(nn.Module):
         super().__init__()
         self.spec = spec
         self.encoder = VaeEncoder(spec)
-        self.decoder = VaeDecoder(spec)
+        lowest = spec.hidden * spec.multipliers[-1]
+        self.decoder = BaseDecoder(spec, VaeBlock, spec.blocks + 1, VaeAttention(lowest))
         self.quant_conv = nn.Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(spec.latent_channels, spec.latent_channels, 1)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError, shown
@@ -20,14 +19,9 @@ from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers.alit.base_model import VaeSpec
 from comit_bench.tokenizers.alit.family import FAMILY
 from comit_bench.tokenizers.alit.model import Alit, AlitSpec, variant
-from comit_bench.tokenizers.checkpoints import (
-    load_network,
-    read_config,
-    read_weights,
-    select_weights,
-    weight_file,
-)
-from comit_bench.tokenizers.config_node import Node
+from comit_bench.tokenizers.base import one_of
+from comit_bench.tokenizers.checkpoints import load_network, on_meta, read_weights, select_weights
+from comit_bench.tokenizers.config_node import Node, blaming
 
 IGNORED = ("gan_losses.",)  # training losses in the released files, with networks of their own
 LANDMARKS = (
@@ -93,12 +87,10 @@ VARIANTS = {
 def choose_variant(name: str, base: str | None, latent: str | None) -> tuple[str, Variant]:
     """Apply the options ``base`` and ``latent`` to a name; a combination may have no released file."""
     known = VARIANTS[name]
-    for option, value, allowed in (
-        ("base", base, ("vqgan", "vae")),
-        ("latent", latent, ("quantized", "continuous")),
-    ):
-        if value is not None and value not in allowed:
-            raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+    if base is not None:
+        one_of(base, "base", ("vqgan", "vae"))
+    if latent is not None:
+        one_of(latent, "latent", ("quantized", "continuous"))
     wanted = replace(
         known,
         base=base or known.base,
@@ -172,7 +164,7 @@ def spec_from_config(config: Mapping[str, Any], source: Path) -> AlitSpec:
     if kind not in ("vqgan", "vae"):
         raise UsageError(f"{source}: base_tokenizer.id must be 'vqgan' or 'vae', got {shown(kind)}")
     sizes = {key: node.whole(key, high=high) for key, high in SIZES.items()}
-    try:
+    with blaming(source):
         base = _vqgan(inner) if kind == "vqgan" else _vae(inner)
         return AlitSpec(
             width=sizes["encoder_width"],
@@ -195,8 +187,6 @@ def spec_from_config(config: Mapping[str, Any], source: Path) -> AlitSpec:
                 "dynamic_halting_threshold", 0.55 if kind == "vqgan" else 0.025, low=0, high=1
             ),
         )
-    except ValueError as error:
-        raise error if isinstance(error, UsageError) else UsageError(f"{source}: {error}") from error
 
 
 def config_from_spec(spec: AlitSpec) -> dict[str, Any]:
@@ -272,19 +262,13 @@ def released_config(name: str) -> dict[str, Any]:
     return config_from_spec(VARIANTS[name].spec)
 
 
-def build(spec: AlitSpec, *, empty: bool = False) -> Alit:
-    """Make the network; ``empty`` leaves the weights on the meta device, to be loaded."""
-    with torch.device("meta" if empty else "cpu"):
-        return Alit(spec)
-
-
 def check_fits(name: str, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Refuse tensors that are not those of a released variant.
 
     Raises:
         UsageError: Lists what is missing, unexpected or of another shape.
     """
-    load_network(build(VARIANTS[name].spec, empty=True), tensors, source)
+    load_network(on_meta(Alit, VARIANTS[name].spec), tensors, source)
 
 
 def load_file(path: Path, spec: AlitSpec, *, allow_pickle: bool = False) -> Alit:
@@ -295,22 +279,4 @@ def load_file(path: Path, spec: AlitSpec, *, allow_pickle: bool = False) -> Alit
         UsageError: The tensors do not fit the spec, or are a pickle that was not allowed.
     """
     tensors = without_losses(read_weights(path, LANDMARKS, allow_pickle=allow_pickle))
-    model = build(spec, empty=True)
-    load_network(model, tensors, path, settings=SETTINGS)
-    return model.eval()
-
-
-def load_directory(directory: Path, *, allow_pickle: bool = False) -> tuple[Alit, dict[str, Any]]:
-    """Load a checkpoint directory.
-
-    Returns:
-        The network and its raw config.
-
-    Raises:
-        MissingError: ``config.json`` or the weights are not there.
-        CorruptFileError: A file cannot be read.
-        UsageError: The weights do not fit the config.
-    """
-    config = read_config(directory)
-    spec = spec_from_config(config, directory / "config.json")
-    return load_file(weight_file(directory), spec, allow_pickle=allow_pickle), config
+    return load_network(on_meta(Alit, spec), tensors, path, settings=SETTINGS)

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.precision import full_precision
 from comit_bench.nn.sizes import CHANNELS, DEPTH, ENTRIES, HEADS, WIDTH, check_sizes
-from comit_bench.nn.vit import EVERY_ROW, AttentionProbe, PlainBlock, run_blocks
+from comit_bench.nn.vit import EVERY_ROW, AttentionProbe, PlainBlock, grid_probe, run_blocks
 from comit_bench.nn.vq import VectorQuantizer
 from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers.alit.base_model import Vae, VaeSpec, Vqgan, build_base
@@ -134,7 +134,7 @@ def variant(preset: str, *, base: str = "vqgan", quantized: bool = True) -> Alit
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Iteration:
     """What one iteration leaves behind.
 
     Attributes:
@@ -300,8 +300,8 @@ class Alit(nn.Module):
         features: Tensor | None = None,
         noise: Tensor | None = None,
         uniforms: Sequence[Tensor] | None = None,
-    ) -> Iterator[Step]:
-        """Encode; one :class:`Step` per iteration, computed when it is asked for.
+    ) -> Iterator[Iteration]:
+        """Encode; one :class:`Iteration` per iteration, computed when it is asked for.
 
         Args:
             images: [B, 3, S, S] in [0, 1].
@@ -328,7 +328,7 @@ class Alit(nn.Module):
 
     def _iterate(
         self, tokens: Tensor, count: int, uniforms: Sequence[Tensor] | None, wanted: Tensor | None
-    ) -> Iterator[Step]:
+    ) -> Iterator[Iteration]:
         batch, edge = tokens.shape[0], 1 + tokens.shape[1]
         first = self.encoder_class_embedding.expand(batch, 1, -1)
         x = torch.cat([first, tokens], dim=1) + self.encoder_positional_embedding
@@ -338,7 +338,7 @@ class Alit(nn.Module):
             last = t + 1 == count
             x = self.encoder.run(x, read=slice(edge, x.shape[1]) if last else EVERY_ROW)
             latents = x if last else x[:, edge:]
-            step = Step(latents, *self.codes_of(latents), entered)
+            step = Iteration(latents, *self.codes_of(latents), entered)
             if not last:
                 if uniforms is not None and wanted is not None:
                     step = self.halt(step, wanted, uniforms[t])
@@ -348,7 +348,7 @@ class Alit(nn.Module):
                 x = self.encoder_ln_recursive(x)
             yield step
 
-    def halt(self, step: Step, wanted: Tensor, uniform: Tensor) -> Step:
+    def halt(self, step: Iteration, wanted: Tensor, uniform: Tensor) -> Iteration:
         """Decide which image tokens the decoder already knows (VQGAN base).
 
         Args:
@@ -391,33 +391,14 @@ class Alit(nn.Module):
         """Codes [B, K, d] of one iteration -> [B, 3, S, S], not clamped. Deterministic."""
         return self.render(self.grid_code(self.predict(codes)))
 
-    def attention(self, codes: Tensor, layers: Sequence[int], receive: MapReceiver) -> None:
-        """How much image positions look at latents in the distillation decoder.
-
-        Args:
-            codes: [B, K, d].
-            layers: Zero-based blocks of the distillation decoder.
-            receive: Gets [B, H, K, 16, 16] of every layer, time 0, as soon as it is computed: softmax over
-                *all* keys (class, image, latents), so a map is not normalised over space. Map k belongs
-                to latent k.
-
-        Raises:
-            ValueError: A layer that does not exist, or one that is asked for twice.
-        """
-        request = AttentionRequest(layers=tuple(layers))
-        request.check(self.spec.decoder_layers)
-        edge = 1 + GRID * GRID
-
-        def hand_on(layer: int, maps: Tensor) -> None:
-            grids = rearrange(maps, "b heads (h w) k -> b heads k h w", h=GRID)
-            receive(request.layers.index(layer), 0, grids)
-
-        keys = slice(edge, edge + codes.shape[1])
-        self.predict(codes, AttentionProbe(layers, queries=slice(1, edge), keys=keys, receive=hand_on))
+    def attention(self, codes: Tensor, request: AttentionRequest, receive: MapReceiver) -> None:
+        """Maps [B, H, K, 16, 16] of codes [B, K, d]; see :func:`~comit_bench.nn.vit.grid_probe`."""
+        depth, tokens = self.spec.decoder_layers, codes.shape[1]
+        self.predict(codes, grid_probe(request, receive, depth=depth, side=GRID, tokens=tokens))
 
 
 def select_length(
-    steps: Iterator[Step],
+    steps: Iterator[Iteration],
     reconstruct: Callable[[Tensor], Tensor],
     images: Tensor,
     *,

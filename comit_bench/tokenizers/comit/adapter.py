@@ -14,9 +14,11 @@ from comit_bench.errors import UsageError, shown
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.finite import observe
 from comit_bench.nn.flow import SOLVERS, Guidance, evaluation_times, reached
-from comit_bench.nn.vae import SDVae
+from comit_bench.nn.vae import KLVae
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
+    POSTERIORS,
+    Streams,
     TileReceiver,
     TokenizerInfo,
     Tokens,
@@ -27,14 +29,12 @@ from comit_bench.tokenizers.base import (
     encode_tiles,
     number,
     on_device,
+    one_of,
     only_finite,
     own_streams,
-    refuse_unknown,
-    switch,
+    split_options,
 )
-from comit_bench.tokenizers.checkpoints import (
-    weights_digest,
-)
+from comit_bench.tokenizers.checkpoints import on_meta, weights_digest
 from comit_bench.tokenizers.comit.checkpoint import build, load_file, save, spec_from_config
 from comit_bench.tokenizers.comit.codec import (
     Decoded,
@@ -50,13 +50,13 @@ from comit_bench.tokenizers.comit.family import FAMILY, UNTRAINED
 from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, spec_of, untrained
 
 DECODE_DEFAULTS: dict[str, Any] = {"steps": 10, "solver": "euler", "guidance": 7.5, "momentum": -0.5}
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see :class:`ComitTokenizer`."""
 
     posterior: Literal["mode", "sample"]
@@ -77,9 +77,6 @@ class ComitTokenizer:
     """COMiT behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         posterior: ``mode`` (default) or ``sample`` (released).
         steps: Solver steps of ``decode``.
         solver: ``euler`` or ``midpoint``.
@@ -104,10 +101,8 @@ class ComitTokenizer:
         momentum: float = -0.5,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if posterior not in ("mode", "sample"):
-            raise UsageError(f"posterior must be 'mode' or 'sample', got {shown(posterior)}")
-        if solver not in SOLVERS:
-            raise UsageError(f"solver must be {' or '.join(SOLVERS)}, got {shown(solver)}")
+        one_of(posterior, "posterior", POSTERIORS)
+        one_of(solver, "solver", SOLVERS)
         steps = int(number(steps, "steps", whole=True, low=1, high=MOST_STEPS))
         weight, pull = number(guidance, "guidance"), number(momentum, "momentum")
         self.model = model.to(device).requires_grad_(False).eval()
@@ -142,7 +137,7 @@ class ComitTokenizer:
         self,
         images: Tensor,
         policy: CropPolicy,
-        generators: Sequence[torch.Generator] | None,
+        generators: Streams,
         noise: NoiseSource | None = None,
     ) -> Encoded:
         """Of float32 images 0..255 on the device."""
@@ -160,7 +155,7 @@ class ComitTokenizer:
         self,
         images_u8: Tensor,
         policy: CropPolicy,
-        generators: Sequence[torch.Generator] | None,
+        generators: Streams,
         *,
         noise: NoiseSource | None = None,
     ) -> Encoded:
@@ -184,21 +179,8 @@ class ComitTokenizer:
             latents = one_step_decode(self.model, *given, network=self.network)
             return observe("pixels", self.model.codec.decode(latents))
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Tokenize uint8 [B, 3, S, S]; see the contract.
-
-        With a ``-shared`` policy the "batch" that shares a map is one tile of 8 images.
-
-        Raises:
-            ValueError: Wrong shape or type, or randomness is needed and no generators were given.
-            UsageError: Unknown policy.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """See the contract; the "batch" that shares a map of a ``-shared`` policy is one tile of 8 images."""
         parsed = self.policy(policy)
 
         def tile(images: Tensor, index: Tensor) -> Tokens:
@@ -208,17 +190,10 @@ class ComitTokenizer:
         return encode_tiles(self, tile, images_u8, torch.arange(len(images_u8)))
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Integers [..., K] -> float32 [..., K, d].
-
-        Raises:
-            ValueError: An id outside the vocabulary.
-        """
         check_ids(ids, self.model.quantizer.vocab_size)
         return self.model.quantizer.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Messages -> uint8 [B, 3, S, S], one noise seed per image."""
-
         def tile(*rows: Tensor) -> Tensor:
             return to_uint8(self.model.codec.decode(self._decode(*rows).latents))
 
@@ -242,7 +217,6 @@ class ComitTokenizer:
 
     @property
     def attention_layers(self) -> int:
-        """Blocks whose maps can be read."""
         return self.model.spec.depth
 
     def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
@@ -271,7 +245,7 @@ class ComitTokenizer:
         save(self.model, directory)
 
 
-def _info(model: Comit, origin: Origin, vae: Path | None = None) -> TokenizerInfo:
+def _info(model: Comit, origin: WeightsOrigin, vae: Path | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="comit",
@@ -289,23 +263,14 @@ def _info(model: Comit, origin: Origin, vae: Path | None = None) -> TokenizerInf
     )
 
 
-def _random(name: str, device: torch.device, seed: int) -> tuple[Comit, TokenizerInfo]:
-    model = build(spec_of(name, networks()), empty=device.type == "meta")
-    if device.type != "meta":
-        generator = torch.Generator().manual_seed(seed)
-        model.predictor.init_weights(generator, zero_gates=False)
-        if isinstance(model.vae, SDVae):
-            model.vae.init_weights(generator)
-    return model, _info(model, untrained(name.lower(), seed))
-
-
-def _stored(
-    name: str, weights: str | None, *, offline: bool, allow_pickle: bool
-) -> tuple[Comit, TokenizerInfo]:
-    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
-    path, config, spec = place.read(networks(), spec_from_config)
-    loaded = load_file(path, spec, beside=path.parent, offline=offline, allow_pickle=allow_pickle)
-    return loaded.model, _info(loaded.model, place.origin(path, config, networks()), loaded.vae_file)
+def _random(spec: ComitSpec, device: torch.device, seed: int) -> Comit:
+    if device.type == "meta":
+        return on_meta(build, spec)
+    model, generator = build(spec), torch.Generator().manual_seed(seed)
+    model.predictor.init_weights(generator, zero_gates=False)
+    if isinstance(model.vae, KLVae):
+        model.vae.init_weights(generator)
+    return model
 
 
 def load(
@@ -315,31 +280,23 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> ComitTokenizer:
-    """Load a COMiT tokenizer.
+    """Load a COMiT tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
         name: ``comit-b`` … ``comit-nano``, an ablation of it, a hub id, or a checkpoint directory.
-        weights: Checkpoint directory, a file of weights (with a preset name), ``random`` (untrained), or
-            None: the directory, what ships, or the hub.
-        device: Where it runs.
-        offline: Never ask the hub.
-        seed: Of random weights.
         **options: ``allow_pickle``; the others are passed to :class:`ComitTokenizer`.
-
-    Raises:
-        MissingError: No weights on this machine and the hub is out of reach.
-        UsageError: Unknown name or option, or a checkpoint that does not fit.
-        CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, Options.__annotations__, "COMiT")
-    settings: dict[str, Any] = {**options}
-    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
+    settings, allow = split_options(options, _Options, "COMiT")
     if name.lower() == UNTRAINED and weights not in (None, "random"):
         raise UsageError(f"{UNTRAINED} always has random weights: --weights {weights} is for comit-nano")
     if weights == "random" or name.lower() == UNTRAINED:
-        model, info = _random(name, device, seed)
+        spec, origin, vae = spec_of(name, networks()), untrained(name.lower(), seed), None
+        model = _random(spec, device, seed)
     else:
-        model, info = _stored(name, weights, offline=offline, allow_pickle=allow)
-    return ComitTokenizer(model, info, device=device, **settings)
+        place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow)
+        path, config, spec = place.read(networks(), spec_from_config)
+        model, vae = load_file(path, spec, offline=offline, allow_pickle=allow)
+        origin = place.origin(path, config, networks())
+    return ComitTokenizer(model, _info(model, origin, vae), device=device, **settings)

@@ -9,9 +9,6 @@ images) stand in an extra node ``comit_bench`` that it never reads.
 
 from __future__ import annotations
 
-import json
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +16,25 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.files import write_atomic
 from comit_bench.nn.sizes import DEPTH, HEADS, SIDE, TOKENS, WIDTH
 from comit_bench.nn.vae import build_vae
 from comit_bench.tokenizers.checkpoints import (
-    as_stored,
     load_network,
-    modern_attention,
-    read_config,
-    read_floats,
+    on_meta,
+    read_vae,
     read_weights,
-    weight_file,
-    write_tensors,
+    write_checkpoint,
 )
 from comit_bench.tokenizers.comit.crops import GRID, CropGeometry
-from comit_bench.tokenizers.comit.family import VAE_FILES, VAE_HUB
+from comit_bench.tokenizers.comit.family import VAE_HUB
 from comit_bench.tokenizers.comit.model import Comit, ComitSpec
-from comit_bench.tokenizers.config_node import Node
+from comit_bench.tokenizers.config_node import Node, blaming
+from comit_bench.tokenizers.family import VAE_FILES
+from comit_bench.tokenizers.hub import fetch
 
 LINEAR_VAES = {"stand_in_vae": "stand-in", "dct_vae": "dct"}  # class in config.json -> our name
 UNUSED = ("predictor.y_pos_offset", "predictor.c_final_layer.")  # in released files, never read
 LANDMARKS = ("predictor",)
-VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")
 MASKS = ("additive", "hard")
 IS_IT = "Is this a COMiT checkpoint? Its config.json has the nodes predictor, quantizer and vae."
 # what in config.json decides about a tensor
@@ -144,7 +138,7 @@ def spec_from_config(config: dict[str, Any], source: Path) -> ComitSpec:
     if (out := whole("out_channels", 4096)) != channels:
         raise predictor.wrong("out_channels", f"be equal to in_channels ({channels})", out)
     kind, factor = _vae(top, channels)
-    try:
+    with blaming(source):
         return ComitSpec(
             depth=whole("depth", DEPTH),
             width=whole("hidden_size", WIDTH),
@@ -162,8 +156,6 @@ def spec_from_config(config: dict[str, Any], source: Path) -> ComitSpec:
             vae_factor=factor,
             geometry=_geometry(extra, side * factor, factor * patch),
         )
-    except ValueError as error:
-        raise error if isinstance(error, UsageError) else UsageError(f"{source}: {error}") from error
 
 
 def config_from_spec(spec: ComitSpec) -> dict[str, Any]:
@@ -209,29 +201,16 @@ def save(
     config: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors`` in the released layout.
+    """Write a checkpoint directory in the released layout, the VAE under ``vae.`` as the original does.
 
-    Args:
-        model: The network; its VAE is written under ``vae.`` as the original does.
-        directory: Made if absent.
-        config: Written verbatim when given (to keep a released config as it was).
-        dtype: Of the stored weights; loading always gives float32.
-
-    Raises:
-        BenchError: A weight is too large for ``dtype``.
+    A ``config`` that is given is written verbatim.
     """
-    tensors = as_stored(model.state_dict(), dtype)
-    write_tensors(directory / "model.safetensors", tensors)
-    write_atomic(
-        directory / "config.json", json.dumps(config or config_from_spec(model.spec), indent=1) + "\n"
-    )
+    write_checkpoint(directory, model.state_dict(), config or config_from_spec(model.spec), dtype)
 
 
-def build(spec: ComitSpec, *, empty: bool = False) -> Comit:
-    """Make the network; ``empty`` leaves the weights on the meta device, to be loaded."""
-    kind = "sd" if spec.vae in VAE_HUB else spec.vae
-    with torch.device("meta") if empty else nullcontext():
-        return Comit(spec, build_vae(kind, spec.vae_factor))
+def build(spec: ComitSpec) -> Comit:
+    """Make the network and its VAE."""
+    return Comit(spec, build_vae("sd" if spec.vae in VAE_HUB else spec.vae, spec.vae_factor))
 
 
 def _fill_unused(model: Comit, tensors: dict[str, Tensor]) -> None:
@@ -240,33 +219,18 @@ def _fill_unused(model: Comit, tensors: dict[str, Tensor]) -> None:
             tensors[key] = torch.zeros(value.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A network, and the file of its VAE when the checkpoint has none of its own."""
-
-    model: Comit
-    vae_file: Path | None
-
-
-def load_file(
-    path: Path,
-    spec: ComitSpec,
-    *,
-    beside: Path,
-    vae: Path | None = None,
-    offline: bool = False,
-    allow_pickle: bool = False,
-) -> Loaded:
+def load_file(path: Path, spec: ComitSpec, *, offline: bool, allow_pickle: bool) -> tuple[Comit, Path | None]:
     """Load a file of weights into an evaluating float32 network on the CPU.
 
     Args:
-        path: safetensors, an index of shards, or (when allowed) a torch file.
+        path: safetensors, an index of shards, or (when allowed) a torch file. Without ``vae.`` weights of
+            its own, the SD-VAE in the folder ``vae/`` beside it, or the hub's, is taken.
         spec: Sizes of the network.
-        beside: Directory of the checkpoint; its ``vae/`` may hold the SD-VAE.
-        vae: Directory of the SD-VAE; by default ``beside/vae``, then the hub. Only used when the
-            checkpoint has no ``vae.`` weights of its own.
         offline: Never ask the hub.
         allow_pickle: Whether a torch file may be read.
+
+    Returns:
+        The network, and the file of its VAE when the checkpoint has none of its own.
 
     Raises:
         MissingError: Files or VAE weights are not here.
@@ -274,34 +238,14 @@ def load_file(
         UsageError: The weights do not fit the spec, or are a pickle that was not allowed.
     """
     tensors, vae_file = read_weights(path, LANDMARKS, allow_pickle=allow_pickle), None
-    model = build(spec, empty=True)
+    model = on_meta(build, spec)
     if spec.vae in VAE_HUB and not any(key.startswith("vae.") for key in tensors):
-        vae_file = find_sd_vae(spec.vae, vae or beside / "vae", offline=offline)
-        tensors.update(_read_sd_vae(vae_file))
+        vae_file = find_sd_vae(spec.vae, path.parent / "vae", offline=offline)
+        tensors.update(read_sd_vae(vae_file))
     if spec.vae in ("none", "dct"):
         tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
     _fill_unused(model, tensors)
-    load_network(model, tensors, path, settings=SETTINGS)
-    return Loaded(model.eval(), vae_file)
-
-
-def load_directory(
-    directory: Path, *, vae: Path | None = None, offline: bool = False, allow_pickle: bool = False
-) -> tuple[Comit, dict[str, Any]]:
-    """Load a checkpoint directory; see :func:`load_file`.
-
-    Returns:
-        The network and its raw config.
-
-    Raises:
-        MissingError: Files or VAE weights are not here.
-        CorruptFileError: A file cannot be read.
-        UsageError: The config is wrong or the weights do not fit it.
-    """
-    config = read_config(directory)
-    spec, path = spec_from_config(config, directory / "config.json"), weight_file(directory)
-    loaded = load_file(path, spec, beside=directory, vae=vae, offline=offline, allow_pickle=allow_pickle)
-    return loaded.model, config
+    return load_network(model, tensors, path, settings=SETTINGS), vae_file
 
 
 def find_sd_vae(kind: str, local: Path, *, offline: bool) -> Path:
@@ -310,28 +254,12 @@ def find_sd_vae(kind: str, local: Path, *, offline: bool) -> Path:
     Raises:
         MissingError: Neither there nor to be had.
     """
-    from comit_bench.tokenizers.hub import fetch
-
     path = local / VAE_FILES[1]
     if path.is_file():
         return path
     return fetch(VAE_HUB[kind], VAE_FILES, offline=offline, hint=f"or put them into {local}") / VAE_FILES[1]
 
 
-def _read_sd_vae(path: Path) -> dict[str, Tensor]:
-    tensors = read_floats(path, VAE_LANDMARKS)
-    return {f"vae.vae.{key}": value for key, value in modern_attention(tensors).items()}
-
-
-def sd_vae_tensors(kind: str, local: Path, *, offline: bool) -> dict[str, Tensor]:
-    """Weights of the SD-VAE under the keys ``vae.vae.…``.
-
-    Args:
-        kind: ``sd-mse`` or ``sd-ema``.
-        local: Directory to look in first.
-        offline: Never ask the hub.
-
-    Raises:
-        MissingError: Neither there nor to be had.
-    """
-    return _read_sd_vae(find_sd_vae(kind, local, offline=offline))
+def read_sd_vae(path: Path) -> dict[str, Tensor]:
+    """Weights of the SD-VAE under the keys ``vae.vae.…``."""
+    return {f"vae.vae.{key}": value for key, value in read_vae(path).items()}

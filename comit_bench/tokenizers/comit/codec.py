@@ -33,7 +33,7 @@ from comit_bench.tokenizers.comit.crops import (
     encoding_offsets,
     select_cells,
 )
-from comit_bench.tokenizers.comit.fast import AttentionProbe, Condition, FastPredictor
+from comit_bench.tokenizers.comit.fast import Condition, FastPredictor, MessageProbe
 from comit_bench.tokenizers.comit.model import Comit, MaskMode
 
 # (what, crop step, image indices in the batch, shape of one image's noise) -> [len(images), *shape]
@@ -49,20 +49,6 @@ def noise_from_generators(generators: Sequence[torch.Generator]) -> NoiseSource:
 
     def draw(what: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         return torch.stack([torch.randn(shape, generator=generators[i]) for i in images])
-
-    return draw
-
-
-def noise_from_tensors(
-    *, adaptive: Tensor | None = None, latent: Sequence[Tensor] | None = None
-) -> NoiseSource:
-    """Stored noise: ``adaptive`` [K, B, C, h, w]; ``latent[k]`` [B, C, h', w'] for crop k."""
-
-    def draw(what: str, step: int, images: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        stored = adaptive if what == "adaptive" else latent
-        if stored is None:
-            raise ValueError(f"{what} noise is needed but was not given")
-        return stored[step][list(images)]
 
     return draw
 
@@ -431,7 +417,7 @@ class _MapReader:
         self.request, self.receive = request, receive
         self.left = sorted(range(len(request.times)), key=request.times.__getitem__)
 
-    def probe(self, time: float, rows: int) -> AttentionProbe | None:
+    def probe(self, time: float, rows: int) -> MessageProbe | None:
         """For one evaluation: records the maps of every time that it answers; None when there is none."""
         due = [number for number in self.left if reached(time, self.request.times[number])]
         if not due:
@@ -443,7 +429,7 @@ class _MapReader:
             for number in due:
                 self.receive(self.request.layers.index(layer), number, grids)
 
-        return AttentionProbe(self.request.layers, softmax=self.request.softmax, receive=hand_on)
+        return MessageProbe(self.request.layers, softmax=self.request.softmax, receive=hand_on)
 
 
 def to_uint8(images: Tensor) -> Tensor:

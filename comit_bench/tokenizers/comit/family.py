@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from comit_bench.tokenizers.family import (
+    VAE_FILES,
     Config,
     Family,
     Hub,
@@ -15,7 +16,6 @@ from comit_bench.tokenizers.family import (
 )
 
 VAE_HUB = {"sd-mse": "stabilityai/sd-vae-ft-mse", "sd-ema": "stabilityai/sd-vae-ft-ema"}
-VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 UNTRAINED = "comit-nano-untrained"
 
 

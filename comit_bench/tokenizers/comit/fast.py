@@ -65,7 +65,7 @@ class TimeState:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionProbe:
+class MessageProbe:
     """Asks some blocks how message rows attend to image rows; passes each map on as soon as it is computed.
 
     Attributes:
@@ -208,7 +208,7 @@ class FastPredictor:
         time: TimeState,
         *,
         mask_mode: MaskMode | None = None,
-        probe: AttentionProbe | None = None,
+        probe: MessageProbe | None = None,
     ) -> Tensor:
         """The velocity [B, C, h, w] at noisy latents.
 
@@ -246,7 +246,7 @@ class FastPredictor:
         *,
         message: bool = False,
         mask_mode: MaskMode | None = None,
-        probe: AttentionProbe | None = None,
+        probe: MessageProbe | None = None,
         hidden: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Image rows (or, with ``message``, buffer rows) at the end, and all rows after block ``hidden``."""

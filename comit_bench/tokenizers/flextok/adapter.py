@@ -1,7 +1,7 @@
 """Adapter for FlexTok: uint8 images <-> 256 ordered tokens, or a prefix of them.
 
 Tokenization is deterministic by default: the mean of the VAE's posterior. The released program samples it;
-``posterior=sample`` does so with one generator per image. Reading the files is ``flextok_files.py``.
+``posterior=sample`` does so with one generator per image. Reading the files is ``checkpoint.py``.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from comit_bench.errors import UsageError, shown
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
+    POSTERIORS,
+    Streams,
     TokenizerInfo,
     Tokens,
     check_ids,
     decode_tiles,
     encode_tiles,
     number,
-    refuse_unknown,
+    one_of,
     seeded_noise,
-    switch,
+    split_options,
     switch_or_auto,
     warn_policy,
 )
@@ -34,16 +35,16 @@ from comit_bench.tokenizers.flextok.checkpoint import load_directory, save
 from comit_bench.tokenizers.flextok.codec import Sampling, decode, encode, to_uint8
 from comit_bench.tokenizers.flextok.config import config_from_spec
 from comit_bench.tokenizers.flextok.family import FAMILY
-from comit_bench.tokenizers.flextok.model import PRESETS, FlexTok, FlexTokSpec
+from comit_bench.tokenizers.flextok.model import PRESETS, FlexTok
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
 
 GUIDANCE, GUIDANCE_SMALL = 7.5, 15.0  # the authors' choice; the second for flextok-d12-d12
 MODES = ("apg", "cfg")
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see there and :class:`FlexTokTokenizer`."""
 
     tokens: int | None
@@ -74,10 +75,8 @@ def _sampling(
     """The sampler's settings, after a look at all options: before minutes of drawing or reading weights."""
     if tokens is not None:
         _prefix(tokens, max(spec.registers for spec in PRESETS.values()))
-    if posterior not in ("mode", "sample"):
-        raise UsageError(f"posterior must be 'mode' or 'sample', got {shown(posterior)}")
-    if guidance_mode not in MODES:
-        raise UsageError(f"guidance_mode must be 'apg' or 'cfg', got {shown(guidance_mode)}")
+    one_of(posterior, "posterior", POSTERIORS)
+    one_of(guidance_mode, "guidance_mode", MODES)
     switch_or_auto(compile, "compile")
     return Sampling(
         steps=int(number(steps, "FlexTok: steps", whole=True, low=1, high=MOST_STEPS)),
@@ -90,9 +89,6 @@ class FlexTokTokenizer:
     """FlexTok behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         tokens: Length of the prefix that is encoded; None is all of the model's.
         posterior: ``mode`` (default) or ``sample`` (released).
         steps: Euler steps of ``decode``.
@@ -151,14 +147,7 @@ class FlexTokTokenizer:
         }
         return {**settings, "default": settings == {"steps": 25, "guidance": usual, "guidance_mode": "apg"}}
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Tokenize uint8 [B, 3, S, S]; see the contract."""
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
         warn_policy(self.info.name, policy)
         noise = torch.zeros(len(images_u8), 0)
         sampled = self.posterior == "sample"
@@ -175,16 +164,11 @@ class FlexTokTokenizer:
         return encode_tiles(self, tile, images_u8, noise)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Integers [..., K] -> float32 [..., K, d].
-
-        Raises:
-            ValueError: An id outside the vocabulary.
-        """
         check_ids(ids, self.model.regularizer.vocab_size)
         return self.model.regularizer.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Messages of any length up to the model's -> uint8 [B, 3, S, S], one noise seed per image."""
+        """Messages of any length up to the model's; see the contract."""
         spec, codes = self.model.spec, tokens.codes
         if codes.ndim != 3 or codes.shape[2] != spec.code_dim or not 1 <= codes.shape[1] <= spec.registers:
             raise ValueError(
@@ -203,7 +187,7 @@ class FlexTokTokenizer:
         save(self.model, directory)
 
 
-def _info(model: FlexTok, origin: Origin, options: dict[str, str] | None = None) -> TokenizerInfo:
+def _info(model: FlexTok, origin: WeightsOrigin, options: dict[str, str] | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="flextok",
@@ -221,26 +205,6 @@ def _info(model: FlexTok, origin: Origin, options: dict[str, str] | None = None)
     )
 
 
-def build_random(spec: FlexTokSpec, seed: int, device: torch.device | None = None) -> FlexTok:
-    """An untrained network, VAE included, from a seed. Its latents have the scale 1 unless the spec says.
-
-    On the meta ``device`` it stays without weights.
-    """
-    with torch.device("meta"):
-        model = FlexTok(spec)
-    if device is not None and device.type == "meta":
-        return model
-    model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
-    model.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
-    return model
-
-
-def _random(name: str, seed: int, scale: float | None, device: torch.device) -> tuple[FlexTok, TokenizerInfo]:
-    spec = spec_of(name, PRESETS)
-    model = build_random(replace(spec, vae=replace(spec.vae, scale=scale or 1.0)), seed, device)
-    return model, _info(model, untrained(name, seed))
-
-
 def _stored(
     name: str, weights: str | None, scale: float | None, *, offline: bool, allow_pickle: bool
 ) -> tuple[FlexTok, TokenizerInfo]:
@@ -249,15 +213,15 @@ def _stored(
     if place.local.is_file() and name in PRESETS:
         sizes = config_from_spec(PRESETS[name])
         del sizes["vae"]["scaling_factor"]
-    loaded = load_directory(
+    model, found, vae_file = load_directory(
         place.local, scaling_factor=scale, offline=offline, allow_pickle=allow_pickle, sizes=sizes
     )
     extra: dict[str, str] = {}
-    if loaded.assumed:
-        extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(loaded.assumed.items()))
-    if loaded.vae_file is not None:
-        extra["vae"] = weights_digest(loaded.vae_file)
-    return loaded.model, _info(loaded.model, place.origin(loaded.path, loaded.config, PRESETS), extra)
+    if found.assumed:
+        extra["assumed"] = ", ".join(f"{key}={value}" for key, value in sorted(found.assumed.items()))
+    if vae_file is not None:
+        extra["vae"] = weights_digest(vae_file)
+    return model, _info(model, place.origin(found.path, found.config, PRESETS), extra)
 
 
 def load(
@@ -267,38 +231,29 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> FlexTokTokenizer:
-    """Load a FlexTok tokenizer.
+    """Load a FlexTok tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
         name: ``flextok-d12-d12`` … ``flextok-d18-d28-dfn``, a hub id, or a checkpoint directory.
-        weights: Checkpoint directory, a file of weights, ``random`` (untrained), or None: the directory or
-            the hub.
-        device: Where it runs.
-        offline: Never ask the hub.
-        seed: Of random weights.
-        **options: ``scaling_factor`` of the latents, for checkpoints whose config has none;
-            ``allow_pickle``; the others go to :class:`FlexTokTokenizer`.
-
-    Raises:
-        MissingError: No weights on this machine and the hub is out of reach.
-        UsageError: Unknown name or option, or a checkpoint that does not fit.
-        CorruptFileError: A file that cannot be read.
+        **options: ``scaling_factor`` of the latents, for checkpoints whose config has none (with random
+            weights it is 1); ``allow_pickle``; the others go to :class:`FlexTokTokenizer`.
     """
-    refuse_unknown(options, Options.__annotations__, "FlexTok")
-    settings: dict[str, Any] = {**options}
+    settings, allow = split_options(options, _Options, "FlexTok")
     if "scaling_factor" in settings:
         settings["scaling_factor"] = number(settings["scaling_factor"], "FlexTok: scaling_factor", low=1e-6)
     scale = settings.pop("scaling_factor", None)
-    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     preset = FAMILY.preset(name)
     name = name if preset is None else preset.name
     if name == "flextok-d12-d12":
         settings.setdefault("guidance", GUIDANCE_SMALL)
     _sampling(**settings)
     if weights == "random":
-        model, info = _random(name, seed, scale, device)
+        spec = spec_of(name, PRESETS)
+        spec = replace(spec, vae=replace(spec.vae, scale=scale or 1.0))
+        model = random_network(FlexTok, spec, device, seed, zero_gates=False)
+        info = _info(model, untrained(name, seed))
     else:
         model, info = _stored(name, weights, scale, offline=offline, allow_pickle=allow)
     return FlexTokTokenizer(model, info, device=device, **settings)

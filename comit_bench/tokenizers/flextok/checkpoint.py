@@ -10,31 +10,28 @@ ones.
 from __future__ import annotations
 
 import ast
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
-from comit_bench.files import write_atomic
 from comit_bench.nn.plain_files import too_deep
 from comit_bench.tokenizers.checkpoints import (
-    as_stored,
     load_network,
-    modern_attention,
+    on_meta,
     read_config,
-    read_floats,
     read_metadata,
+    read_vae,
     read_weights,
     weight_file,
-    write_tensors,
+    write_checkpoint,
 )
 from comit_bench.tokenizers.config_node import Node
+from comit_bench.tokenizers.family import VAE_FILES
 from comit_bench.tokenizers.flextok.config import (
     DECODER,
     ENCODER,
@@ -45,12 +42,12 @@ from comit_bench.tokenizers.flextok.config import (
     spec_from_reader,
     vae_spec,
 )
-from comit_bench.tokenizers.flextok.family import VAE_FILES, VAE_HUB, unwrap
+from comit_bench.tokenizers.flextok.family import VAE_HUB, unwrap
 from comit_bench.tokenizers.flextok.model import FlexTok, FlexTokSpec
+from comit_bench.tokenizers.hub import fetch
 
 BLOCKS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 LANDMARKS = ("encoder.module_dict", "decoder.module_dict")
-VAE_LANDMARKS = ("encoder.conv_in", "decoder.conv_in", "encoder.mid_block", "decoder.mid_block")
 VAE = "vae.vae."
 _log = logging.getLogger(__name__)
 
@@ -214,28 +211,9 @@ class Checkpoint:
     path: Path
 
     @property
-    def vae(self) -> dict[str, Any]:
+    def vae(self) -> Node:
         """The VAE's block of the config."""
-        return dict(Node(self.config, self.source).maybe("vae").values)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A network and where it comes from.
-
-    Attributes:
-        model: On the CPU, float32, evaluating.
-        config: As released.
-        assumed: Values that neither config nor weights had.
-        path: File of weights, or their index.
-        vae_file: Weights of the VAE when the checkpoint has none of its own.
-    """
-
-    model: FlexTok
-    config: dict[str, Any]
-    assumed: dict[str, Any]
-    path: Path
-    vae_file: Path | None = None
+        return Node(self.config, self.source).maybe("vae")
 
 
 def read_checkpoint(
@@ -262,21 +240,16 @@ def read_checkpoint(
     return Checkpoint(spec_from_reader(reader), tensors, config, reader.assumed, source, path)
 
 
-def _vae_repository(vae: Node, channels: int) -> str:
-    stated = vae.values.get("hf_hub_path")
-    return VAE_HUB.format(channels=channels) if stated is None else vae.text("hf_hub_path")
-
-
 def _vae_directory(vae: Node, channels: int, local: Path, names: tuple[str, ...], offline: bool) -> Path:
     """The directory with the stand-alone VAE's files: beside the checkpoint, else of the hub."""
     if all((local / name).is_file() for name in names):
         return local
-    from comit_bench.tokenizers.hub import fetch
-
     hint = f"or put them into {local}"
     if names == VAE_FILES[:1]:
         hint += ", or pass --option scaling_factor=VALUE"
-    return fetch(_vae_repository(vae, channels), names, offline=offline, hint=hint)
+    stated = vae.values.get("hf_hub_path") is not None
+    repository = vae.text("hf_hub_path") if stated else VAE_HUB.format(channels=channels)
+    return fetch(repository, names, offline=offline, hint=hint)
 
 
 def _scale(
@@ -306,7 +279,7 @@ def load_directory(
     offline: bool = False,
     allow_pickle: bool = False,
     sizes: dict[str, Any] | None = None,
-) -> Loaded:
+) -> tuple[FlexTok, Checkpoint, Path | None]:
     """Load a checkpoint into an evaluating float32 network on the CPU.
 
     Args:
@@ -317,21 +290,19 @@ def load_directory(
         allow_pickle: Whether a torch file may be read.
         sizes: A config for a single file that comes without one.
 
+    Returns:
+        The network, what the checkpoint holds, and the file of the VAE when that is another one.
+
     Raises:
         MissingError: Files, or the weights or the scale of the VAE, are not here.
         CorruptFileError: A file cannot be read.
         UsageError: The weights do not fit the config, or it is of a variant that is not computed.
     """
     found = read_checkpoint(directory, allow_pickle=allow_pickle, sizes=sizes)
-    vae, local, channels = (
-        Node(found.vae, found.source, "vae"),
-        found.path.parent / "vae",
-        found.spec.vae.channels,
-    )
+    vae, local, channels = found.vae, found.path.parent / "vae", found.spec.vae.channels
     scale = _scale(vae, channels, local, scaling_factor, offline=offline, source=found.source)
-    assumed = dict(found.assumed)
     if vae.values.get("scaling_factor") is None and scaling_factor is not None:
-        assumed["vae.scaling_factor"] = scale
+        found.assumed["vae.scaling_factor"] = scale
     spec = replace(found.spec, vae=replace(found.spec.vae, scale=scale))
     tensors, vae_file = found.tensors, None
     if not any(key.startswith(VAE) for key in tensors):
@@ -339,23 +310,13 @@ def load_directory(
         arch = {"fixture": {"vae_arch": read_config(alone)}}
         spec = replace(spec, vae=vae_spec(arch, channels, scale, source=alone / VAE_FILES[0]))
         vae_file = alone / VAE_FILES[1]
-        own = {VAE + k: v for k, v in modern_attention(read_floats(vae_file, VAE_LANDMARKS)).items()}
+        own = {VAE + k: v for k, v in read_vae(vae_file).items()}
         own, _ = normalise(own, spec.code_dim)
         tensors = {**tensors, **own}
-    with torch.device("meta"):
-        model = FlexTok(spec)
-    load_network(model, tensors, found.path, settings=SETTINGS)
-    return Loaded(model.eval(), found.config, assumed, found.path, vae_file)
+    model = load_network(on_meta(FlexTok, spec), tensors, found.path, settings=SETTINGS)
+    return model, found, vae_file
 
 
-def save(model: FlexTok, directory: Path, *, config: dict[str, Any] | None = None) -> None:
-    """Write ``config.json`` and ``model.safetensors`` in the released layout.
-
-    Args:
-        model: The network; its VAE is written under ``vae.vae.`` as the release does.
-        directory: Made if absent.
-        config: Written verbatim when given (to keep a released config as it was).
-    """
-    write_tensors(directory / "model.safetensors", as_stored(model.state_dict(), torch.float32))
-    text = json.dumps(config or config_from_spec(model.spec), indent=1) + "\n"
-    write_atomic(directory / "config.json", text)
+def save(model: FlexTok, directory: Path) -> None:
+    """Write a checkpoint directory in the released layout, the VAE under ``vae.vae.`` as the release does."""
+    write_checkpoint(directory, model.state_dict(), config_from_spec(model.spec))

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from comit_bench.errors import UsageError, shown
 from comit_bench.nn.sizes import DEPTH
-from comit_bench.nn.state_dicts import numbered
+from comit_bench.nn.state_dicts import count_numbers
 from comit_bench.nn.vae import KLVaeSpec
-from comit_bench.tokenizers.config_node import Node, kl_vae_spec
+from comit_bench.tokenizers.config_node import Node, blaming, kl_vae_spec
 from comit_bench.tokenizers.flextok.blocks import TableSpec
 from comit_bench.tokenizers.flextok.model import FlexTokSpec, TrunkSpec
 
@@ -167,7 +167,7 @@ def _patch(reader: ConfigReader, part: str, *names: str) -> tuple[int, int]:
 
 def _trunk(reader: ConfigReader, part: str, prefix: str, name: str, patch: tuple[int, int]) -> TrunkSpec:
     block = reader.module(part, name, *TRUNK)
-    depth = len(set(numbered(reader.shapes[prefix].get(name, {}), r"blocks\.(\d+)\.")))
+    depth = count_numbers(reader.shapes[prefix].get(name, {}), r"blocks\.(\d+)\.")
     if block.values.get("depth") is not None:
         depth = block.whole("depth", high=DEPTH)
     table = "enc_posemb_module" if prefix == ENCODER else "dec_patches_posemb_module"
@@ -239,7 +239,7 @@ def spec_from_reader(reader: ConfigReader) -> FlexTokSpec:
         longest = time.number("max_timestep", above=0, high=1e6)
     else:
         longest = reader.assume("dec_time_embedder.max_timestep", 1000.0)
-    try:
+    with blaming(reader.source):
         return FlexTokSpec(
             encoder=_trunk(
                 reader, "encoder", ENCODER, "enc_transformer", _patch(reader, "encoder", "enc_patch_emb")
@@ -259,8 +259,6 @@ def spec_from_reader(reader: ConfigReader) -> FlexTokSpec:
             max_timestep=longest,
             vae=vae_spec(reader.config, channels, source=reader.source),
         )
-    except ValueError as error:
-        raise error if isinstance(error, UsageError) else UsageError(f"{reader.source}: {error}") from error
 
 
 def config_from_spec(spec: FlexTokSpec) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from comit_bench.tokenizers.family import Config, Family, Hub, Part, Preset, value_at
+from comit_bench.tokenizers.family import VAE_FILES, Config, Family, Hub, Part, Preset, value_at
 
 LICENCE = "Apple Machine Learning Research Model licence (research only)"
 VAE_HUB = "EPFL-VILAB/flextok_vae_c{channels}"
-VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 ENCODER, DECODER = "encoder.module_dict", "decoder.module_dict"
 
 

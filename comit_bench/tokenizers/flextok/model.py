@@ -296,16 +296,6 @@ class Decoder(nn.Module):
             )
         return counts
 
-    def plain_condition(self, codes: Tensor, keep: Sequence[int] | None = None) -> Condition:
-        """All K registers, masked positions written out: the long form of :meth:`condition`."""
-        counts = self._checked(codes, keep)
-        short = self.spec.registers - codes.shape[1]
-        r = self.registers(nn.functional.pad(codes, (0, 0, 0, short)))
-        kept = torch.arange(self.spec.registers, device=codes.device) < torch.tensor(
-            counts, device=codes.device
-        ).unsqueeze(1)
-        return Condition(torch.where(kept[..., None], r, self.mask_token.to(r.dtype)))
-
     def condition(self, codes: Tensor, keep: Sequence[int] | None = None) -> Condition:
         """Registers for a prefix of the message; the masked positions become one token.
 
@@ -329,10 +319,6 @@ class Decoder(nn.Module):
         if longest == shortest:  # one row serves the batch
             bias, left = bias[:1], left[:1]
         return Condition(torch.cat([r, mask], dim=1), torch.cat([bias, left.log()], dim=1))
-
-    def plain_null(self) -> Condition:
-        """K null tokens written out: the long form of :meth:`null`."""
-        return Condition(self.null_token.expand(1, self.spec.registers, -1))
 
     def null(self) -> Condition:
         """The unconditional pass: one token that stands for all K."""

@@ -2,7 +2,7 @@
 
 ``decoder=diffusion`` (50 steps from noise) and ``decoder=renderer`` (one step, no noise) are two released
 files with an encoder each; the message is encoded with the file whose decoder is used. Encoding is
-deterministic: the mode of the VAE's posterior, and no sampling of ids. Reading files is ``selftok_files.py``.
+deterministic: the mode of the VAE's posterior, and no sampling of ids. Reading files is ``checkpoint.py``.
 """
 
 from __future__ import annotations
@@ -10,40 +10,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.errors import UsageError
 from comit_bench.files import user_path
 from comit_bench.tokenizers.base import (
+    DTYPES,
+    LATENTS,
+    Streams,
     TokenizerInfo,
     Tokens,
     check_codes,
     check_ids,
     decode_tiles,
     encode_tiles,
-    refuse_unknown,
+    one_of,
     seeded_noise,
-    switch,
+    split_options,
     switch_or_auto,
     warn_policy,
 )
 from comit_bench.tokenizers.checkpoints import (
     read_config,
     single_file_spec,
+    weight_file,
     weights_digest,
 )
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
-from comit_bench.tokenizers.selftok.checkpoint import (
-    build,
-    find_vae,
-    load_directory,
-    load_files,
-    save,
-)
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
+from comit_bench.tokenizers.selftok.checkpoint import find_vae, load_files, save
 from comit_bench.tokenizers.selftok.codec import (
     decode_latents,
     encode,
@@ -63,11 +61,9 @@ from comit_bench.tokenizers.selftok.model import PRESETS, Schedule, Selftok, Sel
 
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 DECODERS = ("diffusion", "renderer")
-LATENTS = ("codes", "prequant", "raw")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see there and :class:`SelftokTokenizer`."""
 
     decoder: str  # texts whose values are checked, with more words, where they are used
@@ -80,15 +76,6 @@ class Options(TypedDict, total=False):
     vae_dtype: str
     compile: bool | Literal["auto"]
     dtype: torch.dtype
-
-
-def _one_of(value: object, option: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise UsageError(
-            f"SelfTok: {option} must be one of {', '.join(allowed)}, got {value!r}."
-            f"{did_you_mean(str(value), allowed)}"
-        )
-    return str(value)
 
 
 def choose_schedule(
@@ -131,9 +118,6 @@ class SelftokTokenizer:
     """SelfTok behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode, with a VAE.
-        info: Its description.
-        device: Where it runs.
         latents: What probes read: ``codes`` (what enters a decoder), ``prequant`` (projected queries before
             quantization) or ``raw`` (the encoder's queries).
         steps: Euler steps of the diffusion decoder; None is the checkpoint's.
@@ -160,14 +144,14 @@ class SelftokTokenizer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         spec = model.spec
-        self.latents = _one_of(latents, "latents", LATENTS)
+        self.latents = one_of(latents, "SelfTok: latents", LATENTS)
         self.schedule, self.assumed = choose_schedule(spec, stages, k_per_stage)
         if steps is not None and (type(steps) is not int or steps < 1):  # options come from a command line
             raise UsageError(f"SelfTok: steps must be a whole number of at least 1, got {steps!r}")
         if steps is not None and self.schedule is None:
             raise UsageError("SelfTok: steps is a setting of decoder=diffusion, the renderer has one step")
         self.steps = spec.steps if steps is None else steps
-        vae_type = DTYPES[_one_of(vae_dtype, "vae_dtype", tuple(DTYPES))]
+        vae_type = DTYPES[one_of(vae_dtype, "SelfTok: vae_dtype", tuple(DTYPES))]
         wanted = switch_or_auto(compile, "compile")
         self.model = model.to(device).requires_grad_(False).eval()
         self.network = FastSelftok(self.model)  # for good: these weights do not change
@@ -195,18 +179,8 @@ class SelftokTokenizer:
             options={**info.options, **options},
         )
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Tokenize uint8 [B, 3, S, S]; nothing about it is random.
-
-        Raises:
-            ValueError: Wrong shape or type.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """See the contract; nothing about it is random."""
         warn_policy(self.info.name, policy)
 
         def tile(images: Tensor) -> Tokens:
@@ -218,11 +192,6 @@ class SelftokTokenizer:
         return encode_tiles(self, tile, images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Integers [..., K] -> float32 [..., K, d], after the LayerNorm.
-
-        Raises:
-            ValueError: An id outside the vocabulary.
-        """
         check_ids(ids, self.model.spec.vocab_size)
         with torch.inference_mode():
             return self.model.encoder.codes(ids.to(self.device, torch.int64))
@@ -242,11 +211,7 @@ class SelftokTokenizer:
         return self.schedule is not None
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Messages -> uint8 [B, 3, S, S]; one noise seed per image, which the renderer does not use.
-
-        Raises:
-            ValueError: Codes of another shape, or not one seed per image.
-        """
+        """See the contract; the renderer uses no noise."""
         spec, codes = self.model.spec, tokens.codes
         check_codes(codes, self.info)
         shape = (spec.channels, spec.latent_side, spec.latent_side)
@@ -275,17 +240,7 @@ class SelftokTokenizer:
         save(self.model, directory, replace(self.model.spec, schedule=schedule, steps=self.steps))
 
 
-def build_random(spec: SelftokSpec, seed: int, device: torch.device | None = None) -> Selftok:
-    """An untrained network, VAE included, from a seed; on the meta ``device`` it stays without weights."""
-    model = build(spec)
-    if device is not None and device.type == "meta":
-        return model
-    model.load_state_dict({k: torch.empty(v.shape) for k, v in model.state_dict().items()}, assign=True)
-    model.init_weights(torch.Generator().manual_seed(seed), zero_gates=False)
-    return model
-
-
-def _info(model: Selftok, origin: Origin, vae: Path | None = None) -> TokenizerInfo:
+def _info(model: Selftok, origin: WeightsOrigin, vae: Path | None = None) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="selftok",
@@ -310,23 +265,24 @@ def _stored(
     named = None if vae is None else user_path(str(vae), "vae")
     release = release_name(preset, chosen)
     place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle, release=release)
-    if place.local.is_dir():
-        config = read_config(place.local)
-        found = load_directory(place.local, vae=named, offline=offline, allow_pickle=allow_pickle)
+    path, folder = place.local, None
+    if path.is_dir():
+        config, folder, path = read_config(path), path, weight_file(path)
     else:
-        single_file_spec(name, place.local, PRESETS)  # refuses a file that no preset is named with
+        single_file_spec(name, path, PRESETS)  # refuses a file that no preset is named with
         config = released_config(release)
-        own_vae = find_vae(config, None, named, offline=offline)
-        found = load_files(place.local, config, place.local, own_vae, allow_pickle=allow_pickle)
-    spec = found.model.spec
+    found = find_vae(config, folder, named, offline=offline)
+    source = path if folder is None else folder / "config.json"
+    model = load_files(path, config, source, found, allow_pickle=allow_pickle)
+    spec = model.spec
     if spec.kind != chosen and (decoder is not None or preset in PRESETS):
         raise UsageError(
-            f"{found.weights}: this is a checkpoint with the decoder {spec.kind}, not {chosen}: pass "
+            f"{path}: this is a checkpoint with the decoder {spec.kind}, not {chosen}: pass "
             f"--option decoder={spec.kind}, or the other checkpoint"
         )
     if preset in PRESETS and spec.tokens != PRESETS[preset].tokens:
-        raise UsageError(f"{found.weights}: a checkpoint of {spec.tokens} tokens is not {preset}")
-    return found.model, _info(found.model, place.origin(found.weights, config, PRESETS), found.vae)
+        raise UsageError(f"{path}: a checkpoint of {spec.tokens} tokens is not {preset}")
+    return model, _info(model, place.origin(path, config, PRESETS), found[1])
 
 
 def load(
@@ -336,39 +292,27 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> SelftokTokenizer:
-    """Load a SelfTok tokenizer.
+    """Load a SelfTok tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
         name: ``selftok-512``, ``selftok-1024``, or a checkpoint directory.
-        weights: Checkpoint directory, a file of weights (``.safetensors``, or, if ``allow_pickle``, a
-            released ``.pth``, which is converted once), ``random`` (untrained), or None: the directory or
-            the cache.
-        device: Where it runs.
-        offline: Never ask the hub for the VAE.
-        seed: Of random weights.
+        weights: A released ``.pth`` (if ``allow_pickle``) is converted once.
         **options: ``decoder`` (diffusion, renderer), ``vae`` (directory of SD3's), ``allow_pickle``; the
             others are those of :class:`SelftokTokenizer`.
-
-    Raises:
-        MissingError: The weights are not on this machine.
-        UsageError: Unknown name or option, or a checkpoint that does not fit.
-        CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, Options.__annotations__, "SelfTok")
-    settings: dict[str, Any] = {**options}
+    settings, allow = split_options(options, _Options, "SelfTok")
     decoder, vae = settings.pop("decoder", None), settings.pop("vae", None)
-    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
     if decoder is not None:
-        _one_of(decoder, "decoder", DECODERS)
+        one_of(decoder, "SelfTok: decoder", DECODERS)
     if weights == "random":
         spec_of(name, PRESETS)
         spec = variant(name.lower(), str(decoder or "diffusion"))
         choose_schedule(  # before minutes of drawing
             spec, settings.get("stages"), settings.get("k_per_stage")
         )
-        model = build_random(spec, seed, device)
+        model = random_network(Selftok, spec, device, seed, zero_gates=False)
         info = _info(model, untrained(name.lower(), seed))
     else:
         model, info = _stored(name, weights, decoder, vae, offline=offline, allow_pickle=allow)

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError, shown
 from comit_bench.nn.sizes import HEADS, SIDE
-from comit_bench.nn.state_dicts import numbered
+from comit_bench.nn.state_dicts import check_types, compare, count_numbers
 from comit_bench.nn.vae import KLVaeSpec
-from comit_bench.tokenizers.checkpoints import select_weights
-from comit_bench.tokenizers.config_node import Node, kl_vae_spec
+from comit_bench.tokenizers.checkpoints import on_meta, select_weights
+from comit_bench.tokenizers.config_node import Node, blaming, kl_vae_spec
 from comit_bench.tokenizers.selftok.model import (
     SD3_VAE,
     DecoderSpec,
     EncoderSpec,
     Schedule,
+    Selftok,
     SelftokSpec,
     variant,
 )
@@ -81,7 +82,7 @@ SETTINGS = (
 
 def depth_of(keys: Mapping[str, Any], prefix: str) -> int:
     """Blocks below a prefix; numbers with gaps count as what is there, and what is missing is told later."""
-    return len(set(numbered(keys, re.escape(prefix) + r"(\d+)\.")))
+    return count_numbers(keys, re.escape(prefix) + r"(\d+)\.")
 
 
 def is_renderer(keys: Mapping[str, Any]) -> bool:
@@ -158,12 +159,8 @@ def _numbers(value: object, what: str) -> tuple[int, ...]:
 
 def read_schedule(stages: object, counts: object, what: str) -> Schedule:
     """Stage ends and tokens per stage, as text or lists."""
-    try:
+    with blaming(what):
         return Schedule(ends=_numbers(stages, what), counts=_numbers(counts, what))
-    except UsageError:
-        raise
-    except ValueError as error:
-        raise UsageError(f"{what}: {error}") from error
 
 
 def _schedule(config: Mapping[str, Any], tokens: int, source: Path) -> Schedule | None:
@@ -278,7 +275,7 @@ def spec_from_config(
     sees = config.get("context_see_xt", kind == "diffusion")
     if not isinstance(sees, bool):
         raise UsageError(f"{source}: context_see_xt must be true or false, found {sees!r}")
-    try:
+    with blaming(source):
         spec = SelftokSpec(
             tokens=tokens,
             kind="renderer" if kind == "renderer" else "diffusion",
@@ -296,10 +293,6 @@ def spec_from_config(
             positional_mask=len(mask) == 3 and mask[1] > 1,
             vae=vae,
         )
-    except UsageError:
-        raise
-    except ValueError as error:
-        raise UsageError(f"{source}: {error}") from error
     side, grids = spec.latent_side // patch, (spec.encoder.grid, spec.decoder.grid)
     if not 1 <= side <= min(grids):
         raise UsageError(
@@ -381,11 +374,6 @@ def check_fits(name: str, tensors: Mapping[str, Tensor], source: Path) -> None:
     Raises:
         UsageError: Lists what is missing, unexpected or of another shape.
     """
-    import torch
-
-    from comit_bench.tokenizers.checkpoints import check_tensors
-    from comit_bench.tokenizers.selftok.model import Selftok
-
-    with torch.device("meta"):
-        model = Selftok(released_spec(name))
-    check_tensors(model.own_state(), tensors, source, what=f"the released {name}")
+    expected = on_meta(Selftok, released_spec(name)).own_state()
+    compare(expected, tensors, source, what=f"the released {name}")
+    check_types(expected, tensors, source)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from comit_bench.tokenizers.family import Config, Family, Hub, Part, Preset, Release, value_at
+from comit_bench.tokenizers.family import (
+    VAE_FILES,
+    Config,
+    Family,
+    Hub,
+    Part,
+    Preset,
+    Release,
+    value_at,
+)
 
 _CONFIG = "comit_bench.tokenizers.selftok.config"
 VAE_HUB = "stabilityai/stable-diffusion-3-medium-diffusers"
-VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def _file(name: str) -> Release:

@@ -8,9 +8,7 @@ of the released program; nodes that describe generators are not read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -19,11 +17,11 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError, shown
-from comit_bench.files import write_atomic
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.sizes import DEPTH, HEADS, SIDE, TOKENS
 from comit_bench.nn.vqgan import VqganSpec
 from comit_bench.tokenizers.base import (
+    Streams,
     TileReceiver,
     TokenizerInfo,
     Tokens,
@@ -33,25 +31,16 @@ from comit_bench.tokenizers.base import (
     computing,
     decode_tiles,
     encode_tiles,
-    refuse_unknown,
     speed_up,
-    switch,
+    split_options,
     switch_or_auto,
     to_uint8,
     warn_policy,
 )
-from comit_bench.tokenizers.checkpoints import (
-    WEIGHT_FILES,
-    as_stored,
-    load_network,
-    read_config,
-    read_weights,
-    weight_file,
-    write_tensors,
-)
-from comit_bench.tokenizers.config_node import Node
+from comit_bench.tokenizers.checkpoints import load_network, on_meta, read_weights, write_checkpoint
+from comit_bench.tokenizers.config_node import Node, blaming
 from comit_bench.tokenizers.identity import configuration_digest
-from comit_bench.tokenizers.origin import Origin, locate, spec_of, untrained
+from comit_bench.tokenizers.origin import WeightsOrigin, locate, random_network, spec_of, untrained
 from comit_bench.tokenizers.titok.family import FAMILY
 from comit_bench.tokenizers.titok.model import PRESETS, SIZES, Titok, TitokSpec, VitSize
 
@@ -60,7 +49,7 @@ IGNORED = ("quantize.embed_prob", "pixel_encoder.")  # never needed to encode or
 VERSION = "1"  # raised when the same weights and configuration may give other ids
 
 
-class Options(TypedDict, total=False):
+class _Options(TypedDict, total=False):
     """What :func:`load` takes beside what every loader takes; see :class:`TitokTokenizer`."""
 
     dtype: torch.dtype
@@ -144,7 +133,7 @@ def spec_from_config(config: Mapping[str, Any], source: Path) -> TitokSpec:
         )
     reduced = top.maybe("reduced")
     reduced.check_keys(("encoder", "decoder", "pixel_decoder"))
-    try:
+    with blaming(source):
         return TitokSpec(
             encoder=_size(node, "vit_enc_model_size", reduced, "encoder"),
             decoder=_size(node, "vit_dec_model_size", reduced, "decoder"),
@@ -157,8 +146,6 @@ def spec_from_config(config: Mapping[str, Any], source: Path) -> TitokSpec:
             decoder_patch=node.whole("vit_dec_patch_size", high=1024),
             pixels=_pixels(reduced) if legacy else None,
         )
-    except ValueError as error:
-        raise error if isinstance(error, UsageError) else UsageError(f"{source}: {error}") from error
 
 
 def config_from_spec(spec: TitokSpec) -> dict[str, Any]:
@@ -205,61 +192,14 @@ def save(
     config: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors`` in the released layout.
-
-    Args:
-        model: The network.
-        directory: Made if absent.
-        config: Written verbatim when given (to keep a released config as it was).
-        dtype: Of the stored weights; loading always gives float32.
-
-    Raises:
-        BenchError: A weight is not finite, or too large for ``dtype``.
-    """
-    write_tensors(directory / WEIGHT_FILES[0], as_stored(model.state_dict(), dtype))
-    text = json.dumps(config or config_from_spec(model.spec), indent=1)
-    write_atomic(directory / "config.json", text + "\n")
-
-
-def build(spec: TitokSpec, *, empty: bool = False) -> Titok:
-    """Make the network; ``empty`` leaves the weights on the meta device, to be loaded."""
-    with torch.device("meta") if empty else nullcontext():
-        return Titok(spec)
-
-
-def load_file(spec: TitokSpec, path: Path, *, allow_pickle: bool = False) -> Titok:
-    """Build the network of a spec and load one file of weights into it, strictly.
-
-    Raises:
-        UsageError: The weights do not fit, or are a pickle that was not allowed.
-        CorruptFileError: The file cannot be read, or holds tensors of another type, NaN or infinity.
-    """
-    tensors = read_weights(path, LANDMARKS, allow_pickle=allow_pickle)
-    model = build(spec, empty=True)
-    kept = {k: v for k, v in tensors.items() if not k.startswith(IGNORED)}
-    load_network(model, kept, path, settings=SETTINGS)
-    return model.eval()
-
-
-def load_directory(directory: Path, *, allow_pickle: bool = False) -> Titok:
-    """Load a checkpoint directory into an evaluating float32 network on the CPU.
-
-    Raises:
-        MissingError: Files are not here.
-        CorruptFileError: A file cannot be read.
-        UsageError: The config is wrong or the weights do not fit it.
-    """
-    spec = spec_from_config(read_config(directory), directory / "config.json")
-    return load_file(spec, weight_file(directory), allow_pickle=allow_pickle)
+    """Write a checkpoint directory in the released layout; a ``config`` that is given is written verbatim."""
+    write_checkpoint(directory, model.state_dict(), config or config_from_spec(model.spec), dtype)
 
 
 class TitokTokenizer:
     """TiTok behind the tokenizer contract.
 
     Args:
-        model: Network in eval mode.
-        info: Its description.
-        device: Where it runs.
         dtype: ``float32``, or ``bfloat16`` for autocast on CUDA; the last layer and the quantizer
             stay in float32.
         compile: Compile the pixel decoder: ``auto`` is on CUDA when Triton is installed.
@@ -285,42 +225,21 @@ class TitokTokenizer:
         if model.pixel_decoder is not None:
             speed_up(model.pixel_decoder, device, compiled=compiled)
 
-    def encode(
-        self,
-        images_u8: Tensor,
-        *,
-        policy: str | None = None,
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> Tokens:
-        """Tokenize uint8 [B, 3, S, S]; nothing about it is random.
-
-        Raises:
-            ValueError: Wrong shape or type.
-        """
+    def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
+        """See the contract; nothing about it is random."""
         warn_policy(self.info.name, policy)
         return encode_tiles(self, lambda images: Tokens(*self.model.encode(images.div(255))), images_u8)
 
     def codes_from_ids(self, ids: Tensor) -> Tensor:
-        """Integers [..., K] -> float32 [..., K, d], the vectors that enter the decoder.
-
-        Raises:
-            ValueError: An id outside the vocabulary.
-        """
         check_ids(ids, self.model.quantize.size)
         return self.model.quantize.codes(ids.to(self.device))
 
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
-        """Messages -> uint8 [B, 3, S, S]; the seeds change nothing.
-
-        Raises:
-            ValueError: Codes of another shape.
-        """
         check_codes(tokens.codes, self.info)
         return decode_tiles(self, lambda codes: to_uint8(self.model.decode(codes)), tokens.codes)
 
     @property
     def attention_layers(self) -> int:
-        """Blocks whose maps can be read."""
         return self.model.spec.decoder.layers
 
     def attention_times(self, times: Sequence[float]) -> tuple[float, ...]:
@@ -343,7 +262,7 @@ class TitokTokenizer:
         save(self.model, directory)
 
 
-def _info(model: Titok, origin: Origin) -> TokenizerInfo:
+def _info(model: Titok, origin: WeightsOrigin) -> TokenizerInfo:
     spec = model.spec
     return TokenizerInfo(
         family="titok",
@@ -360,22 +279,6 @@ def _info(model: Titok, origin: Origin) -> TokenizerInfo:
     )
 
 
-def _random(name: str, device: torch.device, seed: int) -> tuple[Titok, TokenizerInfo]:
-    model = build(spec_of(name, PRESETS), empty=True)
-    if device.type != "meta":
-        model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed), spread=True)
-    return model, _info(model, untrained(name.lower(), seed))
-
-
-def _stored(
-    name: str, weights: str | None, *, offline: bool, allow_pickle: bool
-) -> tuple[Titok, TokenizerInfo]:
-    place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow_pickle)
-    path, config, spec = place.read(PRESETS, spec_from_config)
-    model = load_file(spec, path, allow_pickle=allow_pickle)
-    return model, _info(model, place.origin(path, config, PRESETS))
-
-
 def load(
     name: str,
     *,
@@ -383,29 +286,23 @@ def load(
     device: torch.device,
     offline: bool = False,
     seed: int = 0,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> TitokTokenizer:
-    """Load a TiTok tokenizer.
+    """Load a TiTok tokenizer; see :class:`~comit_bench.tokenizers.base.Loader`.
 
     Args:
         name: ``titok-l-32`` … ``titok-sl-256``, ``titok-nano``, a hub id, or a checkpoint directory.
-        weights: Checkpoint directory, a single file of weights (with a preset name), ``random``
-            (untrained), or None: the directory, what ships, or the hub.
-        device: Where it runs.
-        offline: Never ask the hub.
-        seed: Of random weights.
         **options: ``allow_pickle``; the others are passed to :class:`TitokTokenizer`.
-
-    Raises:
-        MissingError: No weights on this machine and the hub is out of reach.
-        UsageError: Unknown name or option, or a checkpoint that does not fit.
-        CorruptFileError: A file that cannot be read.
     """
-    refuse_unknown(options, Options.__annotations__, "TiTok")
-    settings: dict[str, Any] = {**options}
-    allow = switch(settings.pop("allow_pickle", False), "allow_pickle")
+    settings, allow = split_options(options, _Options, "TiTok")
     if weights == "random":
-        model, info = _random(name, device, seed)
+        spec, origin = spec_of(name, PRESETS), untrained(name.lower(), seed)
+        model = random_network(Titok, spec, device, seed, spread=True)
     else:
-        model, info = _stored(name, weights, offline=offline, allow_pickle=allow)
-    return TitokTokenizer(model, info, device=device, **settings)
+        place = locate(FAMILY, name, weights, offline=offline, allow_pickle=allow)
+        path, config, spec = place.read(PRESETS, spec_from_config)
+        tensors = read_weights(path, LANDMARKS, allow_pickle=allow)
+        kept = {k: v for k, v in tensors.items() if not k.startswith(IGNORED)}
+        model = load_network(on_meta(Titok, spec), kept, path, settings=SETTINGS)
+        origin = place.origin(path, config, PRESETS)
+    return TitokTokenizer(model, _info(model, origin), device=device, **settings)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from comit_bench.nn.attention import AttentionRequest, MapReceiver
 from comit_bench.nn.precision import full_precision
 from comit_bench.nn.sizes import CHANNELS, DEPTH, ENTRIES, HEADS, SIDE, TOKENS, WIDTH, check_sizes
-from comit_bench.nn.vit import AttentionProbe, PlainBlock, run_blocks
+from comit_bench.nn.vit import PlainBlock, grid_probe, run_blocks
 from comit_bench.nn.vq import VectorQuantizer
 from comit_bench.nn.vqgan import VqganDecoder, VqganSpec
 
@@ -214,26 +214,9 @@ class TitokDecoder(nn.Module):
         return out
 
     def attention(self, codes: Tensor, request: AttentionRequest, receive: MapReceiver) -> None:
-        """How much image positions look at tokens.
-
-        Args:
-            codes: [B, K, d].
-            request: Which blocks; a pass has no time and one path.
-            receive: Gets [B, H, K, G, G] of every layer, time 0, as soon as it is computed: softmax over
-                *all* keys (class, positions, tokens), so a map is not normalised over space.
-
-        Raises:
-            ValueError: A layer that does not exist, or one that is asked for twice.
-        """
-        request.check(len(self.transformer))
-        edge = 1 + self.grid**2
-
-        def hand_on(layer: int, maps: Tensor) -> None:
-            grids = rearrange(maps, "b heads (h w) k -> b heads k h w", h=self.grid)
-            receive(request.layers.index(layer), 0, grids)
-
-        keys = slice(edge, edge + codes.shape[1])
-        probe = AttentionProbe(request.layers, queries=slice(1, edge), keys=keys, receive=hand_on)
+        """Maps [B, H, K, G, G] of codes [B, K, d]; see :func:`~comit_bench.nn.vit.grid_probe`."""
+        depth, edge = len(self.transformer), 1 + self.grid**2
+        probe = grid_probe(request, receive, depth=depth, side=self.grid, tokens=codes.shape[1])
         blocks = list(self.transformer)[: max(request.layers) + 1]
         run_blocks(blocks, self.sequence(codes), shared=edge, probe=probe)
 

@@ -25,12 +25,19 @@ from comit_bench.tokenizers.titok import adapter as titok_files
 from comit_bench.tokenizers.titok import model as titok
 from comit_bench.tokenizers.vq_grid import adapter as grid_files
 from comit_bench.tokenizers.vq_grid import model as vq_grid
-from comit_bench.train.card import USE_TOKENIZER, About, RunFacts, render
+from comit_bench.train.card import USE_TOKENIZER, CardText, RunFacts, render
 from comit_bench.train.config import AutoencoderRun
 from comit_bench.train.data import PROBE_VAL_SCENES, Broken, Order, paint_scenes
-from comit_bench.train.objectives.base import Objective, Place, Rows, RowSteps, only_process, weights_facts
+from comit_bench.train.objectives.base import (
+    Process,
+    RowBatch,
+    RowSteps,
+    TrainObjective,
+    only_process,
+    weights_facts,
+)
 from comit_bench.train.optimizers import Together
-from comit_bench.train.validation import perplexity, psnr
+from comit_bench.train.validation import float_psnr, perplexity
 
 Network = vq_grid.VqGrid | titok.Titok
 MEASURES = ("psnr", "psnr_mean_colour", "shuffled_gap", "ids_used", "perplexity")
@@ -138,23 +145,19 @@ def measure(network: Network, pixels: Tensor, *, batch: int = 64) -> dict[str, f
         drawn = torch.cat([to_uint8(network.decode(part)) for part in codes.split(batch)])
     images, others = (part.float().div(127.5) - 1 for part in (pixels, drawn))
     flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
-    quality = psnr(images, others)
+    quality = float_psnr(images, others)
     counts = torch.bincount(ids.flatten())
     return {
         "psnr": float(quality.double().mean()),
-        "psnr_mean_colour": float(psnr(images, flat).double().mean()),
-        "shuffled_gap": float((quality - psnr(images, others.roll(1, 0))).double().mean()),
+        "psnr_mean_colour": float(float_psnr(images, flat).double().mean()),
+        "shuffled_gap": float((quality - float_psnr(images, others.roll(1, 0))).double().mean()),
         "ids_used": int((counts > 0).sum()),
         "perplexity": perplexity(counts),
     }
 
 
-class AutoencoderObjective(Objective):
+class AutoencoderObjective(TrainObjective):
     """See the module. The last weights are exported, rounded to float16.
-
-    Args:
-        config: Settings.
-        place: Where.
 
     Raises:
         UsageError: Several processes.
@@ -166,9 +169,9 @@ class AutoencoderObjective(Objective):
     network: Network
     module: PixelLoss
 
-    def __init__(self, config: AutoencoderRun, place: Place) -> None:
-        only_process(config, place)
-        self.config, self.place = config, place
+    def __init__(self, config: AutoencoderRun, process: Process) -> None:
+        only_process(config, process)
+        self.config, self.process = config, process
         side = make_network(config).spec.image_size
         self.pixels = paint_scenes("train", 0, config.count, side).images
         self.held = paint_scenes("val", PROBE_VAL_SCENES, config.val_count, side).images
@@ -182,12 +185,12 @@ class AutoencoderObjective(Objective):
 
     def build(self) -> None:
         self.network = make_network(self.config)
-        self.module = PixelLoss(self.network, self.config).to(self.place.device)
+        self.module = PixelLoss(self.network, self.config).to(self.process.device)
 
-    def inputs(self, batch: Rows, rows: slice) -> tuple[Tensor]:
-        return (self.pixels[batch.rows[rows]].to(self.place.device),)
+    def inputs(self, batch: RowBatch, rows: slice) -> tuple[Tensor]:
+        return (self.pixels[batch.rows[rows]].to(self.process.device),)
 
-    def after(self, batch: Rows, optimizer: Together) -> None:
+    def after(self, batch: RowBatch, optimizer: Together) -> None:
         run, done = self.config, batch.step + 1
         if run.restart_every and done % run.restart_every == 0 and done < run.restart_until:
             generator = generator_for(run.seed, f"autoencoder/restart/{batch.step}")
@@ -214,7 +217,7 @@ class AutoencoderObjective(Objective):
             (temporary / "README.md").write_text(text, encoding="utf-8")
 
 
-def about(run: AutoencoderRun, network: Network) -> About:
+def about(run: AutoencoderRun, network: Network) -> CardText:
     """What the card says of an autoencoder."""
     side, length = network.spec.image_size, network.spec.message_length
     loss = "mean squared error of pixels in [-1, 1]"
@@ -242,7 +245,7 @@ def about(run: AutoencoderRun, network: Network) -> About:
     adam = f"Adam (rate {optim.learning_rate:g})"
     muon = f"Muon (rate {optim.muon_learning_rate:g}) for the matrices inside the blocks"
     recipe.append(f"optimizer: {f'{muon}, {adam} for the rest' if optim.name == 'muon' else adam}")
-    return About(
+    return CardText(
         tags=("image-tokenizer", "discrete-tokens"),
         what=f"{what}.\nA baseline for embedded scenes of {side} px, with no use on photographs.",
         facts=(

@@ -21,7 +21,7 @@ from comit_bench.train.schedule import learning_rate
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Process:
     """Where a process computes, and which of how many it is."""
 
     device: torch.device
@@ -33,7 +33,7 @@ class Place:
         return self.rank == 0
 
 
-class Objective(ABC):
+class TrainObjective(ABC):
     """One thing that can be learned. The constructor opens the data, :meth:`build` makes the network.
 
     Attributes:
@@ -41,7 +41,7 @@ class Objective(ABC):
         columns: Further columns of the training log (:meth:`log_values`).
         measures: Columns of the validation log; without any there is no validation.
         judge: The measure whose lowest value marks the best checkpoint.
-        config, place: Settings, and where to compute.
+        config, process: Settings, and where to compute.
         steps: Batches by step.
         broken: Counts images that could not be read.
         data: Digest of the training images' ids, where the settings do not tell.
@@ -56,7 +56,7 @@ class Objective(ABC):
     measures: tuple[str, ...] = ()
     judge: str | None = None
     config: AnyRun
-    place: Place
+    process: Process
     steps: StepSource
     broken: Broken
     data: str = ""
@@ -118,7 +118,7 @@ class Objective(ABC):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class RowBatch:
     """A step's images in memory, by number."""
 
     step: int
@@ -140,17 +140,17 @@ class RowSteps:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, step: int) -> Rows:
-        return Rows(step, self.rows(step))
+    def __getitem__(self, step: int) -> RowBatch:
+        return RowBatch(step, self.rows(step))
 
     def global_ids(self, step: int) -> Sequence[str]:
         """Names of a step's images."""
         return [f"scene {row}" for row in self.rows(step).tolist()]
 
 
-def only_process(run: AutoencoderRun | TeacherRun, place: Place) -> None:
+def only_process(run: AutoencoderRun | TeacherRun, process: Process) -> None:
     """Refuse what small trainings do not do."""
-    if place.ranks > 1:
+    if process.ranks > 1:
         raise UsageError(
             f"{run.name} is small and trains in one process: start it without torchrun or accelerate launch"
         )

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comit_bench.nn.teachers import TeacherFeatures
-from comit_bench.nn.vae import SDVae
+from comit_bench.nn.vae import KLVae
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.codec import Latents, encode_sequence
 from comit_bench.tokenizers.comit.crops import CropGeometry
 from comit_bench.tokenizers.comit.fast import BlockRunner, FastPredictor
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
-from comit_bench.train.sampling import ABSENT, WHOLE, StepPlan, idle_steps
+from comit_bench.train.sampling import ABSENT, WHOLE, TrainPlan, idle_steps
 
 
 class LossParts(NamedTuple):
@@ -110,8 +110,7 @@ class TrainingModule(nn.Module):
         teacher_dims: Sizes of the teacher's [CLS] and patch features; None without a teacher.
 
     Raises:
-        ValueError: The model is not the config's, crops do not fit its patches, or an alignment
-            weight without a teacher.
+        ValueError: The model is not the config's, or an alignment weight without a teacher.
     """
 
     def __init__(self, model: Comit, config: TrainConfig, teacher_dims: tuple[int, int] | None) -> None:
@@ -119,12 +118,6 @@ class TrainingModule(nn.Module):
         spec, objective = model.spec, config.objective
         if spec != config.model.spec():
             raise ValueError("the network was built from another spec than config.model")
-        step = spec.vae_factor * spec.patch_size
-        if spec.geometry.crop % step or spec.geometry.crop >= spec.image_size:
-            raise ValueError(
-                f"local crops of {spec.geometry.crop} px must be a multiple of {step} (VAE factor x patch) "
-                f"and smaller than the image, {spec.image_size} px"
-            )
         self.model = model
         self.config = config
         self.runner: BlockRunner | None = None  # how blocks are called; see train/scaling.py
@@ -153,7 +146,7 @@ class TrainingModule(nn.Module):
         return self
 
     def forward(
-        self, images: Tensor, plan: StepPlan, features: TeacherFeatures | None, ramp: float
+        self, images: Tensor, plan: TrainPlan, features: TeacherFeatures | None, ramp: float
     ) -> LossParts:
         """The loss of some images.
 
@@ -190,7 +183,7 @@ class TrainingModule(nn.Module):
         alignment = objective.repa_weight * repa + objective.srepa_weight * srepa
         return LossParts(flow + ramp * alignment, flow, repa, srepa)
 
-    def _check(self, images: Tensor, plan: StepPlan, features: TeacherFeatures | None) -> None:
+    def _check(self, images: Tensor, plan: TrainPlan, features: TeacherFeatures | None) -> None:
         spec, batch = self.model.spec, images.shape[0]
         side = spec.image_size
         if images.shape[1:] != (3, side, side):
@@ -213,13 +206,15 @@ class TrainingModule(nn.Module):
         with torch.no_grad():
             return self.model.codec.encode(pixels, noise).float()
 
-    def _image_latents(self, images: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
+    def _image_latents(self, images: Tensor, plan: TrainPlan) -> tuple[Tensor, Tensor | None]:
         """The target [B, C, h, w] and, where a global crop is no part of it, samples [K, B, C, h, w]."""
         if plan.posterior is None:
             return self._latents(images), None
         with torch.no_grad():
-            mean, deviation = cast(SDVae, self.model.vae).posterior(images)
-            samples = mean + deviation * plan.posterior.to(images.device)
+            vae = cast(KLVae, self.model.vae)
+            mean, logvar = vae.posterior(images)
+            deviation = torch.exp(0.5 * logvar) * vae.scale
+            samples = mean * vae.scale + deviation * plan.posterior.to(images.device)
         return samples[0], samples[1:]
 
     def _message(
@@ -227,7 +222,7 @@ class TrainingModule(nn.Module):
         images: Tensor,
         clean: Tensor,
         places: Tensor,
-        plan: StepPlan,
+        plan: TrainPlan,
         samples: Tensor | None = None,
         network: FastPredictor | None = None,
     ) -> Tensor:

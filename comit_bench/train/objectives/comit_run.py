@@ -16,26 +16,24 @@ from comit_bench.nn.teachers import TeacherFeatures
 from comit_bench.tokenizers.comit.checkpoint import config_from_spec, save
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train import validation
-from comit_bench.train.card import CURVES, PICTURE, RunFacts, model_card, training_data
+from comit_bench.train.card import CURVES, PICTURE, RunFacts, render
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.curves import save_curves
-from comit_bench.train.data import Batch, Broken, Steps, open_images, read_all
+from comit_bench.train.data import Broken, Steps, TrainBatch, open_images, read_all, to_pixels
 from comit_bench.train.features import FeatureStore, compute_features, images_digest, open_features
-from comit_bench.train.objectives.base import Objective, Place, weights_facts
+from comit_bench.train.objectives.base import Process, TrainObjective, weights_facts
+from comit_bench.train.objectives.comit import TrainingModule
+from comit_bench.train.objectives.comit_card import about, training_data
 from comit_bench.train.pictures import Sheet
-from comit_bench.train.sampling import StepPlan, mean_crops
+from comit_bench.train.sampling import TrainPlan, mean_crops
 from comit_bench.train.scaling import block_runner, compile_frozen
 from comit_bench.train.schedule import alignment_ramp
-from comit_bench.train.setup import check_spec, make_module, make_teacher
+from comit_bench.train.setup import make_model, make_teacher
 from comit_bench.train.sharding import whole_copy
 
 
-class ComitObjective(Objective):
+class ComitObjective(TrainObjective):
     """See the module.
-
-    Args:
-        config: Settings.
-        place: Where.
 
     Raises:
         UsageError: Settings that do not fit each other or the data.
@@ -44,19 +42,18 @@ class ComitObjective(Objective):
 
     parts = ("loss", "flow", "repa", "srepa")
     columns = ("ramp", "crops")
-    measures = validation.COLUMNS[1:]
+    measures = validation.MEASURES
     judge = "val_flow"
     config: TrainConfig
     steps: Steps
     network: Comit
 
-    def __init__(self, config: TrainConfig, place: Place) -> None:
-        self.config, self.place = config, place
-        check_spec(config.model.spec())
+    def __init__(self, config: TrainConfig, process: Process) -> None:
+        self.config, self.process = config, process
         train, held = open_images(config)
         self.data = digest_json(list(train.ids))
-        self.steps = Steps(config, train, rank=place.rank, ranks=place.ranks)
-        self.held = read_all(held) if place.main else None
+        self.steps = Steps(config, train, rank=process.rank, ranks=process.ranks)
+        self.held = read_all(held) if process.main else None
         self.broken = Broken(len(train.ids), config.data.max_broken)
         self.train_images = len(train.ids)
         self.val_images = 0 if self.held is None else len(self.held.ids)
@@ -64,9 +61,10 @@ class ComitObjective(Objective):
 
     def build(self) -> None:
         config = self.config
-        self.teacher = make_teacher(config, self.place.device)
-        module = make_module(config, self.teacher)
-        self.module = module.to(self.place.device)
+        self.teacher = make_teacher(config, self.process.device)
+        dims = None if self.teacher is None else self.teacher.dims
+        module = TrainingModule(make_model(config), config, dims)
+        self.module = module.to(self.process.device)
         self.network = module.model
         module.runner = block_runner(compile=config.compile, recompute=config.activation_checkpointing)
         self.averaged = module.model.predictor
@@ -80,7 +78,7 @@ class ComitObjective(Objective):
         config, spec = self.config, self.config.model.spec()
         if self.teacher is None or config.teacher.cache == "none":
             return
-        digest = [images_digest(self.steps.source) if self.place.main else ""]
+        digest = [images_digest(self.steps.source) if self.process.main else ""]
         broadcast_object_list(digest)
         self.store = open_features(
             config.teacher,
@@ -88,7 +86,7 @@ class ComitObjective(Objective):
             self.steps.source,
             tokens=(spec.max_input_size // spec.patch_size) ** 2,
             data=digest[0],
-            device=self.place.device,
+            device=self.process.device,
             precision=config.precision,
         )
         wait_for_everyone()  # nobody writes before all have seen that there is room
@@ -100,31 +98,33 @@ class ComitObjective(Objective):
         self.store.fill(
             self.steps.source,
             self.teacher,
-            device=self.place.device,
-            rank=self.place.rank,
-            ranks=self.place.ranks,
+            device=self.process.device,
+            rank=self.process.rank,
+            ranks=self.process.ranks,
             workers=self.config.data.workers,
             stopped=stopped,
             progress=progress,
         )
         wait_for_everyone()
-        self.steps.features, self.teacher = self.store, None
+        self.steps.features, self.teacher = self.store.take, None
 
-    def _features(self, batch: Batch, rows: slice, images: Tensor) -> TeacherFeatures | None:
+    def _features(self, batch: TrainBatch, rows: slice, images: Tensor) -> TeacherFeatures | None:
         """Of some images of the batch: from the cache, or computed now; None without a teacher."""
         if batch.features is not None:
-            return batch.features.select(rows).to(self.place.device)
+            return batch.features.select(rows).to(self.process.device)
         return None if self.teacher is None else compute_features(self.teacher, images)
 
     # -------------------------------------------------------- steps
 
-    def inputs(self, batch: Batch, rows: slice) -> tuple[Tensor, StepPlan, TeacherFeatures | None, float]:
-        images = validation.to_pixels(batch.images[rows], self.place.device)
-        plan = batch.plan.select(rows).to(self.place.device)
+    def inputs(
+        self, batch: TrainBatch, rows: slice
+    ) -> tuple[Tensor, TrainPlan, TeacherFeatures | None, float]:
+        images = to_pixels(batch.images[rows], self.process.device)
+        plan = batch.plan.select(rows).to(self.process.device)
         ramp = alignment_ramp(batch.step, self.config.objective.alignment_ramp)
         return images, plan, self._features(batch, rows, images), ramp
 
-    def log_values(self, batch: Batch) -> dict[str, float]:
+    def log_values(self, batch: TrainBatch) -> dict[str, float]:
         """Weight of the alignment, and crops of an image, on average over all processes where they differ."""
         crops: float = batch.plan.crops
         if self.config.crops.per == "image" or not self.config.crops.count_global:
@@ -133,10 +133,10 @@ class ComitObjective(Objective):
 
     def validate(self, network: nn.Module) -> tuple[dict[str, float], Sheet | None]:
         assert self.held is not None
-        return validation.validate(cast(Comit, network), self.config, self.held, device=self.place.device)
+        return validation.validate(cast(Comit, network), self.config, self.held, device=self.process.device)
 
     def copy_with(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        return whole_copy(self.network, weights).to(self.place.device).eval()
+        return whole_copy(self.network, weights).to(self.process.device).eval()
 
     def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
         export(cast(Comit, network), self.config, facts, target, picture=picture, logs=target.parents[1])
@@ -178,5 +178,5 @@ def export(
             pictures.add(PICTURE)
         if logs is not None and save_curves(logs, temporary / CURVES):
             pictures.add(CURVES)
-        card = model_card(config, model, facts, frozenset(pictures))
+        card = render(config, facts, about(config, model), frozenset(pictures))
         (temporary / "README.md").write_text(card, encoding="utf-8")

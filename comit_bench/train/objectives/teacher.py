@@ -25,17 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.data.scenes.painting import paint
 from comit_bench.files import atomic_path
 from comit_bench.nn.teachers import WEIGHTS, ScenesTeacherNet
-from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.checkpoints import write_tensors
-from comit_bench.train.card import USE_TEACHER, About, RunFacts, render
+from comit_bench.train.card import USE_TEACHER, CardText, RunFacts, render
 from comit_bench.train.config import TeacherRun
-from comit_bench.train.data import Broken
+from comit_bench.train.data import Broken, channels_first, painted
 from comit_bench.train.logs import read_rows
-from comit_bench.train.objectives.base import Objective, Place, Rows, RowSteps, only_process
+from comit_bench.train.objectives.base import Process, RowBatch, RowSteps, TrainObjective, only_process
 
 PROBE_SCENES = 4000  # the recipes' train splits end before this number
 PROBE_VAL = 1000  # and their val splits before this one
@@ -44,14 +42,9 @@ COVER, COLOUR = 16, 8  # sides of the two targets of the image vector
 
 def paint_with_targets(layout: Any, split: Any, start: int, count: int, side: int) -> tuple[Tensor, Tensor]:
     """Scenes uint8 [n, 3, S, S] and their coverage bool [n, S, S], any object."""
-    spec = GeneratorSpec(layout=layout, image_size=side)
-    images, covers = [], []
-    for first in range(start, start + count, 1000):
-        scenes = paint(spec, split, range(first, min(first + 1000, start + count)))
-        images.append(scenes.images)
-        covers.append(scenes.masks.any(axis=1))
-    pixels = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
-    return pixels, torch.from_numpy(np.concatenate(covers))
+    parts = list(painted(layout, split, start, count, side))
+    covers = np.concatenate([part.masks.any(axis=1) for part in parts])
+    return channels_first([part.images for part in parts]), torch.from_numpy(covers)
 
 
 class InverseRendering(nn.Module):
@@ -132,12 +125,8 @@ def read_out(network: ScenesTeacherNet, count: int, val_count: int, side: int) -
     return scores
 
 
-class TeacherObjective(Objective):
+class TeacherObjective(TrainObjective):
     """See the module. The last weights are exported, standardised and rounded to float16.
-
-    Args:
-        config: Settings.
-        place: Where.
 
     Raises:
         UsageError: Several processes.
@@ -148,9 +137,9 @@ class TeacherObjective(Objective):
     module: InverseRendering
     network: ScenesTeacherNet
 
-    def __init__(self, config: TeacherRun, place: Place) -> None:
-        only_process(config, place)
-        self.config, self.place = config, place
+    def __init__(self, config: TeacherRun, process: Process) -> None:
+        only_process(config, process)
+        self.config, self.process = config, process
         parts = [
             paint_with_targets(layout, "train", PROBE_SCENES, config.count, config.image_size)
             for layout in ("recognition", "pairs")
@@ -165,12 +154,12 @@ class TeacherObjective(Objective):
         return torch.randint(len(self.pixels), (self.config.batch,), generator=generator)
 
     def build(self) -> None:
-        self.module = InverseRendering(self.config).to(self.place.device)
+        self.module = InverseRendering(self.config).to(self.process.device)
         self.network = self.module.network
 
-    def inputs(self, batch: Rows, rows: slice) -> tuple[Tensor, Tensor]:
+    def inputs(self, batch: RowBatch, rows: slice) -> tuple[Tensor, Tensor]:
         chosen = batch.rows[rows]
-        return self.pixels[chosen].to(self.place.device), self.covers[chosen].to(self.place.device)
+        return self.pixels[chosen].to(self.process.device), self.covers[chosen].to(self.process.device)
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to zero."""
@@ -181,7 +170,7 @@ class TeacherObjective(Objective):
     def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
         """Standardise the features, measure what can be read off them, write the folder."""
         run, network = self.config, cast(ScenesTeacherNet, network)
-        standardise(network, self.pixels[:: max(1, len(self.pixels) // 4000)].to(self.place.device))
+        standardise(network, self.pixels[:: max(1, len(self.pixels) // 4000)].to(self.process.device))
         fresh = InverseRendering(run).network
         random = read_out(fresh, 2000, run.val_count, run.image_size)
         found = read_out(network, 4000, run.val_count, run.image_size)
@@ -195,9 +184,9 @@ class TeacherObjective(Objective):
             (temporary / "README.md").write_text(text, encoding="utf-8")
 
 
-def about(run: TeacherRun, network: ScenesTeacherNet) -> About:
+def about(run: TeacherRun, network: ScenesTeacherNet) -> CardText:
     """What the card says of the teacher."""
-    return About(
+    return CardText(
         tags=("scenes-teacher",),
         what=f"A small convolutional network that gives features of the embedded scenes: one vector of "
         f"{run.dim} per image and one\nper {run.patch} px patch, standardised over training scenes. "
