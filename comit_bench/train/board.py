@@ -37,12 +37,7 @@ def check_tensorboard(asked: bool) -> None:
 
 
 class Board:
-    """Event files below ``directory/tensorboard``.
-
-    Args:
-        directory: The run's.
-        active: False makes every method do nothing.
-    """
+    """Event files below a run's ``directory/tensorboard``; nothing at all where it is not ``active``."""
 
     def __init__(self, directory: Path, *, active: bool) -> None:
         self.directory, self.active = directory, active

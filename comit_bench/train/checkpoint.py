@@ -127,14 +127,10 @@ def step_of(directory: Path) -> int:
 def save_checkpoint(
     root: Path, tensors: dict[str, dict[str, Tensor]], counters: Counters, config: AnyRun, data: str
 ) -> Path:
-    """Write the checkpoint of ``counters.step``; a reader sees all of it or nothing.
+    """Write the checkpoint of ``counters.step`` below ``root``; a reader sees all of it or nothing.
 
-    Args:
-        root: Directory of this run's checkpoints.
-        tensors: From :meth:`TrainState.files`.
-        counters: Numbers.
-        config: Compared when a run continues from here.
-        data: Digest of the training images' ids, compared too.
+    ``tensors`` are those of :meth:`TrainState.files`; ``config`` and ``data``, a digest of the training
+    images' ids, are compared when a run continues from here.
 
     Raises:
         BenchError: Disk full or not writable.
@@ -249,9 +245,7 @@ def load_checkpoint(directory: Path, state: TrainState, config: AnyRun, data: st
 def choose(root: Path, resume: str) -> Path | None:
     """The checkpoint to continue from, None for a fresh start.
 
-    Args:
-        root: Directory of this run's checkpoints.
-        resume: ``auto`` (the latest, if any), ``never``, or a checkpoint directory.
+    ``resume`` is ``auto`` (the latest below ``root``, if any), ``never``, or a checkpoint directory.
     """
     if (older := root.parent / "checkpoint").is_dir():
         raise UsageError(

@@ -32,11 +32,7 @@ def _points(rows: Sequence[dict[str, str]], column: str) -> tuple[list[int], lis
 
 
 def draw_curves(run: Path) -> Figure | None:
-    """A matplotlib figure of four panels over steps, or None when there is nothing to draw.
-
-    Args:
-        run: The run's directory, with ``log.csv`` and ``validation.csv``.
-    """
+    """Four panels over steps from a run's ``log.csv`` and ``validation.csv``, None when both are empty."""
     logs = {name: read_rows(run / f"{name}.csv") for name in ("log", "validation")}
     if not any(logs.values()):
         return None

@@ -322,14 +322,8 @@ def open_features(
 ) -> FeatureStore:
     """The store for a run, after making sure that there is room for it.
 
-    Args:
-        config: Says the type of the numbers.
-        teacher: Loaded.
-        source: Training images.
-        tokens: Image tokens, X.
-        data: :func:`images_digest` of the source.
-        device: Features of a GPU and of a CPU are kept apart: they round differently.
-        precision: Of the run, kept apart too.
+    ``tokens`` are the image tokens X, ``data`` is the :func:`images_digest` of the source. Features of
+    another device or precision are kept apart: they round differently.
 
     Raises:
         BenchError: Not enough room.

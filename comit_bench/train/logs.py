@@ -28,12 +28,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 class CsvLog:
-    """One row per logged step; the first column is ``step``.
-
-    Args:
-        path: The file; made if absent.
-        columns: All columns.
-    """
+    """One row per logged step; the first of ``columns`` is ``step``."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, tuple(columns)

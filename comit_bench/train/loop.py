@@ -103,8 +103,8 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         with self._alone():  # now, not after an hour of reading
             start = checkpoint.choose(self.checkpoints, resume)
-        place = Process(self.device, self.accelerator.process_index, self.work.ranks)
-        self.objective = make_objective(config, place)
+        process = Process(self.device, self.accelerator.process_index, self.work.ranks)
+        self.objective = make_objective(config, process)
         self.steps = self.objective.steps
         self.parts = (*self.objective.parts, "grad_norm")
         if start is not None:
@@ -241,13 +241,10 @@ class Trainer:
             self.log.append(row)
             self.board.scalars(TRAIN, counters.step, row)
 
-    def _share_broken(self, local: dict[str, str]) -> None:
+    def _count_broken(self, local: dict[str, str]) -> None:
         """Bring together what all ranks found and stop when it is too much, on all at once."""
-        found = dict(local)
-        if self.work.ranks > 1:
-            found = dict(gather_object(list(local.items())))
-        local.clear()
-        self.objective.broken.add(found)
+        found = gather_object(list(local.items())) if self.work.ranks > 1 else local
+        self.objective.broken.add(dict(found))
 
     def _validate(self) -> bool:
         """Measure the weights to export on the main process; whether they are the best so far, on all."""
@@ -286,20 +283,18 @@ class Trainer:
         """
         ema, averaged = self.state.ema, self.objective.averaged
         if self.sharded and ema is not None and averaged is not None:
-            whole = gather(ema.averages, keep=self.main)
-            fixed = gather(dict(averaged.state_dict()), keep=self.main)
-            yield self.objective.copy_with({**fixed, **whole}) if self.main else None
-            return
-        if not self.main:
+            whole = gather({**averaged.state_dict(), **ema.averages}, keep=self.main)
+            yield self.objective.copy_with(whole) if self.main else None
+        elif not self.main:
             yield None
-            return
-        training = self.raw.training
-        self.raw.eval()
-        try:
-            with ema.applied() if ema is not None else nullcontext():
-                yield self.objective.network
-        finally:
-            self.raw.train(training)
+        else:
+            training = self.raw.training
+            self.raw.eval()
+            try:
+                with ema.applied() if ema is not None else nullcontext():
+                    yield self.objective.network
+            finally:
+                self.raw.train(training)
 
     def _save(self) -> None:
         tensors = self.state.files(keep=self.main)
@@ -316,6 +311,13 @@ class Trainer:
     # -------------------------------------------------------------------- run
 
     def _prepare_files(self) -> None:
+        """Take back what a killed run has logged after its last checkpoint."""
+        last = checkpoint.found(self.checkpoints)[-1:]
+        if last and checkpoint.step_of(last[0]) > self.counters.step:
+            raise BenchError(
+                f"{self.directory}: another run has trained in this folder meanwhile, up to step "
+                f"{checkpoint.step_of(last[0])}. Start the same command again to go on from there."
+            )
         self.since = time.monotonic()
         if self.main:
             checkpoint.sweep(self.checkpoints)
@@ -331,16 +333,9 @@ class Trainer:
             The exported folder; None when a signal asked to stop (a checkpoint was saved).
         """
         with self._alone(), Stop() as stop:
-            last = checkpoint.found(self.checkpoints)[-1:]
-            if last and checkpoint.step_of(last[0]) > self.counters.step:
-                raise BenchError(
-                    f"{self.directory}: another run has trained in this folder meanwhile, up to step "
-                    f"{checkpoint.step_of(last[0])}. Start the same command again to go on from there."
-                )
             self._prepare_files()
             self.raw.train()
-            finished = self.counters.step >= self.config.steps
-            if not finished and not self._run(stop):
+            if self.counters.step < self.config.steps and not self._run(stop):
                 return None
             return self._finish()
 
@@ -364,9 +359,9 @@ class Trainer:
                 bar.set_postfix_str(self._postfix(values, rate), refresh=False)
                 bar.update()
                 if self._due(config.log_every):
-                    self._share_broken(broken)
+                    self._count_broken(broken)
                     self._log(batch, rate)
-                    clock, images = time.monotonic(), 0
+                    broken, clock, images = {}, time.monotonic(), 0
                 before = time.monotonic()
                 due = bool(self.objective.measures) and self._due(config.validate_every)
                 better = due and self._validate()
@@ -420,10 +415,10 @@ class Trainer:
             return target
 
 
-def make_objective(config: AnyRun, place: Process) -> TrainObjective:
+def make_objective(config: AnyRun, process: Process) -> TrainObjective:
     """What the settings train; raises as its constructor does."""
     if isinstance(config, TrainConfig):
-        return ComitObjective(config, place)
+        return ComitObjective(config, process)
     if isinstance(config, AutoencoderRun):
-        return AutoencoderObjective(config, place)
-    return TeacherObjective(config, place)
+        return AutoencoderObjective(config, process)
+    return TeacherObjective(config, process)

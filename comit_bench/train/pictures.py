@@ -37,23 +37,14 @@ COLOURS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sheet:
-    """What a picture shows.
+    """What a picture shows."""
 
-    Attributes:
-        images: uint8 [n, 3, S, S].
-        corners: int64 [K, n, 2], (top, left) of every crop; -1 for the whole image.
-        crop: Side of a local crop in pixels.
-        one_step: uint8 [n, 3, S, S], from one Euler step without guidance.
-        guided: uint8 [n, 3, S, S], sampled as in decoding.
-        guided_label: How.
-    """
-
-    images: Tensor
-    corners: Tensor
-    crop: int
-    one_step: Tensor
-    guided: Tensor
-    guided_label: str
+    images: Tensor  # uint8 [n, 3, S, S]
+    corners: Tensor  # int64 [K, n, 2], (top, left) of every crop; WHOLE for the whole image
+    crop: int  # side of a local crop in pixels
+    one_step: Tensor  # uint8 [n, 3, S, S], from one Euler step without guidance
+    guided: Tensor  # uint8 [n, 3, S, S], sampled as in decoding
+    guided_label: str  # how
 
 
 def picture_corners(config: TrainConfig, ids: tuple[str, ...]) -> Tensor:
@@ -76,15 +67,7 @@ def picture_corners(config: TrainConfig, ids: tuple[str, ...]) -> Tensor:
 def make_sheet(
     model: Comit, config: TrainConfig, images: Tensor, noise: Tensor, ids: tuple[str, ...]
 ) -> Sheet:
-    """Encode some images from their crops and reconstruct them.
-
-    Args:
-        model: Holds the weights to be shown.
-        config: The run.
-        images: float32 [n, 3, S, S] in [-1, 1].
-        noise: float32 [n, C, h, w], the latents at t = 0.
-        ids: Names, [n].
-    """
+    """Encode images [n, 3, S, S] in [-1, 1] from their crops, reconstruct them from noise [n, C, h, w]."""
     codec, geometry = model.codec, model.spec.geometry
     corners = picture_corners(config, ids)
     places = crop_locations(geometry, corners).to(images.device)

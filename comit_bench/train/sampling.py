@@ -88,13 +88,6 @@ def crop_count(
     ``crops.mean`` is read as the mean of the Poisson rate, that is of the crops *after* the first:
     E[k] = 1 + mean before clipping. Under this reading the default (1.0, sigma 0.5) has its mode at one
     crop, as the paper says; a mean above about 1.3 moves the mode to two.
-
-    Args:
-        crops: Settings.
-        seed: Of the run.
-        step: Optimizer step.
-        sample: Id of an image; it matters only with ``crops.per: image``.
-        whole_first: Whether its first crop is the global one.
     """
     if step < crops.warmup_steps:
         return 1
@@ -124,12 +117,8 @@ def plan_step(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> T
     By default the number of crops depends on (seed, step) only: all ranks run the same number of message
     updates in every step, and none waits for another. Everything else is drawn per image in a fixed
     order, whatever the settings, so that changing a probability changes nothing else. Skipping and the
-    kind of the first crop are independent; corners are uniform over all positions inside the image.
-
-    Args:
-        config: The run.
-        step: Optimizer step, from 0. Before ``crops.warmup_steps`` there is one, global crop.
-        sample_ids: One id per image; an id names a sample for good.
+    kind of the first crop are independent; corners are uniform over all positions inside the image. Before
+    the step ``crops.warmup_steps`` there is one, global crop. An id names a sample for good.
     """
     spec = config.model.spec()
     drawn = [_draw(config, spec, step, sample) for sample in sample_ids]

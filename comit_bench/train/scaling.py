@@ -28,11 +28,7 @@ VARIANTS = 64
 
 
 def compiled(backend: str = "inductor") -> BlockRunner:
-    """:func:`run_block` compiled, for any number of images.
-
-    Args:
-        backend: Of ``torch.compile``; ``aot_eager`` needs no compiler.
-    """
+    """:func:`run_block` compiled, for any number of images; the backend ``aot_eager`` needs no compiler."""
     dynamo: Any = torch._dynamo
     limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(dynamo.config, limit, max(getattr(dynamo.config, limit), VARIANTS))

@@ -10,12 +10,8 @@ FLOOR = 0.05  # of the peak, where a cosine ends
 def learning_rate(step: int, *, peak: float, warmup: int, cosine_steps: int | None = None) -> float:
     """Linear warm-up, then inverse square root: ``peak * min(s / warmup, sqrt(warmup / s))``, s = step + 1.
 
-    Args:
-        step: Zero-based optimizer step.
-        peak: Reached at the end of the warm-up.
-        warmup: Steps; 0 keeps the rate at its peak.
-        cosine_steps: A cosine from the peak to 5 % of it at this step, constant afterwards, in place of
-            the inverse square root.
+    ``step`` is zero-based; without warm-up the rate stays at its peak. With ``cosine_steps`` it falls along a
+    cosine to 5 % of the peak at this step and is constant afterwards, in place of the inverse square root.
     """
     count = step + 1
     if cosine_steps is not None:

@@ -90,8 +90,7 @@ def fill(target: Tensor, value: Tensor) -> None:
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors by name; sharded ones on the CPU, one after the other so that memory lasts.
 
-    Args:
-        keep: False on processes that only take part: nothing is returned there.
+    Processes with ``keep=False`` only take part: they get nothing.
     """
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

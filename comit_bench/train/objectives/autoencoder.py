@@ -74,12 +74,7 @@ def straight_through(network: Network, z: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 class PixelLoss(nn.Module):
-    """The network and its loss.
-
-    Args:
-        network: What is trained.
-        run: Weights of the losses.
-    """
+    """The network and its loss."""
 
     used: Tensor | None  # how often each row of the codebook was chosen since the last restart
 

@@ -127,12 +127,7 @@ class RowBatch:
 
 
 class RowSteps:
-    """Batches of images that are held in memory.
-
-    Args:
-        count: Number of steps.
-        rows: Numbers of the images of a step.
-    """
+    """``count`` batches of images that are held in memory; ``rows`` gives the numbers of a step's images."""
 
     def __init__(self, count: int, rows: Callable[[int], Tensor]) -> None:
         self.count, self.rows = count, rows

@@ -153,13 +153,7 @@ def export(
 ) -> None:
     """Write the folder, whole or not at all; an older one at the same place is replaced.
 
-    Args:
-        model: Holds the averaged weights.
-        config: Settings of the run.
-        facts: For the model card.
-        directory: Its last part is the name of the row in tables.
-        picture: Grid of reconstructions to put beside the card.
-        logs: Directory of the run's CSV logs, for the learning curves.
+    Beside the card go ``picture`` and the learning curves of the CSV logs in the folder ``logs``.
 
     Raises:
         BenchError: Disk full or not writable, or weights too large for ``export.dtype``.

@@ -48,11 +48,7 @@ def paint_with_targets(layout: Any, split: Any, start: int, count: int, side: in
 
 
 class InverseRendering(nn.Module):
-    """The network with the linear read-outs that it is trained through, and the loss.
-
-    Args:
-        run: Settings.
-    """
+    """The network with the linear read-outs that it is trained through, and the loss."""
 
     def __init__(self, run: TeacherRun) -> None:
         super().__init__()
