@@ -184,7 +184,7 @@ def _data_state(recipe: Recipe[DatasetSpec], data_root: Path | None) -> list[str
 
     spec = recipe.spec
     if spec.generator is not None:
-        there = (cache_root() / "datasets" / spec.folder / "scenes.json").is_file()
+        there = (spec.made_in(cache_root()) / "scenes.json").is_file()
         return [f"  {spec.name}: {'ok       made before' if there else 'ok       made on first use'}"]
     missing = missing_pieces(spec, data_root)
     if missing:

@@ -74,7 +74,7 @@ def open_dataset(
         raise UsageError(f"dataset {spec.name}: reader {spec.reader!r} takes no list of classes")
     made: str | None = None
     if spec.generator is not None:
-        folder = cache / "datasets" / spec.folder
+        folder = spec.made_in(cache)
         made = generate(spec.generator, folder, progress=progress)
     else:
         folder = find_folder(spec, data_root)

@@ -79,7 +79,7 @@ def data_state(
     """
     spec = recipe.spec
     if spec.generator is not None:
-        folder = session.settings.cache_dir / "datasets" / spec.folder
+        folder = spec.made_in(session.settings.cache_dir)
         there = (folder / "scenes.json").is_file()
         counts = {"train": spec.generator.train, "val": spec.generator.val}
         return ("made before" if there else "will be made now, seeded"), counts

@@ -397,6 +397,10 @@ class DatasetSpec(SpecModel):
             return self.exif
         return self.reader == "saliency" and self.generator is None
 
+    def made_in(self, cache: Path) -> Path:
+        """With a generator: where the images of this version are made. Those of older versions stay."""
+        return cache / "datasets" / f"{self.folder}-v{self.version}"
+
 
 def check_paths(spec: DatasetSpec, *, strict: bool = False) -> None:
     """Refuse a recipe that names files outside of the data set's folder.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from comit_bench.tasks.classification import (
     Classification,
     chance_levels,
     class_parts,
-    majority_metrics,
+    majority_outcomes,
     score_outputs,
 )
-from comit_bench.tasks.result import over_seeds
 
 NAMES = [f"{colour}_{digit}" for colour in ("red", "green", "blue") for digit in range(4)]
 PARTS = AttributesSpec(fields=("colour", "digit"))
@@ -87,18 +85,18 @@ def test_learnable_labels_are_learnt_and_permuted_ones_land_at_chance() -> None:
 def test_scores_of_handmade_outputs() -> None:
     labels = torch.tensor([0, 1, 4, 11])
     outputs = logits([0, 2, 5, 3], 12)
-    scores = score_outputs(outputs, labels, class_parts(NAMES, PARTS))
-    assert scores["top1"] == 25
-    assert scores["colour"] == 75  # red-red, red-red, green-green, red-blue
-    assert scores["digit"] == 50  # 0-0, 2-1, 1-0, 3-3
+    scores = {k: v.tolist() for k, v in score_outputs(outputs, labels, class_parts(NAMES, PARTS)).items()}
+    assert scores["top1"] == [1, 0, 0, 0]
+    assert scores["colour"] == [1, 1, 1, 0]  # red-red, red-red, green-green, red-blue
+    assert scores["digit"] == [1, 0, 0, 1]  # 0-0, 2-1, 1-0, 3-3
     # Equal outputs rank by class number: two come before class 1, but five before class 4.
-    assert scores["top5"] == 50
+    assert scores["top5"] == [1, 1, 0, 0]
 
 
 def test_ties_do_not_flatter() -> None:
     flat = torch.zeros(12, 12)
     scores = score_outputs(flat, torch.arange(12), {})
-    assert scores["top1"] == pytest.approx(100 / 12) and scores["top5"] == pytest.approx(500 / 12)
+    assert int(scores["top1"].sum()) == 1 and int(scores["top5"].sum()) == 5
 
 
 def test_top5_needs_ten_classes() -> None:
@@ -117,20 +115,39 @@ def test_chance_is_exact_for_uneven_parts() -> None:
 def test_majority_row_with_ties_to_the_lowest_number() -> None:
     train = torch.tensor([7, 7, 3, 3, 5])
     report = torch.tensor([3, 3, 7, 11, 6])
-    metrics = majority_metrics(train, report, NAMES, PARTS)
-    assert metrics["top1"].value == 40 and metrics["top1"].std is None
-    assert metrics["top5"].value == 60  # 3, 7, 5, then 0 and 1 as the lowest unseen
-    assert metrics["colour"].value == 40  # green leads in training (7, 7, 5): images 7 and 6
-    assert metrics["digit"].value == 80  # digit 3 leads: 3, 3, 7, 11
-    assert metrics["top1"].chance == pytest.approx(100 / 12) and metrics["top1"].n == 5
+    rows = majority_outcomes(train, report, len(NAMES), class_parts(NAMES, PARTS))
+    right = {name: row.int().tolist() for name, row in rows.items()}
+    assert right["top1"] == [1, 1, 0, 0, 0]
+    assert right["top5"] == [1, 1, 1, 0, 0]  # 3, 7, 5, then 0 and 1 as the lowest unseen
+    assert right["colour"] == [0, 0, 1, 0, 1]  # green leads in training (7, 7, 5): images 7 and 6
+    assert right["digit"] == [1, 1, 1, 1, 0]  # digit 3 leads: 3, 3, 7, 11
+    found = Classification().majority(inputs(seeds=[0, 1]))
+    assert found.metrics["top1"].std == 0 and found.metrics["top1"].chance == pytest.approx(100 / 12)
+    assert found.outcomes is not None and set(found.outcomes.values) == set(found.metrics)
 
 
-def test_mean_deviation_and_standard_error_over_seeds() -> None:
-    metric = over_seeds([50.0, 52.0, 54.0], 100, chance=10.0)
-    assert metric.value == 52 and metric.std == pytest.approx(2.0)
-    assert metric.stderr == pytest.approx(100 * math.sqrt(0.52 * 0.48 / 100 + (0.02**2) / 3))
-    alone = over_seeds([50.0], 100)
-    assert alone.std is None and alone.stderr == pytest.approx(5.0) and alone.chance is None
+def test_outcomes_hold_what_every_probe_said_of_every_image() -> None:
+    result = Classification().run(inputs(seeds=[0, 1]))
+    found = result.outcomes
+    assert found is not None and found.values["top1"].shape == (2, 400)
+    for name, metric in result.metrics.items():
+        assert metric.per_seed == pytest.approx(100 * found.values[name].mean(axis=1))
+    right = np.array(found.columns["answer"]) == np.array(found.columns["truth"])[None]
+    assert (right == (found.values["top1"] == 1)).all()
+
+
+def test_several_learning_rates_have_equal_tries_and_the_best_on_early_stop_images_counts() -> None:
+    result = Classification().run(inputs(seeds=[0, 1], learning_rates=(1e-6, 1e-2)))
+    alone = Classification().run(inputs(seeds=[0, 1], learning_rates=(1e-2,)))
+    tries = result.extra["learning_rates"]
+    assert set(tries) == {"1e-06", "0.01"} and result.extra["learning_rate"] == 1e-2
+    assert tries["0.01"] > tries["1e-06"]
+    assert result.metrics == alone.metrics and "learning_rates" not in alone.extra
+
+
+def test_a_fit_that_was_cut_off_says_so() -> None:
+    short = recipe(probe=recipe().probe.model_copy(update={"max_epochs": 1}))
+    assert Classification().run(inputs(spec=short, seeds=[3, 4])).unconverged == (3, 4)
 
 
 def test_mistakes_are_named() -> None:

@@ -20,12 +20,14 @@ from comit_bench.probing import fit as fit_module
 from comit_bench.probing import pool as pool_module
 from comit_bench.probing import worker
 from comit_bench.probing.fit import (
+    EVAL_TOKENS,
     FitProgress,
     FitResult,
     FitTask,
     MessageSource,
     Objective,
     Split,
+    moments,
     one_thread,
     permuted,
 )
@@ -111,7 +113,37 @@ def test_codes_read_per_batch_give_the_same_bits_as_codes_in_memory(
     monkeypatch.setattr(Split, "in_memory", lambda self, limit=0: None)
     streamed = Split(MessageSource(read=watched, count=150), shared.targets)
     same(held, task(train=streamed).fit(0))
-    assert 0 < largest <= SPEC.batch_size
+    assert SPEC.batch_size < largest <= EVAL_TOKENS // 4  # once, to standardise; then by batches
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.01, 0.0), (4.0, -3.0), (100.0, 1.0)])
+def test_the_size_and_place_of_codes_decide_nothing(scale: float, shift: float) -> None:
+    """Codes are standardised by the training messages: a probe reads a * code + b as it reads code."""
+
+    def moved(part: Split) -> Split:
+        codes = part.messages.take(part.index()) * torch.tensor([scale, 1.0, -scale]) + shift
+        return replace(part, messages=MessageSource(codes=codes * torch.tensor([1.0, 1.0, -1.0])))
+
+    given = task()
+    other = task(train=moved(given.train), early_stop=moved(given.early_stop), report=moved(split(60, 2)))
+    plain, again = given.fit(0), other.fit(0)
+    assert plain.outputs is not None and again.outputs is not None
+    assert torch.equal(plain.outputs.argmax(1), again.outputs.argmax(1))
+    assert torch.allclose(plain.outputs, again.outputs, atol=1e-2)
+    assert [log.stop_score for log in plain.history] == [log.stop_score for log in again.history]
+
+
+def test_moments_are_those_of_all_training_tokens_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = split(150, 0)
+    codes = given.messages.take(given.index()).flatten(0, 1)
+    whole = moments(given)
+    assert torch.allclose(whole[0], codes.mean(0), atol=1e-6)
+    assert torch.allclose(whole[1], codes.std(0, unbiased=False), atol=1e-6)
+    monkeypatch.setattr(fit_module, "EVAL_TOKENS", 28)
+    for a, b in zip(whole, moments(given), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    flat = Split(MessageSource(codes=torch.full((4, 2, 3), 7.0)), torch.zeros(4, dtype=torch.long))
+    assert moments(flat)[1].tolist() == [1, 1, 1]
 
 
 def test_in_memory_gathers_rows_and_respects_its_limit() -> None:
@@ -159,7 +191,7 @@ def test_stops_after_patience_and_returns_the_best_epoch(monkeypatch: pytest.Mon
     assert result.best_epoch == 2 and len(result.history) == 5
     assert torch.equal(result.state["head.weight"], states[1])
     assert result.outputs is not None
-    again = task().begin(0, torch.device("cpu"))
+    again = task().standardised().begin(0, torch.device("cpu"))
     again.probe.load_state_dict(result.state)
     with one_thread():
         assert torch.equal(again.answers(), result.outputs)  # type: ignore[arg-type]

@@ -137,7 +137,7 @@ def test_the_plan_needs_neither_data_nor_weights(
     monkeypatch.setenv("COMIT_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("comit_bench.tokenizers.presence.hub_state", lambda *args: "no")
-    monkeypatch.setattr("comit_bench.tokenizers.hub._cached", lambda repository, name: None)
+    monkeypatch.setattr("comit_bench.tokenizers.hub.cached", lambda repository, name: None)
     code, out, err = command("paper", "--dry-run")
     assert (code, err) == (0, "")
     for part in PARTS:

@@ -43,7 +43,7 @@ TASKS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "scenes": {
         RECONSTRUCTION: ("reconstruction-scenes", ("fd_scenes_teacher", "psnr")),
         RECOGNITION: ("recognition-scenes", ("top1",)),
-        PAIRS: ("pairs-scenes", ("top5",)),
+        PAIRS: ("pairs-scenes", ("mAP",)),
         RELATIONS: ("relations-scenes", ("top1@16",)),
         OBJECTNESS: ("objectness-scenes", ("miou_top10", "miou_top20", "miou_top30", "miou_top40")),
     },
