@@ -438,7 +438,7 @@ def _git_commit() -> str | None:
 
 
 def _own_argv() -> list[str]:
-    """The command line with the bare name of the program: where it is installed is nobody's business."""
+    """The command line with the bare name of the program, without the folder it is installed in."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from comit_bench.commands.run import _learning_rates
 from comit_bench.data.split import OpenData
 from comit_bench.data.split import Split as DataSplit
 from comit_bench.errors import UsageError
+from comit_bench.pipeline.jobs import Settings
 from comit_bench.probing.fit import MessageSource
 from comit_bench.recipes.kinds import AttributesSpec
 from comit_bench.recipes.specs import ProbeSpec, TaskSpec, find_tasks, parse_recipe
@@ -143,6 +145,18 @@ def test_several_learning_rates_have_equal_tries_and_the_best_on_early_stop_imag
     assert set(tries) == {"1e-06", "0.01"} and result.extra["learning_rate"] == 1e-2
     assert tries["0.01"] > tries["1e-06"]
     assert result.metrics == alone.metrics and "learning_rates" not in alone.extra
+
+
+@pytest.mark.parametrize("rates", [(0.0,), (-1e-3,), (float("inf"),), (float("nan"),), (1e-3, 1e-3)])
+def test_learning_rates_that_cannot_be_tried_are_refused(rates: tuple[float, ...]) -> None:
+    with pytest.raises(UsageError, match=r"--probe-lr .*different numbers above 0"):
+        Settings(probe_lr=rates)
+
+
+def test_words_are_no_learning_rates() -> None:
+    with pytest.raises(UsageError, match=r"--probe-lr fast: expected numbers"):
+        _learning_rates("fast")
+    assert _learning_rates("1e-4, 3e-4") == (1e-4, 3e-4) and _learning_rates(None) == ()
 
 
 def test_a_fit_that_was_cut_off_says_so() -> None:

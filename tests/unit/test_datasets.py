@@ -331,7 +331,9 @@ def test_generated_data(
     with caplog.at_level(logging.WARNING):
         data = opened(root, generator=generator, folder="scenes-x", class_list=None, checksum=checksum)
     assert generated[0].spec == generator
-    assert generated[0].folder == root.parent / "cache" / "datasets" / f"scenes-x-v{data.version}" == data.folder
+    assert (
+        generated[0].folder == root.parent / "cache" / "datasets" / f"scenes-x-v{data.version}" == data.folder
+    )
     assert data.fingerprint == "sha256:made"
     assert data.classes == ("red_1",)
     assert data.splits["val"].paths[0].read_bytes() == b"abc"
