@@ -158,7 +158,11 @@ def names_of_sets(targets: Tensor) -> list[str]:
 
 
 def folds_of(names: Sequence[str], count: int) -> NDArray[np.int64]:
-    """The part that every image belongs to: whole sets of categories, dealt out in the order of a hash.
+    """The part that every image belongs to: whole sets of categories, each category in all parts alike.
+
+    A category that is rarer in the training parts is more frequent in the part held out, and would mislead
+    a probe that knows frequencies. So sets are dealt out in the order of a hash, each to the part that has
+    its categories least often, and then exchanged as long as that evens out the parts.
 
     Args:
         names: [n], from :func:`names_of_sets`.
@@ -167,9 +171,39 @@ def folds_of(names: Sequence[str], count: int) -> NDArray[np.int64]:
     Returns:
         int64 [n], in 0..count - 1.
     """
-    order = sorted(set(names), key=lambda name: seed_for(0, f"folds/{name}"))
-    fold = {name: place % count for place, name in enumerate(order)}
-    return np.array([fold[name] for name in names], dtype=np.int64)
+    sets = sorted(set(names), key=lambda name: seed_for(0, f"folds/{name}"))
+    labels = sorted({label for name in sets for label in name.split("+")})
+    has = np.array([[label in name.split("+") for label in labels] for name in sets], dtype=np.int64)
+    most = -(-len(sets) // count)
+    held, fold = np.zeros((count, len(labels)), np.int64), np.full(len(sets), -1)
+    for place, row in enumerate(has):
+        sizes = np.bincount(fold[:place], minlength=count)
+        cost = held @ row + np.where(sizes < most, 0, len(sets) + 1)
+        fold[place] = min(range(count), key=lambda part: (cost[part], sizes[part], part))
+        held[fold[place]] += row
+    while (pair := _better_exchange(has, fold, held)) is not None:
+        fold[list(pair)] = fold[list(reversed(pair))]
+        held = np.stack([has[fold == part].sum(axis=0) for part in range(count)])
+    number = dict(zip(sets, fold.tolist(), strict=True))
+    return np.array([number[name] for name in names], dtype=np.int64)
+
+
+def _better_exchange(
+    has: NDArray[np.int64], fold: NDArray[np.int64], held: NDArray[np.int64]
+) -> tuple[int, int] | None:
+    """Two sets of different parts whose exchange lowers the sum of squares of ``held`` the most.
+
+    With ``d`` the difference of the two sets and ``h`` that of their parts, the sum changes by
+    ``2 (|d|^2 - d . h)``.
+    """
+    size, told = has.sum(axis=1), has @ held.T  # |set|^2 [m], and how often a part has the set's categories
+    apart = size[:, None] + size[None] - 2 * has @ has.T
+    own = told[np.arange(len(fold)), fold]
+    gain = own[:, None] - told[:, fold] - told[:, fold].T + own[None]  # d . h of sets i and j
+    change = apart - gain
+    change[fold[:, None] == fold[None]] = 0
+    best = int(change.argmin())
+    return divmod(best, len(fold)) if change.flat[best] < 0 else None
 
 
 def _targets(role: Role, *, every: bool) -> Tensor:

@@ -22,6 +22,7 @@ from comit_bench.tasks.multilabel import (
     average_precision,
     chance_levels,
     expected_precision,
+    folds_of,
     majority_outcomes,
     names_of_sets,
     score_outputs,
@@ -117,6 +118,19 @@ def test_the_error_of_average_precision_is_that_of_the_bootstrap() -> None:
         chosen = rng.integers(0, 300, 300)
         drawn.append(average_precision_score(targets.numpy()[chosen], outputs.numpy()[chosen]))
     assert scores.std(ddof=1) / 300**0.5 == pytest.approx(np.std(drawn), rel=0.15)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_parts_hold_every_category_alike_in_any_order(count: int) -> None:
+    """The 45 pairs of ten: a probe that knows only frequencies learns nothing about the part held out."""
+    names = [f"{a}+{b}" for a in range(10) for b in range(a)]
+    fold = folds_of(names, count)
+    held = np.zeros((count, 10), int)
+    for name, part in zip(names, fold.tolist(), strict=True):
+        held[part, [int(label) for label in name.split("+")]] += 1
+    assert held.max() - held.min() <= 1 and np.ptp(np.bincount(fold)) <= 1
+    back = folds_of(names[::-1] * 2, count)
+    assert (back == np.tile(fold[::-1], 2)).all()
 
 
 def test_every_set_is_held_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
