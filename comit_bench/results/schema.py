@@ -136,11 +136,11 @@ class Metric(_Model):
             unranked: See the class.
 
         Raises:
-            ValueError: No values, or a percentage outside 0..100.
+            ValueError: No values, or one that is not finite.
         """
         values = [float(v) for v in per_seed]
-        if not values or (unit == "%" and not all(-1e-6 <= v <= 100 + 1e-6 for v in values)):
-            raise ValueError(f"expected one value per seed, percentages from 0 to 100; got {values}")
+        if not values:
+            raise ValueError("a metric needs at least one value, one per seed")
         return cls(
             value=statistics.fmean(values),
             std=statistics.stdev(values) if len(values) > 1 else None,

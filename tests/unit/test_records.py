@@ -234,8 +234,8 @@ def test_metric_summarises_seeds() -> None:
     assert Metric.from_seeds([120.0], n=5, unit="dB").value == 120
 
 
-@pytest.mark.parametrize("values", [[], [101.0], [-1.0], [float("nan")]])
-def test_metric_refuses_what_is_no_share(values: list[float]) -> None:
+@pytest.mark.parametrize("values", [[], [float("nan")]])
+def test_metric_refuses_what_is_no_number(values: list[float]) -> None:
     with pytest.raises(ValueError):
         Metric.from_seeds(values, n=10)
 

@@ -294,10 +294,10 @@ def test_dry_run_touches_nothing(bench: Bench, command: Command) -> None:
 def test_all_tasks_are_more_than_the_default_ones(tmp_path: Path) -> None:
     settings = Settings(output=tmp_path)
     usual = choose_tasks(None, "scenes", settings)
-    assert usual == ["recognition-scenes", "pairs-scenes", "relations-scenes"]
+    assert usual == ["recognition-scenes", "pairs-scenes"]
     every = choose_tasks(["pairs-scenes", "all"], "scenes", settings)
     assert every[0] == "pairs-scenes" and len(every) == len(set(every)) and set(usual) < set(every)
-    kinds = ("reconstruction", "objectness", "retrieval", "codebook", "counterfactual")
+    kinds = ("relations", "reconstruction", "objectness", "retrieval", "codebook", "counterfactual")
     assert set(every) - set(usual) == {f"{kind}-scenes" for kind in kinds}
     assert not any(task.endswith("-scenes") for task in choose_tasks(["all"], "paper", settings))
 
