@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Self
@@ -127,30 +127,38 @@ class Split:
         length, dim = self.code_shape()
         if len(self) * length * dim * 4 > limit:
             return None
-        rows = self.index()
-        step = max(1, EVAL_TOKENS // length)
-        codes = torch.cat([self.messages.take(part).cpu() for part in slices(rows, step)])
+        codes = torch.cat([piece.cpu() for piece in self.pieces()])
         return Split(MessageSource(codes=codes), self.chosen().cpu())
 
+    def pieces(self) -> Iterator[Tensor]:
+        """Codes of the selected messages in order, float32 [m, K, d], ``EVAL_TOKENS`` tokens at a time."""
+        step = max(1, EVAL_TOKENS // self.code_shape()[0])
+        return (self.messages.take(part) for part in slices(self.index(), step))
 
-def moments(split: Split) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every code dimension over all tokens of a split, float32 [d] each.
 
-    A dimension that never changes gets the deviation 1.
+def moments(pieces: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over all rows of some pieces, in one pass.
+
+    Args:
+        pieces: float [m, ...] each.
+
+    Returns:
+        float64 [...] on the CPU, twice. What never changes gets the deviation 1.
+
+    Raises:
+        ValueError: There are no rows.
     """
-    rows = split.index()
-    length, dim = split.code_shape()
-    count, mean, squares = 0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
-    for part in slices(rows, max(1, EVAL_TOKENS // length)):
-        codes = split.messages.take(part).double().cpu().flatten(0, 1)  # [m K, d]
-        new = count + len(codes)
-        own = codes.mean(dim=0)
-        squares += (codes - own).square().sum(dim=0) + (own - mean).square() * (count * len(codes) / new)
-        mean += (own - mean) * (len(codes) / new)
+    count, mean, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for piece in pieces:
+        rows = piece.double().cpu()
+        own, new = rows.mean(dim=0), count + len(rows)
+        spread = (rows - own).square().sum(dim=0) + (own - mean).square() * (count * len(rows) / new)
+        squares, mean = squares + spread, mean + (own - mean) * (len(rows) / new)
         count = new
+    if not count:
+        raise ValueError("there is nothing to take a mean of")
     std = (squares / count).sqrt()
-    std[std <= 1e-7 * mean.abs().clamp_min(1e-30)] = 1.0
-    return mean.float(), std.float()
+    return mean, torch.where(std > 1e-7 * mean.abs(), std, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,11 +286,21 @@ class FitTask:
         held = {name: split.in_memory() for name, split in given.items()}
         return None if None in held.values() else replace(self, **held)
 
+    def prepared(self) -> Self:
+        """The task with standardised codes, in memory when they fit: read once, for any number of fits."""
+        self.check()
+        if not self.standardise:
+            return self
+        task = (self.held() or self).standardised()
+        return task.held() or task
+
     def standardised(self) -> Self:
         """The task with standardised codes; itself when they are already."""
         if not self.standardise:
             return self
-        found = moments(self.train)
+        tokens = (codes.flatten(0, 1) for codes in self.train.pieces())
+        mean, std = moments(tokens)
+        found = mean.float(), std.float()
         given = {name: split for name in _SPLITS if (split := getattr(self, name)) is not None}
         sources = {id(split.messages): replace(split.messages, moments=found) for split in given.values()}
         splits = {name: replace(split, messages=sources[id(split.messages)]) for name, split in given.items()}

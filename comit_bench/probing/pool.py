@@ -45,7 +45,7 @@ class Fittable(Protocol):
 
     def held(self) -> Self | None: ...
 
-    def standardised(self) -> Self: ...
+    def prepared(self) -> Self: ...
 
     def fit(
         self, seed: int, *, device: str | torch.device = "cpu", progress: ProgressCallback | None = None
@@ -234,8 +234,7 @@ def fit_seeds(
     """
     if not seeds:
         raise ValueError("fit_seeds needs at least one seed")
-    task.check()
-    task = task.standardised()
+    task = task.prepared()
     held = task.held()
     with ExitStack() as stack:
         count = min(len(seeds), workers or usable_cores())

@@ -172,7 +172,7 @@ def compare(
     tasks: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
 ) -> Comparison:
-    """PairedTest whether rows differ, all pairs of them.
+    """Test whether rows differ, all pairs of them.
 
     Args:
         *rows: Labels as tables print them, e.g. ``comit-nano (raster:9)``, or names of groups of trainings.
@@ -244,10 +244,14 @@ def _rows(records: list[Record], read: Reader) -> list[Row]:
         by_key.setdefault(row_key(record), []).append(record)
     labels = row_labels({key: members[-1] for key, members in by_key.items()})
     return [
-        Row(labels[key], members[-1].tokenizer.group or "" if is_joined(members[-1]) else
-            members[-1].tokenizer.name, tuple(members), read)
-        for key, members in sorted(by_key.items())
-    ]  # fmt: skip
+        Row(labels[key], _name(members[-1]), tuple(members), read) for key, members in sorted(by_key.items())
+    ]
+
+
+def _name(record: Record) -> str:
+    """What a row can be called beside its label: the tokenizer's name, or that of the group."""
+    tokenizer = record.tokenizer
+    return tokenizer.group or "" if is_joined(record) else tokenizer.name
 
 
 def _find(name: str, shelf: Sequence[Sequence[Row]]) -> Row:

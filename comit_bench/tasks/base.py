@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.errors import UnsupportedOperation, UsageError
+from comit_bench.errors import UnsupportedOperation, UsageError, did_you_mean
 from comit_bench.nn.ranks import Ranks
 from comit_bench.probing.fit import FitResult, FitTask, MessageSource, ProgressCallback
 from comit_bench.probing.pool import ProbePool, fit_seeds
@@ -172,6 +172,7 @@ class Inputs:
         With several learning rates every seed is fitted with each; the one whose probes do best on the
         early-stop images is taken for all seeds.
         """
+        task = task.prepared()
         tries: dict[float, list[FitResult]] = {}
         for rate in self.learning_rates or (task.spec.learning_rate,):
             tries[rate] = fit_seeds(
@@ -257,8 +258,6 @@ def find_task(spec: TaskSpec) -> Task:
 
 def check_main_metric(spec: TaskSpec, metrics: Mapping[str, object]) -> None:
     """Refuse a main metric that does not exist."""
-    from comit_bench.errors import did_you_mean
-
     if spec.main_metric not in metrics:
         raise UsageError(
             f"recipe {spec.name!r}: main_metric {spec.main_metric!r} is not measured by this task."

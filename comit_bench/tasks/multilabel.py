@@ -261,27 +261,29 @@ class Multilabel(Task):
     def _fits(self, inputs: Inputs, sets: list[str], k: int) -> Iterator[tuple[FitTask, Tensor]]:
         """What to fit for every part, and the report images [m] that it answers."""
         probing, count = inputs.probing, inputs.spec.split.folds
-        splits = {
-            name: Split(role.source(), _targets(role, every=True), role.row_tensor())
-            for name, role in inputs.roles.items()
+        splits: dict[str, Any] = {}
+        for name, role in inputs.roles.items():
+            split = Split(role.source(), _targets(role, every=True), role.row_tensor())
+            splits[name] = split.in_memory() or split  # read once for all parts
+        settings: dict[str, Any] = {
+            **probing,
+            "outputs": splits["report"].targets.shape[1],
+            "objective": Objective(binary_cross_entropy, partial(all_within, k=k)),
         }
-        objective = Objective(binary_cross_entropy, partial(all_within, k=k))
         if count == 1:
-            given: dict[str, Any] = {**splits, "outputs": splits["report"].targets.shape[1]}
-            yield FitTask(**probing, **given, objective=objective), torch.arange(len(sets))
+            yield FitTask(**settings, **splits), torch.arange(len(sets))
             return
         own = {name: names_of_sets(split.chosen()) for name, split in splits.items()}
         every = sorted({one for names in own.values() for one in names})
         fold = dict(zip(every, folds_of(every, count).tolist(), strict=True))
         for number in range(count):
-            parts = {}
+            parts: dict[str, Any] = {}
             for name, split in splits.items():
                 inside = torch.tensor([(fold[one] == number) == (name == "report") for one in own[name]])
                 parts[name] = replace(split, rows=split.index()[inside])
-            given = {**parts, "outputs": splits["report"].targets.shape[1]}
             places = torch.tensor([place for place, one in enumerate(sets) if fold[one] == number])
             if len(places):
-                yield FitTask(**probing, **given, objective=objective), places
+                yield FitTask(**settings, **parts), places
 
     def _result(self, inputs: Inputs, report: Tensor, found: Outcomes) -> Result:
         levels = chance_levels(report, _categories(inputs), report.shape[1])

@@ -58,6 +58,7 @@ from comit_bench.tasks.shards import (
     shard_by_shard,
 )
 from comit_bench.tokenizers.base import decodes_with_noise
+from comit_bench.tokenizers.contract import check_decoded
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import Tokenizer
@@ -297,8 +298,6 @@ class _Meter:
             UnsupportedOperation: The tokenizer has no decoder; names it.
             BenchError: It returned no such images.
         """
-        from comit_bench.tokenizers.contract import check_decoded
-
         tokenizer = self.inputs.the_tokenizer()
         try:
             decoded = tokenizer.decode(batch.tokens, seeds=noise_seeds(seed, batch.ids))

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.probing.fit import Split
+from comit_bench.probing.fit import Split, moments
 from comit_bench.results.outcomes import Outcomes
 from comit_bench.tasks.base import Inputs, Task, check_main_metric
 from comit_bench.tasks.classification import class_parts
@@ -110,23 +110,6 @@ def _block(queries: Tensor, mine: Tensor, others: Tensor, theirs: Tensor, count:
     keys = level * count + (count - 1 - theirs.to(level.device))
     self_ = mine[:, None] == theirs[None]
     return keys.masked_fill(self_.to(keys.device), torch.iinfo(torch.int64).min)
-
-
-def moments(read: Callable[[Tensor], Tensor], count: int, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """Mean and deviation float64 [K, d] over messages; the deviation of what never changes is 1.
-
-    Args:
-        read: As in :func:`nearest`.
-        count: n.
-        chunk: Messages in memory.
-    """
-    pieces = [torch.arange(start, min(start + chunk, count)) for start in range(0, count, chunk)]
-    mean = sum(read(rows).double().sum(dim=0) for rows in pieces) / count
-    assert isinstance(mean, Tensor)
-    squares = sum((read(rows).double() - mean).square().sum(dim=0) for rows in pieces)
-    assert isinstance(squares, Tensor)
-    deviation = (squares / count).sqrt()
-    return mean, torch.where(deviation > 1e-7 * mean.abs(), deviation, 1.0)
 
 
 def chance_of_hit(labels: NDArray[np.int64], k: int) -> float:
@@ -229,6 +212,6 @@ class Retrieval(Task):
             return nearest(codes, len(role), max(depths), device=inputs.device, progress=advance)
 
         found = {"": search(read)}
-        mean, deviation = moments(read, len(role))
+        mean, deviation = moments(held.pieces())
         found[STANDARDISED] = search(lambda positions: (read(positions).double() - mean) / deviation)
         return score(found, labels, depths, ids=role.ids, seeds=inputs.seeds, parts=parts)

@@ -133,17 +133,30 @@ def test_the_size_and_place_of_codes_decide_nothing(scale: float, shift: float) 
     assert [log.stop_score for log in plain.history] == [log.stop_score for log in again.history]
 
 
-def test_moments_are_those_of_all_training_tokens_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = split(150, 0)
-    codes = given.messages.take(given.index()).flatten(0, 1)
-    whole = moments(given)
-    assert torch.allclose(whole[0], codes.mean(0), atol=1e-6)
-    assert torch.allclose(whole[1], codes.std(0, unbiased=False), atol=1e-6)
-    monkeypatch.setattr(fit_module, "EVAL_TOKENS", 28)
-    for a, b in zip(whole, moments(given), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-    flat = Split(MessageSource(codes=torch.full((4, 2, 3), 7.0)), torch.zeros(4, dtype=torch.long))
-    assert moments(flat)[1].tolist() == [1, 1, 1]
+def test_moments_are_those_of_all_rows_in_any_pieces() -> None:
+    rows = CODEBOOK[torch.randint(12, (600,), generator=torch.Generator().manual_seed(5))].double()
+    for size in (600, 7):
+        mean, std = moments(rows.split(size))
+        assert torch.allclose(mean, rows.mean(0)) and torch.allclose(std, rows.std(0, unbiased=False))
+    assert moments([torch.full((4, 2, 3), 7.0)])[1].unique().tolist() == [1]
+    with pytest.raises(ValueError, match="nothing to take a mean of"):
+        moments([])
+
+
+def test_a_task_is_read_once_for_all_fits() -> None:
+    """Codes are looked up once, however many probes, seeds and learning rates follow."""
+    whole, read = split(150, 0), []
+
+    def watched(rows: Tensor) -> Tensor:
+        read.append(len(rows))
+        return whole.messages.take(rows)
+
+    given = task(train=Split(MessageSource(read=watched, count=150), whole.targets)).prepared()
+    assert sum(count for count in read if count > 1) == 150  # single ones only show the shape
+    before = sum(read)
+    assert given.prepared() is given
+    fit_seeds(given, [0, 1], workers=1)
+    assert sum(read) == before
 
 
 def test_in_memory_gathers_rows_and_respects_its_limit() -> None:

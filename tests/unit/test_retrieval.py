@@ -15,9 +15,10 @@ from message_inputs import inputs_of, spec_of, write_recipe
 
 import comit_bench
 from comit_bench.errors import UsageError
+from comit_bench.probing.fit import moments
 from comit_bench.results.records import load_records
 from comit_bench.tasks.result import Result
-from comit_bench.tasks.retrieval import Retrieval, chance_of_hit, chance_of_share, moments, nearest
+from comit_bench.tasks.retrieval import Retrieval, chance_of_hit, chance_of_share, nearest
 
 
 def some_codes(count: int = 37, length: int = 4, dim: int = 3, seed: int = 0) -> torch.Tensor:
@@ -131,7 +132,7 @@ def test_metrics_details_and_outcomes() -> None:
 def test_standardised_neighbours_are_those_of_standardised_codes() -> None:
     codes, labels = clusters()
     codes[:, 3, 2] = 7.0  # never changes
-    mean, deviation = moments(lambda rows: codes[rows], 60, chunk=7)
+    mean, deviation = moments(codes.split(7))
     np.testing.assert_allclose(mean, codes.double().mean(dim=0))
     assert deviation[3, 2] == 1
     np.testing.assert_allclose(deviation[:3], codes.double().std(dim=0, correction=0)[:3])
