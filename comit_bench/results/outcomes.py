@@ -146,7 +146,10 @@ def read_outcomes(path: Path, record: Record) -> Outcomes | None:
         return None
     path = outcomes_path(path)
     if not path.is_file():
-        raise MissingError(f"{path}: the outcomes of this record are not there. Copy them, too. {AGAIN}")
+        raise MissingError(
+            f"{path}: the outcomes of this record are not there. Copy them, too, or measure it again with "
+            "--overwrite always."
+        )
     if sha256_file(path) != record.outcomes:
         raise CorruptFileError(f"{path}: does not belong to the record beside it. {AGAIN}")
     try:
