@@ -27,6 +27,7 @@ import numpy as np
 from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean
 from comit_bench.metrics.statistics import LEVEL, difference, holm, mcnemar
 from comit_bench.recipes.specs import find_tasks, kinds, recipe_root
+from comit_bench.results.notation import UNTRAINED, decimals_for, format_number
 from comit_bench.results.outcomes import AGAIN, OutcomeFiles, Outcomes, scale
 from comit_bench.results.paired import Pair, Side, pair, side_of
 from comit_bench.results.records import load_records
@@ -39,7 +40,6 @@ from comit_bench.results.rows import (
     task_side,
 )
 from comit_bench.results.schema import Record
-from comit_bench.results.table import UNTRAINED, decimals_for, format_number
 from comit_bench.results.trainings import Reader, is_joined, join_trainings
 
 FIRST_OUTCOMES = 3  # the schema of records that first had outcomes

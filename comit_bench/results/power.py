@@ -18,10 +18,10 @@ from statistics import median
 from comit_bench.errors import MissingError
 from comit_bench.metrics.statistics import difference
 from comit_bench.results.compare import PairedTest, Row, folders_of, rows_of, tests_between
+from comit_bench.results.notation import decimals_for, format_number
 from comit_bench.results.outcomes import OutcomeFiles
 from comit_bench.results.records import load_records
 from comit_bench.results.render.paper import TASKS
-from comit_bench.results.table import decimals_for, format_number
 from comit_bench.results.trainings import is_joined
 
 # Images of the paper's report sets; of the other two tasks they are known once the data are there.

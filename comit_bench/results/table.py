@@ -18,7 +18,6 @@ A row is a tokenizer, a column is one metric of one task under one protocol. The
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,16 @@ from typing import Any, Literal
 
 from comit_bench.errors import BenchError, UsageError, did_you_mean
 from comit_bench.recipes.specs import recipe_root
+from comit_bench.results.notation import (
+    INCOMPLETE,
+    MARKS,
+    PUBLISHED,
+    UNCONVERGED,
+    UNTRAINED,
+    decimals_for,
+    format_number,
+    one_line,
+)
 from comit_bench.results.paired import Rank, Side, ranks, side_of
 from comit_bench.results.records import Metric, Record, TokenizerRow
 from comit_bench.results.rows import (
@@ -42,13 +51,6 @@ from comit_bench.results.rows import (
 )
 from comit_bench.results.trainings import Reader, is_joined, join_trainings
 
-UNTRAINED, INCOMPLETE, PUBLISHED, UNCONVERGED = "†", "‡", "§", "¶"
-MARKS = {
-    UNTRAINED: "untrained: random weights",
-    INCOMPLETE: "incomplete: only part of the data was used (--limit, or images are missing); not ranked",
-    PUBLISHED: "published number, not measured here",
-    UNCONVERGED: "the best epoch of a probe was the last one allowed: it may not have finished learning",
-}
 RANKED = "Best bold, second-best underlined, among complete measured rows that are no reference."
 TESTED = (
     "Bold: not significantly worse than the best of the column; underlined: not significantly worse than the "
@@ -205,12 +207,6 @@ def _no_outcomes(record: Record) -> None:
     """Of which nothing is known image by image."""
 
 
-def one_line(text: str) -> str:
-    """Text without line breaks, control characters and invisible signs, which tear tables and terminals."""
-    kinds = {"Cc": " ", "Zl": " ", "Zp": " ", "Cf": "", "Cs": "?"}
-    return " ".join("".join(kinds.get(unicodedata.category(c), c) for c in text).split())
-
-
 def _tidy(table: Table) -> Table:
     """The same table; whatever a record says stands on one line."""
     groups = {
@@ -230,14 +226,6 @@ def _tidy(table: Table) -> Table:
     ]
     rows = [replace(row, label=one_line(row.label)) for row in table.rows]
     return replace(table, columns=tuple(columns), rows=tuple(rows), notes=tuple(map(one_line, table.notes)))
-
-
-def format_number(value: float, decimals: int) -> str:
-    """Fixed decimals; huge values in scientific notation; never ``-0.0``."""
-    if abs(value) >= 1e7:
-        return f"{value:.2e}"
-    text = f"{value:.{decimals}f}"
-    return text.removeprefix("-") if not text.strip("-0.") else text
 
 
 def _filter(records: list[Record], suite: str | None, tasks: Sequence[str] | None) -> list[Record]:
@@ -339,15 +327,6 @@ def _columns(
         chance = chances.pop() if len(chances) == 1 else None
         columns.append(Column(group, name, first.unit, first.higher_is_better, chance, decimals))
     return columns
-
-
-def decimals_for(unit: str, values: Sequence[float]) -> int:
-    """Printed precision of numbers of a unit."""
-    known = {"%": 1, "dB": 2}
-    if unit in known:
-        return known[unit]
-    largest = max(abs(value) for value in values)
-    return 3 if largest < 10 else 2 if largest < 100 else 1
 
 
 def _row_order(key: tuple[str, ...], newest: Record) -> tuple[Any, ...]:

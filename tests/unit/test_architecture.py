@@ -33,6 +33,7 @@ ARROWS = {
     "pipeline": LOW | {"data", "tokenizers", "metrics", "probing", "results", "tasks", "figures"},
 }
 SHIMS = {"run", "train.__main__"}  # `python -m` of these runs a command
+RESULTS = ("schema", "records", "compare", "table")  # of `results/`, from below; then `render/`
 NETWORKS = {"model", "base_model", "blocks", "fast", "codec", "crops"}  # of a family: mathematics only
 
 
@@ -123,6 +124,20 @@ def test_imports_run_downwards(part: str) -> None:
         if folder(other) not in ARROWS[part] | {part}
     ]
     assert not wrong, f"{part} may import {sorted(ARROWS[part]) or 'nothing of ours'}"
+
+
+def test_results_are_built_from_records_up() -> None:
+    """A comparison knows nothing of tables, and neither knows how it is printed."""
+    place = {f"results.{name}": number for number, name in enumerate(RESULTS)}
+    place |= {name: len(RESULTS) for name in MODULES if name.startswith("results.render")}
+    wrong = [
+        f"{name} imports {other}"
+        for name in place
+        if name in graph()
+        for other in graph()[name]
+        if place.get(other, 0) > place[name]
+    ]
+    assert not wrong
 
 
 def test_networks_of_families_are_mathematics() -> None:

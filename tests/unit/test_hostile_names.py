@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from comit_bench.results.notation import one_line
 from comit_bench.results.records import Metric, Record, load_record, protocol_digest
 from comit_bench.results.render.layout import heading
 from comit_bench.results.render.terminal import print_terminal
 from comit_bench.results.render.text import tex_escape, to_csv, to_latex, to_markdown
-from comit_bench.results.table import Table, build_table, one_line
+from comit_bench.results.table import Table, build_table
 
 BASE = load_record(Path(__file__).parents[1] / "fixtures" / "records" / "measured-v1.json")
 NAMES = (

@@ -15,12 +15,13 @@ import pytest
 from rich.console import Console
 
 from comit_bench.errors import UsageError
+from comit_bench.results.notation import format_number
 from comit_bench.results.records import Metric, Record, load_record, protocol_digest
 from comit_bench.results.render.layout import DASH, short_count
 from comit_bench.results.render.terminal import print_terminal
 from comit_bench.results.render.text import to_csv, to_latex, to_markdown
 from comit_bench.results.render.write import write_tables
-from comit_bench.results.table import Table, build_table, format_number
+from comit_bench.results.table import Table, build_table
 
 BASE = load_record(Path(__file__).parents[1] / "fixtures" / "records" / "measured-v1.json")
 TRAINED = "sha256:" + "1" * 64

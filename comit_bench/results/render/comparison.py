@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from comit_bench.results.compare import Comparison, PairedTest, Untested
+from comit_bench.results.notation import decimals_for, format_number, one_line
 from comit_bench.results.render.layout import DASH
 from comit_bench.results.render.terminal import in_encoding, stdout_console
-from comit_bench.results.table import decimals_for, format_number, one_line
 
 WIDTH = 80
 METRIC = 20  # characters of a metric's name

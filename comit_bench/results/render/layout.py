@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from comit_bench.results.table import format_number
+from comit_bench.results.notation import format_number
 
 if TYPE_CHECKING:
     from comit_bench.results.table import Cell, Column, Row, Table

@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.results.notation import PUBLISHED
 from comit_bench.results.records import Record
 from comit_bench.results.render.layout import DASH, is_reference, short_count
 from comit_bench.results.render.text import to_latex
 from comit_bench.results.rows import row_key
-from comit_bench.results.table import PUBLISHED, Row, Table, build_table
+from comit_bench.results.table import Row, Table, build_table
 
 SOURCE = "COMiT paper"  # ``protocol.source`` of its records; other publications are no part of its tables
 RECOGNITION, PAIRS, RELATIONS, RECONSTRUCTION, OBJECTNESS = (

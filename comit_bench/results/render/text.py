@@ -8,6 +8,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
+from comit_bench.results.notation import INCOMPLETE, PUBLISHED, UNCONVERGED, UNTRAINED, one_line
 from comit_bench.results.render.layout import (
     CHANCE,
     DASH,
@@ -20,7 +21,6 @@ from comit_bench.results.render.layout import (
     measure,
     number_text,
 )
-from comit_bench.results.table import INCOMPLETE, PUBLISHED, UNCONVERGED, UNTRAINED, one_line
 
 if TYPE_CHECKING:
     from comit_bench.results.table import Column, Group, Table
