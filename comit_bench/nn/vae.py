@@ -47,49 +47,59 @@ class IdentityVae(nn.Module):
         return latents
 
 
+DCT_ORDERS = {12: 2, 22: 3, 35: 4}  # channels -> highest frequency of the brightness
+
+
 class DctVae(nn.Module):
     """A fixed linear autoencoder for small images: the low frequencies of each ``factor`` x ``factor`` block.
 
-    What the SD-VAE is to photographs: 12 numbers per block instead of 48 for the flow to predict, so that
+    What the SD-VAE is to photographs: a few numbers per block for the flow to predict instead of all, so that
     most of its loss is about the picture and not about noise that has to be copied. Orthonormal 2D cosine
     transform (DCT-II) of three orthonormal colour axes, brightness first; kept are the frequencies
-    u + v <= 2 of the brightness and u + v <= 1 of the two others, which on the scenes are the twelve of
-    largest variance. ``decode`` is the transpose: pixels within that space come back exactly.
+    u + v <= order of the brightness and u + v < order of the two others. ``decode`` is the inverse: pixels
+    within that space come back exactly.
 
     Args:
-        factor: Block side, 3 or more.
+        factor: Block side, 3 or more. Latents are scaled by 4 / factor, so that their spread does not grow
+            with it.
+        channels: 12, 22 or 35, which are the orders 2, 3 and 4.
         mean: Value (in [-1, 1]) that becomes the latent 0; the scenes are dark.
 
     Raises:
-        ValueError: ``factor`` below 3.
+        ValueError: ``factor`` below 3, or another number of channels.
     """
 
     stochastic = False
     basis: Tensor
 
-    def __init__(self, factor: int = 4, mean: float = -0.6) -> None:
+    def __init__(self, factor: int = 4, channels: int = 12, mean: float = -0.6) -> None:
         super().__init__()
         if factor < 3:
             raise ValueError(f"the blocks of the DCT must have 3 pixels a side or more, got {factor}")
-        self.factor, self.mean = factor, mean
+        if channels not in DCT_ORDERS:
+            raise ValueError(f"the DCT keeps {', '.join(map(str, DCT_ORDERS))} channels, got {channels}")
+        self.factor, self.mean, self.scale = factor, mean, 4 / factor
         point = torch.arange(factor, dtype=torch.float64, device="cpu")
         wave = torch.cos(math.pi * (2 * point + 1) * point[:, None] / (2 * factor))
         wave = wave * torch.where(point[:, None] == 0, 1.0, 2.0).div(factor).sqrt()  # [frequency, pixel]
         colours = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64, device="cpu")
         colours = colours / colours.norm(dim=1, keepdim=True)
-        kept = [(c, u, v) for c in range(3) for u in range(3) for v in range(3) if u + v <= (2, 1, 1)[c]]
+        order = DCT_ORDERS[channels]
+        grid = range(min(order + 1, factor))
+        kept = [(c, u, v) for c in range(3) for u in grid for v in grid if u + v <= order - (c > 0)]
         rows = [torch.einsum("k,x,y->kxy", colours[c], wave[u], wave[v]) for c, u, v in kept]
         self.register_buffer("basis", torch.stack(rows).float(), persistent=False)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[B, 3, S, S] -> [B, 12, S/f, S/f]."""
+        """[B, 3, S, S] -> [B, channels, S/f, S/f]."""
         with full_precision(images.device):
-            return F.conv2d(images.float() - self.mean, self.basis, stride=self.factor)
+            return F.conv2d((images.float() - self.mean) * self.scale, self.basis, stride=self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 12, h, w] -> [B, 3, h*f, w*f], not clamped."""
+        """[B, channels, h, w] -> [B, 3, h*f, w*f], not clamped."""
         with full_precision(latents.device):
-            return F.conv_transpose2d(latents.float(), self.basis, stride=self.factor) + self.mean
+            blocks = F.conv_transpose2d(latents.float(), self.basis, stride=self.factor)
+            return blocks / self.scale + self.mean
 
 
 class StandInVae(nn.Module):
@@ -228,12 +238,15 @@ class KLVae(nn.Module):
         return images
 
 
-def build_vae(kind: str, factor: int = 8) -> IdentityVae | DctVae | StandInVae | KLVae:
-    """Make an autoencoder with untrained weights: ``none``, ``dct``, ``stand-in`` or ``sd``."""
+def build_vae(kind: str, factor: int = 8, channels: int = 12) -> IdentityVae | DctVae | StandInVae | KLVae:
+    """Make an autoencoder with untrained weights: ``none``, ``dct``, ``stand-in`` or ``sd``.
+
+    ``channels`` is asked of the DCT alone.
+    """
     if kind == "none":
         return IdentityVae()
     if kind == "dct":
-        return DctVae(factor)
+        return DctVae(factor, channels, mean=-0.6 if factor == 4 else -0.3)
     if kind == "stand-in":
         return StandInVae(factor)
     if kind == "sd":

@@ -153,6 +153,16 @@ def test_the_dct_keeps_what_lies_in_its_space_and_is_orthonormal() -> None:
     assert vae.encode(grey).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("channels", [12, 22, 35])
+def test_blocks_of_another_size_have_latents_of_the_same_spread(channels: int) -> None:
+    vae = DctVae(8, channels, mean=0.0)
+    latents = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(vae.encode(vae.decode(latents)), latents, atol=1e-5)
+    white = vae.encode(torch.ones(1, 3, 64, 64))  # orthonormal blocks of 8 px, scaled by a half
+    assert torch.allclose(white[:, 0], torch.full((1, 8, 8), 4 * 3**0.5), atol=1e-5)
+    assert white[:, 1:].abs().max() < 1e-5
+
+
 def test_crops_of_the_image_have_the_latents_of_their_place() -> None:
     vae = DctVae(4)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -165,3 +175,5 @@ def test_the_dct_has_no_weights_and_small_blocks_are_refused() -> None:
     assert not list(DctVae(8).parameters())
     with pytest.raises(ValueError, match="3 pixels"):
         DctVae(2)
+    with pytest.raises(ValueError, match="12, 22, 35 channels, got 13"):
+        DctVae(8, 13)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from comit_bench.errors import UsageError
 from comit_bench.nn.sizes import DEPTH, HEADS, SIDE, TOKENS, WIDTH
-from comit_bench.nn.vae import build_vae
+from comit_bench.nn.vae import DCT_ORDERS, build_vae
 from comit_bench.tokenizers.checkpoints import (
     load_network,
     on_meta,
@@ -78,22 +78,24 @@ def _node(top: Node, key: str, expected: str) -> Node:
 
 def _vae(top: Node, channels: int) -> tuple[str, int]:
     """Kind and factor of the autoencoder; its latents must be those of the predictor."""
+    own: tuple[int, ...]
     if top.values.get("vae") is None:
-        kind, factor, own = "none", 1, 3
+        kind, factor, own = "none", 1, (3,)
     else:
         node = top.node("vae")
         name = _class_name(node)
         node.check_keys(("factor", "model_type"), unread=("_target_",))
         if name == "SDAutoencoderKL":
-            kind, factor, own = f"sd-{node.text('model_type', allowed=('mse', 'ema'))}", 8, 4
+            kind, factor, own = f"sd-{node.text('model_type', allowed=('mse', 'ema'))}", 8, (4,)
         elif name in LINEAR_VAES:
-            kind, own = LINEAR_VAES[name], 12 if name == "dct_vae" else 4
+            kind, own = LINEAR_VAES[name], tuple(DCT_ORDERS) if name == "dct_vae" else (4,)
             factor = node.whole("factor", low=3 if name == "dct_vae" else 1, high=256)
         else:
             raise UsageError(f"{top.source}: unknown vae class {name!r}: expected SDAutoencoderKL or null")
-    if channels != own:
+    if channels not in own:
         raise UsageError(
-            f"{top.source}: predictor.in_channels is {channels}, but latents of the vae ({kind}) have {own}"
+            f"{top.source}: predictor.in_channels is {channels}, but latents of the vae ({kind}) have "
+            f"{' or '.join(map(str, own))}"
         )
     return kind, factor
 
@@ -210,7 +212,8 @@ def save(
 
 def build(spec: ComitSpec) -> Comit:
     """Make the network and its VAE."""
-    return Comit(spec, build_vae("sd" if spec.vae in VAE_HUB else spec.vae, spec.vae_factor))
+    kind = "sd" if spec.vae in VAE_HUB else spec.vae
+    return Comit(spec, build_vae(kind, spec.vae_factor, spec.in_channels))
 
 
 def _fill_unused(model: Comit, tensors: dict[str, Tensor]) -> None:
