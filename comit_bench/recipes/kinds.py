@@ -80,7 +80,8 @@ class TextSpec(SpecModel):
     """The frozen text encoder of kind ``relations``.
 
     ``encoder`` is ``random-t5`` (a small T5 encoder with weights drawn from ``seed`` and one vector per
-    word), a hub id, or a local directory. The vectors of a text's words are averaged.
+    word), ``minilm-table`` (vectors of a sentence encoder for the concepts and predicates of the drawings),
+    a hub id, or a local directory. Encoders average the vectors of a text's words.
     """
 
     encoder: str = "random-t5"

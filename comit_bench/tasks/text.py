@@ -1,7 +1,7 @@
-"""Text features of a task: each distinct string is encoded once, by a frozen T5, and kept on disk.
+"""Text features of a task: each distinct string is encoded once, by a frozen encoder, and kept on disk.
 
-Which encoder made them (``random-t5`` with its seed, or a hub id with its commit, or a directory with the
-digest of its weights) is part of the protocol.
+Which encoder made them (``random-t5`` with its seed, ``minilm-table`` with the digest of its file, a hub id
+with its commit, or a directory with the digest of its weights) is part of the protocol.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
+from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
 from comit_bench.files import atomic_path, digest_json, sha256_file, user_path
 from comit_bench.nn.plain_files import some
 from comit_bench.nn.sizes import DEPTH, HEADS, WIDTH
@@ -26,6 +26,8 @@ from comit_bench.tokenizers.checkpoints import check_float_file, check_values, r
 from comit_bench.tokenizers.config_node import Node
 
 RANDOM = "random-t5"
+TABLE = "minilm-table"  # vectors of all-MiniLM-L6-v2, made by scripts/drawings/sentences.py
+TABLE_FILE = Path(__file__).parent / "minilm-table.safetensors"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 FORMAT = 1
 _BATCH = 32
@@ -37,7 +39,7 @@ class TextEncoder:
 
     Attributes:
         spec: From the recipe.
-        folder: Its files; None for ``random-t5``.
+        folder: Its files; None for ``random-t5`` and ``minilm-table``.
         identity: What tells it from others, plain JSON; goes into the protocol.
     """
 
@@ -53,13 +55,13 @@ class TextEncoder:
             cache: The cache directory, or None.
 
         Raises:
-            UsageError: A text without any word.
+            UsageError: A text without any word, or one that ``minilm-table`` does not hold.
             BenchError: The files hold no usable T5 encoder.
         """
         distinct = sorted(set(texts))
         if empty := [text for text in distinct if not words_of(text)]:
             raise UsageError(f"text {empty[0]!r} has no word that could be encoded")
-        vectors = self._cached(distinct, cache)
+        vectors = table_vectors(distinct) if self.spec.encoder == TABLE else self._cached(distinct, cache)
         place = {text: row for row, text in enumerate(distinct)}
         return vectors[torch.tensor([place[text] for text in texts], dtype=torch.int64)]
 
@@ -123,6 +125,33 @@ class TextEncoder:
         return vectors
 
 
+def table_vectors(texts: Sequence[str]) -> Tensor:
+    """Vectors of some texts from the table that comes with the package: float32 [len(texts), 384].
+
+    Raises:
+        UsageError: A text is not in the table.
+        CorruptFileError: The file of the table cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(TABLE_FILE, framework="pt") as file:  # type: ignore[no-untyped-call]
+            place = {text: row for row, text in enumerate(json.loads(file.metadata()["texts"]))}
+            vectors: Tensor = file.get_tensor("vectors").float()
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{TABLE_FILE}: damaged table of text vectors ({error}). It comes with the package: reinstall "
+            "comit_bench."
+        ) from error
+    if unknown := [text for text in texts if text.lower() not in place]:
+        raise UsageError(
+            f"text {unknown[0]!r} has no vector in {TABLE}, which holds {len(place)} texts."
+            f"{did_you_mean(unknown[0], place)} For other texts set text.encoder of the recipe to {RANDOM} "
+            "or to a T5 encoder."
+        )
+    return vectors[[place[text.lower()] for text in texts]]
+
+
 def check_t5(folder: Path) -> None:
     """Look at a T5's config and the types of its weights before transformers builds from them.
 
@@ -156,6 +185,12 @@ def find_text_encoder(spec: TextSpec, *, offline: bool) -> TextEncoder:
     if spec.encoder == RANDOM:
         identity = {"name": RANDOM, "seed": spec.seed, "words": "whole", "size": dict(RANDOM_T5)}
         return TextEncoder(spec, None, identity)
+    if spec.encoder == TABLE:
+        if not TABLE_FILE.is_file():
+            raise CorruptFileError(
+                f"{TABLE_FILE}: missing. It comes with the package: reinstall comit_bench."
+            )
+        return TextEncoder(spec, None, {"name": TABLE, "table": sha256_file(TABLE_FILE)})
     directory = user_path(spec.encoder, "text.encoder")
     if spec.encoder.startswith((".", "/", "~")) or directory.is_dir():
         missing = [name for name in FILES if not (directory / name).is_file()]
