@@ -283,7 +283,8 @@ def test_ci_runs_the_readme_command() -> None:
 
 def test_files_that_texts_name_are_there() -> None:
     """``pipeline/jobs.py`` in a docstring or a page is a file of ours, whole or by its end."""
-    ours = {path.relative_to(ROOT).as_posix() for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]}
+    code = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    ours = {path.relative_to(ROOT).as_posix() for path in code}
     pages = [*SOURCES, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "probes").rglob("*.md")]
     gone = [
         f"{label(page)}: {name}"
