@@ -16,7 +16,7 @@ from comit_bench.commands import data as data_command
 from comit_bench.commands import figure as figure_command
 from comit_bench.commands import tokens as token_command
 from comit_bench.commands.compare import compare
-from comit_bench.commands.console import guarded
+from comit_bench.commands.console import guarded, say, set_up_logging
 from comit_bench.commands.options import (
     DataRoot,
     Include,
@@ -154,7 +154,6 @@ def push(
     ] = False,
 ) -> None:
     """Upload a trained tokenizer with its model card and pictures to the Hugging Face hub."""
-    from comit_bench.commands.console import say, set_up_logging
     from comit_bench.tokenizers import push as hub
 
     set_up_logging()

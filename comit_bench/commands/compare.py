@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from comit_bench.commands.console import set_up_logging
 from comit_bench.commands.options import as_path, comma_separated
 from comit_bench.errors import UsageError
 
@@ -36,7 +37,6 @@ def compare(
     ] = False,
 ) -> None:
     """Say which of two or more rows is better, by paired tests over images and probe seeds."""
-    from comit_bench.commands.console import set_up_logging
     from comit_bench.results.compare import compare as compared
     from comit_bench.results.power import power_table
     from comit_bench.results.render.comparison import print_comparison

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,9 @@ import typer
 
 from comit_bench.commands.console import say, set_up_logging
 from comit_bench.commands.options import DataRoot, Include, Quiet, as_path, command_group
+from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.files import cache_root, require_folder
+from comit_bench.recipes.specs import find_datasets, pick
 
 if TYPE_CHECKING:
     from comit_bench.recipes.specs import DatasetSpec, Recipe
@@ -21,7 +25,6 @@ Name = Annotated[str, typer.Argument(help="A data set; `comit-bench ls datasets`
 
 
 def _recipe(name: str, include: list[Path] | None) -> Recipe[DatasetSpec]:
-    from comit_bench.recipes.specs import find_datasets, pick
 
     set_up_logging()
     return pick(name, find_datasets(tuple(include or ())), "data set")
@@ -29,8 +32,6 @@ def _recipe(name: str, include: list[Path] | None) -> Recipe[DatasetSpec]:
 
 def _steps(recipe: Recipe[DatasetSpec]) -> str:
     """How to get a data set by hand: its source, and the layout its README shows."""
-    import re
-
     spec = recipe.spec
     lines = [f"1. {' '.join((spec.obtain or spec.homepage or 'ask its owners').split())}"]
     readme = recipe.sibling("README.md")
@@ -51,7 +52,6 @@ def build(
 ) -> None:
     """Make the manifest of a data set, verify it, decode every image; report what is missing or broken."""
     from comit_bench.data.building import build_dataset
-    from comit_bench.files import cache_root, require_folder
 
     recipe = _recipe(name, include_path)
     require_folder(cache_root())
@@ -89,8 +89,6 @@ def show(
     """Print counts, draw histograms, and put ten random samples with their labels and boxes on one sheet."""
     from comit_bench.data.datasets import open_dataset
     from comit_bench.data.pictures import relations_shown, summary, write_histograms, write_samples
-    from comit_bench.errors import UsageError, did_you_mean
-    from comit_bench.files import cache_root, require_folder
 
     recipe = _recipe(name, include_path)
     for folder in (output, cache_root()):
@@ -124,7 +122,6 @@ def download(
 ) -> None:
     """Fetch what may be downloaded freely (resumable, checked), or print the steps for the rest."""
     from comit_bench.data.download import download as fetch
-    from comit_bench.errors import UsageError
 
     recipe = _recipe(name, include_path)
     if recipe.spec.generator is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from typer import echo
 
 from comit_bench.errors import BenchError, MissingError, UsageError, did_you_mean, shown
-from comit_bench.files import cache_root, require_folder
+from comit_bench.files import cache_root, require_folder, write_atomic
 from comit_bench.recipes.specs import (
     DatasetSpec,
     Recipe,
@@ -22,7 +22,8 @@ from comit_bench.recipes.specs import (
     find_tasks,
     parse_recipe,
 )
-from comit_bench.tokenizers.registry import tokenizers
+from comit_bench.tokenizers.family import Part, Shipped
+from comit_bench.tokenizers.registry import downloads, tokenizers
 
 if TYPE_CHECKING:
     from comit_bench.results.schema import Record
@@ -161,9 +162,7 @@ def _suites(data_root: Path | None) -> tuple[list[str], bool]:
 
 def _weights_lines() -> list[str]:
     """One line per checkpoint, further file and VAE, with the command that fetches it when it is not here."""
-    from comit_bench.tokenizers.family import Part, Shipped
     from comit_bench.tokenizers.presence import command, weights_state
-    from comit_bench.tokenizers.registry import downloads
 
     lines = []
     for item in downloads():
@@ -346,7 +345,6 @@ def print_paper_tables(
     **marks: Any,
 ) -> None:
     """Print the paper's tables, and write them when ``output`` is given, see ``results/render/paper.py``."""
-    from comit_bench.files import write_atomic
     from comit_bench.results.render.paper import PAPER_FILE, paper_tables, to_paper_latex
     from comit_bench.results.render.terminal import print_terminal
 

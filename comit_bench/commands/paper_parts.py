@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from comit_bench.errors import UsageError, did_you_mean
+from comit_bench.errors import MissingError, UsageError, did_you_mean
 from comit_bench.results.render.paper import (
     COMPARED,
     NO_LOCAL_CROPS,
@@ -384,7 +384,6 @@ def make_parts(cast: Cast) -> list[PaperPart]:
 
 def _crops(name: str) -> bool:
     """Whether a tokenizer looks at crops; a directory that is not there yet is one of COMiT's."""
-    from comit_bench.errors import MissingError
     from comit_bench.tokenizers.load import entry_for
 
     try:

@@ -24,6 +24,7 @@ from comit_bench.recipes.specs import (
     find_tasks,
     recipe_root,
 )
+from comit_bench.tokenizers.family import Hub, Release
 from comit_bench.tokenizers.registry import tokenizers
 
 GPU_RATE = 1e14  # FLOP per second, a round number for one current GPU
@@ -110,7 +111,6 @@ def tokenizer_needs(name: str, options: Iterable[str] = ()) -> list[Need]:
         name: A name of the registry, a hub id, or a directory.
         options: ``FAMILY.KEY=VALUE`` of the command.
     """
-    from comit_bench.tokenizers.family import Hub, Release
     from comit_bench.tokenizers.presence import command, weights_state
 
     entry = tokenizers().get(name.lower())

@@ -5,12 +5,14 @@ Nothing heavy is imported at the top, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from comit_bench.commands.console import Bars, Interrupts, say, say_default, set_up_logging, stoppable
 from comit_bench.commands.options import (
     DataRoot,
     Device,
@@ -113,7 +115,6 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")] = False,
 ) -> None:
     """Tokenize, probe, print a table. Without arguments: the embedded suite, a few minutes on two cores."""
-    from comit_bench.commands.console import set_up_logging, stoppable
     from comit_bench.pipeline.jobs import Settings
 
     set_up_logging(verbose=verbose)
@@ -171,8 +172,6 @@ def _number_or_auto(value: str, automatic: int, option: str) -> int:
 
 def _auto_workers() -> int:
     """Workers cost a torch import each; they pay where there are cores to spare."""
-    import os
-
     cores = os.cpu_count() or 1
     return 0 if cores <= 4 else min(8, cores // 2)
 
@@ -188,7 +187,6 @@ def run_command(
     profile: bool = False,
 ) -> int:
     """Plan, do, print; returns the exit code (0 done, 1 a task failed, 3 data or weights missing)."""
-    from comit_bench.commands.console import Bars, Interrupts, say, say_default
     from comit_bench.pipeline.evaluate import run_jobs
     from comit_bench.pipeline.plan import describe, plan_run
     from comit_bench.pipeline.session import Reporter
@@ -241,7 +239,6 @@ def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
 
 def finish(finished: Finished, jobs: Sequence[Job], settings: Settings) -> int:
     """Write and print the tables of this run's tasks; tell what failed."""
-    from comit_bench.commands.console import say
     from comit_bench.results.outcomes import OutcomeFiles
     from comit_bench.results.records import load_records, published_records
     from comit_bench.results.render.terminal import print_terminal

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
+from comit_bench.commands.console import (
+    DEFAULT_TOKENIZER,
+    Bars,
+    Interrupts,
+    say,
+    say_default,
+    set_up_logging,
+    stoppable,
+)
 from comit_bench.commands.options import DataRoot, Device, Dtype, Include, Offline, Output, Quiet, Weights
+from comit_bench.commands.tokens import key_values
 from comit_bench.errors import UsageError, shown
 
 
@@ -43,9 +53,6 @@ def sweep(
     quiet: Quiet = False,
 ) -> None:
     """Reconstruct for lists of settings; each point is a record, so the same command continues a sweep."""
-    from comit_bench.commands.console import DEFAULT_TOKENIZER, say_default, set_up_logging, stoppable
-    from comit_bench.commands.tokens import key_values
-
     set_up_logging()
     settings: dict[str, Any] = {
         "task": task,
@@ -82,7 +89,6 @@ def _numbers(text: str | None, kind: type[int] | type[float], option: str) -> li
 
 
 def _run(tokenizers: list[str], settings: dict[str, Any]) -> int:
-    from comit_bench.commands.console import Bars, Interrupts, say
     from comit_bench.nn.ranks import Ranks
     from comit_bench.pipeline.session import Reporter
     from comit_bench.pipeline.sweep import sweep as measure

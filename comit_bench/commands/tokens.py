@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from comit_bench.commands.console import (
+    DEFAULT_TOKENIZER,
+    Bars,
+    Interrupts,
+    say,
+    say_default,
+    set_up_logging,
+    stoppable,
+)
 from comit_bench.commands.options import Device, Dtype, Offline, Policy, Quiet, Weights, as_path
 from comit_bench.errors import MissingError, UsageError, shown
+from comit_bench.files import cache_root
 
 if TYPE_CHECKING:
     from comit_bench.commands.console import Bars
@@ -80,12 +90,9 @@ def tokenize(
     quiet: Quiet = False,
 ) -> None:
     """Tokens of a folder of images, in one file; continues after a kill. Format: docs/tokens.md."""
-    from comit_bench.commands.console import DEFAULT_TOKENIZER, say, say_default, set_up_logging, stoppable
-
     set_up_logging()
 
     def work() -> int:
-        from comit_bench.files import cache_root
         from comit_bench.pipeline.folders import tokenize_folder
         from comit_bench.tokenizers.load import load_tokenizer, resolve_device
 
@@ -121,7 +128,6 @@ def tokenize(
 
 
 def _name_broken(broken: Mapping[str, str]) -> None:
-    from comit_bench.commands.console import say
 
     for name, why in list(broken.items())[:LISTED]:
         say(f"warning: {name}: {why}")
@@ -149,8 +155,6 @@ def detokenize(
     quiet: Quiet = False,
 ) -> None:
     """Images of a token file, as PNGs under their relative names; continues after a kill."""
-    from comit_bench.commands.console import say, set_up_logging, stoppable
-
     set_up_logging()
 
     def work() -> int:
@@ -204,7 +208,6 @@ def _maker(
 
 @contextmanager
 def _bars(quiet: bool) -> Iterator[Bars]:
-    from comit_bench.commands.console import Bars, Interrupts
 
     with Interrupts() as interrupts, Bars(enabled=not quiet, check=interrupts.check) as bars:
         yield bars

@@ -13,6 +13,8 @@ import typer
 
 from comit_bench.commands.options import Quiet, as_path, command_group
 from comit_bench.errors import UsageError
+from comit_bench.tokenizers.family import Hub, Part, Release
+from comit_bench.tokenizers.registry import downloads, find_tokenizer
 
 app = command_group("Fetch and convert released weights; they are kept in the cache.")
 
@@ -37,9 +39,7 @@ def fetch(
 def _fetch(name: str, *, keep: bool, url: str | None, progress: bool) -> Path:
     from tqdm import tqdm
 
-    from comit_bench.tokenizers.family import Hub, Release
     from comit_bench.tokenizers.hub import fetch as fetch_hub
-    from comit_bench.tokenizers.registry import downloads, find_tokenizer
     from comit_bench.tokenizers.weights import fetch as fetch_release
 
     known = {item.name: item for item in downloads()}
@@ -78,9 +78,7 @@ def convert(
 @app.command(name="ls")
 def ls() -> None:
     """List everything that can be fetched, whether it is here, and where it comes from."""
-    from comit_bench.tokenizers.family import Hub, Part, Release
     from comit_bench.tokenizers.presence import weights_state
-    from comit_bench.tokenizers.registry import downloads
     from comit_bench.tokenizers.weights import weights_root
 
     words = {"yes": "here", "part": "downloading", "no": "missing"}

@@ -87,7 +87,7 @@ class MessageSource:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Split:
+class Examples:
     """Selected messages with what the probe should answer for each.
 
     Attributes:
@@ -120,7 +120,7 @@ class Split:
         one = self.messages.take(self.index()[:1])
         return int(one.shape[1]), int(one.shape[2])
 
-    def in_memory(self, limit: int = IN_MEMORY_BYTES) -> Split | None:
+    def in_memory(self, limit: int = IN_MEMORY_BYTES) -> Examples | None:
         """The same split with its codes looked up and its rows gathered; None above ``limit`` bytes."""
         if self.rows is None and self.messages.plain:
             return self
@@ -128,7 +128,7 @@ class Split:
         if len(self) * length * dim * 4 > limit:
             return None
         codes = torch.cat([piece.cpu() for piece in self.pieces()])
-        return Split(MessageSource(codes=codes), self.chosen().cpu())
+        return Examples(MessageSource(codes=codes), self.chosen().cpu())
 
     def pieces(self) -> Iterator[Tensor]:
         """Codes of the selected messages in order, float32 [m, K, d], ``EVAL_TOKENS`` tokens at a time."""
@@ -259,9 +259,9 @@ class FitTask:
 
     spec: ProbeSpec
     outputs: int = 1
-    train: Split
-    early_stop: Split
-    report: Split | None = None
+    train: Examples
+    early_stop: Examples
+    report: Examples | None = None
     objective: Objective = CLASSIFICATION
     permute_targets: bool = False
     positions: bool = True
@@ -367,7 +367,7 @@ def one_thread() -> Iterator[None]:
 class Batches:
     """A split ready for batches: codes on the device when they fit, else looked up per batch."""
 
-    def __init__(self, split: Split, device: torch.device) -> None:
+    def __init__(self, split: Examples, device: torch.device) -> None:
         held = split.in_memory()
         self.split = held or split
         self.rows = self.split.index()

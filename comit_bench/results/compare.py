@@ -40,7 +40,7 @@ from comit_bench.results.rows import (
     task_side,
 )
 from comit_bench.results.schema import Record
-from comit_bench.results.trainings import Reader, is_joined, join_trainings
+from comit_bench.results.trainings import ReadOutcomes, is_joined, join_trainings
 
 FIRST_OUTCOMES = 3  # the schema of records that first had outcomes
 
@@ -202,13 +202,13 @@ def compare(
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A row that can be named: its records by task, controls left out, and how their outcomes are had."""
+class NamedRow:
+    """A row as it can be named: its records by task, controls left out, and how their outcomes are had."""
 
     label: str
     name: str
     records: tuple[Record, ...]
-    read: Reader
+    read: ReadOutcomes
 
     @property
     def shown(self) -> str:
@@ -220,7 +220,7 @@ class Row:
         return [record for record in self.records if record.task.name == task]
 
 
-Measured = tuple[Row, Record, Outcomes]
+Measured = tuple[NamedRow, Record, Outcomes]
 
 
 def folders_of(output: Path) -> list[Path]:
@@ -229,7 +229,7 @@ def folders_of(output: Path) -> list[Path]:
     return [own, recipe_root("results") / "reference"]
 
 
-def rows_of(records: Iterable[Record], read: Reader) -> list[Row]:
+def rows_of(records: Iterable[Record], read: ReadOutcomes) -> list[NamedRow]:
     """All rows of some records, and groups of trainings, as they can be named."""
     plain = [record for record in sorted(records, key=record_order) if record.control is None]
     joined, read_joined = join_trainings(plain, read)
@@ -237,14 +237,15 @@ def rows_of(records: Iterable[Record], read: Reader) -> list[Row]:
     return rows + _rows([record for record in joined if is_joined(record)], read_joined)
 
 
-def _rows(records: list[Record], read: Reader) -> list[Row]:
+def _rows(records: list[Record], read: ReadOutcomes) -> list[NamedRow]:
     newest = newest_records(records, row_key)[0]
     by_key: dict[tuple[str, ...], list[Record]] = {}
     for record in newest:
         by_key.setdefault(row_key(record), []).append(record)
     labels = row_labels({key: members[-1] for key, members in by_key.items()})
     return [
-        Row(labels[key], _name(members[-1]), tuple(members), read) for key, members in sorted(by_key.items())
+        NamedRow(labels[key], _name(members[-1]), tuple(members), read)
+        for key, members in sorted(by_key.items())
     ]
 
 
@@ -254,7 +255,7 @@ def _name(record: Record) -> str:
     return tokenizer.group or "" if is_joined(record) else tokenizer.name
 
 
-def _find(name: str, shelf: Sequence[Sequence[Row]]) -> Row:
+def _find(name: str, shelf: Sequence[Sequence[NamedRow]]) -> NamedRow:
     """The row of a name: a label, else the only row whose tokenizer or group has the name."""
     for rows in shelf:
         exact = [row for row in rows if row.shown == name] or [row for row in rows if row.label == name]
@@ -285,7 +286,7 @@ def main_metric(record: Record) -> str:
 
 
 def _tests(
-    rows: Sequence[Row], tasks: Sequence[str] | None, metrics: Sequence[str] | None
+    rows: Sequence[NamedRow], tasks: Sequence[str] | None, metrics: Sequence[str] | None
 ) -> tuple[list[PairedTest], list[Untested]]:
     known = {record.task.name for row in rows for record in row.records}
     for task in tasks or ():
@@ -318,7 +319,7 @@ def _tests(
     return found, refused
 
 
-def _same_column(a: Row, b: Row, task: str) -> tuple[Record, Record]:
+def _same_column(a: NamedRow, b: NamedRow, task: str) -> tuple[Record, Record]:
     """The records of two rows on a task that can be compared, complete ones first, then the newest.
 
     Raises:
@@ -354,7 +355,7 @@ def _unlike(a: Record, b: Record, label_a: str, label_b: str) -> str:
     return f"{label_a} and {label_b} were measured under different protocols or data ({told}{rest})"
 
 
-def _outcomes(row: Row, record: Record) -> Outcomes:
+def _outcomes(row: NamedRow, record: Record) -> Outcomes:
     found = row.read(record)
     if found is not None:
         return found
@@ -432,7 +433,7 @@ def _units(record: Record) -> str:
     return f"{count} {'probe ' * probed}seed{'s' * (count != 1)}"
 
 
-def tests_between(rows: Sequence[Row]) -> Iterator[tuple[PairedTest, Pair]]:
+def tests_between(rows: Sequence[NamedRow]) -> Iterator[tuple[PairedTest, Pair]]:
     """Every test of a main metric between two of some rows that can be made, uncorrected, and its values."""
     for a, b in combinations(rows, 2):
         for task in sorted({r.task.name for r in a.records} & {r.task.name for r in b.records}):

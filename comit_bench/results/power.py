@@ -17,7 +17,7 @@ from statistics import median
 
 from comit_bench.errors import MissingError
 from comit_bench.metrics.statistics import difference
-from comit_bench.results.compare import PairedTest, Row, folders_of, rows_of, tests_between
+from comit_bench.results.compare import NamedRow, PairedTest, folders_of, rows_of, tests_between
 from comit_bench.results.notation import decimals_for, format_number
 from comit_bench.results.outcomes import OutcomeFiles
 from comit_bench.results.records import load_records
@@ -62,7 +62,7 @@ def power_table(output: Path) -> str:
     raise MissingError("there are no records to look at. `comit-bench run` makes them.")
 
 
-def powers(rows: Sequence[Row]) -> dict[str, list[Power]]:
+def powers(rows: Sequence[NamedRow]) -> dict[str, list[Power]]:
     """Task -> every test of its main metric between two measured rows that are no references."""
     measured = [
         row

@@ -49,7 +49,7 @@ from comit_bench.results.rows import (
     task_side,
     tell_apart,
 )
-from comit_bench.results.trainings import Reader, is_joined, join_trainings
+from comit_bench.results.trainings import ReadOutcomes, is_joined, join_trainings
 
 RANKED = "Best bold, second-best underlined, among complete measured rows that are no reference."
 TESTED = (
@@ -159,7 +159,7 @@ def build_table(
     tasks: Sequence[str] | None = None,
     row_of: Callable[[Record], tuple[str, ...]] | None = None,
     decimals: int | None = None,
-    outcomes: Reader | None = None,
+    outcomes: ReadOutcomes | None = None,
     marks: Literal["significance", "rank"] = "significance",
     trainings: Literal["each", "mean"] = "each",
 ) -> Table:
@@ -416,7 +416,7 @@ def _ranked(rows: list[Row], columns: list[Column]) -> tuple[list[Row], tuple[st
     return _with_ranks(rows, found), (RANKED,) if any(found.values()) else ()
 
 
-def _tested(rows: list[Row], columns: list[Column], read: Reader) -> tuple[list[Row], tuple[str, ...]]:
+def _tested(rows: list[Row], columns: list[Column], read: ReadOutcomes) -> tuple[list[Row], tuple[str, ...]]:
     """Mark what is not significantly worse than the best, and than the best of the rest; and the legend."""
     found: dict[int, dict[int, Rank]] = {}
     untested: dict[str, None] = {}
@@ -452,7 +452,7 @@ def _listed(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(every[:most]) + rest
 
 
-def _side(record: Record, column: Column, read: Reader) -> Side | None:
+def _side(record: Record, column: Column, read: ReadOutcomes) -> Side | None:
     """What is known of every image; None where nothing is."""
     try:
         outcomes = read(record)

@@ -20,7 +20,7 @@ from comit_bench.results.outcomes import Outcomes
 from comit_bench.results.rows import column_digest, newest_records, record_order, row_key, row_side
 from comit_bench.results.schema import Metric, Record
 
-Reader = Callable[[Record], Outcomes | None]  # how outcomes are had, e.g. outcomes.OutcomeFiles
+ReadOutcomes = Callable[[Record], Outcomes | None]  # how outcomes are had, e.g. outcomes.OutcomeFiles
 SCHEME = "trainings"  # of the weights of a joined row
 
 
@@ -37,7 +37,7 @@ def line_of(record: Record) -> tuple[str, ...] | None:
     return (group, record.origin, str(record.tokenizer.trained), digest_json(row_side(record)))
 
 
-def join_trainings(records: Iterable[Record], read: Reader) -> tuple[list[Record], Reader]:
+def join_trainings(records: Iterable[Record], read: ReadOutcomes) -> tuple[list[Record], ReadOutcomes]:
     """Replace the records of groups with at least two trainings by one record per column.
 
     Args:

@@ -24,12 +24,13 @@ from comit_bench.probing.pool import ProbePool, fit_seeds
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.tasks.controls import check_control
 from comit_bench.tasks.result import Result
+from comit_bench.tokenizers.base import Tokens
+from comit_bench.tokenizers.contract import check_looked_up
 
 if TYPE_CHECKING:
-    from comit_bench.data.split import OpenData
-    from comit_bench.data.split import Split as DataSplit
+    from comit_bench.data.split import OpenData, Split
     from comit_bench.data.tokens.store import TokenStore
-    from comit_bench.tokenizers.base import Tokenizer, Tokens
+    from comit_bench.tokenizers.base import Tokenizer
 
 ROLES = ("train", "early_stop", "report")
 Rows = NDArray[np.int64]
@@ -47,7 +48,7 @@ class Role:
         store: Where they lie, with everything a decoder needs.
     """
 
-    split: DataSplit
+    split: Split
     kept: Rows
     rows: Rows
     messages: MessageSource | None = None
@@ -86,9 +87,6 @@ class Role:
             tokenizer: Looks up codes.
             positions: int64 [b], positions in ``rows``.
         """
-        from comit_bench.tokenizers.base import Tokens
-        from comit_bench.tokenizers.contract import check_looked_up
-
         assert self.store is not None
         rows = self.rows[positions]
         offsets = self.store.offsets(rows)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.probing.fit import FitTask, Split
+from comit_bench.probing.fit import Examples, FitTask
 from comit_bench.recipes.kinds import AttributesSpec
 from comit_bench.results.outcomes import Outcomes
 from comit_bench.tasks.base import Inputs, Task, check_main_metric
@@ -173,7 +173,7 @@ class Classification(Task):
         levels = chance_levels(labels, len(names), parts)
         check_main_metric(inputs.spec, self.score(inputs, torch.zeros(len(labels), len(names)), labels))
         splits: dict[str, Any] = {
-            name: Split(
+            name: Examples(
                 role.source(),
                 torch.from_numpy(np.ascontiguousarray(role.split.labels[role.kept])),
                 role.row_tensor(),

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comit_bench.errors import UsageError
-from comit_bench.probing.fit import Batches, Fit, FitTask, Split, build_probe, keyed_generator
+from comit_bench.probing.fit import Batches, Examples, Fit, FitTask, build_probe, keyed_generator
 from comit_bench.recipes.kinds import NegativesSpec
 from comit_bench.tasks.negatives import Lists, Truth, Words
 
@@ -58,7 +58,7 @@ class ContrastTask(FitTask):
 
     negatives: NegativesSpec
     words: Words
-    report: Split
+    report: Examples
     table: NDArray[np.int64]
     known: NDArray[np.int64]
     stop_lists: Lists

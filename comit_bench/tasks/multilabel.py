@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from comit_bench.errors import UsageError
 from comit_bench.metrics.statistics import influences
-from comit_bench.probing.fit import FitTask, Objective, Split
+from comit_bench.probing.fit import Examples, FitTask, Objective
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.results.outcomes import Outcomes
 from comit_bench.seeding import seed_for
@@ -263,7 +263,7 @@ class Multilabel(Task):
         probing, count = inputs.probing, inputs.spec.split.folds
         splits: dict[str, Any] = {}
         for name, role in inputs.roles.items():
-            split = Split(role.source(), _targets(role, every=True), role.row_tensor())
+            split = Examples(role.source(), _targets(role, every=True), role.row_tensor())
             splits[name] = split.in_memory() or split  # read once for all parts
         settings: dict[str, Any] = {
             **probing,

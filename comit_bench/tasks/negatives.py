@@ -34,6 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from comit_bench.errors import CorruptFileError
 from comit_bench.files import atomic_path, digest_json
@@ -301,9 +303,6 @@ def stored_lists(
         cache: The cache directory.
         fingerprint: Of the split.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
-
     senses = [None if s is None else s.tolist() for s in (words.object_sense, words.predicate_sense)]
     key: dict[str, Any] = {
         "format": FORMAT,

@@ -26,28 +26,26 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from comit_bench.data.images import header_size, mask_of, output_side
 from comit_bench.errors import BenchError, CorruptFileError, UnsupportedOperation, UsageError
 from comit_bench.metrics.overlap import best_threshold, most_possible, on_grid, overlaps, shifted
 from comit_bench.metrics.statistics import estimate
 from comit_bench.nn.attention import AttentionRequest
+from comit_bench.recipes.kinds import ObjectnessSpec
+from comit_bench.recipes.specs import TaskSpec
 from comit_bench.results.outcomes import Outcomes
 from comit_bench.seeding import generator_for, seed_for
 from comit_bench.tasks.base import Inputs, Role, Rows, Task, check_main_metric
 from comit_bench.tasks.result import Result
 from comit_bench.tasks.shards import Columns, in_shards, joined, noise_seeds
-from comit_bench.tokenizers.base import Attends
-
-if TYPE_CHECKING:
-    from comit_bench.recipes.kinds import ObjectnessSpec
-    from comit_bench.recipes.specs import TaskSpec
-    from comit_bench.tokenizers.base import Tokenizer
+from comit_bench.tokenizers.base import Attends, Tokenizer
 
 LEVELS = ("best", "head", "mean", "null_other", "null_other_head", "null_other_mean", "null_rolled")
 Floats = NDArray[np.float64]
@@ -147,8 +145,6 @@ def read_masks(role: Role, preprocessing: str, positions: Rows) -> Masks:
     Raises:
         MissingError: A mask or image is not there.
     """
-    from comit_bench.data.images import header_size, mask_of, output_side
-
     side = output_side(preprocessing)
     pixels = np.zeros((len(positions), side, side), dtype=np.bool_)
     whole = np.full(len(positions), np.nan)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,11 +57,8 @@ from comit_bench.tasks.shards import (
     save_columns,
     shard_by_shard,
 )
-from comit_bench.tokenizers.base import decodes_with_noise
+from comit_bench.tokenizers.base import Tokenizer, decodes_with_noise
 from comit_bench.tokenizers.contract import check_decoded
-
-if TYPE_CHECKING:
-    from comit_bench.tokenizers.base import Tokenizer
 
 SHOWN = 10  # worst and best images whose ids the record keeps
 REFERENCE_FORMAT = 1  # of the cached statistics of originals

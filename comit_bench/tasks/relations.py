@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.probing.fit import MessageSource, Split
+from comit_bench.probing.fit import Examples, MessageSource
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.results.outcomes import Outcomes
 from comit_bench.tasks.base import Inputs, Role, Task, check_main_metric
@@ -285,6 +285,6 @@ def _names(role: Role, lists: Lists, *, several: bool) -> tuple[list[str], list[
     return names, images
 
 
-def _messages(role: Role) -> Split:
+def _messages(role: Role) -> Examples:
     """The messages of a role; a triplet is looked up elsewhere, so targets are only counters."""
-    return Split(role.source(), torch.arange(len(role.kept)), role.row_tensor())
+    return Examples(role.source(), torch.arange(len(role.kept)), role.row_tensor())

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comit_bench.errors import UsageError
-from comit_bench.probing.fit import Split, moments
+from comit_bench.probing.fit import Examples, moments
 from comit_bench.results.outcomes import Outcomes
 from comit_bench.tasks.base import Inputs, Task, check_main_metric
 from comit_bench.tasks.classification import class_parts
@@ -200,7 +200,7 @@ class Retrieval(Task):
         check_main_metric(inputs.spec, dict.fromkeys(name + end for end in ends for name in named))
         if not inputs.ranks.first:
             return None
-        messages = Split(role.source(), torch.arange(len(role.kept)), role.row_tensor())
+        messages = Examples(role.source(), torch.arange(len(role.kept)), role.row_tensor())
         held = messages.in_memory() or messages
         rows = held.index()
 

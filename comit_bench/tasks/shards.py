@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,13 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from comit_bench.data.images import iterate_images
 from comit_bench.errors import BenchError
 from comit_bench.files import write_atomic
 from comit_bench.seeding import seed_for
 from comit_bench.tasks.base import Inputs, Role, Rows
-
-if TYPE_CHECKING:
-    from comit_bench.tokenizers.base import Tokens
+from comit_bench.tokenizers.base import Tokens
 
 SHARD = 64
 Columns = dict[str, NDArray[np.generic]]
@@ -62,8 +60,6 @@ def batches(inputs: Inputs, role: Role, positions: Rows) -> Iterator[Batch]:
         role: Whose images.
         positions: int64 [n], positions in the role.
     """
-    from comit_bench.data.images import iterate_images
-
     tokenizer = inputs.the_tokenizer()
     images = role.images
     for start in range(0, len(positions), inputs.batch_size):

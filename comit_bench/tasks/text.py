@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError, did_you_mean
@@ -24,6 +26,7 @@ from comit_bench.probing.fit import one_thread
 from comit_bench.recipes.kinds import TextSpec
 from comit_bench.tokenizers.checkpoints import check_float_file, check_values, read_config
 from comit_bench.tokenizers.config_node import Node
+from comit_bench.tokenizers.hub import fetch
 
 RANDOM = "random-t5"
 TABLE = "minilm-table"  # vectors of all-MiniLM-L6-v2, made by scripts/drawings/sentences.py
@@ -66,9 +69,6 @@ class TextEncoder:
         return vectors[torch.tensor([place[text] for text in texts], dtype=torch.int64)]
 
     def _cached(self, distinct: Sequence[str], cache: Path | None) -> Tensor:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
-
         if cache is None:
             return self._encode(distinct)
         key = digest_json({"format": FORMAT, "encoder": self.identity, "texts": list(distinct)})
@@ -200,7 +200,6 @@ def find_text_encoder(spec: TextSpec, *, offline: bool) -> TextEncoder:
                 f"recipe to a directory with {', '.join(FILES)}, or to a hub id."
             )
         return TextEncoder(spec, directory, {"name": directory.name, **_files_identity(directory)})
-    from comit_bench.tokenizers.hub import fetch
 
     hint = "or put a local directory into text.encoder of the recipe"
     folder = fetch(spec.encoder, FILES, offline=offline, hint=hint)

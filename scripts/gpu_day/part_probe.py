@@ -14,7 +14,7 @@ IMAGES, STOP, CLASSES, LENGTH, DIM = 126_689, 6_334, 100, 256, 6  # a twentieth 
 
 def fit(day: Day, count: int) -> dict[str, Any]:
     """One epoch of the paper recipe's probe."""
-    from comit_bench.probing.fit import FitTask, MessageSource, Split
+    from comit_bench.probing.fit import Examples, FitTask, MessageSource
     from comit_bench.recipes.specs import ProbeSpec, find_tasks
 
     g = torch.Generator().manual_seed(0)
@@ -27,8 +27,8 @@ def fit(day: Day, count: int) -> dict[str, Any]:
     task = FitTask(
         spec=spec,
         outputs=CLASSES,
-        train=Split(MessageSource(codes=codes[:count]), targets[:count]),
-        early_stop=Split(MessageSource(codes=codes[count:]), targets[count:]),
+        train=Examples(MessageSource(codes=codes[:count]), targets[:count]),
+        early_stop=Examples(MessageSource(codes=codes[count:]), targets[count:]),
     )
     if day.on_gpu:
         torch.cuda.reset_peak_memory_stats(day.device)

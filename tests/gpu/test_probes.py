@@ -10,7 +10,7 @@ import torch
 from cuda_device import Cuda
 
 from comit_bench import evaluate
-from comit_bench.probing.fit import FitTask, MessageSource, Split
+from comit_bench.probing.fit import Examples, FitTask, MessageSource
 from comit_bench.recipes.specs import ProbeSpec
 
 SPEC = ProbeSpec(
@@ -26,7 +26,7 @@ def task(count: int, **changes: object) -> FitTask:
     codes = torch.randn(total, 5, 6, generator=g)
     codes[:, 0] = 3 * torch.eye(4, 6)[targets]
     bounds = {"train": (0, count), "early_stop": (count, count + 30), "report": (count + 30, total)}
-    parts = {name: Split(MessageSource(codes=codes[a:b]), targets[a:b]) for name, (a, b) in bounds.items()}
+    parts = {name: Examples(MessageSource(codes=codes[a:b]), targets[a:b]) for name, (a, b) in bounds.items()}
     spec = SPEC.model_copy(update={k: changes.pop(k) for k in list(changes) if k in ProbeSpec.model_fields})
     return FitTask(spec=spec, outputs=4, **parts, **changes)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from comit_bench.probing.fit import FitTask, MessageSource, Split, build_probe, one_thread
+from comit_bench.probing.fit import Examples, FitTask, MessageSource, build_probe, one_thread
 from comit_bench.recipes.specs import TaskSpec, parse_recipe
 
 pytest.importorskip("pytest_benchmark")
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.perf
 RECIPE = Path(__file__).parents[2] / "probes" / "recognition-scenes" / "task.yaml"
 
 
-def data(count: int, code_dim: int) -> Split:
+def data(count: int, code_dim: int) -> Examples:
     generator = torch.Generator().manual_seed(count)
     codes = torch.randn(count, 16, code_dim, generator=generator)
-    return Split(MessageSource(codes=codes), torch.randint(100, (count,), generator=generator))
+    return Examples(MessageSource(codes=codes), torch.randint(100, (count,), generator=generator))
 
 
 @pytest.mark.parametrize("code_dim", [6, 48, 192])

@@ -23,7 +23,7 @@ PROGRAM = textwrap.dedent(
     import numpy as np, torch
     from comit_bench.recipes.specs import find_tasks
     from comit_bench.tasks import contrast
-    from comit_bench.probing.fit import MessageSource, Split
+    from comit_bench.probing.fit import MessageSource, Examples
     from comit_bench.tasks.negatives import Lists, Words
 
     recipe = find_tasks()["visual-genome"].spec
@@ -32,7 +32,7 @@ PROGRAM = textwrap.dedent(
     draw = np.random.default_rng(0)
     table = np.concatenate([np.arange(count)[:, None], draw.integers(0, 150, (count, 3))], axis=1)
     codes = torch.randn(count, length, 6)
-    data = Split(MessageSource(codes=codes), torch.arange(count))
+    data = Examples(MessageSource(codes=codes), torch.arange(count))
     row, every = table[:1, None, 1:].repeat(16, 1), np.ones((1, 16), bool)
     lists = Lists(np.arange(1), row, every, {"random": slice(1, 16)})
     task = contrast.ContrastTask(

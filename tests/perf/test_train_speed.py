@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from train_step import Step, matrix_rate
+from train_step import TrainStep, matrix_rate
 
 from comit_bench.train.config import load_config
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.perf
 CPU = torch.device("cpu")
 
 
-def measure(benchmark: Any, step: Step, rate: float, rounds: int) -> None:
+def measure(benchmark: Any, step: TrainStep, rate: float, rounds: int) -> None:
     runner, step.module.runner = step.module.runner, None  # recomputed blocks are no work of the model
     with FlopCounterMode(display=False) as counter:
         step()
@@ -56,7 +56,7 @@ def measure(benchmark: Any, step: Step, rate: float, rounds: int) -> None:
 def test_train_step_of_nano_on_the_cpu(benchmark: Any, crops: int) -> None:
     config = load_config("comit-nano-no-srepa")
     rate = matrix_rate(CPU, torch.float32, 1024)
-    measure(benchmark, Step(config, CPU, crops=crops, half=False), rate, rounds=20)
+    measure(benchmark, TrainStep(config, CPU, crops=crops, half=False), rate, rounds=20)
 
 
 @pytest.mark.gpu
@@ -69,4 +69,4 @@ def test_train_step_at_256_px_on_the_gpu(benchmark: Any, name: str, batch: int, 
     config = load_config(name, (*off, f"global_batch={batch}", f"compile={str(compiled).lower()}"))
     device = torch.device("cuda")
     rate = matrix_rate(device, torch.bfloat16, 8192)
-    measure(benchmark, Step(config, device, crops=2, half=True), rate, rounds=10)
+    measure(benchmark, TrainStep(config, device, crops=2, half=True), rate, rounds=10)

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 import yaml
 
-from comit_bench.data.split import OpenData
-from comit_bench.data.split import Split as DataSplit
+from comit_bench.data.split import OpenData, Split
 from comit_bench.probing.fit import MessageSource
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.tasks.base import Inputs, Role
@@ -56,7 +55,7 @@ def inputs_of(
     """
     count, length, _ = codes.shape
     names = names or tuple(f"{i:05d}" for i in range(count))
-    split = DataSplit("val", names, [Path("x")] * count, np.asarray(labels, dtype=np.int64))
+    split = Split("val", names, [Path("x")] * count, np.asarray(labels, dtype=np.int64))
     store = SimpleNamespace(
         layout=SimpleNamespace(vocab_size=None if ids is None else vocab, count=count),
         ids=lambda rows: ids.numpy()[rows],  # type: ignore[union-attr]

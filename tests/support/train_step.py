@@ -42,7 +42,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int, rounds: int
     return 2 * side**3 / best
 
 
-class Step:
+class TrainStep:
     """What a process of the trainer does per step after the data are there: forward, backward, clip,
     Adam, averages. Images are noise; the first step with ``crops`` crops is repeated."""
 

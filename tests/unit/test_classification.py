@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.commands.run import _learning_rates
-from comit_bench.data.split import OpenData
-from comit_bench.data.split import Split as DataSplit
+from comit_bench.data.split import OpenData, Split
 from comit_bench.errors import UsageError
 from comit_bench.pipeline.jobs import Settings
 from comit_bench.probing.fit import MessageSource
@@ -46,9 +45,7 @@ def role(count: int, seed: int, name: str) -> Role:
     codes = 0.2 * torch.randn(count, 3, 4, generator=generator)
     codes[:, 0, :3] += torch.nn.functional.one_hot(labels // 4, 3)
     codes[:, 1] += torch.nn.functional.one_hot(labels % 4, 4)
-    split = DataSplit(
-        name, tuple(f"{name}/{i:05d}" for i in range(count)), [Path("x")] * count, labels.numpy()
-    )
+    split = Split(name, tuple(f"{name}/{i:05d}" for i in range(count)), [Path("x")] * count, labels.numpy())
     rows = np.arange(count)
     return Role(split, rows, rows, MessageSource(codes=codes))
 

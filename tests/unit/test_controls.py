@@ -11,7 +11,7 @@ from torch import Tensor
 
 from comit_bench.errors import CorruptFileError, MissingError, UsageError
 from comit_bench.nn.text import random_t5, word_ids, words_of
-from comit_bench.probing.fit import FitTask, MessageSource, Split, build_probe
+from comit_bench.probing.fit import Examples, FitTask, MessageSource, build_probe
 from comit_bench.recipes.kinds import TextSpec
 from comit_bench.recipes.specs import ProbeSpec
 from comit_bench.tasks.controls import check_control, controlled_messages, token_orders
@@ -39,7 +39,7 @@ def share_right(control: str | None) -> float:
         source = controlled_messages(
             MessageSource(codes=codes), control, lambda name=name: [f"{name}/{i}" for i in range(COUNT)]
         )
-        splits[name] = Split(source, labels)
+        splits[name] = Examples(source, labels)
     spec = ProbeSpec(
         width=16, depth=2, heads=2, batch_size=32, learning_rate=1e-2, max_epochs=10, patience=10
     )
@@ -91,7 +91,7 @@ def test_messages_on_disk_give_the_same_probe() -> None:
         for seed, name in enumerate(("train", "early_stop", "report")):
             codes, labels = by_order(seed)
             read = MessageSource(read=lambda rows, codes=codes: codes[rows], count=COUNT)
-            splits[name] = Split(read if disk else MessageSource(codes=codes), labels)
+            splits[name] = Examples(read if disk else MessageSource(codes=codes), labels)
         found.append(FitTask(spec=spec, outputs=2, **splits).fit(0).outputs)
     assert torch.equal(found[0], found[1])  # type: ignore[arg-type]
 

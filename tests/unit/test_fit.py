@@ -21,12 +21,12 @@ from comit_bench.probing import pool as pool_module
 from comit_bench.probing import worker
 from comit_bench.probing.fit import (
     EVAL_TOKENS,
+    Examples,
     FitProgress,
     FitResult,
     FitTask,
     MessageSource,
     Objective,
-    Split,
     moments,
     one_thread,
     permuted,
@@ -38,10 +38,10 @@ SPEC = ProbeSpec(width=16, depth=1, heads=2, batch_size=32, learning_rate=3e-3, 
 CODEBOOK = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
 
 
-def split(count: int, seed: int, *, length: int = 4) -> Split:
+def split(count: int, seed: int, *, length: int = 4) -> Examples:
     """The class is decided by the first id."""
     ids = torch.randint(12, (count, length), generator=torch.Generator().manual_seed(seed))
-    return Split(MessageSource(read=lambda rows: CODEBOOK[ids[rows]], count=count), ids[:, 0] % 4)
+    return Examples(MessageSource(read=lambda rows: CODEBOOK[ids[rows]], count=count), ids[:, 0] % 4)
 
 
 def task(**changes: object) -> FitTask:
@@ -97,7 +97,7 @@ def test_codes_read_per_batch_give_the_same_bits_as_codes_in_memory(
     held = task().fit(0)
     shared = split(150, 0)
     rows = torch.arange(150)
-    padded = Split(
+    padded = Examples(
         MessageSource(codes=torch.cat([torch.zeros(9, 4, 3), shared.messages.take(rows)])),
         torch.cat([torch.zeros(9, dtype=torch.long), shared.targets]),
         rows + 9,
@@ -110,8 +110,8 @@ def test_codes_read_per_batch_give_the_same_bits_as_codes_in_memory(
         largest = max(largest, rows.shape[0])
         return shared.messages.take(rows)
 
-    monkeypatch.setattr(Split, "in_memory", lambda self, limit=0: None)
-    streamed = Split(MessageSource(read=watched, count=150), shared.targets)
+    monkeypatch.setattr(Examples, "in_memory", lambda self, limit=0: None)
+    streamed = Examples(MessageSource(read=watched, count=150), shared.targets)
     same(held, task(train=streamed).fit(0))
     assert SPEC.batch_size < largest <= EVAL_TOKENS // 4  # once, to standardise; then by batches
 
@@ -120,7 +120,7 @@ def test_codes_read_per_batch_give_the_same_bits_as_codes_in_memory(
 def test_the_size_and_place_of_codes_decide_nothing(scale: float, shift: float) -> None:
     """Codes are standardised by the training messages: a probe reads a * code + b as it reads code."""
 
-    def moved(part: Split) -> Split:
+    def moved(part: Examples) -> Examples:
         codes = part.messages.take(part.index()) * torch.tensor([scale, 1.0, -scale]) + shift
         return replace(part, messages=MessageSource(codes=codes * torch.tensor([1.0, 1.0, -1.0])))
 
@@ -151,7 +151,7 @@ def test_a_task_is_read_once_for_all_fits() -> None:
         read.append(len(rows))
         return whole.messages.take(rows)
 
-    given = task(train=Split(MessageSource(read=watched, count=150), whole.targets)).prepared()
+    given = task(train=Examples(MessageSource(read=watched, count=150), whole.targets)).prepared()
     assert sum(count for count in read if count > 1) == 150  # single ones only show the shape
     before = sum(read)
     assert given.prepared() is given
@@ -161,7 +161,7 @@ def test_a_task_is_read_once_for_all_fits() -> None:
 
 def test_in_memory_gathers_rows_and_respects_its_limit() -> None:
     whole = split(20, 5)
-    part = Split(whole.messages, whole.targets, torch.tensor([7, 3, 3]))
+    part = Examples(whole.messages, whole.targets, torch.tensor([7, 3, 3]))
     held = part.in_memory()
     assert held is not None and held.messages.codes is not None and held.rows is None
     assert torch.equal(held.messages.codes, whole.messages.take(torch.tensor([7, 3, 3])))
@@ -179,7 +179,7 @@ def test_every_row_counts_once_per_epoch_in_an_order_of_its_own() -> None:
         return outputs.square().mean(1)
 
     score = Objective(record, lambda outputs, targets: torch.zeros(len(targets)))
-    numbered = Split(split(70, 0).messages, torch.arange(70))
+    numbered = Examples(split(70, 0).messages, torch.arange(70))
     task(train=numbered, objective=score, spec=with_spec(max_epochs=2)).fit(0)
     assert [len(t) for t in seen] == [32, 32, 6, 32, 32, 6]
     first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
@@ -225,11 +225,11 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
     with pytest.raises(
         BenchError, match=r"not finite in epoch 1, step \d of 5 \(seed 0, learning rate 0.003\)"
     ):
-        task(train=Split(MessageSource(codes=codes), bad.targets)).fit(0)
+        task(train=Examples(MessageSource(codes=codes), bad.targets)).fit(0)
     stop = split(40, 1).messages.take(torch.arange(40)).clone()
     stop[11] = float("inf")
     with pytest.raises(BenchError, match="epoch 1, early-stop message 12 of 40"):
-        task(early_stop=Split(MessageSource(codes=stop), torch.zeros(40).long())).fit(0)
+        task(early_stop=Examples(MessageSource(codes=stop), torch.zeros(40).long())).fit(0)
 
 
 def test_vectors_as_targets() -> None:
@@ -241,8 +241,8 @@ def test_vectors_as_targets() -> None:
     def exact(outputs: Tensor, targets: Tensor) -> Tensor:
         return ((outputs > 0) == (targets > 0.5)).all(1).float()
 
-    def hot(part: Split) -> Split:
-        return Split(part.messages, torch.nn.functional.one_hot(part.targets, 4).float())
+    def hot(part: Examples) -> Examples:
+        return Examples(part.messages, torch.nn.functional.one_hot(part.targets, 4).float())
 
     result = task(
         train=hot(split(600, 0)),
@@ -272,11 +272,11 @@ def test_the_control_shuffles_what_the_fit_sees() -> None:
 
 def test_mistakes_in_the_data_are_named() -> None:
     with pytest.raises(UsageError, match="early-stop set of the probe is empty"):
-        task(early_stop=Split(split(40, 1).messages, torch.zeros(40), torch.zeros(0))).fit(0)
+        task(early_stop=Examples(split(40, 1).messages, torch.zeros(40), torch.zeros(0))).fit(0)
     with pytest.raises(ValueError, match="either codes"):
         MessageSource(read=lambda rows: rows)
     with pytest.raises(ValueError, match="3 messages but 2 targets"):
-        Split(MessageSource(codes=torch.zeros(3, 2, 1)), torch.zeros(2))
+        Examples(MessageSource(codes=torch.zeros(3, 2, 1)), torch.zeros(2))
     with pytest.raises(ValueError, match="at least one seed"):
         fit_seeds(task(), [])
     with pytest.raises(ValueError, match="at least 1, got 0"):
@@ -302,7 +302,7 @@ def test_processes_give_the_same_bits_as_this_process(pool: ProbePool) -> None:
 
 
 def test_the_pool_survives_a_refused_fit_and_a_killed_worker(pool: ProbePool) -> None:
-    broken = Split(MessageSource(codes=torch.full((40, 4, 3), float("nan"))), torch.zeros(40).long())
+    broken = Examples(MessageSource(codes=torch.full((40, 4, 3), float("nan"))), torch.zeros(40).long())
     with pytest.raises(BenchError, match="not finite in epoch 1"):
         fit_seeds(task(train=broken), [0, 1], pool=pool)
     assert not children()
@@ -320,7 +320,7 @@ def test_the_pool_survives_a_refused_fit_and_a_killed_worker(pool: ProbePool) ->
 
 
 def test_large_sets_stay_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Split, "in_memory", lambda self, limit=0: None)
+    monkeypatch.setattr(Examples, "in_memory", lambda self, limit=0: None)
     monkeypatch.setattr(pool_module, "_Worker", None)  # starting one would fail
     assert len(fit_seeds(task(spec=with_spec(max_epochs=1)), [0, 1], workers=2)) == 2
 
@@ -333,9 +333,9 @@ def test_ctrl_c_in_an_unguarded_script_leaves_one_message_and_no_children(tmp_pa
             import torch
             from processes import children
             from comit_bench.recipes.specs import ProbeSpec
-            from comit_bench.probing.fit import FitTask, MessageSource, Split
+            from comit_bench.probing.fit import FitTask, MessageSource, Examples
             from comit_bench.probing.pool import ProbePool, fit_seeds
-            data = Split(MessageSource(codes=torch.ones(64, 4, 3)), torch.zeros(64).long())
+            data = Examples(MessageSource(codes=torch.ones(64, 4, 3)), torch.zeros(64).long())
             spec = ProbeSpec(width=16, depth=1, heads=2, max_epochs=10**6, patience=10**6)
             def tell(event):
                 if event.log.epoch == 1:

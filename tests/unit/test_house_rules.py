@@ -32,10 +32,15 @@ DATA_FOLDERS = ("probes", "datasets", "results")
 RENDERERS: set[str] = set()
 LIGHT = (
     "comit_bench.commands.app",
+    "comit_bench.commands.tokens",
     "comit_bench.run",
     "comit_bench.tokenizers.registry",
     "comit_bench.recipes.specs",
 )
+# Imported for nothing at the top: standard library, and those of ours that import nothing heavy.
+AT_THE_TOP = {*LIGHT, "comit_bench.commands.console", "comit_bench.commands.options", "comit_bench.errors",
+              "comit_bench.files", "comit_bench.tokenizers.family", *sys.stdlib_module_names}  # fmt: skip
+LAZY = {"comit_bench/__init__.py", "comit_bench/files.py"}  # names that are looked up; a module of Unix only
 HEAVY = {
     "accelerate", "datasets", "diffusers", "einops", "huggingface_hub", "matplotlib", "pandas", "PIL",
     "safetensors", "scipy", "sklearn", "timm", "torch", "torchvision", "transformers",
@@ -231,6 +236,22 @@ def test_start_up_is_light(module: str) -> None:
     loaded = set(done.stdout.split())
     assert "comit_bench" in loaded
     assert not loaded & HEAVY
+
+
+def test_imports_inside_functions_have_a_reason() -> None:
+    """Heavy or optional packages, and in commands what would slow the start; ours are imported at the top."""
+    wrong = [
+        f"{label(path)}:{node.lineno} {module}"
+        for path in SOURCES
+        if label(path) not in LAZY
+        for function in functions(path)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        if module
+        and (module in AT_THE_TOP or (part_of(path) != "commands" and module.startswith("comit_bench")))
+    ]
+    assert not wrong
 
 
 def declared(table: list[str]) -> set[str]:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from comit_bench.data.split import OpenData
-from comit_bench.data.split import Split as DataSplit
+from comit_bench.data.split import OpenData, Split
 from comit_bench.errors import UsageError
 from comit_bench.probing.fit import MessageSource
 from comit_bench.recipes.specs import ProbeSpec, TaskSpec
@@ -51,7 +50,7 @@ def role(count: int, seed: int, *, name: str) -> Role:
     for row, present in enumerate(labels):
         for token, column in enumerate(np.flatnonzero(present)):
             codes[row, token, column] += 1
-    split = DataSplit(name, tuple(f"{name}/{i:05d}" for i in range(count)), [Path("x")] * count, labels)
+    split = Split(name, tuple(f"{name}/{i:05d}" for i in range(count)), [Path("x")] * count, labels)
     rows = np.arange(count)
     return Role(split, rows, rows, MessageSource(codes=codes))
 

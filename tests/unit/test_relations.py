@@ -11,10 +11,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from comit_bench.data.split import OpenData, Triplets
-from comit_bench.data.split import Split as DataSplit
+from comit_bench.data.split import OpenData, Split, Triplets
 from comit_bench.errors import CorruptFileError, UsageError
-from comit_bench.probing.fit import MessageSource, Split, build_probe
+from comit_bench.probing.fit import Examples, MessageSource, build_probe
 from comit_bench.probing.pool import ProbePool
 from comit_bench.recipes.kinds import NegativesSpec
 from comit_bench.recipes.specs import ProbeSpec, TaskSpec
@@ -67,7 +66,7 @@ def role(count: int, seed: int, *, name: str) -> Role:
     ids = tuple(f"{name}/{i:05d}" for i in range(count))
     rows = np.arange(count)
     return Role(
-        DataSplit(name, ids, [Path("x")] * count, Triplets(table)), rows, rows, MessageSource(codes=codes)
+        Split(name, ids, [Path("x")] * count, Triplets(table)), rows, rows, MessageSource(codes=codes)
     )
 
 
@@ -100,7 +99,7 @@ def contrast_task(**changes: Any) -> ContrastTask:
         "spec": spec.probe.model_copy(update={"max_epochs": 2}),
         "negatives": spec.negatives,
         "words": WORDS,
-        **{name: Split(r.source(), torch.arange(len(r)), r.row_tensor()) for name, r in roles.items()},
+        **{name: Examples(r.source(), torch.arange(len(r)), r.row_tensor()) for name, r in roles.items()},
         "table": role_table(roles["train"], known=False),
         "known": role_table(roles["train"], known=True),
         "stop_lists": draw_lists(roles["early_stop"], WORDS, spec.negatives).only(range(4)),
@@ -180,7 +179,7 @@ def uneven_role(count: int, seed: int, *, name: str) -> Role:
     which = draw.choice(60, count, p=share / share.sum())
     table = np.stack([np.arange(count), which % 6, which // 6 % 3, (which % 6 + 1 + which // 18) % 6], axis=1)
     ids = tuple(f"{name}/{i:05d}" for i in range(count))
-    split = DataSplit(name, ids, [Path("x")] * count, Triplets(table))
+    split = Split(name, ids, [Path("x")] * count, Triplets(table))
     return Role(split, np.arange(count), np.arange(count))
 
 
@@ -321,7 +320,7 @@ def test_lists_of_a_size_that_makes_no_whole_blocks_are_refused() -> None:
 def test_what_the_area_filter_dropped_is_no_negative() -> None:
     table = np.array([[0, 0, 0, 1], [1, 2, 0, 3]])
     known = np.concatenate([table, [[0, 2, 0, 3]]])
-    split = DataSplit("val", ("a", "b"), [Path("x")] * 2, Triplets(table, known[np.lexsort(known.T[::-1])]))
+    split = Split("val", ("a", "b"), [Path("x")] * 2, Triplets(table, known[np.lexsort(known.T[::-1])]))
     two = Role(split, np.arange(2), np.arange(2))
     lists = draw_lists(two, WORDS, NegativesSpec(report=3, per_image=None))
     assert not lists.valid[
@@ -402,7 +401,7 @@ def test_workers_and_messages_on_disk_give_the_same_numbers() -> None:
     assert codes is not None
     streamed = replace(
         task,
-        train=Split(
+        train=Examples(
             MessageSource(read=lambda rows: codes[rows], count=40), torch.arange(40), torch.arange(40)
         ),
     )

@@ -75,7 +75,7 @@ class Detail:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PaperLayout:
     """One table of the paper: its columns, and the records that have a place in it.
 
     Attributes:
@@ -146,35 +146,35 @@ CROPS = (
     Detail("crops", lambda record: policy_words(policy_of(record))[1]),
     Detail("order", lambda record: policy_words(policy_of(record))[2]),
 )
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: Mapping[str, PaperLayout] = {
     layout.name: layout
     for layout in (
-        Layout(
+        PaperLayout(
             "table-1",
             "Table 1: alignment of the message with a teacher (SREPA).",
             (_without(NO_SREPA, "SREPA"), RECOGNITION),
             _with_ablation(NO_SREPA),
         ),
-        Layout(
+        PaperLayout(
             "table-2",
             "Table 2: local crops in training; at test time the global crop alone.",
             (_without(NO_LOCAL_CROPS, "local crops"), RECOGNITION),
             _with_ablation(NO_LOCAL_CROPS),
         ),
-        Layout(
+        PaperLayout(
             "table-3",
             "Table 3: cropping policies at test time; crops count the global one.",
             (*CROPS, *PROBES),
             _with_policies,
             by_policy=True,
         ),
-        Layout(
+        PaperLayout(
             "table-4",
             "Table 4: reconstruction and semantic probes.",
             (*SIZE, RECONSTRUCTION, *PROBES),
             _whole,
         ),
-        Layout(
+        PaperLayout(
             "objectness",
             "Objectness of token attention (text, Figures 2 and 8).",
             (*SIZE, OBJECTNESS),
@@ -184,7 +184,7 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def find_layouts(names: Sequence[str] | None) -> list[Layout]:
+def find_layouts(names: Sequence[str] | None) -> list[PaperLayout]:
     """Layouts by name; None is all.
 
     Raises:
@@ -217,7 +217,7 @@ def paper_tables(
 
 
 def _table(
-    layout: Layout,
+    layout: PaperLayout,
     records: Sequence[Record],
     tasks: Mapping[str, tuple[str, tuple[str, ...]]],
     marks: Mapping[str, Any],
@@ -258,7 +258,7 @@ def _homes(records: Sequence[Record]) -> dict[tuple[str, ...], tuple[str, ...]]:
     return homes
 
 
-def _detailed(layout: Layout, row: Row) -> Row:
+def _detailed(layout: PaperLayout, row: Row) -> Row:
     """Details of a row: measured ones, and where the paper prints others these too; no spread."""
     cells = [cell for cell in row.cells if cell is not None]
     details = []
