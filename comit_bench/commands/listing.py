@@ -140,12 +140,15 @@ def _suites(data_root: Path | None) -> tuple[list[str], bool]:
     """
     from comit_bench.pipeline.evaluate import plan_of_suite
     from comit_bench.pipeline.jobs import Settings
-    from comit_bench.pipeline.suite import SUITES, choose_suite
+    from comit_bench.pipeline.suite import SUITES, choose_suite, suite_tasks
 
     chosen, why = choose_suite(None, data_root)
     lines, ready = [], True
+    settings = Settings(data_root=data_root, offline=True, progress=False)
     for suite in SUITES:
-        plan = plan_of_suite(suite, Settings(data_root=data_root, offline=True, progress=False))
+        if not suite_tasks(suite, settings):
+            continue
+        plan = plan_of_suite(suite, settings)
         own = f" (what `comit-bench run` does here, {why})" if suite == chosen else ""
         state = "MISSING" if plan.missing else "ok"
         lines.append(f"  {suite}: {state}{own}")

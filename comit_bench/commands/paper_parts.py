@@ -28,7 +28,11 @@ from comit_bench.tokenizers.registry import tokenizers
 
 RUNS = Path("runs")  # where `comit-bench train` leaves what it exports, unless told otherwise
 DATA = "D"  # stands for the data root in printed commands
-RETRIEVAL = {"paper": "retrieval-imagenet100", "scenes": "retrieval-scenes"}
+RETRIEVAL = {
+    "paper": "retrieval-imagenet100",
+    "scenes": "retrieval-scenes",
+    "drawings": "retrieval-drawings",
+}
 BOTTLENECKS = ("-bottleneck-s", "-bottleneck-m")  # L is the tokenizer itself
 
 
@@ -37,7 +41,7 @@ class Cast:
     """Who takes part.
 
     Attributes:
-        suite: ``paper`` or ``scenes``.
+        suite: ``paper``, ``scenes`` or ``drawings``.
         base: Tokenizers of the ablations and policies (COMiT-B).
         no_srepa: Their ablations without alignment, names or directories.
         no_local_crops: Their ablations without local crops.
@@ -161,7 +165,7 @@ def make_cast(suite: str, names: Sequence[str] = (), runs: Path = RUNS) -> Cast:
     """Who takes part in a suite.
 
     Args:
-        suite: ``paper`` or ``scenes``.
+        suite: ``paper``, ``scenes`` or ``drawings``.
         names: Tokenizers that take all roles instead; their ablations and bottleneck sizes join when they
             ship, lie in ``runs`` or have a preset to train them with.
         runs: Where trained tokenizers lie.
@@ -173,7 +177,7 @@ def make_cast(suite: str, names: Sequence[str] = (), runs: Path = RUNS) -> Cast:
     from comit_bench.train.config import presets
 
     known = tokenizers()
-    chosen = tuple(dict.fromkeys(names)) or (("comit-nano",) if suite == "scenes" else ("comit-b",))
+    chosen = tuple(dict.fromkeys(names)) or (("comit-b",) if suite == "paper" else ("comit-nano",))
     for name in chosen:
         entry_for(name)
 
@@ -194,13 +198,13 @@ def make_cast(suite: str, names: Sequence[str] = (), runs: Path = RUNS) -> Cast:
         "bottleneck": (*(place for suffix in BOTTLENECKS for place in variants(suffix)), *chosen),
         "shown": chosen,
     }
-    if not names and suite == "scenes":
+    if not names and suite != "paper":
         roles["rows"] = ("vq-grid-nano", "titok-nano", *chosen)
         roles["bottleneck"] = ("titok-nano", *chosen)
     elif not names:
         roles |= {"rows": COMPARED, "sizes": ("comit-b", "comit-l", "comit-xl"), "shown": ("comit-xl",)}
     cast = Cast(suite=suite, **roles)  # type: ignore[arg-type]
-    if suite == "scenes":
+    if suite != "paper":
         return cast
     return replace(
         cast,

@@ -42,7 +42,7 @@ def run(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="scenes (embedded) or paper. [default: paper with a data root, else scenes]"),
+        typer.Option(help="scenes, drawings (embedded) or paper. [default: paper with a data root]"),
     ] = None,
     tasks: Annotated[
         str | None,

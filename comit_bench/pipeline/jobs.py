@@ -283,7 +283,9 @@ def is_fitted(job: Job) -> bool:
 def options_of(job: Job, settings: Settings) -> dict[str, Any]:
     """The options of a job's tokenizer, which is given by name."""
     entry = entry_for(str(job.tokenizer))
-    options: dict[str, Any] = dict(entry.family.paper_options) if job.task.spec.suite == "paper" else {}
+    family = entry.family
+    by_suite = {"paper": family.paper_options, "drawings": family.drawings_options}
+    options: dict[str, Any] = dict(by_suite.get(job.task.spec.suite, ()))
     return options | entry.typed(options_for(entry, settings.options))
 
 

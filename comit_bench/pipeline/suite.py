@@ -13,7 +13,7 @@ from comit_bench.tokenizers.base import Tokenizer
 
 DEFAULT_TOKENIZERS = ("kmeans-patch", "vq-grid-nano", "titok-nano", "comit-nano")
 ALL = "all"
-SUITES = ("scenes", "paper")
+SUITES = ("scenes", "drawings", "paper")
 
 
 def choose_suite(suite: str | None, data_root: Path | None) -> tuple[str, str]:
@@ -45,7 +45,10 @@ def suite_tasks(suite: str, settings: Settings, *, every: bool = False) -> list[
 def choose_tasks(tasks: Sequence[str] | None, suite: str, settings: Settings) -> list[str]:
     """Task names; ``all`` among them stands for every task of the suite, None for its default ones."""
     if tasks is None or not list(tasks):
-        return suite_tasks(suite, settings)
+        found = suite_tasks(suite, settings)
+        if not found:
+            raise UsageError(f"suite {suite}: its tasks are done when named: --tasks NAME, or --tasks all")
+        return found
     chosen: list[str] = []
     for task in tasks:
         chosen += suite_tasks(suite, settings, every=True) if task == ALL else [task]
@@ -53,7 +56,7 @@ def choose_tasks(tasks: Sequence[str] | None, suite: str, settings: Settings) ->
 
 
 def with_references(tokenizers: Sequence[str | Tokenizer], suite: str) -> list[str | Tokenizer]:
-    """Add the rows that bracket every score: the reference rows and, on scenes, the pixels themselves."""
-    references = [*REFERENCES] + (["pixel-oracle"] if suite == "scenes" else [])
+    """Add the rows that bracket every score: the reference rows and, when embedded, the pixels."""
+    references = [*REFERENCES] + (["pixel-oracle"] if suite != "paper" else [])
     named = {t.lower() for t in tokenizers if isinstance(t, str)}
     return [*(name for name in references if name not in named), *tokenizers]

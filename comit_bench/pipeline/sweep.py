@@ -21,7 +21,11 @@ from comit_bench.recipes.specs import find_tasks, pick
 from comit_bench.results.schema import Record
 from comit_bench.tokenizers.base import Tokenizer
 
-TASKS = {"scenes": "reconstruction-scenes", "paper": "reconstruction-imagenet1k"}
+TASKS = {
+    "scenes": "reconstruction-scenes",
+    "drawings": "reconstruction-drawings",
+    "paper": "reconstruction-imagenet1k",
+}
 AXES = ("steps", "guidance")
 _log = logging.getLogger(__name__)
 

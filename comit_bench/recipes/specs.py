@@ -212,7 +212,7 @@ class TaskSpec(SpecModel):
     version: Version
     title: Line
     kind: Line
-    suite: Literal["scenes", "paper", "extra"]
+    suite: Literal["scenes", "drawings", "paper", "extra"]
     dataset: Line
     split: SplitSpec = SplitSpec()
     probe: ProbeSpec = ProbeSpec()
@@ -271,15 +271,26 @@ class TaskSpec(SpecModel):
 
 
 class GeneratorSpec(SpecModel):
-    """How an embedded dataset is made (``comit_bench.data.scenes.generate``)."""
+    """How an embedded dataset is made (``comit_bench.data.scenes.generate``).
 
-    name: Literal["scenes"] = "scenes"
-    layout: Literal["recognition", "pairs", "relations", "objectness", "counterfactual"]
+    ``name``: ``scenes`` are digits, ``drawings`` drawings of things. ``objects``: how many at most, of the
+    layout ``mixture`` (drawings to train on, in memory only).
+    """
+
+    name: Literal["scenes", "drawings"] = "scenes"
+    layout: Literal["recognition", "pairs", "relations", "objectness", "counterfactual", "mixture"]
     variant: Literal["default", "hard"] = "default"
     seed: int = 0
     image_size: Annotated[int, Field(ge=16)] = 32
     train: Annotated[int, Field(ge=0)] = 4000
     val: Annotated[int, Field(ge=1)] = 1000
+    objects: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Settings of sets that were made before ``objects`` existed stay as they are."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if value is not None}
 
 
 class PairsSpec(SpecModel):
@@ -287,12 +298,13 @@ class PairsSpec(SpecModel):
 
     Samples are the images with exactly two categories. ``pair-disjoint`` pools the files of ``splits`` and
     divides *pairs of categories* between train and val (``comit_bench.data.splitting``); ``given`` keeps each
-    file's images where they are. Without ``pool`` an image is kept only if its file is on its pair's side.
+    file's images where they are, and so does ``given-disjoint``, for which a pair in both files is an error.
+    Without ``pool`` an image is kept only if its file is on its pair's side.
     ``crowd``: whether a region marked ``iscrowd`` makes its category present.
     ``columns``: length of the target vector, column = category id - 1; null ends it at the largest id.
     """
 
-    policy: Literal["pair-disjoint", "given"] = "pair-disjoint"
+    policy: Literal["pair-disjoint", "given", "given-disjoint"] = "pair-disjoint"
     pool: bool = True
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: int = 0

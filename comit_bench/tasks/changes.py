@@ -1,6 +1,6 @@
 """Which message positions change when one thing in a scene changes: pairs, patterns, scores and their null.
 
-A scene is painted several times, with exactly one thing edited (``data/scenes/painting.py``). From the
+A scene is painted several times, with exactly one thing edited (``data/scenes/digits.py``). From the
 messages of the original and of an edited image:
 
 1. *Change* ``d[i, f, k]`` of scene i, edit f and position k: 1 when the ids differ, else 0; for continuous

@@ -155,6 +155,7 @@ class Family:
         takes_weights: Whether ``--weights`` and ``--dtype`` mean anything to it.
         fitted: Whether it is fitted on the train split of each data set.
         paper_options: Options for tasks on full-size images, where the embedded defaults are too small.
+        drawings_options: Options for tasks on drawings, likewise.
         origin: ``builtin``, ``plugin:<distribution>``, or ``code`` (named as ``module:attribute``).
     """
 
@@ -167,6 +168,7 @@ class Family:
     takes_weights: bool = True
     fitted: bool = False
     paper_options: tuple[tuple[str, int], ...] = ()
+    drawings_options: tuple[tuple[str, int], ...] = ()
     origin: str = "builtin"
 
     def recognises(self, config: Config) -> Preset | None:

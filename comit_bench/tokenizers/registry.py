@@ -35,6 +35,7 @@ KMEANS = Family(
     fitted=True,
     takes_weights=False,
     paper_options=(("resolution", 256), ("patch", 16)),
+    drawings_options=(("resolution", 64), ("patch", 8)),
     presets=(
         Preset(
             name="kmeans-patch",
@@ -49,6 +50,7 @@ PIXELS = Family(
     loader="comit_bench.tokenizers.pixels:load",
     takes_weights=False,
     paper_options=(("resolution", 256), ("patch", 16)),
+    drawings_options=(("resolution", 64), ("patch", 8)),
     presets=(
         Preset(name="pixel-oracle", source=NoWeights("none needed"), parameters=0.0, message_length=16),
     ),

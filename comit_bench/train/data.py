@@ -22,7 +22,7 @@ from torch import Tensor
 from comit_bench.data.folders import walk_images
 from comit_bench.data.images import load_image
 from comit_bench.data.readers.common import EXTENSIONS
-from comit_bench.data.scenes.painting import Scenes, paint
+from comit_bench.data.scenes.digits import Scenes, paint
 from comit_bench.data.split import PathList
 from comit_bench.data.workers import read_ahead
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError

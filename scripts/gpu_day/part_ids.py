@@ -79,7 +79,7 @@ def run(day: Day) -> None:
     """Cases first: they were recorded from the released programs."""
     from parity import family_of, find_cases
 
-    from comit_bench.data.scenes.painting import paint
+    from comit_bench.data.scenes.digits import paint
     from comit_bench.recipes.specs import GeneratorSpec
 
     given = os.environ.get("COMIT_BENCH_PARITY")

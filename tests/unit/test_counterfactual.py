@@ -15,8 +15,8 @@ import torch
 from message_inputs import inputs_of, spec_of, write_recipe
 
 import comit_bench
+from comit_bench.data.scenes.digits import ATTRIBUTES, EDITS, OBJECTS, Scenes, paint
 from comit_bench.data.scenes.generate import generate, verify
-from comit_bench.data.scenes.painting import ATTRIBUTES, EDITS, OBJECTS, Scenes, paint
 from comit_bench.errors import UsageError
 from comit_bench.recipes.kinds import CounterfactualSpec
 from comit_bench.recipes.specs import GeneratorSpec

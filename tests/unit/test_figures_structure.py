@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from comit_bench.commands.app import app
 from comit_bench.commands.figure import NEEDS
-from comit_bench.data.scenes.painting import EDITS, paint
+from comit_bench.data.scenes.digits import EDITS, paint
 from comit_bench.errors import UnsupportedOperation, UsageError
 from comit_bench.figures import codebook, counterfactual, neighbours, style
 from comit_bench.figures.inputs import Images, encode

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from comit_bench.data.scenes import digits as scenes_digits
 from comit_bench.data.scenes import formats as scenes_formats
 from comit_bench.data.scenes import generate as scenes
-from comit_bench.data.scenes import painting as scenes_painting
+from comit_bench.data.scenes.digits import COLOUR_NAMES, DIGIT_NAMES, Scenes, paint
 from comit_bench.data.scenes.generate import contact_sheet, generate, verify
-from comit_bench.data.scenes.painting import COLOUR_NAMES, DIGIT_NAMES, Scenes, paint
 from comit_bench.data.scenes.sources import load_sources
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.recipes.specs import DatasetSpec, GeneratorSpec, parse_recipe, recipe_root
@@ -146,7 +146,7 @@ def test_boxes_fit_masks_and_nothing_is_clipped_or_hidden(layout: str, variant: 
 @pytest.mark.parametrize("layout", ["recognition", "objectness"])
 def test_the_object_has_the_colour_of_its_label(layout: str) -> None:
     painted = paint(small_spec(layout), "val", range(100))
-    palette = np.array(list(scenes_painting.COLOURS.values()))
+    palette = np.array(list(scenes_digits.COLOURS.values()))
     for row in range(100):
         field = painted.images[row][painted.masks[row, 0]].astype(int)
         brightest = field[field.sum(axis=1).argsort()[-10:]].mean(axis=0)
@@ -155,7 +155,7 @@ def test_the_object_has_the_colour_of_its_label(layout: str) -> None:
 
 
 def test_colours_are_far_apart() -> None:
-    palette = np.array(list(scenes_painting.COLOURS.values()))
+    palette = np.array(list(scenes_digits.COLOURS.values()))
     gaps = np.abs(palette[:, None] - palette[None]).sum(axis=2) + 1000 * np.eye(10, dtype=int)
     assert len(COLOUR_NAMES) == 10 and gaps.min() >= 80
 
@@ -482,7 +482,7 @@ def test_recipes(name: str) -> None:
     assert (spec.generator.variant == "hard") == name.endswith("hard")
     assert spec.checksum is not None and spec.checksum.startswith("sha256:")
     assert spec.obtain is not None and "CC BY" in spec.licence
-    scenes_painting.check_spec(spec.generator)
+    scenes_digits.check_spec(spec.generator)
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert str(spec.generator.val) in readme.replace(",", "")
 

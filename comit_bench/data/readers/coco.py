@@ -83,7 +83,7 @@ def build(spec: DatasetSpec, found: dict[str, Path], *, progress: bool) -> Manif
             )
         names |= categories
     classes = _columns(spec, names)
-    if spec.pairs.policy == "given":
+    if spec.pairs.policy != "pair-disjoint":
         splits = pool
         notes["pairs"] = _given_notes(pool)
     else:
@@ -106,7 +106,7 @@ def verify(spec: DatasetSpec, manifest: Manifest, where: str) -> None:
     for name, rows in manifest.splits.items():
         if len(rows.values) and (np.diff(rows.offsets) != 2).any():
             raise CorruptFileError(f"{where}: split {name!r} has a sample without exactly two categories")
-    if spec.pairs.policy == "pair-disjoint":
+    if spec.pairs.policy != "given":
         train, val = (_pairs_of(manifest, name) for name in ("train", "val"))
         check_pair_disjoint(train, val, where)
 

@@ -3,12 +3,12 @@
 =============  ==========================================================================
 layout         tree
 =============  ==========================================================================
-recognition    ``train/red_3/00042.png``, ``val/...``: class folders, 100 classes
+recognition    ``train/cat/00042.png``, ``val/...``: class folders; digits: ``train/red_3/...``
 pairs          ``annotations/instances_{train,val}.json`` (COCO), ``train/``, ``val/``
 relations      ``relationships.json``, ``image_data.json`` (Visual Genome), ``VG_100K/`` holding the
                train images and ``VG_100K_2/`` the val images, ``splits/{train,val}.json`` id lists
 objectness     ``images/0001.jpg``, ``ground_truth_mask/0001.png`` (CSSD)
-counterfactual ``val/moved_left/00042.png``: class folders, one per edit; equal names are one scene
+counterfactual ``val/moved_large/00042.png``: class folders, one per edit; equal names are one scene
 =============  ==========================================================================
 
 Files named ``.jpg`` (as Visual Genome and CSSD want) hold PNG data: image libraries recognise a file
@@ -20,13 +20,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from comit_bench.data.scenes.painting import COLOUR_NAMES, EDITS, Scenes, Split, paint
+from comit_bench.data.scenes import digits, painting
 from comit_bench.files import write_atomic
 from comit_bench.recipes.specs import GeneratorSpec
 
@@ -35,6 +35,12 @@ PREDICATES = ("left of", "right of", "above", "below", "larger than", "smaller t
 
 Box = tuple[int, int, int, int]
 Pixels = NDArray[np.uint8]
+Scenes = digits.Scenes | painting.Scenes
+
+
+def painter(spec: GeneratorSpec) -> Any:
+    """The module that paints these scenes."""
+    return painting if spec.name == "drawings" else digits
 
 
 def relations_between(subject: Box, target: Box) -> tuple[str, ...]:
@@ -67,13 +73,13 @@ def box_of(scenes: Scenes, row: int, thing: int) -> Box:
 def _objects(scenes: Scenes, row: int) -> list[dict[str, Any]]:
     return [
         {
-            "digit": int(scenes.digits[row, k]),
+            "category": int(scenes.concepts[row, k]),
             "name": scenes.name(row, k),
             "box": list(box_of(scenes, row, k)),
             "area": int(scenes.masks[row, k].sum()),
             "counts": run_lengths(scenes.masks[row, k]),
         }
-        for k in range(scenes.digits.shape[1])
+        for k in range(scenes.concepts.shape[1])
     ]
 
 
@@ -81,7 +87,8 @@ def _image_path(spec: GeneratorSpec, split: str, index: int, class_name: str) ->
     if spec.layout == "recognition":
         return f"{split}/{class_name}/{index:05d}.png"
     if spec.layout == "counterfactual":
-        return f"{split}/{EDITS[index % len(EDITS)]}/{index // len(EDITS):05d}.png"
+        edits = painter(spec).EDITS
+        return f"{split}/{edits[index % len(edits)]}/{index // len(edits):05d}.png"
     if spec.layout == "objectness":
         return f"images/{index + 1:04d}.jpg"
     number = _image_id(spec, split, index)
@@ -96,13 +103,12 @@ def _image_id(spec: GeneratorSpec, split: str, index: int) -> int:
 
 
 def paint_files(
-    spec: GeneratorSpec, split: Split, start: int, stop: int
+    spec: GeneratorSpec, split: str, start: int, stop: int
 ) -> Iterator[tuple[dict[str, Pixels], dict[str, Any]]]:
     """Paint images ``start`` to ``stop``: the files of each, and what the label files need."""
-    scenes = paint(spec, split, range(start, stop))
+    scenes = painter(spec).paint(spec, split, range(start, stop))
     for row, index in enumerate(range(start, stop)):
-        colour = COLOUR_NAMES[int(scenes.colours[row, 0])]
-        path = _image_path(spec, split, index, f"{colour}_{int(scenes.digits[row, 0])}")
+        path = _image_path(spec, split, index, painter(spec).class_name(scenes, row))
         files = {path: scenes.images[row]}
         record: dict[str, Any] = {}
         if spec.layout == "objectness":
@@ -123,7 +129,7 @@ def _coco(spec: GeneratorSpec, records: list[dict[str, Any]], first: int) -> dic
                 {
                     "id": first + len(annotations),
                     "image_id": record["id"],
-                    "category_id": thing["digit"] + 1,
+                    "category_id": thing["category"] + 1,
                     "segmentation": {"size": [side, side], "counts": thing["counts"]},
                     "area": thing["area"],
                     "bbox": thing["box"],
@@ -139,7 +145,10 @@ def _coco(spec: GeneratorSpec, records: list[dict[str, Any]], first: int) -> dic
         "licenses": [{"id": 1, "name": "CC BY 4.0", "url": "https://creativecommons.org/licenses/by/4.0/"}],
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": d + 1, "name": str(d), "supercategory": "digit"} for d in range(10)],
+        "categories": [
+            {"id": number, "name": name, "supercategory": "drawing" if spec.name == "drawings" else "digit"}
+            for number, name in enumerate(painter(spec).categories(), start=1)
+        ],
     }
 
 
@@ -198,45 +207,64 @@ def label_files(spec: GeneratorSpec, records: dict[str, list[dict[str, Any]]]) -
     return {}
 
 
-def _captions(layout: str, scenes: Scenes, row: int) -> str:
-    names = [scenes.name(row, k) for k in range(scenes.digits.shape[1])]
-    if layout != "relations":
+def _caption(spec: GeneratorSpec, scenes: Scenes, row: int, index: int) -> str:
+    if spec.layout == "counterfactual":
+        edits = painter(spec).EDITS
+        return str(edits[index % len(edits)]).replace("_", "\n")
+    names = [scenes.name(row, k) for k in range(scenes.concepts.shape[1]) if scenes.boxes[row, k, 2]]
+    if spec.layout != "relations":
         return "\n".join(names)
     holds = relations_between(box_of(scenes, row, 0), box_of(scenes, row, 1))
     return f"{names[0]}\n{holds[row % len(holds)]}\n{names[1]}"
 
 
-def contact_sheet(target: Path, *, image_size: int = 32, seed: int = 0, columns: int = 10) -> None:
+# What a contact sheet shows: title, layout, variant, whether masks, lines of captions.
+_SHEET = (
+    ("recognition", "recognition", "default", False, 1),
+    ("recognition\n(hard)", "recognition", "hard", False, 1),
+    ("pairs", "pairs", "default", False, 2),
+    ("relations", "relations", "default", False, 3),
+    ("objectness", "objectness", "default", False, 1),
+    ("objectness\nmask", "objectness", "default", True, 0),
+    ("counterfactual", "counterfactual", "default", False, 2),
+    ("mixture", "mixture", "default", False, 3),
+)
+
+
+def _sheet_rows(name: str) -> list[tuple[str, str, str, bool, int]]:
+    if name == "drawings":
+        return [row for row in _SHEET if row[2] == "default"]
+    return [row for row in _SHEET if row[1] not in ("counterfactual", "mixture")]
+
+
+def contact_sheet(
+    target: Path, *, name: str = "scenes", image_size: int = 32, seed: int = 0, columns: int = 10
+) -> None:
     """Write one PNG with labelled val samples of every set, each pixel enlarged without smoothing.
 
     Raises:
         BenchError: The picture cannot be written.
     """
-    rows: list[tuple[str, str, Literal["default", "hard"], bool]] = [
-        ("recognition", "recognition", "default", False),
-        ("recognition\n(hard)", "recognition", "hard", False),
-        ("pairs", "pairs", "default", False),
-        ("relations", "relations", "default", False),
-        ("objectness", "objectness", "default", False),
-        ("objectness\nmask", "objectness", "default", True),
-    ]
-    zoom = max(1, 96 // image_size)
-    cell, left = image_size * zoom, 90
-    heights = [cell + 6 + 14 * lines for lines in (1, 1, 2, 3, 1, 0)]
+    rows = _sheet_rows(name)
+    zoom = max(1, (96 if name == "scenes" else 128) // image_size)
+    cell, left = image_size * zoom, 100
+    heights = [cell + 6 + 14 * lines for *_, lines in rows]
     sheet = Image.new("RGB", (left + columns * (cell + 4), sum(heights)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for line, (title, layout, variant, masked) in enumerate(rows):
+    for line, (title, layout, variant, masked, _) in enumerate(rows):
         spec = GeneratorSpec.model_validate(
-            {"layout": layout, "variant": variant, "seed": seed, "image_size": image_size, "train": 0}
+            {"name": name, "layout": layout, "variant": variant, "seed": seed, "image_size": image_size}
+            | {"train": 0, "val": 1001}  # whole scenes of 11 or 13 edits
         )
-        picks = [k * 13 for k in range(columns)]  # goes through digits, colours and arrangements
-        scenes, top = paint(spec, "val", picks), sum(heights[:line])
+        # Edits of one scene; elsewhere steps that go through classes and arrangements.
+        picks = [k * (1 if layout == "counterfactual" else 13) for k in range(columns)]
+        scenes, top = painter(spec).paint(spec, "val", picks), sum(heights[:line])
         pen.text((4, top + cell // 3), title, fill="black", font=font)
         for k in range(columns):
             pixels = scenes.masks[k, 0].astype(np.uint8) * np.uint8(255) if masked else scenes.images[k]
             picture = Image.fromarray(pixels).convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + k * (cell + 4), top))
-            caption = "" if masked else _captions(layout, scenes, k)
+            caption = "" if masked else _caption(spec, scenes, k, picks[k])
             pen.text((left + k * (cell + 4), top + cell), caption, fill="black", font=font, spacing=1)
     stream = io.BytesIO()
     sheet.save(stream, format="PNG", optimize=True)

@@ -1,7 +1,7 @@
-"""The embedded benchmark's images, made at first use: digits on photographs, decided by a seed.
+"""The embedded benchmark's images, made at first use: things on photographs, decided by a seed.
 
-:func:`generate` writes one set in an official layout (``scenes_formats``), :func:`verify` reads it
-again. The painting itself is in ``scenes_painting``.
+:func:`generate` writes one set in an official layout (``formats``), :func:`verify` reads it
+again. The painting itself is in ``digits`` and ``painting``.
 
 Every file appears whole or not at all. A chunk of images is finished once its list in ``.scenes/``
 exists; an interrupted run repeats unfinished chunks only. ``scenes.json`` comes last. The content
@@ -22,8 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from comit_bench.data.digests import file_digests
-from comit_bench.data.scenes.formats import FORMAT, Pixels, contact_sheet, label_files, paint_files
-from comit_bench.data.scenes.painting import Split, check_spec
+from comit_bench.data.scenes.formats import FORMAT, Pixels, contact_sheet, label_files, paint_files, painter
 from comit_bench.errors import BenchError, CorruptFileError, MissingError, UsageError
 from comit_bench.files import (
     atomic_path,
@@ -73,6 +72,13 @@ def _read_json(path: Path) -> Any:
         raise CorruptFileError(f"{error}. Delete the file and generate the scenes again.") from error
 
 
+def _check(spec: GeneratorSpec) -> None:
+    """Refuse what cannot be painted, or not into files."""
+    if spec.layout == "mixture" and spec.name == "drawings":
+        raise UsageError("generator.layout = 'mixture': it has no files, it is painted in memory to train on")
+    painter(spec).check_spec(spec)
+
+
 def _check_place(spec: GeneratorSpec, directory: Path) -> None:
     """Refuse a directory that holds something else."""
     started = directory / LISTS / "spec.json"
@@ -109,8 +115,8 @@ def _manifest(directory: Path) -> tuple[GeneratorSpec, str, dict[str, str]]:
         ) from error
 
 
-def _plan(spec: GeneratorSpec) -> list[tuple[Split, int, int]]:
-    counts: tuple[tuple[Split, int], ...] = (("train", spec.train), ("val", spec.val))
+def _plan(spec: GeneratorSpec) -> list[tuple[str, int, int]]:
+    counts: tuple[tuple[str, int], ...] = (("train", spec.train), ("val", spec.val))
     return [(s, a, min(a + CHUNK, n)) for s, n in counts for a in range(0, n, CHUNK)]
 
 
@@ -145,7 +151,7 @@ def _write_image(path: Path, data: bytes) -> None:
 
 
 def _write_chunk(
-    spec: GeneratorSpec, split: Split, start: int, stop: int, directory: Path, bar: Any
+    spec: GeneratorSpec, split: str, start: int, stop: int, directory: Path, bar: Any
 ) -> dict[str, Any]:
     """Paint and write one chunk, its list last."""
     content: dict[str, Any] = {"files": {}, "records": []}
@@ -210,7 +216,7 @@ def generate(spec: GeneratorSpec, directory: Path, *, progress: bool = True) -> 
             settings cannot be painted.
         BenchError: Disk full or not writable.
     """
-    check_spec(spec)
+    _check(spec)
     done = _finished_digest(spec, directory)
     if done is not None:
         return done

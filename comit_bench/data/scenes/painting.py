@@ -1,184 +1,243 @@
-"""Painting of the embedded scenes: handwritten digits on crops of two photographs.
+"""Painting of the embedded scenes: drawings of things on crops of photographs.
 
-What goes in ships with scikit-learn: 1,797 handwritten digits of 8x8 pixels and two photographs.
-What comes out is decided by :class:`~comit_bench.recipes.specs.GeneratorSpec` alone, to the last bit:
+What goes in is the atlas that ships with the package (:mod:`comit_bench.data.scenes.atlas`). What comes
+out is decided by :class:`~comit_bench.recipes.specs.GeneratorSpec` alone, to the last bit:
 
-* Each image has its own random numbers, keyed by (seed, layout, variant, split, index). They are
-  raw PCG64 words, whose streams NumPy guarantees, so chunk size, order and processes do not matter.
-* The arithmetic on pixels is additions, multiplications, divisions and floors, one NumPy operation
-  at a time: IEEE 754 fixes every result. Rotations (``hard`` only) use the tangent of the half angle.
-* Photographs are averaged over whole pixels with integer sums.
+* Each image has its own random numbers, keyed by (seed, layout, split, index): raw PCG64 words, whose
+  streams NumPy guarantees, so chunk size, order and processes do not matter.
+* A drawing is scaled by areas: a target pixel is the mean of what it covers. In units of 1/T of an atlas
+  pixel all overlaps are whole numbers and all sums stay below 2^24, so matrix products in float32
+  are exact, in whatever order a machine adds.
+* All other arithmetic on pixels is one IEEE 754 operation at a time; means are taken of whole numbers.
 
-Nothing crosses from train to val: digit exemplars are divided (see ``scenes_sources``), and
-backgrounds come from the left 60 % or the right 40 % of the photographs' columns.
+Vendors of drawings and photographs belong to one split each, so train and val share neither. Objects lie
+whole in the image, and far enough from each other that the halo of one ends before that of the next.
 
-Shapes: ``n`` images, ``o`` objects per image, ``S`` image side.
+Shapes: ``n`` images, ``o`` objects per image, ``S`` image side, ``T`` side of an object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comit_bench.data.scenes.sources import EDGE, FINE, Floats, Ints, Sources, load_sources, uniforms
+from comit_bench.data.scenes.atlas import Drawings, load_drawings
+from comit_bench.data.scenes.sources import uniforms
 from comit_bench.errors import UsageError
 from comit_bench.recipes.specs import GeneratorSpec
 
+Floats = NDArray[np.float32]
+Floats64 = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 Split = Literal["train", "val"]
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (255, 60, 60),
-    "orange": (255, 150, 30),
-    "yellow": (255, 240, 80),
-    "green": (70, 220, 80),
-    "cyan": (70, 230, 245),
-    "blue": (80, 125, 255),
-    "purple": (180, 90, 255),
-    "pink": (255, 165, 220),
-    "brown": (180, 115, 60),
-    "white": (252, 252, 252),
+SIDES = (32, 96)  # image sides that can be painted: photographs are 115 pixels wide or more
+CELL = 64  # side of a drawing in the atlas
+# Turns of the hue in degrees, and the first row of the matrix of each, in 256ths; the others are its cycles.
+HUES: dict[int, tuple[int, int, int]] = {
+    -30: (233, 85, -62),
+    -15: (250, 41, -35),
+    0: (256, 0, 0),
+    15: (250, -35, 41),
+    30: (233, -62, 85),
 }
-COLOUR_NAMES = tuple(COLOURS)
-DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PAIRS = tuple(combinations(range(10), 2))
-MAX_SIDE = 256
+HUE_NAMES = tuple(f"{turn:+d}" if turn else "0" for turn in HUES)
+PLACES = tuple(
+    f"{row} {column}" for row in ("top", "middle", "low") for column in ("left", "centre", "right")
+)
+_BORDERS = (11 / 32, 21 / 32)  # between the places: the middles of where the nine local crops overlap
 
-_MARGIN = 1.25 / 32  # empty border, and
-_GAP = 1.5 / 32  # least distance of two objects, as shares of the image side
+# Longer side of an object, and distances, in 64ths of the image side.
+_BIG, _CROP, _SALIENT = (40, 56), (20, 28), (24, 52)
+_DIFFERENT = ((26, 30), (18, 21))  # two objects of clearly different size
+_MARGIN, _GAP = 2, 4  # to the image's border, between two objects; both in whole pixels at least
+_REACH = 2  # pixels that a halo reaches
+_DIM = (0.45, 0.8)  # range of the factor on the photograph's brightness
+_ZOOMS = 4  # a background shows every pixel, or means of 2 x 2, 3 x 3, 4 x 4
+_LOW, _ENOUGH, _HALO = 20.0, 60.0, 0.85  # contrast of luminance: full halo below, none above; its strength
+MOST = 4  # objects in one image
 
-# Counterfactual: every scene is painted once per entry. Objects are the one in the left and the one in the
-# right half; "unchanged" is the original once more, under another name.
-OBJECTS = ("left", "right")
-ATTRIBUTES = ("moved", "recoloured", "replaced", "removed")
+# Counterfactual: every scene is painted once per entry; "unchanged" is the original under another name.
+OBJECTS = ("large", "small")
+ATTRIBUTES = ("moved", "recoloured", "replaced", "redrawn", "removed")
 ORIGINAL, UNCHANGED, BACKGROUND = "original", "unchanged", "background"
 EDITS = (ORIGINAL, UNCHANGED, *(f"{a}_{o}" for a in ATTRIBUTES for o in OBJECTS), BACKGROUND)
+_LEAP = (0.35, 0.65)  # a moved object moves by this share of its range
+_CHROMA = 40  # mean difference of the largest and smallest channel from which a turned hue is plain to see
 
-_LAYOUTS = ("recognition", "pairs", "relations", "objectness", "counterfactual")
-_VARIANTS = ("default", "hard")
+_LAYOUTS = ("recognition", "pairs", "relations", "objectness", "counterfactual", "mixture")
 _SPLITS = ("train", "val")
-_WORDS = 32  # random numbers per image
-_TRAIN_COLUMNS = 0.6
-_SOFT = 2.2  # width of the outline in pixels, at most
-_CRISP = 1.2  # least steepness of the outline: nothing is left where the field is 0
-# Pairs: greatest width, height and range of the centre, as shares of the side.
-_SLOT = (12.5 / 32, 24 / 32, 1 / 32)
-# Counterfactual: greatest width and height, least distance from the middle of the image, as shares of the
-# side; a moved object moves by this share of its vertical range, or by what is left of it.
-_BOX, _MIDDLE, _LEAP = (10 / 32, 14 / 32), 2.5 / 32, (0.35, 0.65)
-_EDIT_WORDS = 48  # random numbers per scene
-_SLENDER = 0.5  # two-object scenes leave out digits narrower than this share of their height
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """What separates the easy from the busy scenes. Sizes are shares of the image side.
-
-    Attributes:
-        dim: range of the factor on the photograph's brightness.
-        lift: range of the brightness added to it.
-        size: range of the longer side of a single object.
-        salient_size: the same in the objectness set.
-        pair_scale: factor on the sizes of two objects.
-        jitter: share of the free range over which a single object's centre moves.
-        tilt: largest tangent of half the rotation angle.
-        halo: how much the background darkens next to a digit, 0 to 1.
-    """
-
-    dim: tuple[float, float]
-    lift: tuple[float, float]
-    size: tuple[float, float]
-    salient_size: tuple[float, float]
-    pair_scale: float
-    jitter: float
-    tilt: float
-    halo: float
-
-
-LOOKS: dict[str, Look] = {
-    "default": Look(
-        dim=(0.14, 0.28),
-        lift=(0.0, 0.0),
-        size=(0.77, 0.86),
-        salient_size=(0.5, 0.75),
-        pair_scale=1.0,
-        jitter=0.25,
-        tilt=0.0,
-        halo=0.7,
-    ),
-    "hard": Look(
-        dim=(0.5, 0.8),
-        lift=(0.0, 60.0),
-        size=(0.4, 0.7),
-        salient_size=(0.4, 0.7),
-        pair_scale=0.96,
-        jitter=1.0,
-        tilt=0.1,
-        halo=0.5,
-    ),
-}
+_WORDS = 64  # random numbers per image
+_WORLD = 1  # part of the key, so that the numbers are not those of other worlds
+_VAL_PAIRS = 0.2  # share of the pairs of concepts that only val shows
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Painted images with all that is known about them.
+    """Painted images with all that is known about them. What is not there is -1.
 
     Attributes:
         images: [n, S, S, 3] uint8.
         masks: [n, o, S, S] bool, pixels at least half covered by the object; objects never overlap.
-        boxes: [n, o, 4] x, y, width, height of each mask in whole pixels.
-        digits: [n, o] 0 to 9.
-        colours: [n, o] indices into ``COLOUR_NAMES``.
-        exemplars: [n, o] numbers of the handwritten digits used.
+        boxes: [n, o, 4] x, y, width, height of each mask in whole pixels; 0 without an object.
+        concepts: [n, o] indices into the atlas' concepts; -1 also for drawings without a label.
+        vendors: [n, o] indices into the atlas' vendors.
+        drawings: [n, o] numbers of the drawings in the atlas.
+        hues: [n, o] indices into ``HUE_NAMES``.
+        places: [n, o] indices into ``PLACES``: where in the 3 x 3 grid of local crops a box has its centre.
         photos: [n, 4] photograph, left column, top row, side of the background crop.
     """
 
     images: NDArray[np.uint8]
-    masks: NDArray[np.bool_]
+    masks: Bools
     boxes: Ints
-    digits: Ints
-    colours: Ints
-    exemplars: Ints
+    concepts: Ints
+    vendors: Ints
+    drawings: Ints
+    hues: Ints
+    places: Ints
     photos: Ints
 
     def name(self, image: int, thing: int) -> str:
-        """For example ``red three``."""
-        colour = COLOUR_NAMES[int(self.colours[image, thing])]
-        return f"{colour} {DIGIT_NAMES[int(self.digits[image, thing])]}"
+        """What is drawn, for example ``cat``; without a label what its vendor calls it."""
+        known, concept = load_drawings(), int(self.concepts[image, thing])
+        return known.concepts[concept] if concept >= 0 else known.names[int(self.drawings[image, thing])]
+
+
+@dataclass
+class _Plan:
+    """What is painted where: [n, o] each, size 0 where there is no object; x and y are left and top."""
+
+    drawing: Ints
+    hue: Ints
+    flip: Bools
+    size: Ints
+    x: Ints
+    y: Ints
 
 
 class _Draws:
     """Hands out one column of random numbers after the other."""
 
-    def __init__(self, table: NDArray[np.float64]) -> None:
+    def __init__(self, table: Floats64) -> None:
+        self.rows = len(table)
         self._columns = iter(table.T)
-
-    def unit(self) -> Floats:
-        value: Floats = (next(self._columns) * 0.999999).astype(np.float32)
-        return value
-
-    def between(self, span: tuple[float, float]) -> Floats:
-        low, high = np.float32(span[0]), np.float32(span[1])
-        value: Floats = low + self.unit() * (high - low)
-        return value
 
     def below(self, count: int | Ints) -> Ints:
         number: Ints = np.floor(next(self._columns) * count).astype(np.int64)
         return number
 
+    def within(self, span: tuple[int, int]) -> Ints:
+        """Whole numbers, both ends included."""
+        return span[0] + self.below(span[1] - span[0] + 1)
+
+    def between(self, span: tuple[float, float]) -> Floats64:
+        value: Floats64 = span[0] + next(self._columns) * (span[1] - span[0])
+        return value
+
+    def rest(self) -> Floats64:
+        """The columns that nobody took."""
+        return np.stack(list(self._columns), axis=1)
+
+
+@dataclass(frozen=True)
+class _World:
+    """The atlas, made ready for painting one split.
+
+    Attributes:
+        drawings: As loaded.
+        cells: [d, 64, 4, 64] uint8: row, channel, column.
+        every: [k] all drawings of the split's vendors, labelled or not.
+        pools: per concept its drawings.
+        hands: [c, v] one drawing per concept and vendor, those in colour by all of the split's vendors only.
+        photos: per photograph and zoom [3, h, w] uint8, means of zoom x zoom pixels.
+    """
+
+    drawings: Drawings
+    cells: NDArray[np.uint8]
+    every: Ints
+    pools: tuple[Ints, ...]
+    hands: Ints
+    photos: tuple[tuple[NDArray[np.uint8], ...], ...]
+
+
+@lru_cache(maxsize=1)
+def _cells() -> NDArray[np.uint8]:
+    return np.ascontiguousarray(load_drawings().pixels.transpose(0, 1, 3, 2))
+
+
+@lru_cache(maxsize=2)
+def _world(split: str) -> _World:
+    drawings = load_drawings()
+    vendors = [v for v, vendor in enumerate(drawings.vendors) if vendor.split == split]
+    pools = tuple(drawings.pool(split, concept) for concept in range(len(drawings.concepts)))
+    coloured = [pool[_chroma(drawings.pixels[pool]) >= _CHROMA] for pool in pools]
+    hands = []
+    for pool in coloured:
+        own = [pool[drawings.vendor[pool] == vendor] for vendor in vendors]
+        if all(map(len, own)):
+            hands.append([one[0] for one in own])
+    return _World(
+        drawings,
+        _cells(),
+        np.flatnonzero(np.isin(drawings.vendor, vendors)),
+        pools,
+        np.array(hands, np.int64).reshape(-1, len(vendors)),
+        tuple(_zooms(photo) for photo in drawings.photos[split]),
+    )
+
+
+def _chroma(pixels: NDArray[np.uint8]) -> Ints:
+    """Mean over the covered area of largest minus smallest channel: [k, h, w, 4] premultiplied -> [k]."""
+    colours = pixels[..., :3].astype(np.int64)
+    spread = (colours.max(axis=-1) - colours.min(axis=-1)).sum(axis=(1, 2)) * 255
+    return np.asarray(spread // np.maximum(pixels[..., 3].astype(np.int64).sum(axis=(1, 2)), 1), np.int64)
+
+
+def _zooms(photo: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], ...]:
+    """Means of 1, 2 x 2, ... pixels, rounded, channels first."""
+    found = []
+    for zoom in range(1, _ZOOMS + 1):
+        h, w = photo.shape[0] // zoom, photo.shape[1] // zoom
+        cells = photo[: h * zoom, : w * zoom].astype(np.int64).reshape(h, zoom, w, zoom, 3).sum(axis=(1, 3))
+        means = (2 * cells + zoom * zoom) // (2 * zoom * zoom)
+        found.append(np.ascontiguousarray(means.astype(np.uint8).transpose(2, 0, 1)))
+    return tuple(found)
+
+
+def categories() -> tuple[str, ...]:
+    """Names of the concepts, sorted."""
+    return load_drawings().concepts
+
+
+def class_name(scenes: Scenes, row: int) -> str:
+    """Class folder of an image with one object."""
+    return scenes.name(row, 0)
+
+
+def _scaled(span: tuple[int, int], side: int) -> tuple[int, int]:
+    return span[0] * side // 64, span[1] * side // 64
+
+
+def _distances(side: int) -> tuple[int, int]:
+    """Pixels to the border and between objects: never less than halos need."""
+    return max(_REACH, _MARGIN * side // 64), max(2 * _REACH, _GAP * side // 64)
+
 
 def check_spec(spec: GeneratorSpec) -> None:
     """Refuse settings that cannot be painted."""
-    if spec.image_size > MAX_SIDE:
-        raise UsageError(f"generator.image_size = {spec.image_size}: scenes go up to {MAX_SIDE} pixels")
-    if spec.layout in ("pairs", "relations", "counterfactual") and spec.image_size < 32:
+    if not SIDES[0] <= spec.image_size <= SIDES[1]:
         raise UsageError(
-            f"generator.image_size = {spec.image_size}: two objects need 32 pixels or more to be readable"
+            f"generator.image_size = {spec.image_size}: expected {SIDES[0]} to {SIDES[1]} pixels"
         )
+    if spec.variant != "default":
+        raise UsageError(f"generator.variant = {spec.variant!r}: drawings have the variant 'default' only")
     if spec.seed < 0:
         raise UsageError(f"generator.seed = {spec.seed}: expected 0 or more")
     if spec.layout in ("objectness", "counterfactual") and spec.train:
@@ -190,230 +249,43 @@ def check_spec(spec: GeneratorSpec) -> None:
             f"generator.val = {spec.val}: every scene is painted {len(EDITS)} times, so the set "
             f"needs a multiple of {len(EDITS)}"
         )
+    if spec.objects is not None and spec.layout != "mixture":
+        raise UsageError(
+            f"generator.objects = {spec.objects}: only the layout 'mixture' can choose, remove it for "
+            f"{spec.layout!r}"
+        )
+    _check_fit(spec)
 
 
-def _backgrounds(draw: _Draws, sources: Sources, split: str, side: int, look: Look) -> tuple[Floats, Ints]:
-    """Crops [n, S, S, 3] (0 to 255) of the split's part of the photographs, and where they lie."""
-    which = draw.below(len(sources.sums))
-    zoom = max(1, 64 // side) + draw.below(max(1, 192 // side) - max(1, 64 // side) + 1)
-    reach = zoom * side
-    rows, columns = sources.sums[0].shape[0] - 1, sources.sums[0].shape[1] - 1
-    border = int(columns * _TRAIN_COLUMNS)
-    low, high = (0, border) if split == "train" else (border, columns)
-    left = low + draw.below(high - low - reach + 1)
-    top = draw.below(rows - reach + 1)
-    mirrored = draw.below(2) == 1
-    steps = np.arange(side + 1)
-    x = left[:, None] + zoom[:, None] * steps  # [n, S + 1]
-    y = top[:, None] + zoom[:, None] * steps
-    table = np.stack(sources.sums)
-    corner = table[which[:, None, None], y[:, :, None], x[:, None, :]]  # [n, S + 1, S + 1, 3]
-    cells = corner[:, 1:, 1:] - corner[:, :-1, 1:] - corner[:, 1:, :-1] + corner[:, :-1, :-1]
-    crops = cells.astype(np.float32) / (zoom * zoom).astype(np.float32)[:, None, None, None]
-    crops = np.where(mirrored[:, None, None, None], crops[:, :, ::-1], crops)
-    dim, lift = draw.between(look.dim), draw.between(look.lift)
-    crops = crops * dim[:, None, None, None] + lift[:, None, None, None]
-    return crops.astype(np.float32), np.stack([which, left, top, reach], axis=1)
+def _check_fit(spec: GeneratorSpec) -> None:
+    """Refuse more objects than fit: two beside each other need most of the image's side."""
+    count = {"recognition": 1, "objectness": 1, "mixture": 3}.get(spec.layout, 2)
+    count = count if spec.objects is None else spec.objects
+    (margin, gap), widest = _distances(spec.image_size), _scaled(_CROP, spec.image_size)[1]
+    if not 1 <= count <= MOST or (count > 1 and 2 * (margin + widest) + gap > spec.image_size):
+        raise UsageError(
+            f"generator.image_size = {spec.image_size}: {count} objects of up to {widest} px do not fit. "
+            f"Take 1 to {MOST} objects, and for two and more 64 px."
+        )
 
 
-@dataclass
-class _Placed:
-    """One object per image: its digit's exemplar, extent in pixels, centre and rotation."""
+def pairs_of(split: str, seed: int) -> Ints:
+    """The pairs of concepts that a split may show: [p, 2], concepts equally often, none shared by the splits.
 
-    exemplar: Ints
-    width: Floats
-    height: Floats
-    tangent: Floats
-    x: Floats
-    y: Floats
-
-
-def _rotation(tangent: Floats) -> tuple[Floats, Floats]:
-    """Cosine and sine from the tangent of half the angle."""
-    one = np.float32(1)
-    square = tangent * tangent
-    return (one - square) / (one + square), (tangent + tangent) / (one + square)
-
-
-def _choose(draw: _Draws, sources: Sources, split: str, digit: Ints, slender: bool) -> Ints:
-    """An exemplar of each digit from the split's pool."""
-    aspect = sources.ink[:, 2] / sources.ink[:, 3]
-    pools = [p if slender else p[aspect[p] >= _SLENDER] for p in sources.pools[split]]
-    sizes = np.array([len(p) for p in pools])
-    number = draw.below(sizes[digit])
-    return np.array([pools[d][k] for d, k in zip(digit, number, strict=True)], np.int64)
-
-
-def _extents(sources: Sources, exemplar: Ints, size: Floats, tangent: Floats) -> tuple[Floats, Floats]:
-    """Width and height in pixels of the rotated digits whose longer upright side is ``size``."""
-    cosine, sine = _rotation(tangent)
-    sine = np.abs(sine)
-    ink_w, ink_h = sources.ink[exemplar, 2], sources.ink[exemplar, 3]
-    scale = size / np.maximum(ink_w, ink_h)
-    w, h = ink_w * scale, ink_h * scale
-    return w * cosine + h * sine, h * cosine + w * sine
-
-
-def _place_one(draw: _Draws, sources: Sources, spec: GeneratorSpec, split: str, digit: Ints) -> _Placed:
-    look, side = LOOKS[spec.variant], np.float32(spec.image_size)
-    salient = spec.layout == "objectness"
-    exemplar = _choose(draw, sources, split, digit, slender=True)
-    size = draw.between(look.salient_size if salient else look.size) * side
-    tangent = draw.between((-look.tilt, look.tilt))
-    w, h = _extents(sources, exemplar, size, tangent)
-    jitter = np.float32(1.0 if salient else look.jitter)
-    room = side * np.float32(1 - 2 * _MARGIN)
-    half = np.float32(0.5)
-    x = side * half + (draw.unit() - half) * jitter * np.maximum(room - w, 0)
-    y = side * half + (draw.unit() - half) * jitter * np.maximum(room - h, 0)
-    return _Placed(exemplar, w, h, tangent, x, y)
-
-
-def _line_up(draw: _Draws, side: int, first: Floats, second: Floats) -> tuple[Floats, Floats]:
-    """Centres of two lengths that follow each other with a gap, free space spread at random."""
-    margin, gap = np.float32(side * _MARGIN), np.float32(side * _GAP)
-    slack = np.maximum(np.float32(side) - margin - margin - gap - first - second, 0)
-    half = np.float32(0.5)
-    before = slack * draw.unit()
-    between = (slack - before) * draw.unit()
-    one = margin + before + first * half
-    return one, one + first * half + gap + between + second * half
-
-
-def _side_by_side(draw: _Draws, side: int, first: Floats, second: Floats) -> tuple[Floats, Floats]:
-    """Centres of two lengths that nearly share their middle."""
-    half = np.float32(0.5)
-    room = np.maximum(np.float32(side * (1 - 2 * _MARGIN)) - np.maximum(first, second), 0)
-    middle = np.float32(side) * half + (draw.unit() - half) * room
-    shift = (draw.unit() - half) * np.float32(side / 16)
-    limit = (np.float32(side * (1 - 2 * _MARGIN)) - second) * half
-    other = np.clip(middle + shift, np.float32(side) * half - limit, np.float32(side) * half + limit)
-    return middle, other.astype(np.float32)
-
-
-def _pair_sizes(
-    draw: _Draws, sources: Sources, look: Look, differ: NDArray[np.bool_], who: list[Ints]
-) -> list[Floats]:
-    """Longer sides (shares of the image side): alike, or one 1.5 times the other where ``differ``.
-
-    The digit that would have the smaller area although it is taller changes places with the other.
+    Concepts stand in a circle, in an order that the seed decides. All pairs of one distance belong together:
+    each concept is in two of them. A fifth of the distances goes to val.
     """
-    alike = draw.between((0.38, 0.42))
-    small, ratio = draw.between((0.353, 0.36)), draw.between((1.45, 1.5))
-    first = draw.below(2) == 0
-    shape = [
-        (sources.ink[e, 2] * sources.ink[e, 3]) / np.maximum(sources.ink[e, 2], sources.ink[e, 3]) ** 2
-        for e in who
-    ]
-    large = ratio * ratio * np.float32(0.7)
-    first = np.where(first, large * shape[0] >= shape[1], large * shape[1] < shape[0])
-    scale = np.float32(look.pair_scale)
-    one = np.where(differ, np.where(first, small * ratio, small), alike) * scale
-    two = np.where(differ, np.where(first, small, small * ratio), alike) * scale
-    return [one.astype(np.float32), two.astype(np.float32)]
-
-
-def _in_slots(draw: _Draws, sources: Sources, spec: GeneratorSpec, split: str, digits: Ints) -> list[_Placed]:
-    """One object in the middle of each half, nearly as high as the image lets it be, moved a little.
-
-    Anywhere and smaller, two digits at once are hard to read from thousands of images even from pixels,
-    and a benchmark that nothing can pass tells tokenizers apart by noise.
-    """
-    side, half = np.float32(spec.image_size), np.float32(0.5)
-    things = []
-    for position in (0, 1):
-        exemplar = _choose(draw, sources, split, digits[:, position], slender=False)
-        upright = np.zeros(len(exemplar), np.float32)
-        tall = np.full(len(exemplar), side * np.float32(_SLOT[1]), np.float32)
-        w, h = _extents(sources, exemplar, tall, upright)
-        fit = np.minimum(side * np.float32(_SLOT[0]) / w, 1).astype(np.float32)
-        x = side * (np.float32(0.25 + 0.5 * position) + (draw.unit() - half) * np.float32(_SLOT[2]))
-        y = side * (half + (draw.unit() - half) * np.float32(_SLOT[2]))
-        things.append(_Placed(exemplar, w * fit, h * fit, upright, x, y))
-    return things
-
-
-def _place_two(
-    draw: _Draws, sources: Sources, spec: GeneratorSpec, split: str, digits: Ints, indices: Ints
-) -> list[_Placed]:
-    """Beside, above or diagonal to each other, alike or different in size, never overlapping."""
-    if spec.layout == "pairs" and spec.variant == "default":
-        return _in_slots(draw, sources, spec, split, digits)
-    look, side = LOOKS[spec.variant], spec.image_size
-    who = [_choose(draw, sources, split, digits[:, k], slender=False) for k in (0, 1)]
-    axis = indices % 3 if spec.layout == "relations" else draw.below(3)
-    differ = (indices // 3) % 2 == 1 if spec.layout == "relations" else draw.below(2) == 1
-    tilt = 0.0 if spec.layout == "relations" else look.tilt  # upright: heights stay comparable
-    tangents = [draw.between((-tilt, tilt)) for _ in who]
-    sizes = _pair_sizes(draw, sources, look, differ, who)
-    spans = [
-        _extents(sources, e, s * np.float32(side), t) for e, s, t in zip(who, sizes, tangents, strict=True)
-    ]
-    room = np.float32(side * (1 - 2 * _MARGIN - _GAP))
-    wide = np.where(axis != 1, spans[0][0] + spans[1][0], 0)
-    tall = np.where(axis != 0, spans[0][1] + spans[1][1], 0)
-    shrink = np.minimum(room / np.maximum(np.maximum(wide, tall), room), 1).astype(np.float32)
-    spans = [(w * shrink, h * shrink) for w, h in spans]
-    (w0, h0), (w1, h1) = spans
-    follow_x, level_x = _line_up(draw, side, w0, w1), _side_by_side(draw, side, w0, w1)
-    follow_y, level_y = _line_up(draw, side, h0, h1), _side_by_side(draw, side, h0, h1)
-    flipped = [draw.below(2) == 1 for _ in "xy"]  # which of the two comes first
-    xs = [np.where(axis != 1, follow_x[k], level_x[k]) for k in (0, 1)]
-    ys = [np.where(axis != 0, follow_y[k], level_y[k]) for k in (0, 1)]
-    xs = [np.where(flipped[0], np.float32(side) - x, x) for x in xs]
-    ys = [np.where(flipped[1], np.float32(side) - y, y) for y in ys]
-    return [
-        _Placed(e, w, h, t, x.astype(np.float32), y.astype(np.float32))
-        for e, (w, h), t, x, y in zip(who, spans, tangents, xs, ys, strict=True)
-    ]
-
-
-def _sample(sources: Sources, thing: _Placed, side: int) -> tuple[Floats, Floats]:
-    """The digit's field [n, S, S] at every pixel centre (bilinear), and its pixels per field sample."""
-    cosine, sine = _rotation(thing.tangent)
-    x0, y0, ink_w, ink_h = (sources.ink[thing.exemplar, k] for k in range(4))
-    scale = thing.width / (ink_w * cosine + ink_h * np.abs(sine))  # [n]
-    pixel = np.arange(side, dtype=np.float32) + np.float32(0.5)
-    dx = ((pixel - thing.x[:, None]) / scale[:, None])[:, None, :]  # [n, 1, S]
-    dy = ((pixel - thing.y[:, None]) / scale[:, None])[:, :, None]  # [n, S, 1]
-    cosine, sine = cosine[:, None, None], sine[:, None, None]
-    half = np.float32(0.5)
-    u = dx * cosine + dy * sine + (x0 + ink_w * half - half)[:, None, None]
-    v = dy * cosine - dx * sine + (y0 + ink_h * half - half)[:, None, None]
-    last = np.float32(sources.fields.shape[-1] - 1)
-    u, v = np.clip(u, 0, last - np.float32(0.001)), np.clip(v, 0, last - np.float32(0.001))
-    i, j = np.floor(v).astype(np.int64), np.floor(u).astype(np.int64)
-    fv, fu = v - np.floor(v), u - np.floor(u)
-    one, e, f = np.float32(1), thing.exemplar[:, None, None], sources.fields
-    upper = f[e, i, j] * (one - fu) + f[e, i, j + 1] * fu
-    lower = f[e, i + 1, j] * (one - fu) + f[e, i + 1, j + 1] * fu
-    return upper * (one - fv) + lower * fv, scale
-
-
-def _labels(spec: GeneratorSpec, draw: _Draws, indices: Ints) -> tuple[Ints, Ints]:
-    """Digits and colours [n, o]; classes, pairs and digits go round by the image's index."""
-    if spec.layout == "recognition":
-        return indices[:, None] % 10, (indices[:, None] // 10) % 10
-    if spec.layout == "objectness":
-        return indices[:, None] % 10, draw.below(10)[:, None]
-    if spec.layout == "pairs":
-        digits = np.array(PAIRS, np.int64)[indices % len(PAIRS)]
-        digits = np.where((draw.below(2) == 1)[:, None], digits[:, ::-1], digits)
-    else:
-        first = draw.below(10)
-        digits = np.stack([first, (first + 1 + draw.below(9)) % 10], axis=1)
-    colour = draw.below(10)
-    return digits, np.stack([colour, (colour + 1 + draw.below(9)) % 10], axis=1)
-
-
-def _boxes(masks: NDArray[np.bool_]) -> Ints:
-    """x, y, width, height of the true pixels of [n, o, S, S]."""
-    columns: NDArray[np.bool_] = np.any(masks, axis=2)
-    rows: NDArray[np.bool_] = np.any(masks, axis=3)
-    side = masks.shape[-1]
-    x, y = columns.argmax(axis=2), rows.argmax(axis=2)
-    right, bottom = side - columns[..., ::-1].argmax(axis=2), side - rows[..., ::-1].argmax(axis=2)
-    return np.stack([x, y, right - x, bottom - y], axis=-1).astype(np.int64)
+    count = len(load_drawings().concepts)
+    order = np.argsort(uniforms((seed, _WORLD, 1), range(count), 1)[:, 0], kind="stable")
+    distances = np.arange(1, (count - 1) // 2 + 1)
+    chosen = np.argsort(uniforms((seed, _WORLD, 2), range(len(distances)), 1)[:, 0], kind="stable")
+    held = max(1, round(_VAL_PAIRS * len(distances)))
+    own = distances[chosen[:held] if split == "val" else chosen[held:]]
+    starts = np.arange(count)
+    pairs = [np.stack([order, order[(starts + step) % count]], axis=1) for step in own.tolist()]
+    if split == "train" and count % 2 == 0:  # opposite concepts: each is in one pair
+        pairs.append(np.stack([order[: count // 2], order[count // 2 :]], axis=1))
+    return np.concatenate(pairs)
 
 
 def paint(spec: GeneratorSpec, split: Split, indices: Sequence[int]) -> Scenes:
@@ -421,122 +293,338 @@ def paint(spec: GeneratorSpec, split: Split, indices: Sequence[int]) -> Scenes:
 
     Raises:
         UsageError: The settings cannot be painted.
+        MissingError, CorruptFileError: The atlas is not there or not what it was.
     """
     check_spec(spec)
-    sources, look, side = load_sources(), LOOKS[spec.variant], spec.image_size
-    key = (spec.seed, _LAYOUTS.index(spec.layout), _VARIANTS.index(spec.variant), _SPLITS.index(split))
-    numbers = np.asarray(indices, np.int64)
+    world, numbers = _world(split), np.asarray(indices, np.int64)
+    key = (spec.seed, _WORLD, _LAYOUTS.index(spec.layout), _SPLITS.index(split))
     if spec.layout == "counterfactual":
-        draw = _Draws(uniforms(key, (numbers // len(EDITS)).tolist(), _EDIT_WORDS))
-        return _paint_edits(draw, sources, spec, split, numbers % len(EDITS))
-    draw = _Draws(uniforms(key, indices, _WORDS))
-    digits, colours = _labels(spec, draw, numbers)
-    canvas, photos = _backgrounds(draw, sources, split, side, look)
-    if digits.shape[1] == 1:
-        things = [_place_one(draw, sources, spec, split, digits[:, 0])]
-    else:
-        things = _place_two(draw, sources, spec, split, digits, numbers)
-    masks = []
-    for position, thing in enumerate(things):
-        cover, shade = _layers(sources, thing, side, look)
-        canvas = _put(canvas, cover, shade, colours[:, position], draw.between((0.92, 1.0)))
-        masks.append(cover >= np.float32(0.5))
-    return _finish(canvas, masks, digits, colours, [t.exemplar for t in things], photos)
+        draw = _Draws(uniforms(key, (numbers // len(EDITS)).tolist(), _WORDS))
+        edits = numbers % len(EDITS)
+        plain = _backgrounds(draw, world, spec.image_size)
+        other = _backgrounds(draw, world, spec.image_size)
+        swap = edits == EDITS.index(BACKGROUND)
+        canvas = np.where(swap[:, None, None, None], other[0], plain[0])
+        photos = np.where(swap[:, None], other[1], plain[1])
+        return _render(world, _plan_edits(draw, world, spec, edits), canvas, photos)
+    table = uniforms(key, numbers.tolist(), _WORDS)
+    draw = _Draws(table)
+    canvas, photos = _backgrounds(draw, world, spec.image_size)
+    plan: Callable[..., _Plan] = _PLANS[spec.layout]
+    return _render(world, plan(draw, world, spec, split, numbers), canvas, photos)
 
 
-def _layers(sources: Sources, thing: _Placed, side: int, look: Look) -> tuple[Floats, Floats]:
-    """How much the object covers each pixel, and how much it darkens what is behind: [n, S, S], 0 to 1."""
-    field, scale = _sample(sources, thing, side)
-    gain = np.maximum(scale * np.float32(FINE / _SOFT), np.float32(_CRISP))[:, None, None]
-    cover = np.clip((field - np.float32(EDGE)) * gain + np.float32(0.5), 0, 1)
-    shade = np.clip(field * np.float32(4), 0, 1) * np.float32(look.halo)
-    return cover.astype(np.float32), shade.astype(np.float32)
+def _backgrounds(draw: _Draws, world: _World, side: int) -> tuple[Floats, Ints]:
+    """Crops [n, 3, S, S] (0 to 255) of the split's photographs, darkened, and where they lie."""
+    which, zoomed = draw.below(len(world.photos)), draw.between((0.0, 1.0)).tolist()
+    down, along = draw.between((0.0, 1.0)).tolist(), draw.between((0.0, 1.0)).tolist()
+    mirrored, dim = draw.below(2) == 1, draw.between(_DIM).astype(np.float32)
+    crops = np.empty((draw.rows, 3, side, side), np.uint8)
+    photos = np.empty((draw.rows, 4), np.int64)
+    for row, photo in enumerate(which.tolist()):
+        zooms = [z for z, level in enumerate(world.photos[photo]) if min(level.shape[1:]) >= side]
+        zoom = zooms[int(zoomed[row] * len(zooms))]
+        level = world.photos[photo][zoom]
+        top = int(down[row] * (level.shape[1] - side + 1))
+        left = int(along[row] * (level.shape[2] - side + 1))
+        crops[row] = level[:, top : top + side, left : left + side]
+        photos[row] = photo, left * (zoom + 1), top * (zoom + 1), side * (zoom + 1)
+    crops[mirrored] = crops[mirrored][..., ::-1]
+    return crops * dim[:, None, None, None], photos
 
 
-def _put(canvas: Floats, cover: Floats, shade: Floats, colour: Ints, brightness: Floats) -> Floats:
-    """Paint an object onto [n, S, S, 3]."""
-    one = np.float32(1)
-    palette = np.array(list(COLOURS.values()), np.float32)
-    paint_rgb = palette[colour] * brightness[:, None]
-    canvas = canvas * (one - shade)[..., None]
-    painted: Floats = canvas * (one - cover)[..., None] + paint_rgb[:, None, None, :] * cover[..., None]
-    return painted
+def _space(draw: _Draws, side: int, lengths: Sequence[Ints]) -> list[Ints]:
+    """Starts of lengths that follow each other in an image's side, what is free spread at random."""
+    margin, gap = _distances(side)
+    free = side - 2 * margin - gap * (len(lengths) - 1) - sum(lengths)
+    before = np.sort(np.stack([draw.below(free + 1) for _ in lengths]), axis=0)
+    starts, at = [], np.full(draw.rows, margin, np.int64)
+    for length, shift in zip(lengths, before, strict=True):
+        starts.append(at + shift)
+        at = at + length + gap
+    return starts
 
 
-def _finish(
-    canvas: Floats,
-    masks: Sequence[NDArray[np.bool_]],
-    digits: Ints,
-    colours: Ints,
-    exemplars: Sequence[Ints],
-    photos: Ints,
-) -> Scenes:
-    """Round to bytes and gather what is known."""
-    images = np.clip(np.floor(canvas + np.float32(0.5)), 0, 255).astype(np.uint8)
-    stacked = np.stack(masks, axis=1)
-    there: NDArray[np.bool_] = np.any(stacked, axis=(2, 3))
-    boxes = _boxes(stacked) * there[..., None]  # an object that was removed has none
-    return Scenes(images, stacked, boxes, digits, colours, np.stack(exemplars, axis=1), photos)
+def _lay_out(draw: _Draws, side: int, sizes: Ints) -> tuple[Ints, Ints, Bools]:
+    """Left and top of squares [n, o] anywhere in the image, without overlap, and the direction of the cut.
+
+    One object lies anywhere. Two to four are divided by a straight cut, upright or level, and within each
+    part by one across. Then the image is mirrored at random in both directions.
+    """
+    count = sizes.shape[1]
+    parts = [range(count)] if count == 1 else [range(count // 2), range(count // 2, count)]
+    widest = [sizes[:, list(part)].max(axis=1) for part in parts]
+    along, across = np.empty_like(sizes), np.empty_like(sizes)
+    for part, start, width in zip(parts, _space(draw, side, widest), widest, strict=True):
+        places = _space(draw, side, [sizes[:, k] for k in part])
+        for k, place in zip(part, places, strict=True):
+            along[:, k] = start + draw.below(width - sizes[:, k] + 1)
+            across[:, k] = place
+    ends = [side - sizes - values for values in (along, across)]
+    along = np.where((draw.below(2) == 1)[:, None], ends[0], along)
+    across = np.where((draw.below(2) == 1)[:, None], ends[1], across)
+    upright = draw.below(2) == 1
+    x, y = np.where(upright[:, None], along, across), np.where(upright[:, None], across, along)
+    return x, y, upright
 
 
-def _another(draw: _Draws, one: Ints, two: Ints) -> Ints:
-    """A number below 10 that is neither of two different ones."""
-    number = draw.below(8)
-    for taken in (np.minimum(one, two), np.maximum(one, two)):
-        number = number + (number >= taken)
-    return number
+def _look(draw: _Draws, count: int) -> tuple[Ints, Bools]:
+    """Hues and flips [n, o]."""
+    hues = np.stack([draw.below(len(HUES)) for _ in range(count)], axis=1)
+    return hues, np.stack([draw.below(2) == 1 for _ in range(count)], axis=1)
 
 
-def _paint_edits(draw: _Draws, sources: Sources, spec: GeneratorSpec, split: str, edits: Ints) -> Scenes:
-    """Two objects, one in each half, with one thing changed; all images of a scene draw the same numbers.
+def _draw_of(draw: _Draws, world: _World, concepts: Ints) -> Ints:
+    """A drawing of each concept [n, o] from the split's pool."""
+    sizes = np.array([len(pool) for pool in world.pools])
+    first = np.concatenate([[0], sizes.cumsum()[:-1]])
+    every = np.concatenate(world.pools)
+    picks = [draw.below(sizes[concepts[:, k]]) for k in range(concepts.shape[1])]
+    return np.asarray(every[first[concepts] + np.stack(picks, axis=1)], np.int64)
 
-    An object and the shadow around it stay in its half, so the other half is the same to the last bit.
+
+def _planned(draw: _Draws, side: int, drawing: Ints, sizes: Ints) -> _Plan:
+    hues, flips = _look(draw, sizes.shape[1])
+    x, y, _ = _lay_out(draw, side, sizes)
+    return _Plan(drawing, hues, flips, sizes, x, y)
+
+
+def _plan_one(draw: _Draws, world: _World, spec: GeneratorSpec, split: str, numbers: Ints) -> _Plan:
+    """Concepts go round by the image's number."""
+    span = _BIG if spec.layout == "recognition" else _SALIENT
+    sizes = draw.within(_scaled(span, spec.image_size))[:, None]
+    drawing = _draw_of(draw, world, numbers[:, None] % len(world.pools))
+    return _planned(draw, spec.image_size, drawing, sizes)
+
+
+def _plan_pairs(draw: _Draws, world: _World, spec: GeneratorSpec, split: str, numbers: Ints) -> _Plan:
+    """Pairs go round by the image's number."""
+    pairs = pairs_of(split, spec.seed)
+    concepts = pairs[numbers % len(pairs)]
+    concepts = np.where((draw.below(2) == 1)[:, None], concepts[:, ::-1], concepts)
+    span = _scaled(_CROP, spec.image_size)
+    sizes = np.stack([draw.within(span), draw.within(span)], axis=1)
+    return _planned(draw, spec.image_size, _draw_of(draw, world, concepts), sizes)
+
+
+def _plan_relations(draw: _Draws, world: _World, spec: GeneratorSpec, split: str, numbers: Ints) -> _Plan:
+    """Two concepts; of every two images one has objects of clearly different size."""
+    count = len(world.pools)
+    first = draw.below(count)
+    concepts = np.stack([first, (first + 1 + draw.below(count - 1)) % count], axis=1)
+    span = _scaled(_CROP, spec.image_size)
+    alike = np.stack([draw.within(span), draw.within(span)], axis=1)
+    differ = _two_sizes(draw, spec.image_size)
+    differ = np.where((draw.below(2) == 1)[:, None], differ[:, ::-1], differ)
+    sizes = np.where((numbers % 2 == 1)[:, None], differ, alike)
+    return _planned(draw, spec.image_size, _draw_of(draw, world, concepts), sizes)
+
+
+def _two_sizes(draw: _Draws, side: int) -> Ints:
+    return np.stack([draw.within(_scaled(span, side)) for span in _DIFFERENT], axis=1)
+
+
+def _plan_mixture(draw: _Draws, world: _World, spec: GeneratorSpec, split: str, numbers: Ints) -> _Plan:
+    """One to ``spec.objects`` (3) objects, whatever they are; half of the single ones are big."""
+    most, side = spec.objects or 3, spec.image_size
+    count = 1 + draw.below(most)
+    big = (count == 1) & (draw.below(2) == 1)
+    span = _scaled(_CROP, side)
+    sizes = np.stack([draw.within(span) for _ in range(most)], axis=1)
+    sizes[:, 0] = np.where(big, draw.within(_scaled(_BIG, side)), sizes[:, 0])
+    sizes = np.where(np.arange(most) < count[:, None], sizes, 0)
+    picks = np.stack([draw.below(len(world.every)) for _ in range(most)], axis=1)
+    hues, flips = _look(draw, most)
+    x, y = np.zeros_like(sizes), np.zeros_like(sizes)
+    rest = draw.rest()
+    for k in range(1, most + 1):
+        rows = np.flatnonzero(count == k)
+        x[rows, :k], y[rows, :k], _ = _lay_out(_Draws(rest[rows]), side, sizes[rows, :k])
+    return _Plan(world.every[picks], hues, flips, sizes, x, y)
+
+
+_PLANS: dict[str, Callable[..., _Plan]] = {
+    "recognition": _plan_one,
+    "objectness": _plan_one,
+    "pairs": _plan_pairs,
+    "relations": _plan_relations,
+    "mixture": _plan_mixture,
+}
+
+
+def _plan_edits(draw: _Draws, world: _World, spec: GeneratorSpec, edits: Ints) -> _Plan:
+    """A large and a small object with one thing changed; all images of a scene draw the same numbers.
+
+    Drawings are colourful ones, so that a turned hue is seen. A cut divides the two objects, and a moved one
+    moves along it; a halo ends before the other object's, so nothing else changes, to the last bit.
+    """
+    side, hands = spec.image_size, world.hands
+    margin, _ = _distances(side)
+
+    def edited(name: str) -> Bools:
+        """[n, 2], for the large and the small object."""
+        return np.stack([edits == EDITS.index(f"{name}_{thing}") for thing in OBJECTS], axis=1)
+
+    first = draw.below(len(hands))
+    second = (first + 1 + draw.below(len(hands) - 1)) % len(hands)
+    other = draw.below(len(hands) - 2)
+    for taken in (np.minimum(first, second), np.maximum(first, second)):
+        other = other + (other >= taken)
+    concepts = np.where(edited("replaced"), other[:, None], np.stack([first, second], axis=1))
+    vendors = np.stack([draw.below(hands.shape[1]) for _ in OBJECTS], axis=1)
+    steps = np.stack([1 + draw.below(hands.shape[1] - 1) for _ in OBJECTS], axis=1)
+    vendors = np.where(edited("redrawn"), (vendors + steps) % hands.shape[1], vendors)
+    hues, flips = _look(draw, len(OBJECTS))
+    turns = np.stack([2 + draw.below(2) for _ in OBJECTS], axis=1)  # by 30 degrees or more
+    hues = np.where(edited("recoloured"), (hues + turns) % len(HUES), hues)
+    sizes = _two_sizes(draw, side)
+    x, y, upright = _lay_out(draw, side, sizes)
+    room = side - 2 * margin - sizes + 1
+    leaps = np.stack([draw.between(_LEAP) for _ in OBJECTS], axis=1)
+    leaps = np.floor(leaps * room).astype(np.int64)
+    moved_x, moved_y = margin + (x - margin + leaps) % room, margin + (y - margin + leaps) % room
+    moved = edited("moved")
+    x = np.where(moved & ~upright[:, None], moved_x, x)
+    y = np.where(moved & upright[:, None], moved_y, y)
+    return _Plan(hands[concepts, vendors], hues, flips, np.where(edited("removed"), 0, sizes), x, y)
+
+
+@lru_cache(maxsize=128)
+def _weights(size: int) -> Floats:
+    """[T, 64]: overlap of each target pixel with each atlas pixel, in 1/T atlas pixels; rows sum to 64."""
+    target, source = np.arange(size)[:, None], np.arange(CELL)[None]
+    end = np.minimum(CELL * (target + 1), size * (source + 1))
+    overlap = np.maximum(end - np.maximum(CELL * target, size * source), 0)
+    return np.asarray(overlap, np.float32)
+
+
+def _shrink(cells: NDArray[np.uint8], size: int) -> Floats:
+    """[m, 64, 4, 64] -> [m, 4, T, T], premultiplied, 0 to 255, multiples of 1/4096."""
+    weights = _weights(size)
+    rows = cells.astype(np.float32) @ weights.T  # [m, 64, 4, T]
+    both = weights @ rows.reshape(len(cells), CELL, 4 * size)  # [m, T, 4 T]
+    scaled: Floats = both.reshape(-1, size, 4, size).transpose(0, 2, 1, 3) * np.float32(2**-12)
+    return np.ascontiguousarray(scaled)
+
+
+def _turn(colours: Floats, alpha: Floats, hues: Ints) -> Floats:
+    """Colours [m, 3, T, T] with their hue turned, no channel below 0 or above the cover."""
+    rows = np.array(list(HUES.values()), np.float32)[hues] * np.float32(2**-8)  # [m, 3]
+    a, b, c = (rows[:, k, None, None] for k in range(3))
+    red, green, blue = colours[:, 0], colours[:, 1], colours[:, 2]
+    cycles = ((red, green, blue), (green, blue, red), (blue, red, green))
+    turned = np.stack([x * a + y * b + z * c for x, y, z in cycles], axis=1)
+    clipped: Floats = np.clip(turned, 0, alpha[:, None])
+    return clipped
+
+
+def _grown(mask: Floats) -> Floats:
+    """Largest of the 3 x 3 neighbours of [m, P, P]."""
+    wide = mask.copy()
+    for axis in (1, 2):
+        last, first = [slice(None)] * 3, [slice(None)] * 3
+        last[axis], first[axis] = slice(1, None), slice(None, -1)
+        before = wide.copy()
+        wide[tuple(last)] = np.maximum(wide[tuple(last)], before[tuple(first)])
+        wide[tuple(first)] = np.maximum(wide[tuple(first)], before[tuple(last)])
+    return wide
+
+
+def _halo(alpha: Floats, colours: Floats, behind: Floats) -> Floats:
+    """How white the surroundings become, [m, P, P] from 0 to 1: the more, the less the object stands out.
+
+    Contrast is the difference in mean luminance of the object's rim and of what lies around it.
 
     Args:
-        draw: One row of numbers per image.
-        sources, spec, split: As elsewhere.
-        edits: int64 [n], positions in ``EDITS``.
+        alpha: [m, P, P], 0 to 1, with ``_REACH`` pixels around the object.
+        colours: [m, 3, P, P], premultiplied.
+        behind: [m, 3, P, P], the background.
     """
-    look, side, half = LOOKS[spec.variant], np.float32(spec.image_size), np.float32(0.5)
+    near = _grown(alpha)
+    far = _grown(near)
+    rim = alpha + _grown(np.float32(1) - alpha) - np.float32(1)
+    around = far - alpha
 
-    def edited(name: str) -> NDArray[np.bool_]:
-        chosen: NDArray[np.bool_] = edits == EDITS.index(name)
-        return chosen
+    def mean(channels: Floats, cover: Floats) -> Floats64:
+        """Of channels that are already weighed by the cover."""
+        light = (channels[:, 0] + channels[:, 1] + channels[:, 1] + channels[:, 2]) * np.float32(16)
+        total = np.floor(light).astype(np.int64).sum(axis=(1, 2))
+        area = np.floor(cover * np.float32(64)).astype(np.int64).sum(axis=(1, 2))
+        found: Floats64 = total / np.maximum(area, 1)
+        return found
 
-    plain = _backgrounds(draw, sources, split, spec.image_size, look)
-    other = _backgrounds(draw, sources, split, spec.image_size, look)
-    swap = edited(BACKGROUND)
-    canvas = np.where(swap[:, None, None, None], other[0], plain[0])
-    photos = np.where(swap[:, None], other[1], plain[1])
-    first = [draw.below(10), draw.below(10)]  # digit and colour of the left object
-    second = [(name + 1 + draw.below(9)) % 10 for name in first]  # and of the right one
-    owned = list(zip(first, second, strict=True))
-    masks, digits, colours, exemplars = [], [], [], []
-    columns = np.arange(spec.image_size) < spec.image_size // 2
-    free = (np.float32(0.5 - _MARGIN - _MIDDLE - _BOX[0]), np.float32(1 - 2 * _MARGIN - _BOX[1]))
-    for number, place in enumerate(OBJECTS):
-        digit, colour = owned[0][number], owned[1][number]
-        replaced, recoloured = edited(f"replaced_{place}"), edited(f"recoloured_{place}")
-        digit = np.where(replaced, _another(draw, *owned[0]), digit)
-        colour = np.where(recoloured, _another(draw, *owned[1]), colour)
-        words = [draw.unit() for _ in range(4)]
-        leap, moved = draw.between(_LEAP), edited(f"moved_{place}")
-        lower = words[1] + leap
-        u = np.where(moved, words[2], words[0])
-        v = np.where(moved, lower - np.floor(lower), words[1])
-        x = np.float32(_MARGIN + _BOX[0] / 2) + u * free[0]
-        x = np.where(np.full(len(x), place == OBJECTS[0]), x, np.float32(1) - x)
-        y = np.float32(_MARGIN + _BOX[1] / 2) + v * free[1]
-        exemplar = _choose(draw, sources, split, digit, slender=False)
-        upright = np.zeros(len(exemplar), np.float32)
-        w, h = _extents(sources, exemplar, np.full(len(exemplar), side, np.float32), upright)
-        fit = np.minimum(side * np.float32(_BOX[0]) / w, side * np.float32(_BOX[1]) / h).astype(np.float32)
-        thing = _Placed(exemplar, w * fit, h * fit, upright, (x * side).astype(np.float32), y * side)
-        there = (columns == (place == OBJECTS[0]))[None, None] & ~edited(f"removed_{place}")[:, None, None]
-        cover, shade = (layer * there for layer in _layers(sources, thing, spec.image_size, look))
-        canvas = _put(canvas, cover, shade, colour, draw.between((0.92, 1.0)))
-        masks.append(cover >= half)
-        digits.append(digit)
-        colours.append(colour)
-        exemplars.append(exemplar)
-    return _finish(canvas, masks, np.stack(digits, 1), np.stack(colours, 1), exemplars, photos)
+    contrast = np.abs(mean(colours * rim[:, None], alpha * rim) - mean(behind * around[:, None], around))
+    strength = np.clip((_ENOUGH - contrast) / (_ENOUGH - _LOW), 0, 1) * _HALO
+    spread: Floats = (near + far) * (strength.astype(np.float32) * np.float32(0.5))[:, None, None]
+    return spread
+
+
+def _put(world: _World, plan: _Plan, canvas: Floats, masks: Bools, boxes: Ints, size: int) -> None:
+    """Paint all objects of one size."""
+    rows, things = np.nonzero(plan.size == size)
+    x, y = plan.x[rows, things], plan.y[rows, things]
+    pixels = _shrink(world.cells[plan.drawing[rows, things]], size)
+    flip = plan.flip[rows, things]
+    pixels[flip] = pixels[flip][..., ::-1]
+    colours = _turn(pixels[:, :3], pixels[:, 3], plan.hue[rows, things])
+    alpha = pixels[:, 3] * np.float32(1 / 255)
+    inner, around = np.arange(size), np.arange(-_REACH, size + _REACH)
+    border = ((0, 0), (_REACH, _REACH), (_REACH, _REACH))
+    patch = (
+        rows[:, None, None, None],
+        np.arange(3)[None, :, None, None],
+        (y[:, None] + around)[:, None, :, None],
+        (x[:, None] + around)[:, None, None, :],
+    )
+    behind = canvas[patch]
+    cover, painted = np.pad(alpha, border), np.pad(colours, ((0, 0), *border))
+    halo = _halo(cover, painted, behind)[:, None]
+    one = np.float32(1)
+    lit = behind * (one - halo) + np.float32(255) * halo
+    canvas[patch] = lit * (one - cover[:, None]) + painted
+    solid = alpha >= np.float32(0.5)
+    ys, xs = (y[:, None] + inner)[:, :, None], (x[:, None] + inner)[:, None, :]
+    masks[rows[:, None, None], things[:, None, None], ys, xs] = solid
+    boxes[rows, things] = _boxes(solid, x, y)
+
+
+def _boxes(masks: Bools, x: Ints, y: Ints) -> Ints:
+    """x, y, width, height of the true pixels of [m, T, T] that lie at x and y; 0 where there are none."""
+    columns: Bools = np.any(masks, axis=1)
+    rows: Bools = np.any(masks, axis=2)
+    left, top, size = columns.argmax(axis=1), rows.argmax(axis=1), masks.shape[-1]
+    right, bottom = size - columns[:, ::-1].argmax(axis=1), size - rows[:, ::-1].argmax(axis=1)
+    found = np.stack([x + left, y + top, right - left, bottom - top], axis=1)
+    there: Bools = np.any(columns, axis=1)
+    return np.asarray(found * there[:, None], np.int64)
+
+
+def _render(world: _World, plan: _Plan, canvas: Floats, photos: Ints) -> Scenes:
+    """Paint a plan onto backgrounds [n, 3, S, S] and gather what is known."""
+    count, side = plan.size.shape, canvas.shape[-1]
+    masks, boxes = np.zeros((*count, side, side), np.bool_), np.zeros((*count, 4), np.int64)
+    for size in np.unique(plan.size[plan.size > 0]).tolist():
+        _put(world, plan, canvas, masks, boxes, size)
+    rounded = np.clip(np.floor(canvas + np.float32(0.5)), 0, 255).astype(np.uint8)
+    there = plan.size > 0
+    drawing = np.where(there, plan.drawing, -1)
+    known = world.drawings
+    return Scenes(
+        np.ascontiguousarray(rounded.transpose(0, 2, 3, 1)),
+        masks,
+        boxes,
+        np.where(there, known.concept[drawing], -1),
+        np.where(there, known.vendor[drawing], -1),
+        drawing,
+        np.where(there, plan.hue, -1),
+        np.where(boxes[..., 2] > 0, places_of(boxes, side), -1),
+        photos,
+    )
+
+
+def places_of(boxes: Ints, side: int) -> Ints:
+    """The cell of the 3 x 3 grid of local crops in which boxes [..., 4] have their centre, 0 to 8."""
+    borders = [round(2 * side * share) for share in _BORDERS]
+    twice = 2 * boxes[..., :2] + boxes[..., 2:]  # of the centre
+    cell = (twice >= borders[0]).astype(np.int64) + (twice >= borders[1])
+    return np.asarray(cell[..., 0] + 3 * cell[..., 1], np.int64)

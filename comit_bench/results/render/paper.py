@@ -48,6 +48,13 @@ TASKS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
         RELATIONS: ("relations-scenes", ("top1@16",)),
         OBJECTNESS: ("objectness-scenes", ("miou_top10", "miou_top20", "miou_top30", "miou_top40")),
     },
+    "drawings": {
+        RECONSTRUCTION: ("reconstruction-drawings", ("psnr",)),
+        RECOGNITION: ("recognition-drawings", ("top1",)),
+        PAIRS: ("pairs-drawings", ("mAP",)),
+        RELATIONS: ("relations-drawings", ("top1@16",)),
+        OBJECTNESS: ("objectness-drawings", ("miou_top10", "miou_top20", "miou_top30", "miou_top40")),
+    },
 }
 PROBES = (RECOGNITION, PAIRS, RELATIONS)
 NO_SREPA, NO_LOCAL_CROPS = "-no-srepa", "-no-local-crops"
