@@ -81,6 +81,7 @@ class Split:
         labels: By :attr:`OpenData.kind`, in the order of ``ids``. classes: int64 [n], positions in
             the class list. multilabel: bool [n, C]. relations: :class:`Triplets`. masks: paths [n].
         exif: Whether images are turned upright as their EXIF orientation says.
+        attributes: Name -> [n] texts: what else is known of every image; empty for most data sets.
         contents: sha256 of every image's file, 32 bytes each, same order; empty where nobody has looked.
         mask_contents: The same of every mask's file.
     """
@@ -90,6 +91,7 @@ class Split:
     paths: Sequence[Path]
     labels: Any
     exif: bool = False
+    attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
     contents: tuple[bytes, ...] = ()
     mask_contents: tuple[bytes, ...] = ()
 
@@ -109,6 +111,7 @@ class Split:
             ids=tuple(self.ids[i] for i in index),
             paths=paths.take(index),
             labels=self.labels[np.asarray(index, dtype=np.int64)] if plain else self.labels.take(index),
+            attributes={k: texts[np.asarray(index, dtype=np.int64)] for k, texts in self.attributes.items()},
             contents=tuple(self.contents[i] for i in index) if self.contents else (),
             mask_contents=tuple(self.mask_contents[i] for i in index) if self.mask_contents else (),
         )

@@ -40,7 +40,11 @@ def _takes(annotation: Any, kind: type) -> bool:
 
 
 class AttributesSpec(SpecModel):
-    """Parts of a class name that get their own accuracy, e.g. ``red_3`` -> colour, digit."""
+    """What gets a score of its own beside the class.
+
+    Parts of the class name, e.g. ``red_3`` -> colour, digit; kind ``retrieval`` also takes the names of
+    attributes that the data set knows (``Split.attributes``).
+    """
 
     separator: str = "_"
     fields: tuple[str, ...]

@@ -186,6 +186,17 @@ def score(
     return Result(metrics=metrics, details=details, outcomes=outcomes)
 
 
+def _parts(inputs: Inputs, labels: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Numbers [n] of the recipe's attributes: those that the data set knows, or parts of the class names."""
+    role, asked = inputs.roles["report"], inputs.spec.attributes
+    known = role.split.attributes
+    if asked is not None and all(name in known for name in asked.fields):
+        texts = {name: known[name][role.images] for name in asked.fields}
+        return {name: np.unique(column, return_inverse=True)[1] for name, column in texts.items()}
+    table = class_parts(inputs.data.classes, asked)
+    return {name: numbers.numpy()[labels] for name, numbers in table.items()}
+
+
 class Retrieval(Task):
     """Nearest neighbours by message."""
 
@@ -193,8 +204,7 @@ class Retrieval(Task):
         """See the module; the first process does it alone."""
         role, depths = inputs.roles["report"], inputs.spec.retrieval.k
         labels = np.asarray(role.split.labels[role.images], dtype=np.int64)
-        table = class_parts(inputs.data.classes, inputs.spec.attributes)
-        parts = {name: numbers.numpy()[labels] for name, numbers in table.items()}
+        parts = _parts(inputs, labels)
         named = [f"recall@{k}" for k in depths] + [f"{name}@{min(depths)}" for name in parts]
         ends = ("", STANDARDISED)
         check_main_metric(inputs.spec, dict.fromkeys(name + end for end in ends for name in named))

@@ -9,6 +9,10 @@ labels; ``labels`` of the recipe lists where they may lie, relative to the datas
   name per line *in devkit order*. That order is not the alphabetical one of ``LOC_synset_mapping.txt``
   and many ``synsets.txt``; an alphabetical file is refused, because it would permute all labels.
 
+``attributes.json`` in the data set's folder may say more about images of class folders than their class:
+``values`` gives the values that each attribute can have, ``images`` the numbers of an image's values, under
+``<split>/<id>``.
+
 A sample's id is ``<class>/<file name without suffix>`` in every layout. Ids, their order, all that is
 derived from ids, and fingerprints therefore agree between a flat and a foldered copy.
 
@@ -21,7 +25,7 @@ import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -47,9 +51,12 @@ from comit_bench.data.readers.common import (
 from comit_bench.data.readers.encoded import find_encoded, read_encoded
 from comit_bench.data.split import PathList, Split
 from comit_bench.errors import CorruptFileError, MissingError, UnsupportedOperation
+from comit_bench.recipes.reading import read_json
 from comit_bench.recipes.specs import DatasetSpec, Recipe
 
 _log = logging.getLogger(__name__)
+
+ATTRIBUTES = "attributes.json"
 
 Reading = tuple[tuple[str, ...], dict[str, Split], dict[str, str]]
 Listing = tuple[list["_Sample"], dict[str, str]]
@@ -98,7 +105,24 @@ def read_class_folders(
     for name, source in encoded.items():
         labels_of_flat = partial(reader.labels_of_flat, name, places[name])
         splits[name] = read_encoded(name, source, classes, labels_of_flat)
-    return classes, {n: splits[n] for n in spec.splits}, missing
+    with_more = {n: _with_attributes(splits[n], folder / ATTRIBUTES) for n in spec.splits}
+    return classes, with_more, missing
+
+
+def _with_attributes(split: Split, path: Path) -> Split:
+    """The split with what the file says of its images; unchanged without such a file."""
+    if not path.is_file():
+        return split
+    content = read_json(path)
+    try:
+        rows = [content["images"][f"{split.name}/{one}"] for one in split.ids]
+        columns = zip(content["values"].items(), zip(*rows, strict=True), strict=True)
+        found = {name: np.array(texts)[list(column)] for (name, texts), column in columns if rows}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{path}: does not describe the images of {split.name!r} ({error!r})"
+        ) from error
+    return replace(split, attributes=found)
 
 
 def _as_splits(

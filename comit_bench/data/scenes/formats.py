@@ -3,7 +3,8 @@
 =============  ==========================================================================
 layout         tree
 =============  ==========================================================================
-recognition    ``train/cat/00042.png``, ``val/...``: class folders; digits: ``train/red_3/...``
+recognition    ``train/cat/00042.png``, ``val/...``: class folders; digits: ``train/red_3/...``;
+               drawings: ``attributes.json`` with vendor, place and hue of each
 pairs          ``annotations/instances_{train,val}.json`` (COCO), ``train/``, ``val/``
 relations      ``relationships.json``, ``image_data.json`` (Visual Genome), ``VG_100K/`` holding the
                train images and ``VG_100K_2/`` the val images, ``splits/{train,val}.json`` id lists
@@ -114,6 +115,8 @@ def paint_files(
         if spec.layout == "objectness":
             mask = scenes.masks[row].any(axis=0)
             files[f"ground_truth_mask/{index + 1:04d}.png"] = mask.astype(np.uint8) * np.uint8(255)
+        elif spec.layout == "recognition" and spec.name == "drawings":
+            record = {"id": path.removesuffix(".png"), "attributes": painting.attributes_of(scenes, row)}
         elif spec.layout not in ("recognition", "counterfactual"):
             record = {"id": _image_id(spec, split, index), "path": path, "objects": _objects(scenes, row)}
         yield files, record
@@ -204,6 +207,9 @@ def label_files(spec: GeneratorSpec, records: dict[str, list[dict[str, Any]]]) -
     if spec.layout == "relations":
         lists = {f"splits/{split}.json": [r["id"] for r in records[split]] for split in records}
         return _visual_genome(spec, records["train"] + records["val"]) | lists
+    if spec.layout == "recognition" and spec.name == "drawings":
+        every = {r["id"]: r["attributes"] for r in records["train"] + records["val"]}
+        return {"attributes.json": {"values": painting.attribute_values(), "images": every}}
     return {}
 
 

@@ -54,7 +54,7 @@ PLACES = tuple(
 _BORDERS = (11 / 32, 21 / 32)  # between the places: the middles of where the nine local crops overlap
 
 # Longer side of an object, and distances, in 64ths of the image side.
-_BIG, _CROP, _SALIENT = (40, 56), (20, 28), (24, 52)
+_BIG, _CROP, _SALIENT = (50, 60), (20, 28), (24, 52)
 _DIFFERENT = ((26, 30), (18, 21))  # two objects of clearly different size
 _MARGIN, _GAP = 2, 4  # to the image's border, between two objects; both in whole pixels at least
 _REACH = 2  # pixels that a halo reaches
@@ -219,6 +219,20 @@ def categories() -> tuple[str, ...]:
 def class_name(scenes: Scenes, row: int) -> str:
     """Class folder of an image with one object."""
     return scenes.name(row, 0)
+
+
+def attribute_values() -> dict[str, tuple[str, ...]]:
+    """Attribute of an object -> the values that it can have."""
+    return {
+        "vendor": tuple(vendor.name for vendor in load_drawings().vendors),
+        "place": PLACES,
+        "hue": HUE_NAMES,
+    }
+
+
+def attributes_of(scenes: Scenes, row: int) -> list[int]:
+    """Numbers of the values that an image with one object has, in the order of :func:`attribute_values`."""
+    return [int(values[row, 0]) for values in (scenes.vendors, scenes.places, scenes.hues)]
 
 
 def _scaled(span: tuple[int, int], side: int) -> tuple[int, int]:
