@@ -119,9 +119,7 @@ def _with_attributes(split: Split, path: Path) -> Split:
         columns = zip(content["values"].items(), zip(*rows, strict=True), strict=True)
         found = {name: np.array(texts)[list(column)] for (name, texts), column in columns if rows}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(
-            f"{path}: does not describe the images of {split.name!r} ({error!r})"
-        ) from error
+        raise CorruptFileError(f"{path}: does not describe all images of {split.name} ({error!r})") from error
     return replace(split, attributes=found)
 
 
