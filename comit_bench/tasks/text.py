@@ -135,7 +135,7 @@ def table_vectors(texts: Sequence[str]) -> Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(TABLE_FILE, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(TABLE_FILE, framework="pt") as file:
             place = {text: row for row, text in enumerate(json.loads(file.metadata()["texts"]))}
             vectors: Tensor = file.get_tensor("vectors").float()
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

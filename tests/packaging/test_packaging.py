@@ -112,12 +112,20 @@ def test_the_wheel_carries_every_recipe_and_nothing_private(
         path.relative_to(source).as_posix() for path in source.glob("comit_bench/tokenizers/*/README.md")
     }
     assert "comit_bench/tokenizers/comit/README.md" in methods and methods | {"comit_bench/py.typed"} <= names
+    drawn = {
+        path.relative_to(source).as_posix()
+        for path in (source / "comit_bench/data/scenes/atlas").rglob("*")
+        if path.is_file()
+    }
+    assert len(drawn) >= 20 and drawn | {"comit_bench/tasks/minilm-table.safetensors"} <= names
 
 
 def test_the_sdist_is_complete_and_holds_nothing_private(source: Path, archives: tuple[Path, Path]) -> None:
     with tarfile.open(archives[0]) as sdist:
         names = {member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()}
-    assert recipe_files(source) | {"LICENSE", "README.md", "pyproject.toml"} <= names
+    assert (
+        recipe_files(source) | {"LICENSE", "THIRD_PARTY_LICENSES.md", "README.md", "pyproject.toml"} <= names
+    )
     assert not [name for name in names if name.startswith(("results/records", "results/tables", "build"))]
 
 
@@ -127,9 +135,10 @@ def test_metadata(archives: tuple[Path, Path]) -> None:
         metadata = message_from_string(wheel.read(f"{info}/METADATA").decode())
         scripts = wheel.read(f"{info}/entry_points.txt").decode()
         licence = wheel.read(f"{info}/licenses/LICENSE").decode()
+        others = wheel.read(f"{info}/licenses/THIRD_PARTY_LICENSES.md").decode()
     assert (metadata["Name"], metadata["Version"]) == ("comit-bench", comit_bench.__version__)
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("Apache-2.0", ">=3.11")
-    assert "Apache License" in licence
+    assert "Apache License" in licence and "Twemoji" in others
     assert "comit-bench = comit_bench.commands.app:main" in scripts
 
 
