@@ -13,6 +13,7 @@ from comit_bench.data.splitting import holdout
 from comit_bench.pipeline.jobs import Job, Settings
 from comit_bench.pipeline.messages import ENCODE_SEED, policy_of
 from comit_bench.pipeline.session import Session
+from comit_bench.probing import stem
 from comit_bench.recipes.specs import check_fit
 from comit_bench.tasks.base import Inputs, Role, find_task
 from comit_bench.tokenizers.base import Tokenizer
@@ -106,6 +107,8 @@ def protocol_of(job: Job, tokenizer: Tokenizer | None, inputs: Inputs, settings:
             "options": dict(info.options),
             "encode_seed": ENCODE_SEED,
         }
+        if info.stem and spec.task_kind.probed:
+            protocol["tokenizer"]["stem"] = {"name": info.stem, "version": stem.VERSION}
         decoder = getattr(tokenizer, "decode_options", None)
         if decoder and spec.task_kind.decodes:
             protocol["tokenizer"]["decode"] = dict(decoder)

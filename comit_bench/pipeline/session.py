@@ -152,7 +152,11 @@ def why_not(job: Job, tokenizer: Tokenizer | None) -> str | None:
             f"it is fitted on training images, and {job.dataset.spec.name} has no split "
             f"{spec.split.train!r} (it has {', '.join(splits)})"
         )
-    return None if tokenizer is None else find_task(spec).refuses(spec, tokenizer)
+    if tokenizer is None:
+        return None
+    if tokenizer.info.stem and not spec.task_kind.probed:
+        return f"its tokens are pixels, its network belongs to a probe, and {spec.kind} fits none"
+    return find_task(spec).refuses(spec, tokenizer)
 
 
 def refuse(job: Job, tokenizer: Tokenizer | None) -> None:

@@ -255,6 +255,7 @@ class FitTask:
         positions: False is the control ``bag-of-tokens``: the probe gets no positions.
         standardise: Whether every dimension of the codes is brought to mean 0 and deviation 1 over the
             training messages, so that the size of codes decides nothing.
+        stem: Whether the probe learns a convolutional network in front (``comit_bench.probing.stem``).
     """
 
     spec: ProbeSpec
@@ -266,6 +267,7 @@ class FitTask:
     permute_targets: bool = False
     positions: bool = True
     standardise: bool = True
+    stem: bool = False
 
     def check(self) -> None:
         """Refuse empty splits."""
@@ -394,6 +396,7 @@ def build_probe(
     seed: int,
     positions: bool = True,
     extra: tuple[int, int] | None = None,
+    stem: bool = False,
 ) -> Probe:
     """The untrained probe of a recipe.
 
@@ -404,6 +407,7 @@ def build_probe(
         seed: Probe seed; decides the initial weights.
         positions: Whether it knows where a token stands.
         extra: Number and length of the vectors appended to the message, or None.
+        stem: Whether a convolutional network stands in front.
     """
     return Probe(
         message_length=code_shape[0],
@@ -416,6 +420,7 @@ def build_probe(
         positions=positions,
         types=2 + (extra[0] if extra else 0),
         extra_dim=extra[1] if extra else None,
+        stem=stem,
         generator=keyed_generator("probe-init", seed),
     )
 
@@ -508,7 +513,12 @@ class _LabelFit(Fit):
             self.train.targets, self.stop.targets = shuffled
         shape = task.train.code_shape()
         probe = build_probe(
-            task.spec, code_shape=shape, outputs=task.outputs, seed=seed, positions=task.positions
+            task.spec,
+            code_shape=shape,
+            outputs=task.outputs,
+            seed=seed,
+            positions=task.positions,
+            stem=task.stem,
         )
         super().__init__(task, probe, seed, device)
 

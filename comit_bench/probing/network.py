@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.probing.stem import ConvStem
+
 CLS_TYPE = 0
 MESSAGE_TYPE = 1
 
@@ -113,10 +115,12 @@ class Probe(nn.Module):
         types: 2 ([CLS] and message) plus one per appended token.
         extra_dim: Length of an appended vector; needed exactly when ``types`` exceeds 2.
         positions: False leaves the positions out: the probe reads a message as an unordered bag.
+        stem: Whether a :class:`~comit_bench.probing.stem.ConvStem` is learned in front.
         generator: CPU generator of the initial weights.
 
     Raises:
         ValueError: Width and heads do not fit, or ``types`` and ``extra_dim`` contradict each other.
+        UsageError: A stem, and tokens that are no patches of an image.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Probe(nn.Module):
         types: int = 2,
         extra_dim: int | None = None,
         positions: bool = True,
+        stem: bool = False,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -142,9 +147,12 @@ class Probe(nn.Module):
                 f"types={types} with extra_dim={extra_dim}: give extra_dim for types above 2, "
                 "one type for each appended token, and neither otherwise"
             )
-        self.message_length = message_length
         self.extra_tokens = types - 2
         with torch.device("meta"):  # torch's own initialisation would draw from the global state
+            self.stem = ConvStem(message_length, code_dim) if stem else None
+            if self.stem is not None:
+                message_length, code_dim = self.stem.message_length, self.stem.code_dim
+            self.message_length = message_length
             self.project = nn.Linear(code_dim, width)
             self.project_extra = nn.ModuleList(
                 nn.Linear(extra_dim, width) for _ in range(types - 2) if extra_dim is not None
@@ -176,7 +184,7 @@ class Probe(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                std = parameter.shape[1] ** -0.5 if name.endswith("weight") else 1.0
+                std = parameter[0].numel() ** -0.5 if name.endswith("weight") else 1.0
                 drawn = torch.empty(parameter.shape)
                 nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
                 parameter.copy_(drawn)
@@ -188,6 +196,8 @@ class Probe(nn.Module):
             codes: float [B, K, d].
             extra: float [B, E, extra_dim] with E = ``types`` - 2, or None when E is 0.
         """
+        if self.stem is not None:
+            codes = self.stem(codes)
         count = 0 if extra is None else extra.shape[1]
         if codes.shape[1] != self.message_length or count != self.extra_tokens:
             raise ValueError(

@@ -156,12 +156,24 @@ class Inputs:
 
     @property
     def probing(self) -> dict[str, Any]:
-        """Fields of a ``FitTask`` that recipe and control decide."""
+        """Fields of a ``FitTask`` that recipe, control and tokenizer decide.
+
+        Raises:
+            UsageError: A control that does not exist.
+            UnsupportedOperation: ``bag-of-tokens`` and a stem, which reads places.
+        """
         check_control(self.control)
+        stem = self.tokenizer is not None and bool(self.tokenizer.info.stem)
+        if stem and self.control == "bag-of-tokens":
+            raise UnsupportedOperation(
+                f"{self.the_tokenizer().info.name} is left out of {self.spec.name} under bag-of-tokens: its "
+                "convolutions read where a patch stands. shuffle-tokens moves the patches instead."
+            )
         return {
             "spec": self.spec.probe,
             "permute_targets": self.control == "permute-labels",
             "positions": self.control != "bag-of-tokens",
+            "stem": stem,
         }
 
     def fit(self, task: FitTask) -> Fitted:

@@ -176,6 +176,7 @@ class _Fit(Fit):
             seed=seed,
             positions=task.positions,
             extra=(3, int(task.objects.shape[1])),
+            stem=task.stem,
         )
         # The same for all candidates: it has no gradient but rounding, which Adam would blow up.
         probe.head.bias.requires_grad_(False)

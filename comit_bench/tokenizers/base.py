@@ -32,6 +32,7 @@ tile_rows: ContextVar[int] = ContextVar("tile_rows", default=TILE)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LATENTS = ("codes", "prequant", "raw")  # see HasHiddenFeatures
+STEMS = ("", "cnn")  # see TokenizerInfo
 POSTERIORS = ("mode", "sample")  # what is taken of a VAE's
 Streams = Sequence[torch.Generator] | None  # of random numbers: one CPU generator per image
 
@@ -64,6 +65,8 @@ class TokenizerInfo:
             Empty: the source of the tokenizer's class is digested instead.
         group: Name that trainings of one recipe with several seeds have in common; empty for a training that
             stands alone. Part of no key and no protocol.
+        stem: ``cnn``: tokens are patches of pixels, and probes learn a convolutional network in front of
+            their input layer. Empty: none. Part of the protocol, not of the tokens' key.
     """
 
     name: str
@@ -85,6 +88,7 @@ class TokenizerInfo:
     configuration: str = ""
     version: str = ""
     group: str = ""
+    stem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.tokenizers.base import Tokenizer, TokenizerInfo, Tokens
+from comit_bench.tokenizers.base import STEMS, Tokenizer, TokenizerInfo, Tokens
+from comit_bench.tokenizers.pixels import patch_sides
 
 KINDS = ("learned", "baseline", "reference")
 CONTRACT = "see comit_bench/tokenizers/base.py"
@@ -47,10 +48,13 @@ def check_tokenizer(tokenizer: Any, who: str) -> None:
     }
     wrong = [f"{name} {getattr(info, name)!r}" for name, n in counts.items() if not _is_whole(n) or n < 1]
     wrong += [f"kind {info.kind!r} (one of {', '.join(KINDS)})"] if info.kind not in KINDS else []
+    wrong += [f"stem {info.stem!r} (one of {', '.join(map(repr, STEMS))})"] if info.stem not in STEMS else []
     texts = ("name", "family", "weights", "preprocessing")
     wrong += [f"{n} {getattr(info, n)!r}" for n in texts if not str(getattr(info, n) or "").strip()]
     if wrong:
         raise UsageError(f"{who}: its info has {'; '.join(wrong)}; {CONTRACT}.")
+    if info.stem:
+        patch_sides(info.message_length, info.code_dim, who)
 
 
 def _is_whole(value: object) -> bool:

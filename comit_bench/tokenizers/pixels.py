@@ -1,8 +1,12 @@
-"""``pixel-oracle``: the raw patches of an image as its "tokens". A reference, not a tokenizer to beat.
+"""``pixel-oracle`` and ``supervised-cnn``: the raw patches of an image as its "tokens". References.
 
-It loses nothing, so a probe on it shows what the probe, the data and the budget can read at all: every
-score of a real tokenizer lies between the majority class and this row. Unusual: there is no vocabulary
-(``ids`` is None), and ``decode`` is the exact inverse of ``encode``.
+Patches lose nothing, so ``pixel-oracle`` shows what the probe of the protocol reads from pixels with these
+data and this budget. It is no ceiling: a message can be easier to read than pixels. ``supervised-cnn`` is
+the same patches with a small convolutional network in front of the probe, trained from scratch with the
+task's labels (``comit_bench/probing/stem.py``): how far plain supervised learning gets with these data. It
+is no ceiling either. Both share one store of tokens.
+
+Unusual: there is no vocabulary (``ids`` is None), and ``decode`` is the exact inverse of ``encode``.
 
 Shape legend: ``B`` batch, ``K`` patches per image in raster order, ``p`` patch side, ``S`` image side,
 ``d`` = 3 p p, the values of one patch ordered (channel, row, column).
@@ -10,6 +14,7 @@ Shape legend: ``B`` batch, ``K`` patches per image in raster order, ``p`` patch 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
@@ -32,6 +37,7 @@ from comit_bench.tokenizers.base import (
 from comit_bench.tokenizers.identity import configuration_digest
 
 VERSION = "1"  # raised when the same weights and configuration may give other ids
+SUPERVISED = "supervised-cnn"
 
 
 class _Options(TypedDict, total=False):
@@ -62,6 +68,27 @@ def check_grid(resolution: int, patch: int) -> int:
             f"or one of the patches that tile {resolution} pixels: {', '.join(sides) or 'none'}"
         )
     return resolution // patch
+
+
+def patch_sides(message_length: int, code_dim: int, who: str) -> tuple[int, int]:
+    """Patches per side, and side of a patch in pixels, of K tokens of length d as a square image.
+
+    Args:
+        message_length: K.
+        code_dim: d.
+        who: Named in errors.
+
+    Raises:
+        UsageError: K is no square number, or d not three times one.
+    """
+    grid, patch = math.isqrt(message_length), math.isqrt(code_dim // 3)
+    if grid * grid != message_length or 3 * patch * patch != code_dim:
+        raise UsageError(
+            f"{who}: stem 'cnn' lays tokens out as a square image of RGB patches, so it needs a square "
+            f"number of tokens (16, 64, ...) of 3 x side x side values (48, 192, ...); got {message_length} "
+            f"tokens of {code_dim} values. Leave info.stem empty for tokens that are no pixels."
+        )
+    return grid, patch
 
 
 def to_patches(images: Tensor, patch: int) -> Tensor:
@@ -96,6 +123,7 @@ class PixelOracleTokenizer:
         resolution: Side of the images, in pixels; a multiple of ``patch``.
         patch: Side of one patch, in pixels.
         device: Where codes are returned.
+        supervised: It is ``supervised-cnn``, whose probes learn a convolutional network in front.
 
     Raises:
         UsageError: The patches do not tile the image.
@@ -103,12 +131,19 @@ class PixelOracleTokenizer:
 
     decodes_with_noise = False
 
-    def __init__(self, *, resolution: int = 32, patch: int = 8, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        *,
+        resolution: int = 32,
+        patch: int = 8,
+        device: torch.device | str = "cpu",
+        supervised: bool = False,
+    ) -> None:
         grid = check_grid(resolution, patch)
         self.patch = patch
         self.device = torch.device(device)
         self.info = TokenizerInfo(
-            name="pixel-oracle",
+            name=SUPERVISED if supervised else "pixel-oracle",
             family="pixel-oracle",
             kind="reference",
             weights="none",
@@ -118,11 +153,12 @@ class PixelOracleTokenizer:
             code_dim=3 * patch * patch,
             resolution=resolution,
             preprocessing=f"center_crop|resize({resolution},bilinear)",
-            training_data="none",
+            training_data="labels of the train split" if supervised else "none",
             weights_licence="none",
             options={"patch": str(patch)},
             configuration=configuration_digest({"patch": patch, "resolution": resolution}),
             version=VERSION,
+            stem="cnn" if supervised else "",
         )
 
     def encode(self, images_u8: Tensor, *, policy: str | None = None, generators: Streams = None) -> Tokens:
@@ -154,6 +190,6 @@ def load(
     seed: int = 0,
     **options: Unpack[_Options],
 ) -> PixelOracleTokenizer:
-    """Build the oracle from ``patch`` and ``resolution``, in pixels; it has no weights."""
+    """Build the reference ``name`` from ``patch`` and ``resolution``, in pixels; it has no weights."""
     refuse_unknown(options, _Options.__annotations__, name)
-    return PixelOracleTokenizer(device=device, **options)
+    return PixelOracleTokenizer(supervised=name.lower() == SUPERVISED, device=device, **options)

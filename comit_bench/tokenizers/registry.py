@@ -53,6 +53,12 @@ PIXELS = Family(
     drawings_options=(("resolution", 64), ("patch", 8)),
     presets=(
         Preset(name="pixel-oracle", source=NoWeights("none needed"), parameters=0.0, message_length=16),
+        Preset(
+            name="supervised-cnn",
+            source=NoWeights("trained with every task's labels"),
+            parameters=0.0,
+            message_length=16,
+        ),
     ),
 )
 FAMILIES = (COMIT, TITOK, VQ_GRID, FLEXTOK, VQMODEL, ALIT, SELFTOK, KMEANS, PIXELS)

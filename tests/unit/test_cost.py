@@ -19,7 +19,8 @@ from comit_bench.tokenizers.registry import builtin, find_tokenizer
 
 TABLE = Path(__file__).parents[2] / "results" / "reference" / "cost.md"
 CHEAP = ("comit-nano", "titok-nano", "titok-s-128", "titok-l-32", "vq-grid-nano", "alit-small")
-NO_NETWORK = {"vqmodel", "kmeans-patch", "pixel-oracle"}  # the first is a name for other people's networks
+# The first is a name for other people's networks.
+NO_NETWORK = {"vqmodel", "kmeans-patch", "pixel-oracle", "supervised-cnn"}
 
 
 def committed() -> dict[str, list[str]]:

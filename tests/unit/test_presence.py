@@ -40,7 +40,7 @@ def test_everything_that_can_be_had_is_listed_once(hub: Path) -> None:
     beside = {"selftok-512-renderer", "selftok-1024-renderer", *VAES}
     assert states.keys() == builtin().keys() | beside
     nothing = {name for name, state in states.items() if state == "-"}
-    assert nothing == {"vqmodel", "kmeans-patch", "pixel-oracle", "comit-nano-untrained"}
+    assert nothing == {"vqmodel", "kmeans-patch", "pixel-oracle", "supervised-cnn", "comit-nano-untrained"}
     shipped = {name for name, state in states.items() if state == "yes"}
     assert shipped == {"comit-nano", "comit-nano-no-srepa", "comit-nano-no-local-crops", *NANO}
 
