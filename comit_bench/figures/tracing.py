@@ -19,7 +19,7 @@ from comit_bench.figures.inputs import Images, generators, noise_seeds, progress
 from comit_bench.tokenizers.base import TILE
 from comit_bench.tokenizers.comit.adapter import ComitTokenizer
 from comit_bench.tokenizers.comit.codec import locate, noise_from_generators, to_uint8
-from comit_bench.tokenizers.comit.crops import GLOBAL, GRID, CropGeometry, CropPolicy
+from comit_bench.tokenizers.comit.crops import CropGeometry, CropPolicy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,8 +144,5 @@ def one_step_images(
 
 def boxes(trace: Trace, geometry: CropGeometry) -> NDArray[np.int64]:
     """Frames of all crops of a trace in pixels: int64 [K, n, 3] of (left, top, side)."""
-    side, cells = trace.one_step.shape[-1], trace.cells.numpy()
-    stride = geometry.stride(side)
-    local = (cells % GRID * stride, cells // GRID * stride, np.full_like(cells, geometry.crop))
-    whole = np.array((0, 0, side), dtype=np.int64)
-    return np.where((cells == GLOBAL)[..., None], whole, np.stack(local, axis=-1))
+    frames: NDArray[np.int64] = geometry.boxes(trace.one_step.shape[-1])[trace.cells + 1].numpy()
+    return frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from comit_bench.tokenizers.registry import tokenizers as known_tokenizers
 
 OptionValue = str | int | float
 Overwrite = Literal["always", "never", "only-missing"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,14 +234,16 @@ def make_jobs(tokenizers: Sequence[str | Tokenizer], tasks: Sequence[str], setti
         if not isinstance(one, str | Reference):
             check_tokenizer(one, "the tokenizer that was handed over")
     check_options(who, settings.options)
-    rows = [
-        (one, policy) for one in who for policy in (settings.policies if takes_policies(one) else (None,))
-    ]
+    policies = {id(one): settings.policies if takes_policies(one) else (None,) for one in who}
+    own_crops = dict.fromkeys(task.spec.name for task in chosen if task.spec.task_kind.own_crops)
+    if own_crops and settings.policy is not None:
+        _log.warning("%s says itself which crops it looks at: --policy is ignored", ", ".join(own_crops))
     data = [dataset_of(task, datasets) for task in chosen]
     jobs = [
         Job(one, task, d, policy)
         for task, d in zip(chosen, data, strict=True)
-        for one, policy in rows
+        for one in who
+        for policy in ((None,) if task.spec.name in own_crops else policies[id(one)])
         if not isinstance(one, Reference) or one.takes(task.spec.task_kind)
     ]
     if not jobs:

@@ -120,6 +120,18 @@ class ReconstructionSpec(SpecModel):
         return self
 
 
+class GatherSpec(SpecModel):
+    """What a message gains with each crop (kind ``gather``).
+
+    Attributes:
+        full: Whether messages that are metrics are also decoded with the tokenizer's own settings.
+        count: As for kind ``reconstruction``.
+    """
+
+    full: bool = False
+    count: Annotated[int, Field(ge=2)] | None = None
+
+
 class ObjectnessSpec(SpecModel):
     """Which attention maps are compared with the object's mask, and how (kind ``objectness``).
 

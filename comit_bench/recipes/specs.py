@@ -35,6 +35,7 @@ from comit_bench.recipes.kinds import (
     AttributesSpec,
     CodebookSpec,
     CounterfactualSpec,
+    GatherSpec,
     Line,
     NegativesSpec,
     ObjectnessSpec,
@@ -114,6 +115,7 @@ class TaskKind:
         decodes: Whether images are decoded, so that the decoder's settings are part of the protocol.
         blind: Whether the probe reads a question beside the message, so that one without a message can
             answer: it is the row ``blind``.
+        own_crops: Whether the task says which crops are looked at, so that ``--policy`` means nothing to it.
     """
 
     task: str
@@ -123,6 +125,7 @@ class TaskKind:
     probed: bool = True
     decodes: bool = False
     blind: bool = False
+    own_crops: bool = False
 
     def takes(self, data: str) -> bool:
         """Whether a data set of this kind can be used."""
@@ -145,6 +148,15 @@ KINDS = {
     "multilabel": _probed("multilabel:Multilabel", "multilabel", "top5"),
     "relations": _probed("relations:Relations", "relations", "top1@4", "negatives", "text", blind=True),
     "reconstruction": _unprobed("reconstruction:Reconstruction", "", "psnr", "reconstruction", decodes=True),
+    "gather": TaskKind(
+        "comit_bench.tasks.gather:Gather",
+        (),
+        "gather_gain",
+        frozenset({"gather"}),
+        probed=False,
+        decodes=True,
+        own_crops=True,
+    ),
     "objectness": _unprobed("objectness:Objectness", "masks", "miou_top20", "objectness", decodes=True),
     "retrieval": _unprobed("retrieval:Retrieval", "classes", "recall@1", "retrieval", "attributes"),
     "codebook": _unprobed("codebook:Codebook", "", "perplexity", "codebook"),
@@ -223,6 +235,7 @@ class TaskSpec(SpecModel):
     negatives: NegativesSpec = NegativesSpec()
     text: TextSpec = TextSpec()
     reconstruction: ReconstructionSpec = ReconstructionSpec()
+    gather: GatherSpec = GatherSpec()
     objectness: ObjectnessSpec = ObjectnessSpec()
     retrieval: RetrievalSpec = RetrievalSpec()
     codebook: CodebookSpec = CodebookSpec()

@@ -71,18 +71,8 @@ class Reconstruction(Task):
 
     def protocol(self, inputs: Inputs) -> dict[str, Any]:
         """Resolution, view and number of images are the column's, not only the tokenizer's."""
-        section, info = inputs.spec.reconstruction, inputs.the_tokenizer().info
-        images = len(inputs.roles["report"])
-        images = images if section.count is None else min(images, section.count)
-        protocol: dict[str, Any] = {
-            "column": f"{info.resolution} px, {images} images",
-            "images": images,
-            "resolution": info.resolution,
-            "view": view_of(
-                inputs.roles["report"].split.preprocessing(info.preprocessing), inputs.roles["report"]
-            ),
-            "psnr_cap": similarity.PSNR_CAP,
-        }
+        section = inputs.spec.reconstruction
+        protocol = pixel_protocol(inputs, section.count)
         if section.features is not None:
             protocol["features"] = perceptual.feature_identity(section.features)
         if section.kid:
@@ -115,7 +105,7 @@ class Reconstruction(Task):
     def run(self, inputs: Inputs) -> Result | None:
         """Decode everything, once per noise seed where there is noise, and compare."""
         inputs.check()
-        role = _first(inputs.roles["report"], inputs.spec.reconstruction.count)
+        role = first_images(inputs.roles["report"], inputs.spec.reconstruction.count)
         meter = _Meter.of(inputs, role)
         runs = []
         seeds = inputs.seeds if decodes_with_noise(inputs.the_tokenizer()) else inputs.seeds[:1]
@@ -127,6 +117,19 @@ class Reconstruction(Task):
             if number == 0:
                 meter.keep_reference(runs[0])
         return _result(meter, runs) if inputs.ranks.first else None
+
+
+def pixel_protocol(inputs: Inputs, count: int | None) -> dict[str, Any]:
+    """What numbers about pixels must have in common; ``count`` is the most images, None is all."""
+    role, info = inputs.roles["report"], inputs.the_tokenizer().info
+    images = len(role) if count is None else min(len(role), count)
+    return {
+        "column": f"{info.resolution} px, {images} images",
+        "images": images,
+        "resolution": info.resolution,
+        "view": view_of(role.split.preprocessing(info.preprocessing), role),
+        "psnr_cap": similarity.PSNR_CAP,
+    }
 
 
 def view_of(preprocessing: str, role: Role) -> str:
@@ -155,7 +158,7 @@ def _all_squares(role: Role, side: int) -> bool:
     return all(image_size(role.split.paths, int(index)) in (None, (side, side)) for index in role.images)
 
 
-def _first(role: Role, count: int | None) -> Role:
+def first_images(role: Role, count: int | None) -> Role:
     """The ``count`` first images in the order of a hash of their ids; broken ones are gone already."""
     if count is None or count >= len(role):
         return role
@@ -277,7 +280,7 @@ class _Meter:
             decoded.append(self.decode(batch, seed))
             images.append(batch.images.to(decoded[-1].device, non_blocking=True))
         one, two = torch.cat(images), torch.cat(decoded)
-        columns: dict[str, Tensor] = {"psnr": similarity.psnr(one, two), "moments": _moments(one)}
+        columns: dict[str, Tensor] = {"psnr": similarity.psnr(one, two), "moments": moments(one)}
         if self.spec.ssim:
             columns["ssim"] = similarity.ssim(one, two)
         if self.lpips is not None:
@@ -311,7 +314,7 @@ class _Meter:
             save_columns(self.reference_path, run.originals.columns())
 
 
-def _moments(images: Tensor) -> Tensor:
+def moments(images: Tensor) -> Tensor:
     """int64 [B, 2, 3]: sums over pixels, and sums of squares, per colour channel."""
     values = images.long().flatten(2)
     return torch.stack([values.sum(dim=2), values.square().sum(dim=2)], dim=1)

@@ -220,6 +220,55 @@ def looks_at_crops(tokenizer: object) -> TypeGuard[LooksAtCrops]:
     return callable(getattr(tokenizer, "policy", None))
 
 
+@dataclass(frozen=True, slots=True)
+class CropStep:
+    """Messages after one more crop.
+
+    Attributes:
+        tokens: B messages, as ``encode`` makes them under a policy that stops here.
+        boxes: int64 [B, 3], (left, top, side) in pixels of the crop that each has seen last.
+    """
+
+    tokens: Tokens
+    boxes: Tensor
+
+
+@runtime_checkable
+class Gathers(Tokenizer, LooksAtCrops, Protocol):
+    """A tokenizer whose message grows crop by crop and says something after each.
+
+    Task ``gather`` asks for the policies ``random:9`` and ``global+random:10``: nine local crops in a random
+    order of each image's own, without and after the whole image.
+    """
+
+    def encode_by_crop(
+        self, images_u8: Tensor, *, policy: str, generators: Streams = None, later: Tensor | None = None
+    ) -> list[CropStep]:
+        """Messages of uint8 [B, 3, S, S] after every crop of a policy, from one encoding.
+
+        Args:
+            images_u8: As for ``encode``.
+            policy: Must not be adaptive with ``later``.
+            generators: As for ``encode``.
+            later: uint8 [B, 3, S, S]; all crops after the first are cut out of these, at the same places.
+        """
+        ...
+
+    def decode_one_step(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """What a message says without inventing what it leaves open: uint8 [B, 3, S, S].
+
+        A flow takes one step from noise and is blurred where the message is silent; a decoder of a single
+        pass decodes. Seeds are those of ``decode``.
+        """
+        ...
+
+
+def gathers(tokenizer: object) -> TypeGuard[Gathers]:
+    """Whether a tokenizer is a :class:`Gathers`, also one that hands calls on to another."""
+    parts = ("policy", "encode_by_crop", "decode_one_step")
+    return all(callable(getattr(tokenizer, name, None)) for name in parts)
+
+
 def decodes_with_noise(tokenizer: object) -> bool:
     """Whether the seeds that ``decode`` gets can change what it returns.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from comit_bench.errors import BenchError, UsageError
-from comit_bench.tokenizers.base import STEMS, Tokenizer, TokenizerInfo, Tokens
+from comit_bench.tokenizers.base import STEMS, CropStep, Tokenizer, TokenizerInfo, Tokens
 from comit_bench.tokenizers.pixels import patch_sides
 
 KINDS = ("learned", "baseline", "reference")
@@ -101,6 +101,30 @@ def check_tokens(tokenizer: Tokenizer, tokens: Any, count: int) -> None:
     _check(tokenizer, "encode", "codes", tokens.codes, torch.float32, (count, length, dim))
     if tokens.offsets is not None:
         _check(tokenizer, "encode", "offsets", tokens.offsets, torch.float32, (count, 2))
+
+
+def check_steps(tokenizer: Tokenizer, steps: Any, count: int, crops: int) -> list[CropStep]:
+    """What ``encode_by_crop`` returned: one :class:`CropStep` per crop, or it is refused.
+
+    Args:
+        tokenizer: Whose.
+        steps: What it returned for ``count`` images; codes are looked at.
+        count: Images.
+        crops: Of the policy.
+
+    Raises:
+        UsageError: Another number of steps, shape or type.
+        BenchError: Codes that are not finite.
+    """
+    found = list(steps) if isinstance(steps, list | tuple) else []
+    if len(found) != crops or not all(isinstance(step, CropStep) for step in found):
+        came = f"{len(found)} steps" if found else _form(steps)
+        _refuse(tokenizer, "encode_by_crop", came, f"a list of {crops} CropStep, one per crop")
+    for step in found:
+        check_tokens(tokenizer, step.tokens, count)
+        check_values(tokenizer, "codes", step.tokens.codes)
+        _check(tokenizer, "encode_by_crop", "boxes", step.boxes, torch.int64, (count, 3))
+    return found
 
 
 def check_values(tokenizer: Tokenizer, name: str, values: Tensor) -> None:

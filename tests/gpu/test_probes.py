@@ -79,7 +79,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "name",
     [
         "recognition-scenes", "pairs-scenes", "relations-scenes", "objectness-scenes", "retrieval-scenes",
-        "reconstruction-scenes", "codebook-scenes", "counterfactual-scenes",
+        "reconstruction-scenes", "codebook-scenes", "counterfactual-scenes", "gather-scenes",
     ],
 )  # fmt: skip
 def test_every_kind_of_task_runs_on_the_device(cuda: Cuda, name: str, cache: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from comit_bench.results.records import load_records
 from comit_bench.tokenizers.base import (
     AttendingTokenizer,
     Attends,
+    Gathers,
     HasHiddenFeatures,
     LooksAtCrops,
     Tokenizer,
@@ -454,15 +455,15 @@ def test_capabilities_of_the_built_in_ones() -> None:
     )
     assert AttendingTokenizer is Attends
     found = {
-        t.info.name: [isinstance(t, c) for c in (LooksAtCrops, Attends, HasHiddenFeatures)]
+        t.info.name: [isinstance(t, c) for c in (LooksAtCrops, Attends, HasHiddenFeatures, Gathers)]
         for t in (nano, titok, pixels, alit, selftok)
     }
     assert found == {
-        "comit-nano": [True, True, False],
-        "titok-nano": [False, True, False],
-        "pixel-oracle": [False, False, False],
-        "alit-small": [False, True, True],
-        "selftok-512": [False, False, True],
+        "comit-nano": [True, True, False, True],
+        "titok-nano": [False, True, False, False],
+        "pixel-oracle": [False, False, False, False],
+        "alit-small": [False, True, True, False],
+        "selftok-512": [False, False, True, False],
     }
 
 

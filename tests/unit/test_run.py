@@ -297,7 +297,7 @@ def test_all_tasks_are_more_than_the_default_ones(tmp_path: Path) -> None:
     assert usual == ["recognition-scenes", "pairs-scenes"]
     every = choose_tasks(["pairs-scenes", "all"], "scenes", settings)
     assert every[0] == "pairs-scenes" and len(every) == len(set(every)) and set(usual) < set(every)
-    kinds = ("relations", "reconstruction", "objectness", "retrieval", "codebook", "counterfactual")
+    kinds = ("relations", "reconstruction", "gather", "objectness", "retrieval", "codebook", "counterfactual")
     assert set(every) - set(usual) == {f"{kind}-scenes" for kind in kinds}
     assert not any(task.endswith("-scenes") for task in choose_tasks(["all"], "paper", settings))
 

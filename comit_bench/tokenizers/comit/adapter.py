@@ -18,12 +18,14 @@ from comit_bench.nn.vae import KLVae
 from comit_bench.tokenizers.base import (
     MOST_STEPS,
     POSTERIORS,
+    CropStep,
     Streams,
     TileReceiver,
     TokenizerInfo,
     Tokens,
     attention_in_tiles,
     check_ids,
+    check_images,
     computing,
     decode_tiles,
     encode_tiles,
@@ -44,6 +46,9 @@ from comit_bench.tokenizers.comit.codec import (
     encode,
     one_step_decode,
     to_uint8,
+)
+from comit_bench.tokenizers.comit.codec import (
+    locate as locate_cells,
 )
 from comit_bench.tokenizers.comit.crops import CropPolicy, parse_policy
 from comit_bench.tokenizers.comit.family import FAMILY, UNTRAINED
@@ -139,16 +144,18 @@ class ComitTokenizer:
         policy: CropPolicy,
         generators: Streams,
         noise: NoiseSource | None = None,
+        later: Tensor | None = None,
     ) -> Encoded:
         """Of float32 images 0..255 on the device."""
         return encode(
             self.model,
-            images.div(255).sub(0.5).div(0.5),
+            _centred(images),
             policy,
             generators=generators,
             noise=noise,
             posterior=self.posterior,
             network=self.network,
+            later=None if later is None else _centred(later),
         )
 
     def messages(
@@ -189,6 +196,34 @@ class ComitTokenizer:
 
         return encode_tiles(self, tile, images_u8, torch.arange(len(images_u8)))
 
+    def encode_by_crop(
+        self, images_u8: Tensor, *, policy: str, generators: Streams = None, later: Tensor | None = None
+    ) -> list[CropStep]:
+        """See the contract."""
+        parsed = self.policy(policy)
+        if later is not None:
+            check_images(later, self.info)
+
+        def tile(images: Tensor, index: Tensor, others: Tensor | None = None) -> Tokens:
+            others = None if others is None else on_device(others, self.device)
+            done = self._messages(images, parsed, own_streams(generators, index), later=others)
+            codes = torch.stack([step.codes for step in done.steps], dim=1)  # [b, steps, M, d]
+            cells = torch.stack([step.cells for step in done.steps], dim=1)
+            boxes = self.model.spec.geometry.boxes(images.shape[-1]).to(cells.device)[cells + 1]
+            offsets = -locate_cells(self.model, cells, images.shape[-1])
+            # frames are whole numbers far below 2^24: they travel beside the offsets unharmed
+            return Tokens(self.model.quantizer.ids(codes), codes, torch.cat([offsets, boxes.float()], dim=2))
+
+        beside = [torch.arange(len(images_u8))] + ([] if later is None else [later])
+        found = encode_tiles(self, tile, images_u8, *beside)
+        assert found.ids is not None and found.offsets is not None
+        return [
+            CropStep(Tokens(ids, codes, places[:, :2]), places[:, 2:].long())
+            for ids, codes, places in zip(
+                found.ids.unbind(1), found.codes.unbind(1), found.offsets.unbind(1), strict=True
+            )
+        ]
+
     def codes_from_ids(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.model.quantizer.vocab_size)
         return self.model.quantizer.codes(ids.to(self.device))
@@ -196,6 +231,15 @@ class ComitTokenizer:
     def decode(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
         def tile(*rows: Tensor) -> Tensor:
             return to_uint8(self.model.codec.decode(self._decode(*rows).latents))
+
+        return decode_tiles(self, tile, *self._to_decode(tokens, seeds))
+
+    def decode_one_step(self, tokens: Tokens, *, seeds: Sequence[int]) -> Tensor:
+        """One Euler step without guidance; see the contract."""
+
+        def tile(codes: Tensor, offsets: Tensor, noise: Tensor) -> Tensor:
+            latents = one_step_decode(self.model, codes, offsets, noise, network=self.network)
+            return to_uint8(self.model.codec.decode(latents))
 
         return decode_tiles(self, tile, *self._to_decode(tokens, seeds))
 
@@ -243,6 +287,11 @@ class ComitTokenizer:
     def save(self, directory: Path) -> None:
         """Export ``config.json`` and ``model.safetensors`` in the released layout."""
         save(self.model, directory)
+
+
+def _centred(images: Tensor) -> Tensor:
+    """0..255 -> [-1, 1]."""
+    return images.div(255).sub(0.5).div(0.5)
 
 
 def _info(model: Comit, origin: WeightsOrigin, vae: Path | None = None) -> TokenizerInfo:

@@ -217,6 +217,7 @@ def encode(
     noise: NoiseSource | None = None,
     posterior: Literal["mode", "sample"] = "mode",
     network: FastPredictor | None = None,
+    later: Tensor | None = None,
 ) -> Encoded:
     """Tokenize images under a cropping policy.
 
@@ -226,6 +227,7 @@ def encode(
         generators: One CPU generator per image for random orders, and for noise unless ``noise`` is given.
         noise: Explicit noise for adaptive policies and posterior sampling.
         posterior: ``mode`` (deterministic) or ``sample`` (released) VAE latents.
+        later: Like ``images``; all crops after the first are cut out of these. Not for adaptive policies.
     """
     if noise is None and generators is not None:
         noise = noise_from_generators(generators)
@@ -237,11 +239,16 @@ def encode(
     latent_noise = noise if sampled else None
     network = network or FastPredictor(model.predictor)
     if policy.adaptive:
+        if later is not None:
+            raise ValueError("an adaptive policy chooses crops by one image: later crops cannot be another's")
         if noise is None:
             raise ValueError("an adaptive policy needs generators or explicit noise")
         return _encode_adaptive(model, network, images, policy, noise, latent_noise)
     cells = policy.indices(images.shape[0], generators)
-    latents = crop_latents(model, images, cells, noise=latent_noise)
+    own = cells if later is None else cells[:1]
+    latents = crop_latents(model, images, own, noise=latent_noise)
+    if later is not None:
+        latents += crop_latents(model, later, cells[1:], first_step=1, noise=latent_noise)
     cells = cells.to(images.device, non_blocking=True)
     return encode_sequence(model, latents, cells, locate(model, cells, images.shape[-1]), network=network)
 

@@ -44,6 +44,13 @@ class CropGeometry:
         corner = torch.stack([cell % GRID, cell // GRID], dim=1) * stride
         return (corner + self.crop // 2) / self.half - 1.0
 
+    def boxes(self, side: int) -> Tensor:
+        """(left, top, side) in pixels of the global crop and the nine grid crops, int64 [10, 3]."""
+        cell = torch.arange(CELLS)
+        corner = torch.stack([cell % GRID, cell // GRID], dim=1) * self.stride(side)
+        local = torch.cat([corner, torch.full((CELLS, 1), self.crop)], dim=1)
+        return torch.cat([torch.tensor([[0, 0, side]]), local])
+
     def local_crops(self, images: Tensor) -> Tensor:
         """All nine grid crops, [B, C, S, S] -> [B, 9, C, s, s] (a view)."""
         stride = self.stride(images.shape[-1])
