@@ -26,6 +26,7 @@ from comit_bench.commands.options import (
     run_alone,
 )
 from comit_bench.commands.paper import paper
+from comit_bench.commands.report import report
 from comit_bench.commands.run import run
 from comit_bench.commands.sweep import sweep
 from comit_bench.commands.train import train
@@ -37,6 +38,7 @@ app.command(name="sweep")(sweep)
 app.command(name="train")(train)
 app.command(name="paper")(paper)
 app.command(name="compare")(compare)
+app.command(name="report")(report)
 app.command(name="tokenize")(token_command.tokenize)
 app.command(name="detokenize")(token_command.detokenize)
 app.add_typer(cache_command.app, name="cache")

@@ -24,6 +24,7 @@ from comit_bench.commands.options import (
     Weights,
     comma_separated,
 )
+from comit_bench.commands.report import make_report
 from comit_bench.commands.tokens import key_values
 from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
 from comit_bench.files import check_folder, locked
@@ -111,6 +112,9 @@ def run(
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time of tokenization went.")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write report.html, a page to browse, beside the records.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is kept and skipped.")] = False,
 ) -> None:
@@ -140,6 +144,7 @@ def run(
     )
     names = comma_separated(tasks)
     plan: dict[str, Any] = {"suite": suite, "dry_run": dry_run, "references": references, "profile": profile}
+    plan["report"] = report
     raise typer.Exit(stoppable(lambda: run_command(tokenizer or [], names, settings=settings, **plan)))
 
 
@@ -185,6 +190,7 @@ def run_command(
     dry_run: bool,
     references: bool = True,
     profile: bool = False,
+    report: bool = False,
 ) -> int:
     """Plan, do, print; returns the exit code (0 done, 1 a task failed, 3 data or weights missing)."""
     from comit_bench.pipeline.evaluate import run_jobs
@@ -216,7 +222,7 @@ def run_command(
     if profile:
         say(describe_profile(session.profile, session.ranks.rank))
     session.ranks.leave()
-    return finish(finished, plan.asked, settings) if first else 0
+    return finish(finished, plan.asked, settings, report=report) if first else 0
 
 
 def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
@@ -237,8 +243,8 @@ def describe_profile(spent: dict[str, float], rank: int = 0) -> str:
     return "\n".join(lines)
 
 
-def finish(finished: Finished, jobs: Sequence[Job], settings: Settings) -> int:
-    """Write and print the tables of this run's tasks; tell what failed."""
+def finish(finished: Finished, jobs: Sequence[Job], settings: Settings, *, report: bool = False) -> int:
+    """Write and print the tables of this run's tasks, and the report when it is wanted; tell what failed."""
     from comit_bench.results.outcomes import OutcomeFiles
     from comit_bench.results.records import load_records, published_records
     from comit_bench.results.render.terminal import print_terminal
@@ -258,6 +264,16 @@ def finish(finished: Finished, jobs: Sequence[Job], settings: Settings) -> int:
     if table is not None:
         print_terminal(table)
         say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
+        if report:
+            page = settings.output / "report.html"
+            make_report(
+                [settings.records],
+                page,
+                data_root=settings.data_root,
+                cache=settings.cache_dir,
+                progress=settings.progress,
+            )
+            say(f"report:  {page}")
     for reason in dict.fromkeys(finished.refused):
         say(reason)
     for job, error in finished.failures:

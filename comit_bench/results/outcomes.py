@@ -10,7 +10,7 @@ Shape legend: ``U`` seeds, ``n`` images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -128,12 +128,13 @@ def write_outcomes(path: Path, outcomes: Outcomes) -> str:
     return sha256_file(path)
 
 
-def read_outcomes(path: Path, record: Record) -> Outcomes | None:
+def read_outcomes(path: Path, record: Record, also: Collection[str] = ()) -> Outcomes | None:
     """The outcomes of a record.
 
     Args:
         path: Of the record's file.
         record: As it was read from there.
+        also: Further columns to read, where the file has them.
 
     Returns:
         None for records that never had any (published ones, and those of older versions).
@@ -153,7 +154,7 @@ def read_outcomes(path: Path, record: Record) -> Outcomes | None:
     if sha256_file(path) != record.outcomes:
         raise CorruptFileError(f"{path}: does not belong to the record beside it. {AGAIN}")
     try:
-        wanted = {"id", "cluster", *record.metrics}
+        wanted = {"id", "cluster", *record.metrics, *also}
         table = pq.read_table(path, columns=[c for c in pq.read_schema(path).names if c in wanted])
     except (pa.ArrowException, OSError) as error:
         raise CorruptFileError(f"{path}: cannot be read as Parquet ({error}). {AGAIN}") from error
@@ -171,7 +172,13 @@ def read_outcomes(path: Path, record: Record) -> Outcomes | None:
                 f"{path}: {name} is {mean:g} here and {metric.value:g} in the record. {AGAIN}"
             )
     clusters = table["cluster"].to_pylist()[:n] if "cluster" in table.column_names else None
-    return Outcomes(ids=table["id"].to_pylist()[:n], seeds=record.seeds, values=values, clusters=clusters)
+    columns = {
+        name: np.array(table[name].to_pylist(), dtype=object).reshape(seeds, n)
+        for name in also
+        if name in table.column_names and name not in values
+    }
+    ids = table["id"].to_pylist()[:n]
+    return Outcomes(ids=ids, seeds=record.seeds, values=values, clusters=clusters, columns=columns)
 
 
 class OutcomeFiles:
@@ -179,10 +186,11 @@ class OutcomeFiles:
 
     Args:
         *folders: Searched at any depth, when the first outcomes are asked for.
+        also: Further columns to read.
     """
 
-    def __init__(self, *folders: Path) -> None:
-        self.folders = folders
+    def __init__(self, *folders: Path, also: Collection[str] = ()) -> None:
+        self.folders, self.also = folders, also
         self._read: dict[str, Outcomes | None] = {}
 
     @cached_property
@@ -208,5 +216,5 @@ class OutcomeFiles:
         candidates = self._places.get((beside.parent.name, beside.name), [beside])
         for number, candidate in enumerate(candidates, start=1):
             if number == len(candidates) or sha256_file(candidate) == record.outcomes:
-                return read_outcomes(candidate.with_suffix(".json"), record)
+                return read_outcomes(candidate.with_suffix(".json"), record, self.also)
         return None
