@@ -42,7 +42,7 @@ from comit_bench.results.render.report.words import facts, pairwise, verdict
 from comit_bench.results.rows import flat
 from comit_bench.results.schema import Record
 from comit_bench.results.table import Table, build_table
-from comit_bench.results.trainings import Reader
+from comit_bench.results.trainings import ReadOutcomes
 
 REPORT_FILE = "report.html"
 HERE = Path(__file__).parent
@@ -119,7 +119,7 @@ def write_report(
 
 def build_report(
     records: Sequence[Record],
-    read: Reader,
+    read: ReadOutcomes,
     *,
     pictures: Pictures,
     samples: int = SAMPLES,

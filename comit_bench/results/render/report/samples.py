@@ -21,7 +21,7 @@ from comit_bench.results.outcomes import Floats, Outcomes, scale
 from comit_bench.results.render.report.pictures import Pictures, Source, preprocessing_of
 from comit_bench.results.render.report.views import Line, Numbers, Section
 from comit_bench.results.schema import Record
-from comit_bench.results.trainings import Reader
+from comit_bench.results.trainings import ReadOutcomes
 from comit_bench.seeding import seed_for
 
 ANSWERS = ("answer", "nearest")  # columns of outcomes that say what was answered
@@ -57,7 +57,9 @@ class Shown:
     total: int
 
 
-def viewer(section: Section, known: Numbers, read: Reader, pictures: Pictures, count: int) -> Shown | None:
+def viewer(
+    section: Section, known: Numbers, read: ReadOutcomes, pictures: Pictures, count: int
+) -> Shown | None:
     """What a task's viewer shows; None where nothing is known image by image.
 
     Args:
@@ -101,7 +103,7 @@ def viewer(section: Section, known: Numbers, read: Reader, pictures: Pictures, c
     return Shown(section.anchor, section.title, data, samples, len(ids))
 
 
-def _rows(section: Section, known: Numbers, read: Reader) -> list[_Row]:
+def _rows(section: Section, known: Numbers, read: ReadOutcomes) -> list[_Row]:
     """The rows whose outcomes are of the same images; references last."""
     found: list[_Row] = []
     for line in section.ordered or section.lines:

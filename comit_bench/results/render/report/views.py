@@ -30,7 +30,7 @@ from comit_bench.results.render.layout import (
 from comit_bench.results.rows import column_digest, flat, task_side
 from comit_bench.results.schema import Metric, Record
 from comit_bench.results.table import Cell, Column, Group, Row, Table
-from comit_bench.results.trainings import Reader
+from comit_bench.results.trainings import ReadOutcomes
 
 Interval = tuple[float, float]
 
@@ -52,7 +52,7 @@ class Numbers:
         return next(i for i, one in enumerate(self.records) if one is record)
 
 
-def numbers(table: Table, read: Reader) -> Numbers:
+def numbers(table: Table, read: ReadOutcomes) -> Numbers:
     """What stands behind the cells of a table."""
     records: dict[int, Record] = {}
     for row in table.rows:
@@ -67,7 +67,7 @@ def numbers(table: Table, read: Reader) -> Numbers:
     return Numbers(kept, intervals)
 
 
-def interval_of(record: Record, name: str, metric: Metric, read: Reader) -> Interval | None:
+def interval_of(record: Record, name: str, metric: Metric, read: ReadOutcomes) -> Interval | None:
     """The 95 % interval of a mean over images and probe seeds; None where nothing is known image by image.
 
     It is that of the difference from 0, see :func:`comit_bench.metrics.statistics.difference`.

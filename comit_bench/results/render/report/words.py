@@ -11,10 +11,10 @@ from comit_bench.results.compare import PairedTest, rows_of, tests_between
 from comit_bench.results.notation import one_line
 from comit_bench.results.render.report.views import Line, Section, distinct
 from comit_bench.results.schema import Record
-from comit_bench.results.trainings import Reader, is_joined
+from comit_bench.results.trainings import ReadOutcomes, is_joined
 
 
-def pairwise(records: Sequence[Record], read: Reader) -> dict[str, list[PairedTest]]:
+def pairwise(records: Sequence[Record], read: ReadOutcomes) -> dict[str, list[PairedTest]]:
     """Task -> tests of its main metric between all measured rows that are no reference.
 
     Those of one task are corrected together, after Holm, as the marks of a table's column are.
