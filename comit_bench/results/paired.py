@@ -115,6 +115,9 @@ def _order(a: Sequence[str], b: Sequence[str]) -> NDArray[np.int64]:
 def ranks(sides: Mapping[int, Side], values: Mapping[int, float], *, higher: bool) -> dict[int, Rank]:
     """Which rows of a column are not significantly worse than its best, and than the best of the rest.
 
+    The latter only where others are: a second place that all of the rest share says nothing, and the last of
+    two is no second best.
+
     All pairs are tested and corrected together, so that of rows which are equal one is wrongly told from
     another in at most 5 of 100 columns, although the best one was picked by its score.
 
@@ -134,4 +137,4 @@ def ranks(sides: Mapping[int, Side], values: Mapping[int, float], *, higher: boo
     best = [key for key in order if frozenset((order[0], key)) not in apart]
     rest = [key for key in order if key not in best]
     second = [key for key in rest if frozenset((rest[0], key)) not in apart]
-    return {**dict.fromkeys(best, "best"), **dict.fromkeys(second, "second")}
+    return {**dict.fromkeys(best, "best"), **dict.fromkeys(second if second != rest else (), "second")}

@@ -8,7 +8,8 @@ A row is a tokenizer, a column is one metric of one task under one protocol. The
 - what was not measured is a dash; nothing is averaged over tasks, hence never over missing cells;
 - a recipe that takes the place of a built-in one (``--include-path``) says so in the header;
 - bold is every row that is not significantly worse than the best of its column, underlined every row not
-  significantly worse than the best of the rest, by what is kept of every image (``results/paired.py``); with
+  significantly worse than the best of the rest, where others are, by what is kept of every image
+  (``results/paired.py``); with
   ``marks="rank"`` instead the best and the second-best, at the printed precision (what looks equal shares
   its rank). Both are taken among complete measured rows that are no reference, and never in the columns of a
   control or of a metric that is not ranked;
@@ -54,8 +55,9 @@ from comit_bench.results.trainings import ReadOutcomes, is_joined, join_training
 RANKED = "Best bold, second-best underlined, among complete measured rows that are no reference."
 TESTED = (
     "Bold: not significantly worse than the best of the column; underlined: not significantly worse than the "
-    "best of the rest (paired t test over images and probe seeds or trainings, two-sided level .05, Holm's "
-    "correction over all pairs of the column; complete measured rows that are no reference)."
+    "best of the rest, where others are (paired t test over images and probe seeds or trainings, two-sided "
+    "level .05, Holm's correction over all pairs of the column; complete measured rows that are no "
+    "reference)."
 )
 SECTIONS = ("reference", "baseline", "learned")
 
