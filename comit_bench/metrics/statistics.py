@@ -18,6 +18,8 @@ units of the two sides are independent. Why not the bootstrap over seeds: with t
 one thrice every ninth time and its intervals are too short (``tests/unit/test_statistics.py`` measures both
 against a known truth; over images alone the two agree).
 
+Every probe worker imports this module for its estimates; scipy is imported by the tests that need it.
+
 Shape legend: ``U`` units, ``n`` images.
 """
 
@@ -29,7 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, stdtr, stdtrit
 
 Floats = NDArray[np.float64]
 Names = Sequence[str] | NDArray[Any]  # of clusters, or their numbers
@@ -135,6 +136,8 @@ def difference(a: Floats, b: Floats, clusters: Names | None = None) -> Differenc
     Raises:
         ValueError: The images differ in number, or there are fewer than two images or clusters.
     """
+    from scipy.special import stdtr, stdtrit
+
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{a.shape[1]} and {b.shape[1]} images cannot be compared in pairs")
     gap = a.mean(axis=0) - b.mean(axis=0)  # [n]
@@ -158,6 +161,8 @@ def difference(a: Floats, b: Floats, clusters: Names | None = None) -> Differenc
 
 def _signs(gap: Floats) -> float:
     """Exact two-sided test that a difference is as often above 0 as below it; [n] -> p."""
+    from scipy.special import bdtr
+
     more, less = int((gap > 1e-12).sum()), int((gap < -1e-12).sum())
     return min(1.0, 2 * float(bdtr(min(more, less), more + less, 0.5))) if more + less else 1.0
 

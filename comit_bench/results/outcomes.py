@@ -5,6 +5,8 @@ where there are such), a column per metric that is a mean over images, and whate
 answer (``answer``, ``truth``, ...). Shares are 0 to 1 here and percent in the record. Where a metric means
 nothing for an image its value is missing.
 
+Every probe worker imports this module, so what reads and writes Parquet is imported when it is needed.
+
 Shape legend: ``U`` seeds, ``n`` images.
 """
 
@@ -17,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from comit_bench.errors import CorruptFileError, MissingError
@@ -110,6 +110,9 @@ def outcomes_path(record: Path) -> Path:
 
 def write_outcomes(path: Path, outcomes: Outcomes) -> str:
     """Write a file, whole or not at all, and return its digest, ``sha256:<hex>``."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
     seeds, n = len(outcomes.seeds), len(outcomes.ids)
     columns: dict[str, Any] = {
         "id": pa.array(list(outcomes.ids) * seeds).dictionary_encode(),
@@ -124,7 +127,7 @@ def write_outcomes(path: Path, outcomes: Outcomes) -> str:
         columns[name] = (given if given.shape[:2] == (seeds, n) else np.tile(given, seeds)).ravel()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as partial:
-        pq.write_table(pa.table(columns), partial, compression="zstd")
+        parquet.write_table(pa.table(columns), partial, compression="zstd")
     return sha256_file(path)
 
 
@@ -143,6 +146,9 @@ def read_outcomes(path: Path, record: Record, also: Collection[str] = ()) -> Out
         MissingError: The record has outcomes, but the file is not there.
         CorruptFileError: The file is damaged, or of another measurement.
     """
+    import pyarrow as pa
+    from pyarrow import parquet
+
     if record.outcomes is None:
         return None
     path = outcomes_path(path)
@@ -155,7 +161,7 @@ def read_outcomes(path: Path, record: Record, also: Collection[str] = ()) -> Out
         raise CorruptFileError(f"{path}: does not belong to the record beside it. {AGAIN}")
     try:
         wanted = {"id", "cluster", *record.metrics, *also}
-        table = pq.read_table(path, columns=[c for c in pq.read_schema(path).names if c in wanted])
+        table = parquet.read_table(path, columns=[c for c in parquet.read_schema(path).names if c in wanted])
     except (pa.ArrowException, OSError) as error:
         raise CorruptFileError(f"{path}: cannot be read as Parquet ({error}). {AGAIN}") from error
     seeds, n = len(record.seeds), len(table) // max(len(record.seeds), 1)

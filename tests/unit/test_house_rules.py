@@ -238,6 +238,15 @@ def test_start_up_is_light(module: str) -> None:
     assert not loaded & HEAVY
 
 
+def test_probe_workers_start_with_torch_and_little_else() -> None:
+    """Each of them imports the module of the task that it fits, and no table or file of outcomes."""
+    code = "import sys, comit_bench.tasks.multilabel, comit_bench.tasks.contrast; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded
+    assert not loaded & (HEAVY | {"pyarrow"}) - {"torch", "einops", "safetensors"}
+
+
 def test_imports_inside_functions_have_a_reason() -> None:
     """Heavy or optional packages, and in commands what would slow the start; ours are imported at the top."""
     wrong = [
