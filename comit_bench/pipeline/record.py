@@ -43,6 +43,7 @@ NOTES = (
     "left_out",
     "learning_rate",
     "learning_rates",
+    "probe_precision",
 )  # of a result's remarks, those that a record keeps
 
 

@@ -14,9 +14,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ from torch.nn import functional as F
 from comit_bench.errors import BenchError, UsageError
 from comit_bench.probing.network import Probe
 from comit_bench.recipes.specs import ProbeSpec
+from comit_bench.tokenizers.base import autocast
 
 EVAL_TOKENS = 16384  # tokens per evaluation chunk; fixed, so that chunking never moves a score
 IN_MEMORY_BYTES = 2 << 30  # codes up to this size are looked up once instead of once per batch
+Precision = Literal["float32", "bfloat16"]
 _SPLITS = ("train", "early_stop", "report")
 
 
@@ -256,6 +258,8 @@ class FitTask:
         standardise: Whether every dimension of the codes is brought to mean 0 and deviation 1 over the
             training messages, so that the size of codes decides nothing.
         stem: Whether the probe learns a convolutional network in front (``comit_bench.probing.stem``).
+        precision: In which the products of the blocks are computed. Weights, sums, norms, the head and the
+            loss are float32 in any case.
     """
 
     spec: ProbeSpec
@@ -268,6 +272,7 @@ class FitTask:
     positions: bool = True
     standardise: bool = True
     stem: bool = False
+    precision: Precision = "float32"
 
     def check(self) -> None:
         """Refuse empty splits."""
@@ -437,12 +442,17 @@ class Fit(ABC):
 
     def __init__(self, task: FitTask, probe: Probe, seed: int, device: torch.device) -> None:
         self.spec, self.probe, self.seed, self.device = task.spec, probe.to(device), seed, device
+        self.dtype = getattr(torch, task.precision)
         self.optimizer = torch.optim.AdamW(
             self.probe.parameters(),
             lr=self.spec.learning_rate,
             weight_decay=self.spec.weight_decay,
             fused=True,
         )
+
+    def rounding(self) -> AbstractContextManager[None]:
+        """Where the probe answers: in the task's precision."""
+        return autocast(self.device, self.dtype)
 
     @abstractmethod
     def epoch(self, number: int) -> tuple[Tensor, Tensor, int]:
@@ -529,7 +539,8 @@ class _LabelFit(Fit):
         scores = torch.zeros(len(batches), device=self.device)
         for step, chosen in enumerate(batches):
             codes, targets = self.train.batch(chosen)
-            outputs = self.probe(codes)
+            with self.rounding():
+                outputs = self.probe(codes)
             each = self.task.objective.loss(outputs, targets)
             self.optimizer.zero_grad(set_to_none=True)
             each.mean().backward()
@@ -542,7 +553,9 @@ class _LabelFit(Fit):
     def _outputs(self, data: Batches) -> Tensor:
         """float32 [n, C] for the whole split, in chunks of a fixed number of tokens."""
         step = max(1, EVAL_TOKENS // (self.probe.message_length + 1))
-        return torch.cat([self.probe(data.batch(part)[0]) for part in slices(torch.arange(len(data)), step)])
+        parts = slices(torch.arange(len(data)), step)
+        with self.rounding():
+            return torch.cat([self.probe(data.batch(part)[0]) for part in parts])
 
     def stop_set(self) -> tuple[Tensor, Tensor]:
         outputs, objective = self._outputs(self.stop), self.task.objective

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.nn.precision import full_precision
 from comit_bench.probing.stem import ConvStem
 
 CLS_TYPE = 0
@@ -234,7 +235,12 @@ class Probe(nn.Module):
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             x = block(x, rows=1 if index == last else None)
-        answer: Tensor = self.head(self.norm(x[:, 0]))
+        return self._answer(x)
+
+    def _answer(self, x: Tensor) -> Tensor:
+        """What the head says to the [CLS] state, in float32 also within autocast: [B, N, D] -> [B, C]."""
+        with full_precision(x.device):
+            answer: Tensor = self.head(self.norm(x[:, 0].float()))
         return answer
 
     def forward_groups(self, codes: Tensor, extra: Tensor) -> Tensor:
@@ -256,6 +262,5 @@ class Probe(nn.Module):
                 x = block.forward_groups(x, tails, rows=rows)
             else:
                 x = block(x, rows=rows)
-        answer: Tensor = self.head(self.norm(x[:, 0]))
-        grouped: Tensor = answer.unflatten(0, (count, groups))
+        grouped: Tensor = self._answer(x).unflatten(0, (count, groups))
         return grouped

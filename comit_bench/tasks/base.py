@@ -19,7 +19,7 @@ from torch import Tensor
 
 from comit_bench.errors import UnsupportedOperation, UsageError, did_you_mean
 from comit_bench.nn.ranks import Ranks
-from comit_bench.probing.fit import FitResult, FitTask, MessageSource, ProgressCallback
+from comit_bench.probing.fit import FitResult, FitTask, MessageSource, Precision, ProgressCallback
 from comit_bench.probing.pool import ProbePool, fit_seeds
 from comit_bench.recipes.specs import TaskSpec
 from comit_bench.tasks.controls import check_control
@@ -174,6 +174,7 @@ class Inputs:
             "permute_targets": self.control == "permute-labels",
             "positions": self.control != "bag-of-tokens",
             "stem": stem,
+            "precision": "bfloat16" if self.device.type == "cuda" else "float32",
         }
 
     def fit(self, task: FitTask) -> Fitted:
@@ -197,7 +198,8 @@ class Inputs:
             rate: sum(one.best.stop_score for one in results) / len(results)
             for rate, results in tries.items()
         }
-        return Fitted(tries[max(scores, key=scores.__getitem__)], scores, task.spec.max_epochs)
+        best = tries[max(scores, key=scores.__getitem__)]
+        return Fitted(best, scores, task.spec.max_epochs, task.precision)
 
     def check(self) -> None:
         """Refuse empty roles before anything is computed."""
@@ -283,11 +285,13 @@ class Fitted:
         results: In the order of the seeds.
         tries: Learning rate -> early-stop score in 0..1, mean over the seeds.
         max_epochs: Most epochs allowed.
+        precision: Of the products.
     """
 
     results: Sequence[FitResult]
     tries: Mapping[float, float]
     max_epochs: int
+    precision: Precision = "float32"
 
     def outputs(self) -> list[Tensor]:
         """Outputs on the report images, one per seed."""
@@ -313,6 +317,8 @@ class Fitted:
             f"train_{score}": [100.0 * one.best.train_score for one in self.results],
             f"early_stop_{score}": [100.0 * one.best.stop_score for one in self.results],
         }
+        if self.precision != "float32":
+            found["probe_precision"] = self.precision
         if len(self.tries) > 1:
             found["learning_rate"] = self.results[0].learning_rate
             found["learning_rates"] = {f"{rate:g}": 100.0 * mean for rate, mean in self.tries.items()}

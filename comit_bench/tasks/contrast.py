@@ -209,7 +209,9 @@ class _Fit(Fit):
         return [slice(start, start + size) for start in range(0, count, size)]
 
     def _logits(self, role: str, images: Tensor, triplets: NDArray[np.int64]) -> Tensor:
-        answer: Tensor = self.probe.forward_groups(self._codes(role, images), self._vectors(triplets))
+        codes, vectors = self._codes(role, images), self._vectors(triplets)
+        with self.rounding():
+            answer: Tensor = self.probe.forward_groups(codes, vectors)
         return answer[..., 0]  # [b, G]
 
     def epoch(self, number: int) -> tuple[Tensor, Tensor, int]:

@@ -174,7 +174,15 @@ def probe(rows: list[Row]) -> str:
                         number(row["peak_gib"]),
                     )
                 )  # fmt: skip
-    return table(head, cells)
+    both = [(row["scores"], shares(row)) for row in of(rows, "probe") if "scores" in row]
+    return table(head, cells) + ("\n" + table(("type", "right answers, % (each seed)"), both) if both else "")
+
+
+def shares(row: Row) -> str:
+    """Mean over the seeds, and each."""
+    if "error" in row:
+        return str(row["error"])
+    return f"{100 * row['score']:.1f} ({', '.join(f'{100 * one:.1f}' for one in row['of_seeds'])})"
 
 
 def left_out(rows: list[Row], part: str) -> str:

@@ -56,6 +56,24 @@ def test_a_fit_is_that_of_the_cpu(cuda: Cuda) -> None:
     assert torch.allclose(one.outputs, other.outputs, atol=0.1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("cuda", [pytest.param("real", marks=pytest.mark.gpu)], indirect=True)
+def test_rounded_products_score_the_same(cuda: Cuda) -> None:
+    """What probes on CUDA compute in; the same on the CPU: ``tests/unit/test_fit.py``."""
+    scores = {}
+    for precision in ("float32", "bfloat16"):
+        job = task(400, precision=precision)
+        done = [job.fit(seed, device=cuda.device) for seed in range(3)]
+        right = [one.outputs.argmax(1) == job.report.targets for one in done]  # type: ignore[union-attr]
+        scores[precision] = float(torch.stack(right).float().mean())
+    assert min(scores.values()) > 0.9 and abs(scores["float32"] - scores["bfloat16"]) < 0.03
+
+
+@pytest.mark.parametrize("cuda", ["pretended"], indirect=True)
+def test_rounded_products_answer_in_float32(cuda: Cuda) -> None:
+    done = task(60, max_epochs=1, patience=1, precision="bfloat16").fit(0, device=cuda.device)
+    assert done.outputs is not None and done.outputs.dtype == torch.float32
+
+
 @pytest.mark.parametrize("cuda", ["pretended"], indirect=True)
 def test_the_number_of_waits_does_not_grow_with_the_batches(cuda: Cuda) -> None:
     """A real device does not count."""

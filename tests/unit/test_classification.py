@@ -13,7 +13,8 @@ from comit_bench.commands.run import _learning_rates
 from comit_bench.data.split import OpenData, Split
 from comit_bench.errors import UsageError
 from comit_bench.pipeline.jobs import Settings
-from comit_bench.probing.fit import MessageSource
+from comit_bench.probing.fit import FitTask, MessageSource
+from comit_bench.probing.pool import fit_seeds
 from comit_bench.recipes.kinds import AttributesSpec
 from comit_bench.recipes.specs import ProbeSpec, TaskSpec, find_tasks, parse_recipe
 from comit_bench.tasks.base import Inputs, Role
@@ -186,3 +187,18 @@ def test_shipped_recipes(name: str) -> None:
     text = (ROOT / "probes" / name / "README.md").read_text(encoding="utf-8")
     for heading in ("Source", "What it measures", "Chance and controls", "Published numbers", "Changes"):
         assert f"\n## {heading}" in text
+
+
+def test_products_are_rounded_on_cuda_only_and_the_record_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda = inputs(device=torch.device("cuda"))
+    assert on_cuda.probing["precision"] == "bfloat16" and inputs().probing["precision"] == "float32"
+    given: list[str] = []
+
+    def fit(task: FitTask, seeds: list[int], **rest: Any) -> Any:
+        given.append(task.precision)
+        return fit_seeds(task, seeds, **{**rest, "device": "cpu"})
+
+    monkeypatch.setattr("comit_bench.tasks.base.fit_seeds", fit)
+    assert Classification().run(on_cuda).extra["probe_precision"] == "bfloat16"
+    assert "probe_precision" not in Classification().run(inputs()).extra
+    assert given == ["bfloat16", "float32"]

@@ -27,10 +27,13 @@ from comit_bench.probing.fit import (
     FitTask,
     MessageSource,
     Objective,
+    build_probe,
+    is_top1,
     moments,
     one_thread,
     permuted,
 )
+from comit_bench.probing.network import Probe
 from comit_bench.probing.pool import ProbePool, fit_seeds
 from comit_bench.recipes.specs import ProbeSpec
 
@@ -461,3 +464,43 @@ def test_tensors_that_are_made_while_a_task_is_packed_stay_apart(tmp_path: Path)
     rest = worker.pack([_Row(value) for value in range(1, 50)], tmp_path / "data.safetensors")
     found = worker.unpack(tmp_path / "data.safetensors", rest)
     assert [row.value for row in found] == list(range(1, 50))
+
+
+def test_only_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where somebody else has switched autocast on."""
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def watched(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda _, given, out: seen.setdefault(name, set()).add(out.dtype))
+
+    def build(*args: object, **rest: object) -> Probe:
+        probe = build_probe(*args, **rest)  # type: ignore[arg-type]
+        for name in ("project", "blocks.0.norm1", "blocks.0.proj", "blocks.0.fc1", "norm", "head"):
+            watched(name, probe.get_submodule(name))
+        return probe
+
+    monkeypatch.setattr("comit_bench.probing.fit.build_probe", build)
+    done = task(precision="bfloat16").fit(0)
+    low, high = {torch.bfloat16}, {torch.float32}
+    assert seen == {
+        "project": low, "blocks.0.norm1": high, "blocks.0.proj": low, "blocks.0.fc1": low, "norm": high,
+        "head": high,
+    }  # fmt: skip
+    assert done.outputs is not None and done.outputs.dtype == torch.float32
+    assert {value.dtype for value in done.state.values()} == high
+    seen.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        task().fit(0)
+    assert all(types == high for types in seen.values())
+
+
+def test_scores_of_rounded_products_are_those_of_float32() -> None:
+    long = with_spec(max_epochs=15, patience=15, learning_rate=1e-2)
+    done = {p: task(spec=long, train=split(600, 0), precision=p).fit(0) for p in ("float32", "bfloat16")}
+    right = {}
+    for precision, one in done.items():
+        assert one.outputs is not None
+        right[precision] = float(is_top1(one.outputs, split(60, 2).targets).mean())
+    assert min(right.values()) > 0.95 and abs(right["float32"] - right["bfloat16"]) < 0.02
+    for one, other in zip(done["float32"].history[:3], done["bfloat16"].history[:3], strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=0.02) and one != other

@@ -18,7 +18,7 @@ from comit_bench.pipeline.jobs import Settings, make_jobs
 from comit_bench.pipeline.plan import make_plan
 from comit_bench.pipeline.session import Session
 from comit_bench.pipeline.suite import with_references
-from comit_bench.probing.fit import FitTask, MessageSource, Split, build_probe
+from comit_bench.probing.fit import Examples, FitTask, MessageSource, build_probe
 from comit_bench.probing.stem import ConvStem
 from comit_bench.recipes.specs import ProbeSpec
 from comit_bench.results.schema import protocol_digest
@@ -50,7 +50,7 @@ def fit(name: str, **changes: Any) -> tuple[float, Tensor]:
     splits: dict[str, Any] = {}
     for seed, (role, count) in enumerate((("train", 512), ("early_stop", 128), ("report", 256))):
         images, labels = bars(count, seed)
-        splits[role] = Split(MessageSource(codes=tokenizer.encode(images).codes), labels)
+        splits[role] = Examples(MessageSource(codes=tokenizer.encode(images).codes), labels)
     spec = SPEC.model_copy(update=changes)
     outputs = FitTask(spec=spec, outputs=2, **splits, stem=bool(tokenizer.info.stem)).fit(0).outputs
     assert outputs is not None
