@@ -41,11 +41,11 @@ SIDES = (32, 96)  # image sides that can be painted: photographs are 115 pixels 
 CELL = 64  # side of a drawing in the atlas
 # Turns of the hue in degrees, and the first row of the matrix of each, in 256ths; the others are its cycles.
 HUES: dict[int, tuple[int, int, int]] = {
-    -30: (233, 85, -62),
-    -15: (250, 41, -35),
+    -20: (245, 56, -45),
+    -10: (253, 27, -24),
     0: (256, 0, 0),
-    15: (250, -35, 41),
-    30: (233, -62, 85),
+    10: (253, -24, 27),
+    20: (245, -45, 56),
 }
 HUE_NAMES = tuple(f"{turn:+d}" if turn else "0" for turn in HUES)
 PLACES = tuple(
@@ -489,7 +489,7 @@ def _plan_edits(draw: _Draws, world: _World, spec: GeneratorSpec, edits: Ints) -
     steps = np.stack([1 + draw.below(hands.shape[1] - 1) for _ in OBJECTS], axis=1)
     vendors = np.where(edited("redrawn"), (vendors + steps) % hands.shape[1], vendors)
     hues, flips = _look(draw, len(OBJECTS))
-    turns = np.stack([2 + draw.below(2) for _ in OBJECTS], axis=1)  # by 30 degrees or more
+    turns = np.stack([2 + draw.below(2) for _ in OBJECTS], axis=1)  # by 20 degrees or more
     hues = np.where(edited("recoloured"), (hues + turns) % len(HUES), hues)
     sizes = _two_sizes(draw, side)
     x, y, upright = _lay_out(draw, side, sizes)
