@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import fields, replace
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from comit_bench.nn.teachers import ScenesTeacherSpec
 from comit_bench.recipes.kinds import SpecModel
 from comit_bench.recipes.reading import parse_yaml
 from comit_bench.recipes.specs import parse_mapping, validate_mapping
+from comit_bench.tokenizers.comit.crops import GRID, CropGeometry
 from comit_bench.tokenizers.comit.model import PRESETS, ComitSpec
 from comit_bench.tokenizers.push import check_repository
 
@@ -31,6 +33,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=2, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MOST_CROPS = 9  # of one image, beside a leading global crop that does not count
 LONGEST_NAME = 100
 
 
@@ -69,25 +72,43 @@ class ModelConfig(SpecModel):
     width: Count | None = None
     heads: Count | None = None
     representation_layer: Annotated[int, Field(ge=0)] | None = None
+    in_channels: Count | None = None  # of the latents, in and out
+    vae_factor: Count | None = None  # pixels of a latent; image and local crops grow with it
     image_size: Count | None = None  # only checked against latent side x VAE factor
     vae_path: UserPath | None = None  # directory of the SD-VAE; None: the hub
     # message: embedded codes start as strong as positions; released: a tenth of them [N for nano]
     init: Literal["released", "message"] = "released"
 
+    def _changed(self, spec: ComitSpec) -> ComitSpec:
+        """A preset's spec with the settings given here; crops grow with the pixels of a latent."""
+        checked = {"preset", "vocab_size", "image_size", "vae_path", "init"}
+        changes = self.model_dump(exclude=checked, exclude_none=True)
+        if self.in_channels is not None:
+            changes["out_channels"] = self.in_channels
+        if self.vae_factor is not None:
+            crop, half = (
+                n * self.vae_factor // spec.vae_factor for n in (spec.geometry.crop, spec.geometry.half)
+            )
+            changes["geometry"] = CropGeometry(crop=crop, half=half)
+        return replace(spec, **changes)
+
     def spec(self) -> ComitSpec:
         """The network's spec, after making sure that all sizes fit each other."""
         if self.preset not in PRESETS:
             raise UsageError(f"model.preset: unknown {self.preset!r}.{did_you_mean(self.preset, PRESETS)}")
-        checked = {"preset", "vocab_size", "image_size", "vae_path", "init"}
         try:
-            spec = replace(PRESETS[self.preset], **self.model_dump(exclude=checked, exclude_none=True))
+            spec = self._changed(PRESETS[self.preset])
             crop, cell = spec.geometry.crop, spec.vae_factor * spec.patch_size
             if crop % cell or crop >= spec.image_size:
                 raise ValueError(
                     f"local crops of {crop} px must be a multiple of {cell} px (VAE factor x patch) and "
                     f"smaller than the image, {spec.image_size} px"
                 )
-            spec.geometry.stride(spec.image_size)
+            if spec.image_size - crop < GRID - 1:
+                raise ValueError(
+                    f"local crops of {crop} px leave no room for a {GRID} x {GRID} grid in an image of "
+                    f"{spec.image_size} px, which crops.places=grid and every cropping policy need"
+                )
         except ValueError as error:
             raise UsageError(f"model: {error}") from error
         vocabulary = math.prod(spec.fsq_levels)
@@ -111,20 +132,36 @@ class ModelConfig(SpecModel):
 class CropsConfig(SpecModel):
     """Which crops a training sample sees.
 
-    The number of crops is u ~ N(ln(mean) - sigma^2/2, sigma), k = 1 + Poisson(exp(u)), clipped. By default
-    it is drawn once per step for the whole global batch, so every rank does the same work.
+    The number of crops is, for ``poisson``, u ~ N(ln(mean) - sigma^2/2, sigma), k = 1 + Poisson(exp(u)),
+    clipped; for ``uniform``, any number up to ``max_crops`` alike. By default it is drawn once per step for
+    the whole global batch, so every rank does the same work.
     """
 
-    max_crops: Annotated[int, Field(ge=1, le=9)] = 9  # [P]
+    max_crops: Annotated[int, Field(ge=1, le=MOST_CROPS)] = MOST_CROPS  # [P]
     per: Literal["batch", "image"] = "batch"  # whose number of crops is drawn [N]
     # whether a leading global crop is one of max_crops; if not, such images see up to one crop more [N]
     count_global: bool = True
-    mean: Positive = 1.0  # rbar of the scheme [N]
-    sigma: NotNegative = 0.5  # [I: the cited work's value]
+    count: Literal["poisson", "uniform"] = "poisson"  # [N]
+    mean: Positive = 1.0  # of poisson: rbar of the scheme [N]
+    sigma: NotNegative = 0.5  # of poisson [I: the cited work's value]
+    # where local crops lie: anywhere, or on the cells of the inference grid, each at most once [N]
+    places: Literal["uniform", "grid"] = "uniform"
     global_first: Share = 0.55  # probability that the first crop is the whole image [I],
     # among the images that are encoded, or among all, those decoded from the empty message included [N]
     global_first_among: Literal["encoded", "all"] = "encoded"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # only the global crop before this step [N]
+
+
+class Phase(SpecModel):
+    """Crops of the steps before ``until``, where they differ from those of ``crops``."""
+
+    until: Count
+    max_crops: Annotated[int, Field(ge=1, le=MOST_CROPS)] | None = None
+    count_global: bool | None = None
+    count: Literal["poisson", "uniform"] | None = None
+    mean: Positive | None = None
+    places: Literal["uniform", "grid"] | None = None
+    global_first: Share | None = None
+    global_first_among: Literal["encoded", "all"] | None = None
 
 
 class ObjectiveConfig(SpecModel):
@@ -135,7 +172,7 @@ class ObjectiveConfig(SpecModel):
     srepa_on_skipped: bool = False  # [N]
     time_mu: float = -0.5  # t = sigmoid(mu + sigma n), mu < 0 is skewed to noise [P: sign, N: value]
     time_sigma: Positive = 1.0  # [N]
-    backprop_updates: Count = 1  # [P]
+    backprop_updates: Count | Literal["all"] = 1  # message updates that get gradient, the last ones [P]
     repa_weight: NotNegative = 0.5  # [N]
     srepa_weight: NotNegative = 0.5  # [N]
     alignment_ramp: Annotated[int, Field(ge=0)] = 0  # steps over which both weights rise from 0 [N]
@@ -230,6 +267,7 @@ class ValidationConfig(SpecModel):
     guidance: NotNegative = 7.5  # their guidance weight, as in decoding; 0 and 1 switch it off
     pictures: Annotated[int, Field(ge=1, le=32)] = 8  # images in the picture
     picture_crops: Annotated[int, Field(ge=1, le=9)] = 4  # crops of each; never above crops.max_crops
+    gather: Count = 500  # images whose messages are also made of local crops
 
 
 class ExportConfig(SpecModel):
@@ -247,7 +285,8 @@ FREE = frozenset(
         "model.vocab_size", "val_count",
         "activation_checkpointing", "compile", "sharding",  # the last two change rounding, as ranks do
         "teacher.cache", "tensorboard", "push_to_hub", "push_private", "validation.steps",
-        "validation.guidance", "validation.pictures", "validation.picture_crops", "export.dtype",
+        "validation.guidance", "validation.pictures", "validation.picture_crops", "validation.gather",
+        "export.dtype",
     }
 )  # fmt: skip
 
@@ -286,6 +325,7 @@ class TrainConfig(RunConfig):
     push_private: bool = False
     model: ModelConfig = ModelConfig()
     crops: CropsConfig = CropsConfig()
+    curriculum: tuple[Phase, ...] = ()  # phases before that of `crops`, by rising `until` [N]
     objective: ObjectiveConfig = ObjectiveConfig()
     teacher: TeacherConfig = TeacherConfig()
     data: DataConfig = DataConfig()
@@ -302,8 +342,8 @@ class TrainConfig(RunConfig):
             )
         if self.sharding == "fsdp2" and self.optim.name == "muon":
             raise ValueError("sharding fsdp2 spreads the matrices that muon needs whole: use optim.name=adam")
-        if self.objective.backprop_updates > self.crops.max_crops:
-            raise ValueError("objective.backprop_updates is larger than crops.max_crops")
+        if wrong := self._wrong_crops():
+            raise ValueError(wrong)
         if wrong := self.data.contradiction():
             raise ValueError(wrong)
         if self.data.flip and self.teacher.cache != "none":
@@ -313,17 +353,35 @@ class TrainConfig(RunConfig):
                 f"objective.posterior sample needs the SD-VAE, but the autoencoder of {self.model.preset} "
                 f"({vae}) has no posterior: use mode"
             )
-        encoded = 1 - self.objective.skip
-        if self.crops.global_first_among == "all" and self.crops.global_first > encoded + 1e-9:
-            raise ValueError(
-                f"crops.global_first {self.crops.global_first:g} of all images is more than the "
-                f"{encoded:g} that are encoded (1 - objective.skip)"
-            )
         if self.teacher.cache_dtype != "float32" and self.teacher.cache == "none":
             raise ValueError("teacher.cache_dtype without a cache: set teacher.cache=disk")
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub, "push_to_hub")
         return self
+
+    def crops_at(self, step: int) -> CropsConfig:
+        """Crops of a zero-based step: of the first phase that it lies in, or ``crops``."""
+        for phase in self.curriculum:
+            if step < phase.until:
+                return self.crops.model_copy(update=phase.model_dump(exclude={"until"}, exclude_none=True))
+        return self.crops
+
+    def _wrong_crops(self) -> str | None:
+        """What is wrong with the crops of some phase, or None."""
+        ends = [phase.until for phase in self.curriculum]
+        if any(one >= other for one, other in pairwise(ends)):
+            return f"curriculum: the phases must end one after another, but `until` is {ends}"
+        phases = [self.crops_at(until - 1) for until in ends] + [self.crops]
+        updates, encoded = self.objective.backprop_updates, 1 - self.objective.skip
+        if updates != "all" and updates > max(crops.max_crops for crops in phases):
+            return "objective.backprop_updates is larger than crops.max_crops"
+        for crops in phases:
+            if crops.global_first_among == "all" and crops.global_first > encoded + 1e-9:
+                return (
+                    f"crops.global_first {crops.global_first:g} of all images is more than the "
+                    f"{encoded:g} that are encoded (1 - objective.skip)"
+                )
+        return None
 
 
 class SmallRun(RunConfig):

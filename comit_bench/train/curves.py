@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from comit_bench.files import atomic_path
 from comit_bench.train.logs import read_rows
+from comit_bench.train.validation import GATHER
 
 Panel = tuple[str, tuple[tuple[str, str, str], ...]]  # title, ((log, column, name in the legend), ...)
 PANELS: tuple[Panel, ...] = (
@@ -23,6 +24,11 @@ PANELS: tuple[Panel, ...] = (
     ),
     ("shuffled-message gap (dB)", (("validation", "shuffled_gap", "validation"),)),
     ("perplexity of the ids", (("validation", "perplexity", "validation"),)),
+    (
+        "one-step PSNR by crops (dB)",
+        tuple(("validation", name, policy) for name, policy in GATHER.items()),
+    ),
+    ("images per second", (("log", "images_per_s", "training"),)),
 )
 
 
@@ -32,12 +38,12 @@ def _points(rows: Sequence[dict[str, str]], column: str) -> tuple[list[int], lis
 
 
 def draw_curves(run: Path) -> Figure | None:
-    """Four panels over steps from a run's ``log.csv`` and ``validation.csv``, None when both are empty."""
+    """Six panels over steps from a run's ``log.csv`` and ``validation.csv``, None when both are empty."""
     logs = {name: read_rows(run / f"{name}.csv") for name in ("log", "validation")}
     if not any(logs.values()):
         return None
-    figure = Figure(figsize=(9, 5.4), dpi=100, layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    figure = Figure(figsize=(12, 5.4), dpi=100, layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for log, column, name in lines:
             steps, values = _points(logs[log], column)
             marker = "." if len(steps) < 30 else ""

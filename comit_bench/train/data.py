@@ -31,7 +31,7 @@ from comit_bench.nn.teachers import TeacherFeatures
 from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
-from comit_bench.train.sampling import TrainPlan, plan_step
+from comit_bench.train.sampling import TrainPlan, flips, plan_step
 from comit_bench.train.sources import (
     hold_out,
     open_hf,
@@ -65,10 +65,11 @@ class Images(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MemoryImages:
-    """Images uint8 [n, 3, S, S] that are held in one tensor."""
+    """Images uint8 [n, 3, S, S] that are held in one tensor, with classes int64 [n] (-1: none) if known."""
 
     ids: tuple[str, ...]
     images: Tensor
+    labels: Tensor | None = None
 
     def read(self, index: int) -> Tensor:
         return self.images[index]
@@ -99,8 +100,10 @@ def paint_scenes(split: str, start: int, count: int, side: int) -> MemoryImages:
         raise UsageError(f"data.split {split!r}: scenes have the splits train and val")
     if not 16 <= side <= 256:
         raise UsageError(f"scenes are 16 to 256 pixels wide, but the model takes images of {side} px")
-    images = channels_first([part.images for part in painted("recognition", split, start, count, side)])
-    return MemoryImages(tuple(f"scenes/{split}/{i:06d}" for i in range(start, start + count)), images)
+    parts = list(painted("recognition", split, start, count, side))
+    images = channels_first([part.images for part in parts])
+    labels = torch.from_numpy(np.concatenate([part.digits[:, 0] for part in parts])).long()
+    return MemoryImages(tuple(f"scenes/{split}/{i:06d}" for i in range(start, start + count)), images, labels)
 
 
 def painted(layout: Any, split: Any, start: int, count: int, side: int) -> Iterator[Scenes]:
@@ -182,9 +185,15 @@ def open_images(config: TrainConfig) -> tuple[Images, Images]:
     train = paint_scenes(config.data.split, 0, config.data.count, side)
     val_start = PROBE_VAL_SCENES if config.data.val_split == "val" else config.data.count
     held = paint_scenes(config.data.val_split, val_start, config.data.val_count, side)
+    return train, in_other_order(held)
+
+
+def in_other_order(held: MemoryImages) -> MemoryImages:
+    """The same images in an order without classes."""
     places = {name: i for i, name in enumerate(held.ids)}
-    names = shuffled(held.ids)
-    return train, MemoryImages(tuple(names), held.images[[places[name] for name in names]])
+    rows = torch.tensor([places[name] for name in shuffled(held.ids)])
+    labels = None if held.labels is None else held.labels[rows]
+    return MemoryImages(tuple(held.ids[row] for row in rows.tolist()), held.images[rows], labels)
 
 
 def read_all(source: Images) -> MemoryImages:
@@ -203,33 +212,33 @@ def read_all(source: Images) -> MemoryImages:
     return MemoryImages(tuple(ids), torch.stack(images))
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One place in the stream of samples: image ``position`` of the order of ``epoch``."""
-
-    epoch: int
-    position: int
-
-
 class Order:
-    """Which image stands where (see the module's docstring)."""
+    """Which image stands where in the endless stream (see the module's docstring)."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
-        self._epoch = -1
-        self._permutation = torch.empty(0, dtype=torch.int64)
+        self._kept: dict[int, Tensor] = {}  # permutations of the last two epochs
 
-    def slots(self, step: int, batch: int) -> list[Slot]:
-        """All slots of a step's global batch."""
-        return [Slot(*divmod(place, self.count)) for place in range(step * batch, (step + 1) * batch)]
+    def places(self, step: int, batch: int) -> Tensor:
+        """Places of a step's global batch in the stream, int64 [batch]."""
+        return torch.arange(step * batch, (step + 1) * batch)
 
-    def index(self, slot: Slot, shift: int = 0) -> int:
-        """The image at a slot, or ``shift`` places later in the same epoch (going round)."""
-        if slot.epoch != self._epoch:
-            generator = generator_for(self.seed, f"order/{slot.epoch}")
-            self._permutation = torch.randperm(self.count, generator=generator)
-            self._epoch = slot.epoch
-        return int(self._permutation[(slot.position + shift) % self.count])
+    def numbers(self, places: Tensor, shift: int = 0) -> Tensor:
+        """The images at some places, or ``shift`` places later in the same epoch (going round)."""
+        epochs, positions = places // self.count, (places + shift) % self.count
+        numbers = torch.empty_like(places)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            numbers[here] = self._permutation(epoch)[positions[here]]
+        return numbers
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch not in self._kept:
+            if len(self._kept) > 1:
+                del self._kept[next(iter(self._kept))]
+            generator = generator_for(self.seed, f"order/{epoch}")
+            self._kept[epoch] = torch.randperm(self.count, generator=generator)
+        return self._kept[epoch]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,9 +247,9 @@ class TrainBatch:
 
     Attributes:
         step: Zero-based.
-        ids: One per slot, ``<image id>@<epoch>``: unique, also when the data are fewer than a batch.
+        ids: One per sample, ``<image id>@<epoch>``: unique, also when the data are fewer than a batch.
         images: uint8 [B, 3, S, S]; a broken image is replaced by the next one of the epoch.
-        plan: Crops, times and noise, one entry per slot.
+        plan: Crops, times and noise, one entry per sample.
         broken: Image id -> message.
         features: Of the teacher, from the cache; None without one.
     """
@@ -269,7 +278,7 @@ class Steps:
 
     def __init__(self, config: TrainConfig, source: Images, *, rank: int = 0, ranks: int = 1) -> None:
         self.config, self.source = config, source
-        self.features: Callable[[Sequence[int]], TeacherFeatures] | None = None
+        self.features: Callable[[Tensor], TeacherFeatures] | None = None
         self.order = Order(len(source.ids), config.seed)
         part = config.global_batch // ranks
         self.part = slice(rank * part, (rank + 1) * part)
@@ -277,40 +286,54 @@ class Steps:
     def __len__(self) -> int:
         return self.config.steps
 
+    def samples(self, step: int) -> Tensor:
+        """The samples of the whole global batch, all ranks, int64 [global_batch].
+
+        A sample is an image in an epoch, as one number: ``epoch * images + number``.
+        """
+        places = self.order.places(step, self.config.global_batch)
+        return places // self.order.count * self.order.count + self.order.numbers(places)
+
     def global_ids(self, step: int) -> list[str]:
-        """Ids of the whole global batch, all ranks."""
-        return [self._id(slot) for slot in self.order.slots(step, self.config.global_batch)]
+        """Ids of the samples of the whole global batch."""
+        return self._ids(self.samples(step))
 
-    def _id(self, slot: Slot) -> str:
-        return f"{self.source.ids[self.order.index(slot)]}@{slot.epoch}"
+    def _ids(self, samples: Tensor) -> list[str]:
+        count, names = self.order.count, self.source.ids
+        return [f"{names[sample % count]}@{sample // count}" for sample in samples.tolist()]
 
-    def _read(self, slot: Slot, broken: dict[str, str]) -> tuple[int, Tensor]:
+    def _read(self, places: Tensor, broken: dict[str, str]) -> tuple[Tensor, Tensor]:
+        """Numbers [B] and pixels [B, 3, S, S] of the images at some places, or of those after broken ones."""
+        numbers = self.order.numbers(places)
+        if isinstance(self.source, MemoryImages):
+            return numbers, self.source.images[numbers]
+        images = []
+        for row, place in enumerate(places):
+            numbers[row], image = self._read_one(place[None], broken)
+            images.append(image)
+        return numbers, torch.stack(images)
+
+    def _read_one(self, place: Tensor, broken: dict[str, str]) -> tuple[int, Tensor]:
         for shift in range(min(TRIES, self.order.count)):
-            index = self.order.index(slot, shift)
+            index = int(self.order.numbers(place, shift))
             try:
                 return index, self.source.read(index)
             except CorruptFileError as error:
                 broken[self.source.ids[index]] = str(error)
         raise BenchError(f"{len(broken)} broken images in a row, the last: {list(broken.values())[-1]}")
 
-    def _mirrored(self, image: Tensor, name: str) -> Tensor:
-        """The image or, as a slot's own draw says, its mirror image."""
-        share = self.config.data.flip
-        if share == 0:
-            return image
-        drawn = torch.rand((), generator=generator_for(self.config.seed, f"flip/{name}"))
-        return image.flip(-1) if float(drawn) < share else image
-
     def __getitem__(self, step: int) -> TrainBatch | BenchError:
-        slots = self.order.slots(step, self.config.global_batch)[self.part]
+        places = self.order.places(step, self.config.global_batch)[self.part]
+        samples = self.samples(step)[self.part]
         broken: dict[str, str] = {}
         try:
-            ids = tuple(self._id(slot) for slot in slots)
-            numbers, images = zip(*(self._read(slot, broken) for slot in slots), strict=True)
-            shown = [self._mirrored(image, name) for image, name in zip(images, ids, strict=True)]
+            numbers, images = self._read(places, broken)
+            mirrored = flips(self.config.seed, samples, self.config.data.flip)
+            if bool(mirrored.any()):
+                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
             features = None if self.features is None else self.features(numbers)
-            plan = plan_step(self.config, step=step, sample_ids=ids)
-            return TrainBatch(step, ids, torch.stack(shown), plan, broken, features)
+            plan = plan_step(self.config, step=step, samples=samples)
+            return TrainBatch(step, tuple(self._ids(samples)), images, plan, broken, features)
         except BenchError as error:
             return error
 

@@ -254,7 +254,7 @@ class FeatureStore(ShardStore[FeatureLayout]):
                 done = compute_features(teacher, to_pixels(torch.stack(pixels), device))
                 with np.errstate(over="ignore"):  # becomes infinite, which is refused below
                     tensors["cls"][places] = done.cls.cpu().numpy()
-                    tensors["patches"][places] = done.patches.cpu().numpy()
+                    tensors["patches"][places] = done.patches.cpu().numpy()[:, : self.layout.tokens]
                 tensors["valid"][places] = 1
             bar.update(len(pixels))
         for name in ("cls", "patches"):
@@ -273,7 +273,7 @@ class FeatureStore(ShardStore[FeatureLayout]):
         self.shard_path(shard).unlink(missing_ok=True)
         return True
 
-    def take(self, numbers: Sequence[int]) -> TeacherFeatures:
+    def take(self, numbers: Sequence[int] | Tensor) -> TeacherFeatures:
         """Features of some images, float32 on the CPU, in this order.
 
         Raises:
@@ -281,19 +281,19 @@ class FeatureStore(ShardStore[FeatureLayout]):
             CorruptFileError: Their shard is damaged.
             BenchError: The image was broken when the features were made.
         """
-        out: dict[str, Array] = {}
-        for name in ("cls", "patches"):
-            out[name] = np.empty(self.layout.shapes(len(numbers))[name][1], np.float32)
-        for place, number in enumerate(numbers):
-            shard, row = divmod(number, self.layout.shard_size)
-            tensors = self._shard(shard).tensors
-            if not tensors["valid"][row]:
+        shapes = self.layout.shapes(len(numbers))
+        out = {name: np.empty(shapes[name][1], np.float32) for name in ("cls", "patches")}
+        shards, rows = np.divmod(np.asarray(numbers), self.layout.shard_size)
+        for shard in np.unique(shards).tolist():
+            here, tensors = shards == shard, self._shard(shard).tensors
+            if not (valid := tensors["valid"][rows[here]] > 0).all():
+                number = shard * self.layout.shard_size + int(rows[here][~valid][0])
                 raise BenchError(
                     f"image {number} was broken when its features were computed: "
                     f"{self._shard(shard).broken.get(number)}. Remove {self.directory} to compute them again."
                 )
             for name, values in out.items():
-                values[place] = tensors[name][row]
+                values[here] = tensors[name][rows[here]]
         return TeacherFeatures(torch.from_numpy(out["cls"]), torch.from_numpy(out["patches"]))
 
 
@@ -322,8 +322,8 @@ def open_features(
 ) -> FeatureStore:
     """The store for a run, after making sure that there is room for it.
 
-    ``tokens`` are the image tokens X, ``data`` is the :func:`images_digest` of the source. Features of
-    another device or precision are kept apart: they round differently.
+    ``tokens`` are the image tokens X, or 0 to keep no patches; ``data`` is the :func:`images_digest` of the
+    source. Features of another device or precision are kept apart: they round differently.
 
     Raises:
         BenchError: Not enough room.

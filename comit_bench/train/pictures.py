@@ -1,7 +1,7 @@
 """The validation picture: images, the crops that were seen in order, and what the message gives back.
 
 Unlike the measures, whose messages are of the whole image, a picture shows messages made the way
-training makes them: crops at random positions, the first one global with the probability of the
+training makes them: crops at random places, the first one global with the probability of the
 configuration. They are keyed by seed and image, so all pictures of a run show the same crops.
 
 Shape legend: ``n`` images, ``K`` crops, ``S`` image side.
@@ -12,19 +12,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from comit_bench.files import atomic_path
 from comit_bench.nn.flow import Guidance
-from comit_bench.seeding import generator_for
+from comit_bench.seeding import seed_for
 from comit_bench.tokenizers.comit.codec import decode, encode_crops, one_step_decode, to_uint8
-from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.crops import CELLS, CropPolicy
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
+from comit_bench.train.draws import uniforms, words
 from comit_bench.train.objectives.comit import crop_locations
-from comit_bench.train.sampling import WHOLE
+from comit_bench.train.sampling import WHOLE, crop_corners
 
 TILE = 160  # pixels of an enlarged image, about
 LABEL = 150  # pixels of the column with row names
@@ -49,18 +51,13 @@ class Sheet:
 
 def picture_corners(config: TrainConfig, ids: tuple[str, ...]) -> Tensor:
     """Corners int64 [K, n, 2] of the crops shown, drawn like those of training."""
-    spec = config.model.spec()
-    count = min(config.validation.picture_crops, config.crops.max_crops)
-    places = spec.image_size - spec.geometry.crop + 1
-    drawn = []
-    for name in ids:
-        generator = generator_for(config.seed, f"picture/{name}")
-        whole = bool(torch.rand((), generator=generator) < config.crops.global_first)
-        corners = torch.randint(places, (count, 2), generator=generator)
-        if whole:
-            corners[0] = WHOLE
-        drawn.append(corners)
-    return torch.stack(drawn, dim=1)
+    spec, crops = config.model.spec(), config.crops
+    count = min(config.validation.picture_crops, crops.max_crops)
+    samples = np.array([seed_for(0, name) for name in ids])
+    drawn = words(config.seed, "picture", samples, CELLS + 2)
+    corners = crop_corners(spec, crops.places, drawn[:, 1:])[:, :count]
+    corners[uniforms(drawn[:, 0]) < crops.global_first, 0] = WHOLE
+    return torch.from_numpy(corners).transpose(0, 1).contiguous()
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """What is random about a training step, drawn before anything is computed.
 
-Every number comes from a generator keyed by (seed, step, sample id), so a plan depends neither on the
-number of ranks, nor on the order or the company of the images in a batch, nor on a resume point.
+Every number is a function of (seed, kind of choice, step, sample), see ``draws``, so a plan depends neither
+on the number of ranks, nor on the order or the company of the images in a batch, nor on a resume point. A
+sample is an image in an epoch, as one number (:meth:`comit_bench.train.data.Steps.samples`).
 
 Shape legend: ``B`` images, ``K`` crops per image, ``C h w`` latent, ``S`` image side.
 """
@@ -11,17 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from comit_bench.seeding import generator_for
+from comit_bench.tokenizers.comit.crops import CELLS, GRID
 from comit_bench.tokenizers.comit.model import ComitSpec
-from comit_bench.train.config import CropsConfig, TrainConfig
+from comit_bench.train.config import MOST_CROPS, CropsConfig, TrainConfig
+from comit_bench.train.draws import Numbers, below, normals, uniforms, words
 
 WHOLE = -1  # both corner values of the global crop
 ABSENT = -2  # and of a step before an image's first crop
+Samples = Sequence[int] | Tensor | Numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,117 +83,141 @@ def idle_steps(corners: Tensor) -> int:
     return int((corners[..., 0] == ABSENT).all(dim=1).sum())
 
 
-def crop_count(
-    crops: CropsConfig, *, seed: int, step: int, sample: str = "", whole_first: bool = False
-) -> int:
-    """Number of crops of a step or, with ``crops.per: image``, of a sample; a leading global one included.
+def crop_counts(
+    crops: CropsConfig, *, seed: int, step: int, samples: Samples = (0,), whole_first: Any = False
+) -> Numbers:
+    """Numbers of crops int64 [B] of samples in a step, a leading global one included.
 
-    u ~ N(ln(mean) - sigma^2/2, sigma), k = 1 + Poisson(exp(u)), values above the limit become the limit:
-    ``max_crops``, or one more where a leading global crop does not count (``crops.count_global``).
-    ``crops.mean`` is read as the mean of the Poisson rate, that is of the crops *after* the first:
-    E[k] = 1 + mean before clipping. Under this reading the default (1.0, sigma 0.5) has its mode at one
-    crop, as the paper says; a mean above about 1.3 moves the mode to two.
+    With ``crops.per: batch`` the draw is the step's, and all samples have the same number but for a leading
+    global crop that does not count. ``poisson``: u ~ N(ln(mean) - sigma^2/2, sigma), k = 1 + Poisson(exp(u)),
+    values above the limit become the limit: ``max_crops``, or one more where a leading global crop does not
+    count (``crops.count_global``). ``crops.mean`` is read as the mean of the Poisson rate, that is of the
+    crops *after* the first: E[k] = 1 + mean before clipping. Under this reading the default (1.0, sigma 0.5)
+    has its mode at one crop, as the paper says; a mean above about 1.3 moves the mode to two. ``uniform``:
+    every number from 1 to the limit is as likely as any other.
+
+    Args:
+        crops: Those of the step (:meth:`TrainConfig.crops_at`).
+        seed: Of the run.
+        step: Zero-based.
+        samples: [B]; with ``crops.per: batch`` only how many.
+        whole_first: Whether a sample's first crop is the global one, bool [B].
     """
-    if step < crops.warmup_steps:
-        return 1
-    generator = generator_for(seed, f"train-crops/{step}" + (f"/{sample}" if crops.per == "image" else ""))
-    normal = torch.randn((), generator=generator, dtype=torch.float64)
-    rate = torch.exp(math.log(crops.mean) - crops.sigma**2 / 2 + crops.sigma * normal)
-    extra = int(torch.poisson(rate, generator=generator).item())
-    return min(1 + extra, crops.max_crops + int(whole_first and not crops.count_global))
+    numbers = _numbers(samples)
+    own = numbers if crops.per == "image" else np.zeros(1, np.int64)
+    limit = crops.max_crops + np.asarray(whole_first) * (not crops.count_global)
+    drawn = words(seed, f"train-count/{step}", own, 1)[:, 0]
+    if crops.count == "uniform":
+        counts = 1 + (uniforms(drawn) * limit).astype(np.int64)
+    else:
+        normal = normals(seed, f"train-rate/{step}", own, 1)[:, 0].astype(np.float64)
+        rate = np.exp(math.log(crops.mean) - crops.sigma**2 / 2 + crops.sigma * normal)
+        counts = np.minimum(1 + _poisson(rate, uniforms(drawn)), limit)
+    return np.broadcast_to(counts, numbers.shape)
 
 
-def whole_share(config: TrainConfig) -> float:
+def _poisson(rate: NDArray[np.float64], uniform: NDArray[np.float64]) -> Numbers:
+    """Poisson numbers [n] by inversion; those above ``MOST_CROPS`` become it."""
+    term = np.exp(-rate)
+    below_it, numbers = term.copy(), np.zeros(len(rate), np.int64)
+    for k in range(1, MOST_CROPS + 1):
+        numbers += uniform >= below_it
+        term = term * rate / k
+        below_it += term
+    return numbers
+
+
+def whole_share(config: TrainConfig, crops: CropsConfig) -> float:
     """Probability that the first crop of an encoded image is the whole image."""
-    crops, encoded = config.crops, 1 - config.objective.skip
+    encoded = 1 - config.objective.skip
     if crops.global_first_among == "encoded" or encoded == 0:
         return crops.global_first
     return crops.global_first / encoded
 
 
-def mean_crops(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> float:
-    """Average number of crops of some images in a step."""
-    return sum(_crops_of(config, step, sample)[1] for sample in sample_ids) / len(sample_ids)
+def _numbers(samples: Samples) -> Numbers:
+    return np.asarray(samples, dtype=np.int64).reshape(-1)
 
 
-def plan_step(config: TrainConfig, *, step: int, sample_ids: Sequence[str]) -> TrainPlan:
-    """Draw everything random about some images of a step.
+def _first_and_counts(config: TrainConfig, step: int, samples: Numbers) -> tuple[NDArray[np.bool_], Numbers]:
+    """Whether the first crop of each sample is the global one, and how many crops there are."""
+    crops = config.crops_at(step)
+    drawn = uniforms(words(config.seed, f"train-first/{step}", samples, 1))[:, 0]
+    first = drawn < whole_share(config, crops)
+    return first, crop_counts(crops, seed=config.seed, step=step, samples=samples, whole_first=first)
+
+
+def mean_crops(config: TrainConfig, *, step: int, samples: Samples) -> float:
+    """Average number of crops of some samples in a step."""
+    return float(_first_and_counts(config, step, _numbers(samples))[1].mean())
+
+
+def flips(seed: int, samples: Samples, share: float) -> Tensor:
+    """Which samples are shown mirrored left to right, bool [B]: a share of them, whatever the step."""
+    return torch.from_numpy(uniforms(words(seed, "train-flip", _numbers(samples), 1))[:, 0] < share)
+
+
+def plan_step(config: TrainConfig, *, step: int, samples: Samples) -> TrainPlan:
+    """Draw everything random about some samples of a step.
 
     By default the number of crops depends on (seed, step) only: all ranks run the same number of message
-    updates in every step, and none waits for another. Everything else is drawn per image in a fixed
-    order, whatever the settings, so that changing a probability changes nothing else. Skipping and the
-    kind of the first crop are independent; corners are uniform over all positions inside the image. Before
-    the step ``crops.warmup_steps`` there is one, global crop. An id names a sample for good.
+    updates in every step, and none waits for another. Every kind of choice has a stream of its own, so
+    changing a probability changes nothing else. Skipping and the kind of the first crop are independent.
+    Corners are uniform over all positions inside the image or, with ``crops.places: grid``, over the cells
+    of the inference grid; the cells of one sample are then all different, as those of ``random:N`` are.
     """
-    spec = config.model.spec()
-    drawn = [_draw(config, spec, step, sample) for sample in sample_ids]
-    uniforms = torch.stack([d.uniforms for d in drawn])
-    normals = torch.stack([d.normal for d in drawn])
-    count = max(len(d.corners) for d in drawn)
-    corners = torch.full((count, len(drawn), 2), ABSENT, dtype=torch.int64)
-    for image, one in enumerate(drawn):
-        corners[count - len(one.corners) :, image] = one.corners
-    posterior = None
-    if config.objective.posterior == "sample":
-        posterior = _posterior_noise(config, spec, step, sample_ids, count)
-    objective = config.objective
+    spec, objective, seed = config.model.spec(), config.objective, config.seed
+    numbers = _numbers(samples)
+
+    def uniform(kind: str) -> NDArray[np.float64]:
+        return uniforms(words(seed, f"train-{kind}/{step}", numbers, 1))[:, 0]
+
+    def normal(kind: str, *shape: int) -> Tensor:
+        drawn = normals(seed, f"train-{kind}/{step}", numbers, math.prod(shape))
+        return torch.from_numpy(drawn).view(len(numbers), *shape)
+
+    latent = spec.in_channels, spec.max_input_size, spec.max_input_size
+    corners = _corners(config, spec, step, numbers)
+    count, posterior = len(corners), None
+    if objective.posterior == "sample":  # an image's last crops get the same for every count
+        drawn = normal("posterior", count + 1, *latent).transpose(0, 1)
+        posterior = torch.cat([drawn[:1], drawn[1:].flip(0)])
+    logits = objective.time_mu + objective.time_sigma * normal("time", 1)[:, 0].double().numpy()
+    times = 1 / (1 + np.exp(-logits))
     return TrainPlan(
         crops=count,
         corners=corners,
-        skip=uniforms[:, 0] < objective.skip,
-        times=torch.sigmoid(objective.time_mu + objective.time_sigma * normals),
-        noise=torch.stack([d.noise for d in drawn]),
-        relaxed=uniforms[:, 2] < objective.message_dropout,
+        skip=torch.from_numpy(uniform("skip") < objective.skip),
+        times=torch.from_numpy(times.astype(np.float32)),
+        noise=normal("noise", *latent),
+        relaxed=torch.from_numpy(uniform("relaxed") < objective.message_dropout),
         posterior=posterior,
     )
 
 
-class _Drawn(NamedTuple):
-    """Of one image: uniforms [3], a normal [], noise [C, h, w] and corners [k, 2]."""
-
-    uniforms: Tensor
-    normal: Tensor
-    noise: Tensor
-    corners: Tensor
-
-
-def _uniforms(config: TrainConfig, step: int, sample: str) -> tuple[torch.Generator, Tensor]:
-    """The generator of an image in a step, and the first that it draws, [3]."""
-    generator = generator_for(config.seed, f"train/{step}/{sample}")
-    return generator, torch.rand(3, generator=generator)
+def _corners(config: TrainConfig, spec: ComitSpec, step: int, samples: Numbers) -> Tensor:
+    """int64 [K, B, 2]; see :class:`TrainPlan`."""
+    first, counts = _first_and_counts(config, step, samples)
+    drawn = words(config.seed, f"train-places/{step}", samples, CELLS + 1)
+    places = crop_corners(spec, config.crops_at(step).places, drawn)
+    places[first, 0] = WHOLE
+    most = int(counts.max())
+    number = np.arange(most) - (most - counts[:, None])  # of a sample's own crops, [B, K]
+    corners = np.take_along_axis(places, np.maximum(number, 0)[..., None], axis=1)
+    corners[number < 0] = ABSENT
+    return torch.from_numpy(corners).transpose(0, 1).contiguous()
 
 
-def _crops_of(config: TrainConfig, step: int, sample: str) -> tuple[bool, int]:
-    """Whether the first crop of an image is the global one, and how many there are."""
-    _, uniforms = _uniforms(config, step, sample)
-    only_global = step < config.crops.warmup_steps
-    whole_first = bool(uniforms[1] < (1.0 if only_global else whole_share(config)))
-    return whole_first, crop_count(
-        config.crops, seed=config.seed, step=step, sample=sample, whole_first=whole_first
-    )
+def crop_corners(spec: ComitSpec, places: str, drawn: NDArray[np.uint64]) -> Numbers:
+    """Words [B, 10] -> corners [B, 10, 2] of local crops anywhere in the image or on the inference grid.
 
-
-def _draw(config: TrainConfig, spec: ComitSpec, step: int, sample: str) -> _Drawn:
-    generator, uniforms = _uniforms(config, step, sample)
-    normal = torch.randn((), generator=generator)
-    side = spec.max_input_size
-    noise = torch.randn(spec.in_channels, side, side, generator=generator)
-    whole_first, count = _crops_of(config, step, sample)
-    places = spec.image_size - spec.geometry.crop + 1
-    corners = torch.randint(places, (count, 2), generator=generator)
-    if whole_first:
-        corners[0] = WHOLE
-    return _Drawn(uniforms, normal, noise, corners)
-
-
-def _posterior_noise(
-    config: TrainConfig, spec: ComitSpec, step: int, sample_ids: Sequence[str], count: int
-) -> Tensor:
-    """Standard normal [count + 1, B, C, h, w]; an image's last crops get the same for every ``count``."""
-    shape = (spec.in_channels, spec.max_input_size, spec.max_input_size)
-    parts = []
-    for sample in sample_ids:
-        generator = generator_for(config.seed, f"train-posterior/{step}/{sample}")
-        drawn = [torch.randn(shape, generator=generator) for _ in range(count + 1)]
-        parts.append(torch.stack([drawn[0], *reversed(drawn[1:])]))
-    return torch.stack(parts, dim=1)
+    On the grid, the first nine of a sample are all different, and so are the last nine, for samples whose
+    first crop is the global one.
+    """
+    if places == "uniform":
+        last = spec.image_size - spec.geometry.crop
+        return np.stack([below(drawn, last + 1), below(drawn << np.uint64(32), last + 1)], axis=-1)
+    cells = drawn[:, 1:].argsort(axis=1, kind="stable")
+    cells = np.concatenate([cells[:, -1:], cells], axis=1)
+    stride = spec.geometry.stride(spec.image_size)
+    return np.stack([cells // GRID, cells % GRID], axis=-1) * stride

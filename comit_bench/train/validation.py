@@ -1,7 +1,8 @@
-"""Validation with the averaged weights: does the message matter, and how much of the code is used?
+"""Validation with the averaged weights: does the message matter, and does it gather what crops show?
 
-PSNR is of images in [-1, 1] (peak 2), averaged over images. Messages are of the global crop. Noise and
-times are keyed by the image's id, so two checkpoints are compared on the same draws.
+PSNR is of images in [-1, 1] (peak 2), averaged over images. Messages are of the global crop; those of the
+columns ``gather_`` and ``read_`` are of the crops that these name. Noise and times are keyed by the image's
+id, so two checkpoints are compared on the same draws; so are the orders of crops, whatever the run's seed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ from torch import Tensor
 
 from comit_bench.nn.flow import Guidance
 from comit_bench.seeding import generator_for
-from comit_bench.tokenizers.comit.codec import decode, encode, one_step_decode
-from comit_bench.tokenizers.comit.crops import CropPolicy
+from comit_bench.tokenizers.comit.codec import (
+    crop_latents,
+    decode,
+    encode,
+    encode_sequence,
+    locate,
+    one_step_decode,
+)
+from comit_bench.tokenizers.comit.crops import GLOBAL, CropPolicy
 from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.config import TrainConfig
@@ -20,7 +28,18 @@ from comit_bench.train.data import MemoryImages, to_pixels
 from comit_bench.train.pictures import Sheet, make_sheet
 
 MEANS = ("val_flow", "psnr_one_step", "psnr_guided", "psnr_mean_colour", "shuffled_gap")  # over images
-MEASURES = (*MEANS, "ids_used", "perplexity")
+GATHER = {  # one-step PSNR by the crops that the message was made of, as policies are written
+    "gather_random_1": "random:1",
+    "gather_random_3": "random:3",
+    "gather_random_9": "random:9",
+    "gather_global": "global",
+    "gather_global_random_4": "global+random:4",
+}
+READ = {"read_random_9": "random:9", "read_global": "global"}  # accuracy of a linear read-out of the class
+MEASURES = (*MEANS, "ids_used", "perplexity", *GATHER)
+BATCH = 64
+RIDGE = 0.1  # of the read-out, as a share of the images that it is fitted on
+Messages = dict[str, tuple[Tensor, Tensor]]
 
 
 def float_psnr(images: Tensor, others: Tensor) -> Tensor:
@@ -79,14 +98,76 @@ def _measure(
     return values.double().cpu(), message.ids.cpu()
 
 
+def _messages(model: Comit, images: Tensor, ids: tuple[str, ...], network: FastPredictor) -> Messages:
+    """Codes [B, M, d] and decoding offsets [B, 2] by policy; nine random crops give all their prefixes."""
+    orders = [generator_for(0, f"gather/{name}") for name in ids]
+    table = CropPolicy(order="random").indices(len(ids), orders)  # [9, B]
+    mixed = torch.cat([torch.full_like(table[:1], GLOBAL), table[:3]])
+    latents = crop_latents(model, images, torch.cat([table, mixed]))
+    messages: Messages = {}
+    for cells, steps, kept in (
+        (table, latents[:9], {0: "random:1", 2: "random:3", 8: "random:9"}),
+        (mixed, latents[9:], {0: "global", 3: "global+random:4"}),
+    ):
+        places = locate(model, cells.to(images.device), images.shape[-1])
+        done = encode_sequence(model, steps, cells, places, network=network)
+        messages |= {policy: (done.steps[k].codes, -places[k]) for k, policy in kept.items()}
+    return messages
+
+
+def read_out(vectors: Tensor, labels: Tensor) -> float:
+    """Accuracy of a ridge regression on one-hot classes, fitted on every other row and measured on the rest.
+
+    Args:
+        vectors: [n, D], n of 2 or more.
+        labels: int64 [n].
+    """
+    vectors = vectors.double()
+    known = vectors[::2]
+    classes = labels.unique()
+    mean, deviation = known.mean(dim=0), known.std(dim=0, unbiased=False).clamp_min(1e-6)
+    x = (known - mean) / deviation
+    y = (labels[::2, None] == classes).double()
+    ridge = RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean(dim=0)))
+    scores = (vectors[1::2] - mean) / deviation @ weights + y.mean(dim=0)
+    return float((classes[scores.argmax(dim=1)] == labels[1::2]).double().mean())
+
+
+def _gather(model: Comit, config: TrainConfig, data: MemoryImages, device: torch.device) -> dict[str, float]:
+    """The columns of ``GATHER`` and, for labelled images, of ``READ``."""
+    network, codec = FastPredictor(model.predictor), model.codec
+    count = min(config.validation.gather, len(data.ids))
+    quality: dict[str, list[Tensor]] = {policy: [] for policy in GATHER.values()}
+    codes: dict[str, list[Tensor]] = {policy: [] for policy in READ.values()}
+    for start in range(0, count, BATCH):
+        ids = data.ids[start : min(start + BATCH, count)]
+        images = to_pixels(data.images[start : start + len(ids)], device)
+        noise = _draws(config, model, ids)[1].to(device)
+        for policy, given in _messages(model, images, ids, network).items():
+            drawn = codec.decode(one_step_decode(model, *given, noise, network=network))
+            quality[policy].append(float_psnr(images, drawn).double().cpu())
+            if policy in codes:
+                codes[policy].append(given[0].flatten(1).cpu())
+    values = {name: float(torch.cat(quality[policy]).mean()) for name, policy in GATHER.items()}
+    if data.labels is None:
+        return values
+    labels = data.labels[:count]
+    known = labels >= 0
+    if int(known.sum()) > 1:
+        read = {name: torch.cat(codes[policy])[known] for name, policy in READ.items()}
+        values |= {name: read_out(vectors, labels[known]) for name, vectors in read.items()}
+    return values
+
+
 @torch.inference_mode()
 def validate(
-    model: Comit, config: TrainConfig, data: MemoryImages, *, device: torch.device, batch: int = 64
+    model: Comit, config: TrainConfig, data: MemoryImages, *, device: torch.device, batch: int = BATCH
 ) -> tuple[dict[str, float], Sheet]:
     """Measure a model, which holds the weights to be judged.
 
     Returns:
-        Values of ``MEASURES``, and the picture of the first images.
+        Values of ``MEASURES`` and, for labelled images, of ``READ``, and the picture of the first images.
     """
     all_values: list[Tensor] = []
     all_ids: list[Tensor] = []
@@ -101,6 +182,7 @@ def validate(
     counts = torch.bincount(torch.cat(all_ids).flatten())
     values = dict(zip(MEANS, means, strict=True))
     values |= {"ids_used": int((counts > 0).sum()), "perplexity": perplexity(counts)}
+    values |= _gather(model, config, data, device)
     shown = data.ids[: config.validation.pictures]
     _, noise = _draws(config, model, shown)
     images = to_pixels(data.images[: len(shown)], device)

@@ -24,7 +24,7 @@ from comit_bench.train.sampling import plan_step
 TINY = (
     "model.depth=2", "model.width=32", "model.heads=2", "model.message_length=4", "optim.name=adam",
     "model.representation_layer=1", "global_batch=8", "device_batch=4", "data.count=20", "data.val_count=4",
-    "crops.warmup_steps=0", "crops.mean=3", "save_every=1", "validate_every=2", "log_every=1", "steps=2",
+    "curriculum=[]", "crops.mean=3", "save_every=1", "validate_every=2", "log_every=1", "steps=2",
     "validation.steps=2", "validation.pictures=1", "keep_last=9",
 )  # fmt: skip
 
@@ -34,9 +34,8 @@ def step_of(run: TrainConfig, device: torch.device, *, half: bool) -> tuple[Loss
     network = Comit(run.model.spec(), DctVae(4))
     network.predictor.init_weights(torch.Generator().manual_seed(0), zero_gates=False)
     module = TrainingModule(network, run, None).to(device)
-    ids = [f"i/{n}" for n in range(8)]
-    step = next(n for n in range(99) if plan_step(run, step=n, sample_ids=ids).crops > 2)
-    plan = plan_step(run, step=step, sample_ids=ids).to(device)
+    step = next(n for n in range(99) if plan_step(run, step=n, samples=range(8)).crops > 2)
+    plan = plan_step(run, step=step, samples=range(8)).to(device)
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         parts = module(images.to(device), plan, None, 1.0)
@@ -67,7 +66,7 @@ def test_a_step_does_not_wait_for_the_device(cuda: Cuda) -> None:
     network = Comit(run.model.spec(), DctVae(4))
     network.predictor.init_weights(torch.Generator().manual_seed(0))
     module = TrainingModule(network, run, None).to(cuda.device)
-    plans = [plan_step(run, step=n, sample_ids=[f"i/{i}" for i in range(8)]) for n in range(20)]
+    plans = [plan_step(run, step=n, samples=range(8)) for n in range(20)]
     images = torch.zeros(8, 3, 32, 32, device=cuda.device)
 
     def step(number: int) -> Tensor:

@@ -14,7 +14,7 @@ from comit_bench.train.config import TrainConfig
 from comit_bench.train.ema import Ema
 from comit_bench.train.objectives.comit import TrainingModule
 from comit_bench.train.optimizers import make_optimizer
-from comit_bench.train.sampling import crop_count, plan_step
+from comit_bench.train.sampling import crop_counts, plan_step
 from comit_bench.train.scaling import block_runner
 
 
@@ -55,11 +55,10 @@ class TrainStep:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.module, config, device)
         self.ema = Ema(model.predictor, config.optim.ema)
-        number = next(s for s in range(1500, 9999) if crop_count(config.crops, seed=0, step=s) == crops)
-        ids = [f"perf/{i}" for i in range(config.global_batch)]
-        self.plan = plan_step(config, step=number, sample_ids=ids).to(device)
+        number = next(s for s in range(1500, 9999) if crop_counts(config.crops, seed=0, step=s)[0] == crops)
+        self.plan = plan_step(config, step=number, samples=range(config.global_batch)).to(device)
         side = spec.image_size
-        self.images = torch.rand(len(ids), 3, side, side, device=device) * 2 - 1
+        self.images = torch.rand(config.global_batch, 3, side, side, device=device) * 2 - 1
         self.device, self.half = device, half
         self.seconds: list[float] = []
 

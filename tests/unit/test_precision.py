@@ -116,7 +116,7 @@ def test_training_under_autocast(vae: str, monkeypatch: pytest.MonkeyPatch) -> N
     network = Comit(spec, small_sd_vae() if vae == "sd" else DctVae(4))
     network.predictor.init_weights(seeded(), zero_gates=False)
     module = TrainingModule(network, run, None)
-    plan = plan_step(run, step=0, sample_ids=[f"i/{i}" for i in range(4)])
+    plan = plan_step(run, step=0, samples=range(4))
     images = torch.rand(4, 3, spec.image_size, spec.image_size, generator=seeded(1)) * 2 - 1
 
     def step() -> None:

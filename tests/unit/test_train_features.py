@@ -232,8 +232,10 @@ def test_numbers_too_large_for_half_precision_are_refused() -> None:
 
 
 @needs_muon
-def test_training_with_and_without_the_cache_is_bit_equal(tmp_path: Path) -> None:
-    """Three epochs, a broken image that the next one replaces, pieces of four images."""
+@pytest.mark.parametrize("repa", ["0.5", "0"])
+def test_training_with_and_without_the_cache_is_bit_equal(tmp_path: Path, repa: str) -> None:
+    """Three epochs, a broken image that the next one replaces, pieces of four images. Without REPA no
+    patches are kept."""
     folder = tmp_path / "teacher"
     folder.mkdir()
     net = network()
@@ -246,7 +248,7 @@ def test_training_with_and_without_the_cache_is_bit_equal(tmp_path: Path) -> Non
     common = (
         "model.depth=1", "model.width=16", "model.heads=2", "model.message_length=4", "data.max_broken=0.5",
         "model.representation_layer=0", "global_batch=8", "device_batch=4", "steps=4", "data.val_count=2",
-        "optim.warmup_steps=1", "crops.warmup_steps=0", "objective.repa_weight=0.5", "save_every=2",
+        "optim.warmup_steps=1", "curriculum=[]", f"objective.repa_weight={repa}", "save_every=2",
         "objective.srepa_weight=0.5", "objective.projector_width=8", "teacher.name=scenes-teacher",
         f"teacher.path={folder}", "data.kind=class-folders", f"data.source={tmp_path / 'data'}",
     )  # fmt: skip
@@ -257,6 +259,8 @@ def test_training_with_and_without_the_cache_is_bit_equal(tmp_path: Path) -> Non
         assert trainer.fit() is not None
         used = [trainer.steps[n] for n in range(4)]
         assert all((b.features is not None) == ("teacher.cache=disk" in more) for b in used)  # type: ignore[union-attr]
+        if used[0].features is not None:  # type: ignore[union-attr]
+            assert used[0].features.patches.shape[1] == (64 if repa == "0.5" else 0)  # type: ignore[union-attr]
         return load_file(trainer.checkpoints / "step-00000004" / "model.safetensors")
 
     plain, cached = run("plain"), run("cached", "teacher.cache=disk")

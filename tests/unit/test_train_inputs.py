@@ -21,10 +21,12 @@ from comit_bench.train.loop import Trainer
 from comit_bench.train.objectives.comit_card import training_data
 from comit_bench.train.sources import DecodedImages
 
+ONLY_GLOBAL = "max_crops: 1, count_global: true, global_first: 1, global_first_among: encoded"
+GLOBAL_FIRST = f"curriculum=[{{until: 1, {ONLY_GLOBAL}}}]"
 TINY = (
     "model.depth=1", "model.width=16", "model.heads=2", "model.message_length=4",
     "model.representation_layer=0", "global_batch=8", "data.val_count=4", "optim.warmup_steps=2",
-    "crops.warmup_steps=1", "save_every=1", "validate_every=100", "log_every=2", "steps=4", "keep_last=50",
+    GLOBAL_FIRST, "save_every=1", "validate_every=100", "log_every=2", "steps=4", "keep_last=50",
 )  # fmt: skip
 COUNT = 21
 SOURCES = ("class-folders", "webdataset", "imagefolder", "parquet", "saved")
@@ -177,11 +179,12 @@ def test_broken_images_are_named_replaced_and_limited(
     for batch in batches(trainer.config):
         for place, name in enumerate(batch.ids):
             if name.partition("@")[0] in trainer.objective.broken.seen:
-                slot = steps.order.slots(batch.step, 8)[place]
+                slot = steps.order.places(batch.step, 8)[place : place + 1]
+                seen = trainer.objective.broken.seen
                 after = next(
                     index
                     for shift in range(1, COUNT)
-                    if names[index := steps.order.index(slot, shift)] not in trainer.objective.broken.seen
+                    if names[index := int(steps.order.numbers(slot, shift))] not in seen
                 )
                 assert torch.equal(batch.images[place], steps.source.read(after))
     with pytest.raises(

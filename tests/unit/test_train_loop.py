@@ -33,10 +33,12 @@ from comit_bench.train.loop import Stop, Trainer
 from comit_bench.train.validation import float_psnr, perplexity, validate
 
 ROOT = Path(__file__).resolve().parents[2]
+ONLY_GLOBAL = "max_crops: 1, count_global: true, global_first: 1, global_first_among: encoded"
+GLOBAL_FIRST = f"curriculum=[{{until: 2, {ONLY_GLOBAL}}}]"
 TINY = (
     "model.depth=1", "model.width=16", "model.heads=2", "model.message_length=4",
     "model.representation_layer=0",    "global_batch=8", "data.count=30", "data.val_count=4",
-    "optim.warmup_steps=4", "crops.warmup_steps=2", "teacher.name=none", "objective.srepa_weight=0",
+    "optim.warmup_steps=4", GLOBAL_FIRST, "teacher.name=none", "objective.srepa_weight=0",
     "export.dtype=float32",
     "save_every=1", "validate_every=100", "log_every=3", "keep_last=50", "steps=12",
 )  # fmt: skip

@@ -19,7 +19,7 @@ from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.train.config import CropsConfig, TrainConfig
 from comit_bench.train.objectives.comit import LossParts, TrainingModule, crop_locations, cut_crops
-from comit_bench.train.sampling import TrainPlan, crop_count, plan_step
+from comit_bench.train.sampling import TrainPlan, crop_counts, plan_step
 
 SMALL = {"depth": 2, "width": 32, "representation_layer": 1, "message_length": 8}
 ALIGNED = {"repa_weight": 0.5, "srepa_weight": 0.5, "projector_width": 24}
@@ -69,15 +69,11 @@ def features(count: int, *, tokens: int = 64) -> TeacherFeatures:
     return TeacherFeatures(*draw)
 
 
-def ids(count: int) -> list[str]:
-    return [f"train/{i:05d}" for i in range(count)]
-
-
 def plan_of(run: TrainConfig, count: int, *, crops: int | None = None, step: int = 0) -> TrainPlan:
     """The plan of the first step, from ``step`` on, that has this many crops."""
-    while crops is not None and crop_count(run.crops, seed=run.seed, step=step) != crops:
+    while crops is not None and crop_counts(run.crops, seed=run.seed, step=step)[0] != crops:
         step += 1
-    return plan_step(run, step=step, sample_ids=ids(count))
+    return plan_step(run, step=step, samples=range(count))
 
 
 def with_(plan: TrainPlan, **changes: Any) -> TrainPlan:
@@ -94,32 +90,32 @@ def grads(part: Tensor, parameters: list[Tensor]) -> list[Tensor]:
 def test_a_plan_does_not_depend_on_company_order_or_ranks() -> None:
     run = config()
     whole = plan_of(run, 6, crops=3)
-    step = next(s for s in range(1000) if crop_count(run.crops, seed=0, step=s) == 3)
+    step = next(s for s in range(1000) if crop_counts(run.crops, seed=0, step=s)[0] == 3)
     order = [4, 1, 5]
-    some = plan_step(run, step=step, sample_ids=[ids(6)[i] for i in order])
+    some = plan_step(run, step=step, samples=order)
     picked = whole.select(order)
     assert some.crops == picked.crops == 3
     for name in ("corners", "skip", "times", "noise", "relaxed"):
         assert torch.equal(getattr(some, name), getattr(picked, name)), name
     assert torch.equal(whole.select(slice(1, 3)).noise, whole.select(torch.tensor([1, 2])).noise)
-    assert not torch.equal(plan_step(run, step=step + 1, sample_ids=ids(6)).noise, whole.noise)
-    assert not torch.equal(plan_step(config(seed=1), step=step, sample_ids=ids(6)).noise, whole.noise)
+    assert not torch.equal(plan_step(run, step=step + 1, samples=range(6)).noise, whole.noise)
+    assert not torch.equal(plan_step(config(seed=1), step=step, samples=range(6)).noise, whole.noise)
 
 
 def test_number_of_crops_has_mode_one_and_the_mean_that_is_documented() -> None:
     crops = CropsConfig()
-    counts = Counter(crop_count(crops, seed=0, step=step) for step in range(4000))
+    counts = Counter(int(crop_counts(crops, seed=0, step=step)[0]) for step in range(4000))
     assert counts.most_common(1)[0][0] == 1
     assert list(counts) and max(counts) <= 9 and min(counts) == 1
     mean = sum(k * n for k, n in counts.items()) / 4000
     assert abs(mean - 2.0) < 0.08  # 1 + crops.mean; standard error 0.018
     busy = CropsConfig(mean=30.0, max_crops=4)
-    assert {crop_count(busy, seed=0, step=step) for step in range(50)} == {4}
+    assert {int(crop_counts(busy, seed=0, step=step)[0]) for step in range(50)} == {4}
 
 
 def test_shares_corners_and_times_are_distributed_as_configured() -> None:
     run = config(crops={"mean": 3.0})
-    plans = [plan_step(run, step=s, sample_ids=ids(200)) for s in range(12)]
+    plans = [plan_step(run, step=s, samples=range(200)) for s in range(12)]
     skip = torch.cat([p.skip for p in plans]).float()
     first = torch.cat([(p.corners[0, :, 0] < 0) for p in plans]).float()
     assert abs(skip.mean() - 0.18) < 0.03
@@ -148,12 +144,13 @@ def test_settings_do_not_disturb_each_others_draws() -> None:
     assert (b.corners >= 0).all()
 
 
-def test_warm_up_sees_the_global_crop_only() -> None:
-    run = config(crops={"warmup_steps": 5, "mean": 20.0, "global_first": 0.0})
-    plan = plan_step(run, step=4, sample_ids=ids(5))
+def test_a_phase_of_the_curriculum_ends_before_its_step() -> None:
+    phase = {"until": 5, "max_crops": 1, "global_first": 1.0}
+    run = config(crops={"mean": 20.0, "global_first": 0.0}, curriculum=[phase])
+    plan = plan_step(run, step=4, samples=range(5))
     assert plan.crops == 1
     assert (plan.corners == -1).all()
-    after = plan_step(run, step=5, sample_ids=ids(5))
+    after = plan_step(run, step=5, samples=range(5))
     assert after.crops > 1
     assert (after.corners >= 0).all()
 
@@ -225,6 +222,60 @@ def test_only_the_last_updates_get_gradient(kept: int) -> None:
     everything = grads((full.codes * weight).sum(), parameters)
     same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, everything, strict=True))
     assert same is (kept == 3)
+
+
+def written_out(train: TrainingModule, x: Tensor, plan: TrainPlan, kept: int) -> Tensor:
+    """The flow loss, image by image, by the equations of ``model.py``; gradient through ``kept`` updates."""
+    model, geometry = train.model, train.model.spec.geometry
+    quantize, losses = model.quantizer, []
+    for image in range(len(x)):
+        codes, before, own = model.prior(1, x.device), None, plan.corners[:, image]
+        own = own[own[:, 0] >= -1]
+        for number, (top, left) in enumerate(own.tolist()):
+            window, place = x[image : image + 1], torch.zeros(1, 2)
+            if top >= 0:
+                window = window[:, :, top : top + geometry.crop, left : left + geometry.crop]
+                place = (torch.tensor([[left, top]]) + geometry.crop // 2) / geometry.half - 1
+            offset = torch.zeros(1, 2) if before is None else place - before
+            if not plan.skip[image]:
+                z = model.predictor(model.codec.encode(window), codes, offset, torch.ones(1)).message
+                smooth = quantize.relaxed(z)
+                codes = smooth + (quantize(z) - smooth).detach()
+                codes = codes if len(own) - number <= kept else codes.detach()
+            before = place
+        assert before is not None
+        clean, noise = model.codec.encode(x[image : image + 1]), plan.noise[image : image + 1]
+        t = plan.times[image : image + 1]
+        velocity = model.predictor((1 - t) * noise + t * clean, codes, -before, t).velocity
+        losses.append((velocity - (clean - noise)).square().mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("mask_mode", ["hard", "additive"])
+@pytest.mark.parametrize("kept", [1, 2, 3, "all"])
+def test_gradients_through_updates_are_those_of_the_equations(kept: int | str, mask_mode: str) -> None:
+    """Images with different numbers of crops, some with a global one first, some skipped."""
+    crops = {"places": "grid", "count": "uniform", "per": "image", "max_crops": 4}
+    run = config(
+        model={"mask_mode": mask_mode}, crops=crops, objective={"skip": 0.3, "backprop_updates": kept}
+    )
+    train, x, plan = module(run), images(6), plan_step(run, step=0, samples=range(6))
+    for step in range(1, 99):
+        own = (plan.corners[..., 0] >= -1).sum(dim=0)
+        four = bool(((own == 4) & ~plan.skip & (plan.corners[0, :, 0] == -1)).any())
+        if four and len(set(own.tolist())) > 2 and 0 < int(plan.skip.sum()) < 3:
+            break
+        plan = plan_step(run, step=step, samples=range(6))
+    assert four
+    parameters = [p for p in train.model.predictor.parameters() if p.requires_grad]
+    got = train(x, plan, None, 1.0).total
+    want = written_out(train, x, plan, 4 if kept == "all" else int(kept))
+    assert torch.allclose(got, want, rtol=1e-5)
+    for a, b in zip(grads(got, parameters), grads(want, parameters), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+    less = written_out(train, x, plan, 0 if kept == 1 else 3 if kept == "all" else int(kept) - 1)
+    pairs = zip(grads(got, parameters), grads(less, parameters), strict=True)
+    assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
 
 
 @pytest.mark.parametrize("mask_mode", ["hard", "additive"])
@@ -371,7 +422,7 @@ def test_sixteen_images_are_learnt(mask_mode: str) -> None:
     optimizer = torch.optim.Adam([p for p in train.parameters() if p.requires_grad], lr=3e-3)
     history = []
     for step in range(60):
-        parts = train(x, plan_step(run, step=step, sample_ids=ids(16)), teacher, 1.0)
+        parts = train(x, plan_step(run, step=step, samples=range(16)), teacher, 1.0)
         optimizer.zero_grad()
         parts.total.backward()
         optimizer.step()
@@ -384,7 +435,7 @@ def test_sixteen_images_are_learnt(mask_mode: str) -> None:
 
 def test_nothing_stale_outlives_a_step_of_a_fused_optimizer() -> None:
     """Fused Adam leaves the version counters alone, which the network's cache goes by."""
-    run = config(crops={"mean": 3.0}, objective={"skip": 0.0})
+    run = config(crops={"mean": 3.0, "global_first": 0.0}, objective={"skip": 0.0})
     train, x = module(run), images(2)
     optimizer = torch.optim.Adam([p for p in train.parameters() if p.requires_grad], lr=0.05, fused=True)
     plan = plan_of(run, 2, crops=3)

@@ -15,22 +15,27 @@ from safetensors.torch import load_file
 
 from comit_bench import load_tokenizer
 from comit_bench.errors import BenchError, MissingError, UsageError
+from comit_bench.seeding import generator_for
 from comit_bench.tokenizers.comit.checkpoint import build, save
 from comit_bench.tokenizers.comit.codec import decode, encode, one_step_decode, to_uint8
-from comit_bench.tokenizers.comit.crops import CropPolicy
-from comit_bench.tokenizers.comit.model import PRESETS
+from comit_bench.tokenizers.comit.crops import CropPolicy, parse_policy
+from comit_bench.tokenizers.comit.model import PRESETS, Comit
 from comit_bench.train import board, checkpoint, pictures
 from comit_bench.train.card import RunFacts, front_matter
 from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.curves import PANELS, draw_curves, save_curves
+from comit_bench.train.data import open_images, read_all, to_pixels
 from comit_bench.train.loop import Trainer
 from comit_bench.train.objectives.comit_run import export
 from comit_bench.train.pictures import COLOURS, GAP, LABEL, UNSEEN, Sheet, draw_sheet, picture_corners
+from comit_bench.train.validation import GATHER, READ, _draws, float_psnr, read_out, validate
 
+ONLY_GLOBAL = "max_crops: 1, count_global: true, global_first: 1, global_first_among: encoded"
+GLOBAL_FIRST = f"curriculum=[{{until: 2, {ONLY_GLOBAL}}}]"
 TINY = (
     "model.depth=1", "model.width=16", "model.heads=2", "model.message_length=4",
     "model.representation_layer=0", "global_batch=4", "data.count=12", "data.val_count=3",
-    "optim.warmup_steps=4", "crops.warmup_steps=2",
+    "optim.warmup_steps=4", GLOBAL_FIRST,
     "save_every=2", "validate_every=2", "log_every=1", "keep_last=50", "steps=6",
     "teacher.name=none", "objective.srepa_weight=0", "optim.name=adam",
 )  # fmt: skip
@@ -280,6 +285,68 @@ def test_curves_show_the_logs(finished: Path, tmp_path: Path) -> None:
             assert list(line.get_xdata()) == [int(row["step"]) for row in logged]
     assert not save_curves(tmp_path, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+# ------------------------------------------------------------------------- gather
+
+
+def lively(config: TrainConfig) -> Comit:
+    """A network whose message depends on everything that it sees."""
+    model = build(config.model.spec()).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.predictor.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def test_gather_measures_the_messages_of_the_policies(tmp_path: Path) -> None:
+    """Each column against its own encoding, image by image."""
+    config = settings(tmp_path, "data.val_count=5", "validation.gather=4")
+    held = read_all(open_images(config)[1])
+    assert held.labels is not None
+    model = lively(config)
+    values, _ = validate(model, config, held, device=torch.device("cpu"), batch=3)
+    vectors: dict[str, list[torch.Tensor]] = {policy: [] for policy in READ.values()}
+    with torch.no_grad():
+        for column, policy in GATHER.items():
+            found = []
+            for row, name in enumerate(held.ids[:4]):
+                image = to_pixels(held.images[row : row + 1], torch.device("cpu"))
+                order = [generator_for(0, f"gather/{name}")]
+                sent = encode(model, image, parse_policy(policy), generators=order)
+                noise = _draws(config, model, (name,))[1]
+                drawn = model.codec.decode(one_step_decode(model, sent.codes, sent.offset, noise))
+                found.append(float(float_psnr(image, drawn)))
+                if policy in vectors:
+                    vectors[policy].append(sent.codes.flatten())
+            assert values[column] == pytest.approx(sum(found) / 4, abs=1e-3), column
+    assert len({round(values[column], 6) for column in GATHER}) == 5
+    for column, policy in READ.items():
+        assert values[column] == read_out(torch.stack(vectors[policy]), held.labels[:4])
+
+
+def test_the_read_out_is_a_ridge_regression() -> None:
+    from sklearn.linear_model import Ridge
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 3
+    vectors = torch.randn(120, 6, generator=generator) + 1.2 * torch.eye(3, 6)[labels]
+    x = (vectors - vectors[::2].mean(0)) / vectors[::2].std(0, unbiased=False)
+    ridge = Ridge(alpha=6.0).fit(x[::2].numpy(), torch.eye(3)[labels[::2]].numpy())
+    right = ridge.predict(x[1::2].numpy()).argmax(1) == labels[1::2].numpy()
+    assert read_out(vectors, labels) == pytest.approx(right.mean())
+    assert 0.6 < right.mean() < 1.0
+    assert read_out(vectors, labels + 7) == pytest.approx(right.mean())
+
+
+def test_logs_and_card_show_what_was_gathered(finished: Path) -> None:
+    (*_, last) = rows(finished, "validation.csv")
+    card = (finished / "export" / "comit-nano" / "README.md").read_text()
+    for column, policy in {**GATHER, **READ}.items():
+        assert float(last[column]) >= 0
+        assert f"`{policy}`" in card
+    assert "| one-step PSNR from the crops `random:9` (dB) |" in card
 
 
 # ------------------------------------------------------------------ half precision

@@ -28,7 +28,7 @@ from comit_bench.train.config import TrainConfig, load_config
 from comit_bench.train.data import TrainBatch
 from comit_bench.train.loop import Trainer
 from comit_bench.train.objectives.comit import TrainingModule
-from comit_bench.train.sampling import TrainPlan, crop_count, plan_step
+from comit_bench.train.sampling import TrainPlan, crop_counts, plan_step
 from comit_bench.train.scaling import block_runner
 from comit_bench.train.setup import make_model, make_teacher
 from comit_bench.train.sharding import whole_copy
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "model.depth=2", "model.width=16", "model.heads=2", "model.message_length=4",
     "model.representation_layer=0", "global_batch=8", "data.count=30", "data.val_count=4",
-    "optim.warmup_steps=4", "crops.warmup_steps=0", "crops.max_crops=2", "save_every=1",
+    "optim.warmup_steps=4", "curriculum=[]", "crops.max_crops=2", "save_every=1",
     "validate_every=100", "keep_last=50", "teacher.name=none", "objective.srepa_weight=0",
     "optim.name=adam", "export.dtype=float32",
 )  # fmt: skip
@@ -57,8 +57,8 @@ def module(config: TrainConfig) -> TrainingModule:
 
 def plan(config: TrainConfig, images: int, crops: int) -> TrainPlan:
     """The first step's plan with this many crops; nobody is skipped, so that batch sizes are known."""
-    step = next(s for s in range(1000) if crop_count(config.crops, seed=config.seed, step=s) == crops)
-    return plan_step(config, step=step, sample_ids=[f"i{n}" for n in range(images)])
+    step = next(s for s in range(1000) if crop_counts(config.crops, seed=config.seed, step=s)[0] == crops)
+    return plan_step(config, step=step, samples=range(images))
 
 
 def gradients(train: TrainingModule, images: int, crops: int) -> tuple[Tensor, Gradients]:

@@ -176,7 +176,7 @@ class AutoencoderObjective(TrainObjective):
 
     def _rows(self, step: int) -> Tensor:
         """Images of a step, the same ones as in a COMiT run of this seed."""
-        return torch.tensor([self.order.index(slot) for slot in self.order.slots(step, self.config.batch)])
+        return self.order.numbers(self.order.places(step, self.config.batch))
 
     def build(self) -> None:
         self.network = make_network(self.config)

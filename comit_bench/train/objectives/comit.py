@@ -194,7 +194,9 @@ class TrainingModule(nn.Module):
             return
         if features is None:
             raise ValueError("an alignment weight is not 0, but there are no teacher features")
-        tokens = (spec.max_input_size // spec.patch_size) ** 2
+        tokens = features.patches.shape[1]
+        if "repa" in self.heads:
+            tokens = (spec.max_input_size // spec.patch_size) ** 2
         if features.patches.shape[:2] != (batch, tokens) or features.cls.shape[0] != batch:
             raise ValueError(
                 f"the teacher gives patches {list(features.patches.shape)} and cls "
@@ -236,13 +238,14 @@ class TrainingModule(nn.Module):
         idle = idle_steps(corners)
         index = rows.to(images.device, non_blocking=True)
         noise = None if plan.posterior is None else plan.posterior[1 + idle :].to(images.device)
+        updates = self.config.objective.backprop_updates
         seen = None if samples is None else samples[idle:]
         encoded = encode_sequence(
             model,
             self._crop_latents(images, clean, rows, corners[idle:], samples=seen, noise=noise),
             corners[idle:],  # kept in the trace, which nobody reads here
             places[idle:, index],
-            backprop_updates=self.config.objective.backprop_updates,
+            backprop_updates=None if updates == "all" else updates,
             network=network,
         )
         codes = encoded.codes

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from comit_bench.tokenizers.comit.model import Comit
 from comit_bench.train.card import USE_TOKENIZER, CardText
-from comit_bench.train.config import TrainConfig
+from comit_bench.train.config import CropsConfig, TrainConfig
+from comit_bench.train.validation import GATHER, READ
 
 
 def training_data(config: TrainConfig) -> str:
@@ -34,25 +35,40 @@ def measure_names(config: TrainConfig) -> dict[str, str]:
         "shuffled_gap": "one-step PSNR lost with another image's message (dB)",
         "ids_used": "distinct ids used",
         "perplexity": "perplexity of the ids",
+        **{name: f"one-step PSNR from the crops `{policy}` (dB)" for name, policy in GATHER.items()},
+        **{
+            name: f"class by a linear read-out of the message of `{policy}` (accuracy)"
+            for name, policy in READ.items()
+        },
     }
 
 
 def _crops(config: TrainConfig) -> str:
-    crops, side = config.crops, config.model.spec().geometry.crop
+    phases = [
+        f"before step {phase.until:,}: {_phase(config, config.crops_at(phase.until - 1))}; then "
+        for phase in config.curriculum
+    ]
+    return "".join(phases) + _phase(config, config.crops)
+
+
+def _phase(config: TrainConfig, crops: CropsConfig) -> str:
+    """Crops of one phase of the curriculum."""
+    side = config.model.spec().geometry.crop
     share = f"with probability {crops.global_first:g}"
     if crops.global_first_among == "all":
         share += " among all images, those decoded from the empty message included"
     if crops.max_crops == 1 and crops.count_global:
         return f"one per image, the whole image {share}"
-    early = f"; only the whole image before step {crops.warmup_steps:,}" if crops.warmup_steps else ""
     drawn = "step" if crops.per == "batch" else "image"
     limit = f"at most {crops.max_crops}"
     if not crops.count_global:
         limit += " and a whole image before them"
-    return (
-        f"1 + Poisson(exp(u)) per {drawn}, u of mean ln {crops.mean:g} - sigma²/2 and sigma {crops.sigma:g}, "
-        f"{limit}; {side} px at uniformly random places, the first one the whole image {share}{early}"
-    )
+    number = "any number alike"
+    if crops.count == "poisson":
+        number = "1 + Poisson(exp(u))"
+        limit = f"u of mean ln {crops.mean:g} - sigma²/2 and sigma {crops.sigma:g}, {limit}"
+    where = "uniformly random places" if crops.places == "uniform" else "different cells of the 3 x 3 grid"
+    return f"{number} per {drawn}, {limit}, {side} px at {where}, the first one the whole image {share}"
 
 
 def _images(config: TrainConfig) -> str:
@@ -68,9 +84,10 @@ def _images(config: TrainConfig) -> str:
 def _objective(config: TrainConfig) -> list[str]:
     goal, teacher = config.objective, config.teacher
     place = "minus the location of the last crop" if goal.skipped_offset == "last-crop" else "zero"
+    updates = "all" if goal.backprop_updates == "all" else f"the last {goal.backprop_updates}"
     lines = [
-        f"flow matching, t = sigmoid({goal.time_mu:g} + {goal.time_sigma:g} n), gradient through the last "
-        f"{goal.backprop_updates} message update(s)",
+        f"flow matching, t = sigmoid({goal.time_mu:g} + {goal.time_sigma:g} n), gradient through {updates} "
+        "message update(s)",
         f"images decoded from the empty message: probability {goal.skip:g}; their offset is {place}",
     ]
     if goal.message_dropout:
@@ -128,7 +145,8 @@ def about(config: TrainConfig, model: Comit) -> CardText:
             f"weights: exponential moving average ({config.optim.ema:g}), stored as {config.export.dtype}",
         ),
         data=training_data(config),
-        measured=f"images that were not trained on; averaged weights{rounded}; message of the whole image",
+        measured=f"images that were not trained on; averaged weights{rounded}; message of the whole "
+        "image where no crops are named",
         names=measure_names(config),
         recipe=(
             f"images: {_images(config)}",

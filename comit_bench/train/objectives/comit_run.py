@@ -57,6 +57,8 @@ class ComitObjective(TrainObjective):
         self.broken = Broken(len(train.ids), config.data.max_broken)
         self.train_images = len(train.ids)
         self.val_images = 0 if self.held is None else len(self.held.ids)
+        if self.held is not None and self.held.labels is not None:
+            self.measures = (*validation.MEASURES, *validation.READ)
         self.store: FeatureStore | None = None
 
     def build(self) -> None:
@@ -84,7 +86,7 @@ class ComitObjective(TrainObjective):
             config.teacher,
             self.teacher,
             self.steps.source,
-            tokens=(spec.max_input_size // spec.patch_size) ** 2,
+            tokens=(spec.max_input_size // spec.patch_size) ** 2 if config.objective.repa_weight else 0,
             data=digest[0],
             device=self.process.device,
             precision=config.precision,
@@ -128,7 +130,7 @@ class ComitObjective(TrainObjective):
         """Weight of the alignment, and crops of an image, on average over all processes where they differ."""
         crops: float = batch.plan.crops
         if self.config.crops.per == "image" or not self.config.crops.count_global:
-            crops = mean_crops(self.config, step=batch.step, sample_ids=self.steps.global_ids(batch.step))
+            crops = mean_crops(self.config, step=batch.step, samples=self.steps.samples(batch.step))
         return {"ramp": alignment_ramp(batch.step, self.config.objective.alignment_ramp), "crops": crops}
 
     def validate(self, network: nn.Module) -> tuple[dict[str, float], Sheet | None]:
