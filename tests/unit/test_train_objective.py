@@ -251,8 +251,9 @@ def written_out(train: TrainingModule, x: Tensor, plan: TrainPlan, kept: int) ->
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("mask_mode", ["hard", "additive"])
-@pytest.mark.parametrize("kept", [1, 2, 3, "all"])
+@pytest.mark.parametrize(
+    ("kept", "mask_mode"), [(1, "hard"), (2, "hard"), (2, "additive"), (3, "additive"), ("all", "hard")]
+)
 def test_gradients_through_updates_are_those_of_the_equations(kept: int | str, mask_mode: str) -> None:
     """Images with different numbers of crops, some with a global one first, some skipped."""
     crops = {"places": "grid", "count": "uniform", "per": "image", "max_crops": 4}
@@ -267,15 +268,21 @@ def test_gradients_through_updates_are_those_of_the_equations(kept: int | str, m
             break
         plan = plan_step(run, step=step, samples=range(6))
     assert four
+    train.model.predictor.favour_message()
+    with torch.no_grad():
+        for name, parameter in train.model.predictor.named_parameters():
+            if "qkv.weight" in name:
+                parameter.mul_(3.0)  # attention is sharp, so the message before an update matters
     parameters = [p for p in train.model.predictor.parameters() if p.requires_grad]
-    got = train(x, plan, None, 1.0).total
-    want = written_out(train, x, plan, 4 if kept == "all" else int(kept))
-    assert torch.allclose(got, want, rtol=1e-5)
-    for a, b in zip(grads(got, parameters), grads(want, parameters), strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
-    less = written_out(train, x, plan, 0 if kept == 1 else 3 if kept == "all" else int(kept) - 1)
-    pairs = zip(grads(got, parameters), grads(less, parameters), strict=True)
-    assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+    total = train(x, plan, None, 1.0).total
+    updates = [0, 1, 2, 3, 4]
+    losses = [written_out(train, x, plan, number) for number in updates]
+    assert all(torch.allclose(total, loss, rtol=1e-5) for loss in losses)
+    got, *others = (torch.cat([g.flatten() for g in grads(loss, parameters)]) for loss in (total, *losses))
+    right = 4 if kept == "all" else int(kept)
+    distances = [float((got - other).norm() / other.norm()) for other in others]
+    assert distances[right] < 1e-5
+    assert min(distances[number] for number in updates if number != right) > 1e-4
 
 
 @pytest.mark.parametrize("mask_mode", ["hard", "additive"])
