@@ -201,8 +201,8 @@ class DataConfig(SpecModel):
     validation images gives away ``val_count`` of its own, at most a tenth.
     """
 
-    kind: Literal["scenes", "class-folders", "hf", "webdataset"] = "scenes"
-    source: str | None = None  # None for scenes
+    kind: Literal["scenes", "drawings", "class-folders", "hf", "webdataset"] = "scenes"
+    source: str | None = None  # None for scenes and drawings
     val_source: str | None = None  # webdataset only: shards for validation
     subset: str | None = None  # hf only: configuration of a repository that has several
     revision: str | None = None  # hf only: commit or tag on the hub
@@ -211,7 +211,7 @@ class DataConfig(SpecModel):
     title: str | None = None  # name of the data in tables; None: from kind and source
     split: str = "train"
     val_split: str = "val"  # hf: also finds validation and valid
-    count: Count = 4000  # scenes only
+    count: Count = 4000  # scenes and drawings only
     val_count: Annotated[int, Field(ge=2)] = 500
     flip: Share = 0.0  # probability that an image is mirrored left to right [N]
     max_broken: Share = 0.001
@@ -227,7 +227,7 @@ class DataConfig(SpecModel):
             "image_key": ("hf", "webdataset"),
             "id_key": ("hf",),
         }
-        if self.kind != "scenes" and self.source is None:
+        if self.kind not in ("scenes", "drawings") and self.source is None:
             what = {"hf": "DIR or OWNER/NAME", "webdataset": "DIR or DIR/{000..146}.tar"}.get(
                 self.kind, "DIR"
             )
@@ -440,8 +440,12 @@ class AutoencoderRun(SmallRun):
     model: Literal["vq-grid-nano", "titok-nano"]
     steps: Count = 3000
     batch: Annotated[int, Field(ge=2)] = 64
-    count: Count = 50000  # training scenes, those of data.count of the COMiT presets
+    # the images of data.kind, data.count, data.val_count and data.flip of the COMiT presets
+    data: Literal["scenes", "drawings"] = "scenes"
+    count: Count = 50000
     val_count: Annotated[int, Field(ge=2)] = 500
+    flip: Share = 0.0
+    image_size: Count | None = None  # None: the preset's; else patches grow with the image
     codebook_weight: NotNegative = 1.0  # of the quantizer's losses, where it has any
     commitment: NotNegative = 0.25
     # rows of a codebook that nothing chose for that many steps become vectors of the batch; 0: never

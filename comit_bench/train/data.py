@@ -9,6 +9,7 @@ parts. So a run continues from its step number alone, and the number of ranks ch
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from comit_bench.nn.teachers import TeacherFeatures
 from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.seeding import generator_for
 from comit_bench.train.config import TrainConfig
+from comit_bench.train.drawings import paint_drawings
 from comit_bench.train.sampling import TrainPlan, flips, plan_step
 from comit_bench.train.sources import (
     hold_out,
@@ -106,6 +108,13 @@ def paint_scenes(split: str, start: int, count: int, side: int) -> MemoryImages:
     return MemoryImages(tuple(f"scenes/{split}/{i:06d}" for i in range(start, start + count)), images, labels)
 
 
+def painted_drawings(split: str, start: int, count: int, side: int) -> MemoryImages:
+    """Scenes of drawings, labelled with the concept of their only thing; raises as :func:`paint_drawings`."""
+    images, concepts = paint_drawings(split, start, count, side, progress=sys.stderr.isatty())
+    names = tuple(f"drawings/{split}/{i:07d}" for i in range(start, start + count))
+    return MemoryImages(names, images, concepts)
+
+
 def painted(layout: Any, split: Any, start: int, count: int, side: int) -> Iterator[Scenes]:
     """Scenes of a layout, some at a time."""
     spec = GeneratorSpec(layout=layout, image_size=side)
@@ -165,7 +174,8 @@ def _folders(config: TrainConfig, side: int) -> tuple[Images, Images]:
 def open_images(config: TrainConfig) -> tuple[Images, Images]:
     """Training and validation images.
 
-    Scenes for validation are ones that no probe uses. A directory with the split folders
+    Scenes for validation are ones that no probe uses; drawings have one to three things and, in validation,
+    the hands of other vendors. A directory with the split folders
     ``data.split`` and ``data.val_split`` is read that way; from any other tree, ``data.val_count``
     images (at most a tenth), chosen by a hash of their names, are held out. For the kinds ``hf`` and
     ``webdataset`` see ``comit_bench.train.sources``.
@@ -182,10 +192,15 @@ def open_images(config: TrainConfig) -> tuple[Images, Images]:
         return open_hf(config.data, side)
     if config.data.kind == "webdataset":
         return open_webdataset(config.data, side)
-    train = paint_scenes(config.data.split, 0, config.data.count, side)
-    val_start = PROBE_VAL_SCENES if config.data.val_split == "val" else config.data.count
-    held = paint_scenes(config.data.val_split, val_start, config.data.val_count, side)
-    return train, in_other_order(held)
+    data = config.data
+    if config.data.kind == "drawings":
+        train = painted_drawings(data.split, 0, data.count, side)
+        return train, painted_drawings(
+            data.val_split, data.count if data.val_split == data.split else 0, data.val_count, side
+        )
+    train = paint_scenes(data.split, 0, data.count, side)
+    val_start = PROBE_VAL_SCENES if data.val_split == "val" else data.count
+    return train, in_other_order(paint_scenes(data.val_split, val_start, data.val_count, side))
 
 
 def in_other_order(held: MemoryImages) -> MemoryImages:
@@ -194,6 +209,12 @@ def in_other_order(held: MemoryImages) -> MemoryImages:
     rows = torch.tensor([places[name] for name in shuffled(held.ids)])
     labels = None if held.labels is None else held.labels[rows]
     return MemoryImages(tuple(held.ids[row] for row in rows.tolist()), held.images[rows], labels)
+
+
+def mirror(images: Tensor, seed: int, samples: Tensor, share: float) -> Tensor:
+    """Images [B, 3, S, S], some of them left to right: a share of the samples, whatever the step."""
+    chosen = flips(seed, samples, share)
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images) if bool(chosen.any()) else images
 
 
 def read_all(source: Images) -> MemoryImages:
@@ -231,6 +252,10 @@ class Order:
             here = epochs == epoch
             numbers[here] = self._permutation(epoch)[positions[here]]
         return numbers
+
+    def samples(self, places: Tensor) -> Tensor:
+        """What stands at some places, as numbers of their own: ``epoch * images + number``."""
+        return places // self.count * self.count + self.numbers(places)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._kept:
@@ -287,12 +312,8 @@ class Steps:
         return self.config.steps
 
     def samples(self, step: int) -> Tensor:
-        """The samples of the whole global batch, all ranks, int64 [global_batch].
-
-        A sample is an image in an epoch, as one number: ``epoch * images + number``.
-        """
-        places = self.order.places(step, self.config.global_batch)
-        return places // self.order.count * self.order.count + self.order.numbers(places)
+        """Samples (an image in an epoch each) of the whole global batch, all ranks: int64 [global_batch]."""
+        return self.order.samples(self.order.places(step, self.config.global_batch))
 
     def global_ids(self, step: int) -> list[str]:
         """Ids of the samples of the whole global batch."""
@@ -328,9 +349,7 @@ class Steps:
         broken: dict[str, str] = {}
         try:
             numbers, images = self._read(places, broken)
-            mirrored = flips(self.config.seed, samples, self.config.data.flip)
-            if bool(mirrored.any()):
-                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            images = mirror(images, self.config.seed, samples, self.config.data.flip)
             features = None if self.features is None else self.features(numbers)
             plan = plan_step(self.config, step=step, samples=samples)
             return TrainBatch(step, tuple(self._ids(samples)), images, plan, broken, features)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comit_bench.errors import UsageError
 from comit_bench.files import atomic_path
 from comit_bench.nn.vq import EPS
 from comit_bench.seeding import generator_for
@@ -27,7 +28,7 @@ from comit_bench.tokenizers.vq_grid import adapter as grid_files
 from comit_bench.tokenizers.vq_grid import model as vq_grid
 from comit_bench.train.card import USE_TOKENIZER, CardText, RunFacts, render
 from comit_bench.train.config import AutoencoderRun
-from comit_bench.train.data import PROBE_VAL_SCENES, Broken, Order, paint_scenes
+from comit_bench.train.data import PROBE_VAL_SCENES, Broken, Order, mirror, paint_scenes, painted_drawings
 from comit_bench.train.objectives.base import (
     Process,
     RowBatch,
@@ -40,6 +41,7 @@ from comit_bench.train.optimizers import Together
 from comit_bench.train.validation import float_psnr, perplexity
 
 Network = vq_grid.VqGrid | titok.Titok
+SETS = {"scenes": "scenes-recognition", "drawings": "drawings"}  # names of the training data, for tables
 MEASURES = ("psnr", "psnr_mean_colour", "shuffled_gap", "ids_used", "perplexity")
 
 
@@ -47,12 +49,26 @@ def make_network(run: AutoencoderRun) -> Network:
     """The freshly initialised network of a run, a function of its seed."""
     generator = generator_for(run.seed, f"autoencoder/{run.model}/init")
     network: Network
-    if run.model in vq_grid.PRESETS:
-        network = vq_grid.VqGrid(vq_grid.PRESETS[run.model])
-    else:
-        network = titok.Titok(titok.PRESETS[run.model])
+    try:
+        if run.model in vq_grid.PRESETS:
+            network = vq_grid.VqGrid(_resized(vq_grid.PRESETS[run.model], run.image_size, "patch"))
+        else:
+            spec = titok.PRESETS[run.model]
+            network = titok.Titok(_resized(spec, run.image_size, "encoder_patch", "decoder_patch"))
+    except ValueError as error:
+        raise UsageError(f"image_size: {error}") from error
     network.init_weights(generator)
     return network
+
+
+def _resized(spec: Any, side: int | None, *patches: str) -> Any:
+    """A spec for images of ``side`` pixels in as many patches; None leaves it as it is."""
+    if side is None:
+        return spec
+    if any(getattr(spec, patch) * side % spec.image_size for patch in patches):
+        raise ValueError(f"{side} px cannot be cut into as many patches as {spec.image_size} px")
+    grown = {patch: getattr(spec, patch) * side // spec.image_size for patch in patches}
+    return replace(spec, image_size=side, **grown)
 
 
 def straight_through(network: Network, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,8 +184,12 @@ class AutoencoderObjective(TrainObjective):
         only_process(config, process)
         self.config, self.process = config, process
         side = make_network(config).spec.image_size
-        self.pixels = paint_scenes("train", 0, config.count, side).images
-        self.held = paint_scenes("val", PROBE_VAL_SCENES, config.val_count, side).images
+        if config.data == "drawings":
+            self.pixels = painted_drawings("train", 0, config.count, side).images
+            self.held = painted_drawings("val", 0, config.val_count, side).images
+        else:
+            self.pixels = paint_scenes("train", 0, config.count, side).images
+            self.held = paint_scenes("val", PROBE_VAL_SCENES, config.val_count, side).images
         self.train_images, self.val_images = config.count, config.val_count
         self.order, self.broken = Order(config.count, config.seed), Broken(config.count, 0.0)
         self.steps = RowSteps(config.steps, self._rows)
@@ -178,12 +198,17 @@ class AutoencoderObjective(TrainObjective):
         """Images of a step, the same ones as in a COMiT run of this seed."""
         return self.order.numbers(self.order.places(step, self.config.batch))
 
+    def _shown(self, step: int, rows: slice) -> Tensor:
+        """Pixels of some images of a step, mirrored where those of a COMiT run are."""
+        samples = self.order.samples(self.order.places(step, self.config.batch)[rows])
+        return mirror(self.pixels[samples % self.order.count], self.config.seed, samples, self.config.flip)
+
     def build(self) -> None:
         self.network = make_network(self.config)
         self.module = PixelLoss(self.network, self.config).to(self.process.device)
 
     def inputs(self, batch: RowBatch, rows: slice) -> tuple[Tensor]:
-        return (self.pixels[batch.rows[rows]].to(self.process.device),)
+        return (self._shown(batch.step, rows).to(self.process.device),)
 
     def after(self, batch: RowBatch, optimizer: Together) -> None:
         run, done = self.config, batch.step + 1
@@ -200,7 +225,7 @@ class AutoencoderObjective(TrainObjective):
         for value in network.parameters():
             value.data = value.detach().half().float()
         facts = replace(facts, metrics=measure(network, self.held))
-        extra = weights_facts(run, facts, f"scenes-recognition train ({run.count} scenes)")
+        extra = weights_facts(run, facts, f"{SETS[run.data]} train ({run.count} scenes)")
         with atomic_path(target) as temporary:
             temporary.mkdir()
             if isinstance(network, vq_grid.VqGrid):
@@ -247,7 +272,9 @@ def about(run: AutoencoderRun, network: Network) -> CardText:
             f"parameters: {sum(p.numel() for p in network.parameters()):,} (stored as float16)",
             f"message: {length} tokens {message}",
         ),
-        data="painted scenes with one object each (among them those of the probes), whole, without labels",
+        data="painted scenes with one object each (among them those of the probes), whole, without labels"
+        if run.data == "scenes"
+        else "painted scenes with one to three drawings each, none of a probe, whole, without labels",
         measured="scenes that no probe uses, with the stored weights and 8-bit reconstructions",
         names={
             "psnr": "PSNR (dB)",

@@ -15,8 +15,9 @@ def training_data(config: TrainConfig) -> str:
     data = config.data
     if data.title:
         return data.title
-    if data.kind == "scenes":
-        return f"scenes-recognition {data.split} ({data.count} scenes)"
+    if data.kind in ("scenes", "drawings"):
+        name = "scenes-recognition" if data.kind == "scenes" else "drawings"
+        return f"{name} {data.split} ({data.count} scenes)"
     source = str(data.source)
     if data.kind == "hf" and not Path(source).expanduser().exists():
         return source  # a hub id
