@@ -4,11 +4,11 @@ A tokenizer whose tokens are patches of pixels asks for it by ``TokenizerInfo.st
 ``supervised-cnn`` does. Stem and probe are one network, trained from scratch with the labels of the task:
 heads, losses, early stopping and seeds are those of every other row.
 
-    patches [B, K, d] -> image [B, 3, S, S] -> 3 x (convolution, group norm, ReLU) -> [B, K', c]
+    patches [B, K, d] -> image [B, 3, S, S] -> n x (convolution, group norm, ReLU) -> [B, K', c]
 
 What is unusual: norms over groups of channels, not over the batch, so that no answer depends on the other
-images of a batch or chunk. One place of the map stands for 16 x 16 pixels: four tokens for 32 px, sixteen
-for 64 px.
+images of a batch or chunk. Convolutions of stride 2 follow the first one until the map has at most 4 x 4
+places: one for 32 px, two for 64 px. With 2 x 2 places relations of the embedded scenes were not learned.
 
 Shape legend: ``B`` batch, ``K`` patches in raster order, ``S`` image side, ``d`` = 3 x patch x patch,
 ``K'`` places of the last map, ``c`` its channels.
@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from comit_bench.tokenizers.pixels import from_patches, patch_sides
 
 VERSION = "1"  # raised when scores may change; part of the protocol of rows that have a stem
-CHANNELS = (32, 64, 96)
-KERNELS = (7, 3, 3)
-STRIDES = (4, 2, 2)
+FIRST = 4  # stride of the first convolution, 7 x 7; all others are 3 x 3 of stride 2
+PLACES = 4  # of the last map, per side, at most
+CHANNELS = 32  # of the first map; every next one has as many more, up to LARGEST
+LARGEST = 96
 GROUP = 8  # channels of one group of a norm
 
 
@@ -47,15 +48,15 @@ class ConvStem(nn.Module):
     def __init__(self, message_length: int, code_dim: int) -> None:
         super().__init__()
         grid, self.patch = patch_sides(message_length, code_dim, "probe")
-        side, channels = grid * self.patch, (3, *CHANNELS)
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=False)
-            for before, after, kernel, stride in zip(channels, CHANNELS, KERNELS, STRIDES, strict=False)
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(count // GROUP, count) for count in CHANNELS)
-        for stride in STRIDES:
-            side = -(-side // stride)
-        self.message_length, self.code_dim = side * side, CHANNELS[-1]
+        side, count = -(-grid * self.patch // FIRST), CHANNELS
+        self.convolutions = nn.ModuleList([nn.Conv2d(3, count, 7, FIRST, padding=3, bias=False)])
+        self.norms = nn.ModuleList([nn.GroupNorm(count // GROUP, count)])
+        while side > PLACES:
+            before, count = count, min(count + CHANNELS, LARGEST)
+            self.convolutions.append(nn.Conv2d(before, count, 3, 2, padding=1, bias=False))
+            self.norms.append(nn.GroupNorm(count // GROUP, count))
+            side = -(-side // 2)
+        self.message_length, self.code_dim = side * side, count
 
     def forward(self, codes: Tensor) -> Tensor:
         """Map [B, K, d] to [B, K', c]."""

@@ -66,8 +66,8 @@ def test_a_fit_is_the_same_twice() -> None:
     assert torch.equal(first, again)
 
 
-def test_the_map_has_one_place_for_sixteen_pixels() -> None:
-    for side, patch, places in ((32, 8, 4), (64, 8, 16), (64, 4, 16), (256, 16, 256), (8, 8, 1)):
+def test_the_map_has_at_most_sixteen_places() -> None:
+    for side, patch, places in ((32, 8, 16), (64, 8, 16), (64, 4, 16), (256, 16, 16), (48, 8, 9), (8, 8, 4)):
         shape = ((side // patch) ** 2, 3 * patch**2)
         probe = build_probe(SPEC, code_shape=shape, outputs=3, seed=0, stem=True)
         assert probe.message_length == places
