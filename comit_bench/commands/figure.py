@@ -38,6 +38,7 @@ app = command_group("Draw figures of messages (PDF and PNG).")
 
 # What ``comit-bench figure ls`` says each needs.
 DECODE, ATTENTION, COMIT, TOKENS = "decode", "attention", "COMiT only", "any tokenizer"
+CROPS = "crop by crop"
 VOCABULARY, RECORDS = "a vocabulary", "records"
 NEEDS = {
     "attention": ATTENTION,
@@ -46,6 +47,7 @@ NEEDS = {
     "counterfactual": TOKENS,
     "edit": DECODE,
     "evolution": COMIT,
+    "gather": CROPS,
     "maps": ATTENTION,
     "neighbours": TOKENS,
     "policies": COMIT,
@@ -293,6 +295,23 @@ def evolution(one: Subject, count: Count = 2) -> None:
 
     data = compute(one.tokenizer, one.read(count), policy=one.policy or DEFAULT_POLICY, seed=one.seed)
     one.put(draw(data), data, "evolution")
+
+
+@of_tokenizer
+def gather(
+    one: Subject,
+    count: Annotated[int, typer.Option(min=1, help="How many images are shown.")] = 4,
+    curve_count: Annotated[int, typer.Option(min=1, help="How many images are measured.")] = 64,
+) -> None:
+    """PSNR by number of crops, and what is known after some; crops are its own, not those of --policy."""
+    from comit_bench.figures.gather import compute, draw
+    from comit_bench.figures.neighbours import DATASET
+
+    if one.policy is not None:
+        raise UsageError(f"--policy {one.policy}: figure gather looks at crops of its own. Leave it out.")
+    inputs = one.read(max(count, curve_count), DATASET)
+    data = compute(one.tokenizer, inputs, count=count, seed=one.seed)
+    one.put(draw(data), data, "gather")
 
 
 @app.command(name="ls")

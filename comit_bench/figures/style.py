@@ -226,6 +226,8 @@ def gallery(
     captions: Sequence[Sequence[str] | None] | None = None,
     most_cell: float = 1.1,
     block: int | None = None,
+    room: float = 0.0,
+    least: float = 0.0,
 ) -> tuple[Figure, list[list[Axes]]]:
     """A grid of square pictures with names at the left, names above, and numbers below pictures.
 
@@ -237,6 +239,8 @@ def gallery(
         most_cell: Side of the largest picture in inches. The page grows rather than pictures below
             ``LEAST_CELL``.
         block: There is more space after every so many rows.
+        room: Inches left free at the left, for something else.
+        least: Height of the page in inches, at least; the pictures stand at its top.
 
     Returns:
         The figure and its axes, row by row.
@@ -244,14 +248,14 @@ def gallery(
     columns = max(len(row) for row in rows)
     labels = [textwrap.fill(literal(text), 18) for text in row_labels or [""] * len(rows)]
     longest = max((len(line) for text in labels for line in text.split("\n")), default=0)
-    left = longest * 0.62 * SMALL / 72 + GAP
+    left = room + longest * 0.62 * SMALL / 72 + GAP
     cell = min(max((FULL - left) / columns - GAP, LEAST_CELL), most_cell)
     ends = [bool(block) and (r + 1) % (block or 1) == 0 and r + 1 < len(rows) for r in range(len(rows))]
     lines = [max((text.count("\n") + 1 for text in texts or ()), default=0) for texts in captions or ()]
     below = [CAPTION * (lines[r] if lines else 0) + BREAK * end for r, end in enumerate(ends)]
     above = 0.0 if column_labels is None else 0.05 + 0.14 * max(t.count("\n") + 1 for t in column_labels)
     width = left + columns * (cell + GAP)
-    height = above + len(rows) * (cell + GAP) + sum(below)
+    height = max(above + len(rows) * (cell + GAP) + sum(below), least)
     figure = new_figure(width, height)
     small = _fitting([text for texts in captions or () for text in texts or ()], cell)
     head = _fitting(column_labels or (), cell)

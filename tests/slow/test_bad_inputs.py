@@ -65,6 +65,7 @@ FIGURE = {  # every figure with a tokenizer
     "counterfactual": ("figure", "counterfactual"),
     "edit": ("figure", "edit"),
     "evolution": ("figure", "evolution"),
+    "gather": ("figure", "gather"),
     "neighbours": ("figure", "neighbours"),
     "policies": ("figure", "policies"),
     "reconstruction": ("figure", "reconstruction"),
@@ -93,6 +94,7 @@ WHOLE = {
     "figure-attention": (FIGURE["attention"], ("--sweep-count",)),
     "figure-neighbours": (FIGURE["neighbours"], ("--neighbours", "--pool")),
     "figure-policies": (FIGURE["policies"], ("--curve-count",)),
+    "figure-gather": (FIGURE["gather"], ("--count", "--curve-count")),
 }
 SIGNED = {"--seed"}  # where a negative number is one
 for command, (prefix, options) in WHOLE.items():

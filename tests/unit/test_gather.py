@@ -15,9 +15,14 @@ import yaml
 from PIL import Image
 from tiny import write_images, write_recipes
 from torch import Tensor
+from typer.testing import CliRunner
 
 from comit_bench import evaluate
-from comit_bench.errors import BenchError, UsageError
+from comit_bench.commands.app import app
+from comit_bench.errors import BenchError, UnsupportedOperation, UsageError
+from comit_bench.figures import gather as figure
+from comit_bench.figures.inputs import Images
+from comit_bench.figures.style import FULL
 from comit_bench.metrics.similarity import psnr
 from comit_bench.pipeline.jobs import Settings, make_jobs
 from comit_bench.recipes.specs import find_tasks
@@ -424,3 +429,75 @@ def test_the_recipes() -> None:
     for spec in found.values():
         assert not spec.by_default and spec.main_metric == "gather_gain" and spec.task_kind.own_crops
     assert found["gather-imagenet"].gather.full and found["gather-imagenet"].gather.count == 5000
+
+
+# -------------------------------------------------------------------------------------------- figure
+
+
+def figure_inputs(count: int) -> Images:
+    names = tuple(f"image {i}" for i in range(count))
+    return Images(names, pictures(count), tuple(Path(name) for name in names))
+
+
+def test_the_figure_shows_what_the_task_measures(nano: Any) -> None:
+    inputs = figure_inputs(5)
+    data = figure.compute(nano, inputs, count=2)
+    assert data.names == ("image 0", "image 4"), "spread over all"
+    how: dict[str, Any] = {"seed": 0, "batch_size": 64}
+    steps = gather.steps_of(nano, inputs.images, inputs.names, "random", **how)
+    seen = gather.decoded(nano, steps[4].tokens, inputs.names, **how)
+    np.testing.assert_allclose(data.psnr["random"][4], psnr(inputs.images, seen))
+    assert np.array_equal(data.pictures[2], seen[[0, 4]].numpy()) and figure.SHOWN[2] == ("random", 5)
+    assert np.array_equal(data.picture_psnr[2], data.psnr["random"][4, [0, 4]])
+    assert np.array_equal(data.boxes[3], steps[3].boxes[[0, 4]])
+    assert {row: values.shape for row, values in data.null.items()} == {
+        "random": (9, 5), "global+random": (10, 5)
+    }  # fmt: skip
+    assert np.array_equal(data.null["random"][0], data.psnr["random"][0])
+
+
+def test_the_figure_says_what_it_shows(nano: Any) -> None:
+    drawn = figure.draw(figure.compute(nano, figure_inputs(3), count=2))
+    texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
+    assert sorted(texts) == sorted([str(place) for place in range(1, 10)] * 2)
+    words = " ".join(text.get_text() for text in drawn.texts)
+    for told in ("order of crops", "1 crop ", "9 crops", "whole image", " dB", "all crops but the first are"):
+        assert told in words, told
+    curves = drawn.axes[-1]
+    legend = curves.get_legend()
+    assert legend is not None and curves.get_ylabel() == "PSNR, one step (dB)"
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "whole image, then crops", "crops alone", "later crops of another image", "mean colour",
+    ]  # fmt: skip
+    assert drawn.get_size_inches()[0] == pytest.approx(FULL, abs=0.1)
+    for axes in drawn.axes:
+        box = axes.get_position()
+        assert 0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1
+
+
+def test_one_image_is_drawn_without_null_and_bars(nano: Any) -> None:
+    data = figure.compute(nano, figure_inputs(1))
+    assert not data.null and data.pictures.shape == (5, 1, 3, 32, 32)
+    legend = figure.draw(data).axes[-1].get_legend()
+    assert legend is not None
+    assert [t.get_text() for t in legend.get_texts()][2:] == ["mean colour"]
+
+
+def test_whole_image_tokenizers_have_no_such_figure() -> None:
+    titok = load_tokenizer("titok-nano", device="cpu")
+    with pytest.raises(UnsupportedOperation, match="does not build its message crop by crop"):
+        figure.compute(titok, figure_inputs(2))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(pictures(3)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    asked = ["figure", "gather", "--images", str(folder), "--output", str(tmp_path / "out"), "--quiet"]
+    done = CliRunner().invoke(app, [*asked, "--count", "1", "--curve-count", "2"])
+    assert done.exit_code == 0, done.output
+    names = [Path(line).name for line in done.stdout.split("\n") if line]
+    assert names == ["gather-comit-nano.pdf", "gather-comit-nano.png"]
+    done = CliRunner().invoke(app, [*asked, "--policy", "raster:3"])
+    assert isinstance(done.exception, UsageError) and "looks at crops of its own" in str(done.exception)
