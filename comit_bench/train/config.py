@@ -149,6 +149,8 @@ class CropsConfig(SpecModel):
     global_first: Share = 0.55  # probability that the first crop is the whole image [I],
     # among the images that are encoded, or among all, those decoded from the empty message included [N]
     global_first_among: Literal["encoded", "all"] = "encoded"
+    # weight of the flow's loss where no crop has looked, against 1 where one has [N: 1]
+    unseen_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Phase(SpecModel):
@@ -162,6 +164,7 @@ class Phase(SpecModel):
     places: Literal["uniform", "grid"] | None = None
     global_first: Share | None = None
     global_first_among: Literal["encoded", "all"] | None = None
+    unseen_weight: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class ObjectiveConfig(SpecModel):

@@ -43,6 +43,8 @@ class TrainPlan:
         relaxed: bool [B], the message is bounded but not rounded. Always on the CPU.
         posterior: float32 [K + 1, B, C, h, w], noise of the VAE's posterior: for the image itself, then for
             every crop (local ones use the top left part). None takes the mode.
+        weights: float32 [B, 1, h, w] of the squared error of the velocity, of mean 1 in each image; None
+            weighs all alike. See :func:`seen_weights`.
     """
 
     crops: int
@@ -52,12 +54,14 @@ class TrainPlan:
     noise: Tensor
     relaxed: Tensor
     posterior: Tensor | None = None
+    weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TrainPlan:
         """Move times and noise. The rest steers indexing on the host: moving it would cost a sync."""
         times, noise = (x.to(device, non_blocking=True) for x in (self.times, self.noise))
         posterior = None if self.posterior is None else self.posterior.to(device, non_blocking=True)
-        return TrainPlan(self.crops, self.corners, self.skip, times, noise, self.relaxed, posterior)
+        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
+        return TrainPlan(self.crops, self.corners, self.skip, times, noise, self.relaxed, posterior, weights)
 
     def select(self, rows: slice | Sequence[int] | Tensor) -> TrainPlan:
         """The plan of some of the images (a slice or their numbers), for accumulation in pieces."""
@@ -75,6 +79,7 @@ class TrainPlan:
             self.noise[device_index],
             self.relaxed[index],
             posterior,
+            None if self.weights is None else self.weights[device_index],
         )
 
 
@@ -184,15 +189,47 @@ def plan_step(config: TrainConfig, *, step: int, samples: Samples) -> TrainPlan:
         posterior = torch.cat([drawn[:1], drawn[1:].flip(0)])
     logits = objective.time_mu + objective.time_sigma * normal("time", 1)[:, 0].double().numpy()
     times = 1 / (1 + np.exp(-logits))
+    skip = torch.from_numpy(uniform("skip") < objective.skip)
     return TrainPlan(
         crops=count,
         corners=corners,
-        skip=torch.from_numpy(uniform("skip") < objective.skip),
+        skip=skip,
         times=torch.from_numpy(times.astype(np.float32)),
         noise=normal("noise", *latent),
         relaxed=torch.from_numpy(uniform("relaxed") < objective.message_dropout),
         posterior=posterior,
+        weights=seen_weights(spec, corners, skip, config.crops_at(step).unseen_weight),
     )
+
+
+def seen_weights(spec: ComitSpec, corners: Tensor, skip: Tensor, unseen: float) -> Tensor | None:
+    """Weights of latent cells: 1 where a crop has looked, ``unseen`` where none has, then mean 1 per image.
+
+    What no crop shows cannot be in the message: its error is noise that hides what is to be learned, most of
+    all while crops are few. Cells that a crop covers in part lie between; images that are decoded from the
+    empty message have equal weights.
+
+    Args:
+        spec: Of the network.
+        corners: int64 [K, B, 2], see :class:`TrainPlan`.
+        skip: bool [B].
+        unseen: 0 to 1; at 1 nothing is weighed.
+
+    Returns:
+        float32 [B, 1, h, w], or None for equal weights.
+    """
+    if unseen == 1:
+        return None
+    edges = torch.arange(spec.max_input_size + 1) * spec.vae_factor
+    start = corners[..., None]
+    covered = torch.minimum(start + spec.geometry.crop, edges[1:]) - torch.maximum(start, edges[:-1])
+    share = covered.clamp_min(0) / spec.vae_factor  # [K, B, 2, h]: of every row and column of cells
+    seen = share[:, :, 0, :, None] * share[:, :, 1, None, :]
+    seen[corners[..., 0] == WHOLE] = 1
+    seen[corners[..., 0] == ABSENT] = 0
+    best = seen.amax(dim=0).masked_fill(skip[:, None, None], 1)
+    weights = unseen + (1 - unseen) * best
+    return (weights / weights.mean(dim=(1, 2), keepdim=True))[:, None]
 
 
 def _corners(config: TrainConfig, spec: ComitSpec, step: int, samples: Numbers) -> Tensor:

@@ -19,7 +19,7 @@ from comit_bench.tokenizers.comit.fast import FastPredictor
 from comit_bench.tokenizers.comit.model import PRESETS, Comit, ComitSpec
 from comit_bench.train.config import CropsConfig, TrainConfig
 from comit_bench.train.objectives.comit import LossParts, TrainingModule, crop_locations, cut_crops
-from comit_bench.train.sampling import TrainPlan, crop_counts, plan_step
+from comit_bench.train.sampling import WHOLE, TrainPlan, crop_counts, plan_step
 
 SMALL = {"depth": 2, "width": 32, "representation_layer": 1, "message_length": 8}
 ALIGNED = {"repa_weight": 0.5, "srepa_weight": 0.5, "projector_width": 24}
@@ -335,6 +335,34 @@ def test_flow_loss_and_alignment_are_the_formulas() -> None:
     assert torch.allclose(parts.srepa, srepa, atol=1e-5)
     total = parts.flow + 0.25 * (0.3 * parts.repa + 0.7 * parts.srepa)
     assert torch.allclose(parts.total, total, atol=1e-6)
+
+
+@pytest.mark.parametrize("places", ["grid", "uniform"])
+def test_what_no_crop_has_seen_weighs_less(places: str) -> None:
+    crops = {"places": places, "per": "image", "count": "uniform", "max_crops": 4, "global_first": 0.2}
+    run = config(objective={"skip": 0.2}, crops={**crops, "unseen_weight": 0.1})
+    train, x, count = module(run), images(24), 24
+    plan = plan_of(run, count)
+    spec, weights = train.model.spec, plan.weights
+    assert weights is not None
+    for image in range(count):  # pixel by pixel, cell by cell
+        seen = torch.zeros(len(plan.corners), spec.image_size, spec.image_size)
+        for crop, (top, left) in zip(seen, plan.corners[:, image].tolist(), strict=True):
+            if top >= 0:
+                crop[top : top + spec.geometry.crop, left : left + spec.geometry.crop] = 1
+            elif top == WHOLE or bool(plan.skip[image]):
+                crop[:] = 1
+        cells = F.avg_pool2d(seen, spec.vae_factor).amax(dim=0)
+        expected = torch.ones(8, 8) if plan.skip[image] else 0.1 + 0.9 * cells
+        assert torch.allclose(weights[image, 0], expected / expected.mean(), atol=1e-5)
+    plain = with_(plan, weights=None)
+    assert plan_of(config(objective={"skip": 0.2}, crops=crops), count).weights is None
+    with torch.no_grad():
+        weighed, even = train(x, plan, None, 0.0).flow, train(x, plain, None, 0.0).flow
+        halves = [train(x[r], plan.select(r), None, 0.0).flow for r in (slice(0, 12), slice(12, 24))]
+    assert abs(weighed - even) > 1e-3
+    assert abs(weighed - sum(halves) / 2) < 1e-6
+    assert plan.to("cpu").weights is not None
 
 
 @pytest.mark.parametrize("mask_mode", ["hard", "additive"])

@@ -178,7 +178,8 @@ class TrainingModule(nn.Module):
             network.time_state(times),
             layer=spec.representation_layer if len(self.heads) else None,
         )
-        flow = (velocity.float() - (clean - noise)).square().mean()
+        error = (velocity.float() - (clean - noise)).square()
+        flow = (error if plan.weights is None else error * plan.weights.to(images.device)).mean()
         repa, srepa = self._alignment(hidden, features, skip, flow)
         alignment = objective.repa_weight * repa + objective.srepa_weight * srepa
         return LossParts(flow + ramp * alignment, flow, repa, srepa)
