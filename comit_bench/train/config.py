@@ -349,8 +349,6 @@ class TrainConfig(RunConfig):
             raise ValueError(wrong)
         if wrong := self.data.contradiction():
             raise ValueError(wrong)
-        if self.data.flip and self.teacher.cache != "none":
-            raise ValueError("teacher.cache=disk keeps features of images as they are: set data.flip to 0")
         if self.objective.posterior == "sample" and not (vae := self.model.spec().vae).startswith("sd-"):
             raise ValueError(
                 f"objective.posterior sample needs the SD-VAE, but the autoencoder of {self.model.preset} "

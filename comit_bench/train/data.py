@@ -211,9 +211,8 @@ def in_other_order(held: MemoryImages) -> MemoryImages:
     return MemoryImages(tuple(held.ids[row] for row in rows.tolist()), held.images[rows], labels)
 
 
-def mirror(images: Tensor, seed: int, samples: Tensor, share: float) -> Tensor:
-    """Images [B, 3, S, S], some of them left to right: a share of the samples, whatever the step."""
-    chosen = flips(seed, samples, share)
+def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Images [B, 3, S, S], those that are chosen [B] left to right."""
     return torch.where(chosen[:, None, None, None], images.flip(-1), images) if bool(chosen.any()) else images
 
 
@@ -297,8 +296,9 @@ class TrainBatch:
 class Steps:
     """Map-style data set whose item ``step`` is this rank's :class:`TrainBatch`; errors come as values.
 
-    Images are read as they are, but for ``data.flip``, so what only depends on an image can be kept:
-    ``features``, when set, gives the teacher's features, float32 on the CPU, of images by their numbers.
+    Images are read as they are or mirrored (``data.flip``), so what only depends on an image can be kept:
+    ``features``, when set, gives the teacher's features, float32 on the CPU, of images by their numbers, and
+    of mirrored images by the numbers after these.
     """
 
     def __init__(self, config: TrainConfig, source: Images, *, rank: int = 0, ranks: int = 1) -> None:
@@ -349,8 +349,9 @@ class Steps:
         broken: dict[str, str] = {}
         try:
             numbers, images = self._read(places, broken)
-            images = mirror(images, self.config.seed, samples, self.config.data.flip)
-            features = None if self.features is None else self.features(numbers)
+            mirrored = flips(self.config.seed, samples, self.config.data.flip)
+            images = mirror(images, mirrored)
+            features = None if self.features is None else self.features(numbers + mirrored * self.order.count)
             plan = plan_step(self.config, step=step, samples=samples)
             return TrainBatch(step, tuple(self._ids(samples)), images, plan, broken, features)
         except BenchError as error:

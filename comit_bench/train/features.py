@@ -7,7 +7,8 @@ images, the type of the numbers, the device). Shard i is a safetensors file of `
 ``valid`` uint8 [rows], 0 where the image was broken. Shards are written whole or not at all, each by one
 process, so a killed run continues with the shards that are missing.
 
-Exactness: training images are not augmented, so features depend on the image alone. On a CPU they are
+Exactness: training images are at most mirrored (:class:`WithMirrored` keeps both), so features depend on the
+image alone. On a CPU they are
 always computed one image at a time, with the cache and without, so both give the same bits (in float32,
 with the same number of threads): in larger batches an image's place decides about its rounding. On a GPU
 they are computed in batches and may round differently. float16 halves the space and rounds to 11 bits.
@@ -295,6 +296,20 @@ class FeatureStore(ShardStore[FeatureLayout]):
             for name, values in out.items():
                 values[here] = tensors[name][rows[here]]
         return TeacherFeatures(torch.from_numpy(out["cls"]), torch.from_numpy(out["patches"]))
+
+
+class WithMirrored:
+    """A list of images, followed by the same images left to right."""
+
+    def __init__(self, source: Images) -> None:
+        self.source = source
+        self.ids = (*source.ids, *(f"{name} mirrored" for name in source.ids))
+
+    def read(self, index: int) -> Tensor:
+        """As :meth:`Images.read`."""
+        mirrored, number = divmod(index, len(self.source.ids))
+        image = self.source.read(number)
+        return image.flip(-1) if mirrored else image
 
 
 class _Reader:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from comit_bench.commands.app import app
 from comit_bench.errors import MissingError, UsageError
+from comit_bench.tokenizers.comit.crops import CropGeometry
 from comit_bench.tokenizers.comit.model import PRESETS
 from comit_bench.train.config import TrainConfig, load_config, presets
 from comit_bench.train.data import Order, list_images, open_images, paint_scenes
@@ -124,6 +125,24 @@ def test_crops_must_fit_the_patches_and_the_image(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(PRESETS, "comit-nano", replace(nano, geometry=geometry))
         with pytest.raises(UsageError, match=words):
             load_config("comit-nano")
+
+
+def test_crops_need_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = replace(PRESETS["comit-nano"], vae="none", vae_factor=1, in_channels=3, out_channels=3,
+                    geometry=CropGeometry(crop=7, half=4))  # fmt: skip
+    monkeypatch.setitem(PRESETS, "comit-nano", tight)
+    with pytest.raises(UsageError, match=r"7 px leave no room for a 3 x 3 grid .* 8 px.*crops\.places=grid"):
+        load_config("comit-nano", ("crops.places=grid", "model.image_size=8"))
+
+
+def test_latents_may_have_other_channels_and_pixels() -> None:
+    spec = load(
+        "comit-nano", "model.vae_factor=8", "model.in_channels=22", "model.image_size=64"
+    ).model.spec()
+    assert (spec.image_size, spec.in_channels, spec.out_channels, spec.max_input_size) == (64, 22, 22, 8)
+    assert spec.geometry == CropGeometry(crop=24, half=32)
+    with pytest.raises(UsageError, match="image_size is 32, but comit-nano has 64"):
+        load_config("comit-nano", ("model.vae_factor=8",))
 
 
 def test_unknown_presets_are_named() -> None:

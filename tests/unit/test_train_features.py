@@ -243,7 +243,9 @@ def test_training_with_and_without_the_cache_is_bit_equal(tmp_path: Path, repa: 
     save_file(net.state_dict(), folder / "model.safetensors")
     (tmp_path / "data").mkdir()
     for n in range(12):
-        Image.new("RGB", (32, 32), (n * 20, 200 - n * 9, 40)).save(tmp_path / "data" / f"{n:02d}.png")
+        picture = Image.new("RGB", (32, 32), (n * 20, 200 - n * 9, 40))
+        picture.paste((250, 250, 250), (0, 0, 9, 32))
+        picture.save(tmp_path / "data" / f"{n:02d}.png")
     (tmp_path / "data" / "04.png").write_bytes(b"no image")
     common = (
         "model.depth=1", "model.width=16", "model.heads=2", "model.message_length=4", "data.max_broken=0.5",
@@ -263,9 +265,15 @@ def test_training_with_and_without_the_cache_is_bit_equal(tmp_path: Path, repa: 
             assert used[0].features.patches.shape[1] == (64 if repa == "0.5" else 0)  # type: ignore[union-attr]
         return load_file(trainer.checkpoints / "step-00000004" / "model.safetensors")
 
-    plain, cached = run("plain"), run("cached", "teacher.cache=disk")
+    plain, cached = run("plain", "teacher.cache=none"), run("cached", "teacher.cache=disk")
     assert plain.keys() == cached.keys()
     assert all(torch.equal(plain[key], cached[key]) for key in plain)
+    if repa == "0":
+        turned = [
+            run(f"turned-{cache}", "data.flip=0.5", f"teacher.cache={cache}") for cache in ("none", "disk")
+        ]
+        assert all(torch.equal(turned[0][key], turned[1][key]) for key in plain)
+        assert not all(torch.equal(turned[0][key], plain[key]) for key in plain)
     shutil.copytree(tmp_path / "plain", tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved" / "comit-nano" / "checkpoints" / "step-00000004")
     resumed = run("moved", "teacher.cache=disk")  # switching the cache on changes nothing

@@ -278,6 +278,17 @@ def test_the_export_is_a_tokenizer(straight: Path) -> None:
     assert 5 < float(rows[0]["psnr_mean_colour"]) < 30
 
 
+def test_trainings_of_several_seeds_share_a_group(tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 1):
+        run = train(tmp_path, f"seed={seed}", f"name=nano-{seed}", "group=nano", "steps=2")
+        folder = run.directory / "export" / f"nano-{seed}"
+        info = load_tokenizer(str(folder), device="cpu").info
+        assert (info.name, info.group) == (f"nano-{seed}", "nano")
+        found.append(load_file(folder / "model.safetensors"))
+    assert any(not torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 def test_alignment_with_a_teacher_is_logged(tmp_path: Path) -> None:
     spec = ScenesTeacherSpec()
     (tmp_path / "teacher").mkdir()

@@ -366,7 +366,6 @@ def test_training_with_additive_masks_predicts_what_the_released_path_predicts()
     ("overrides", "says"),
     [
         (("objective.posterior=sample",), r"posterior sample needs the SD-VAE.*comit-nano \(dct\)"),
-        (("data.flip=0.5", "teacher.cache=disk"), "set data.flip to 0"),
         (("crops.global_first_among=all", "crops.global_first=0.95"), r"0.95 of all images.*0.9 that are"),
         (("data.flip=2",), "data.flip"),
         (("crops.per=rank",), "crops.per"),

@@ -399,4 +399,4 @@ def test_new_settings_do_not_stop_old_checkpoints(finished: Path, tmp_path: Path
     saved["objective"]["skip"] = 0.5
     assert checkpoint.config_differences(saved, config) == ["objective.skip: 0.5 -> 0.1"]
     with pytest.raises(UsageError, match="cache_dtype without a cache"):
-        settings(tmp_path, "teacher.cache_dtype=float16")
+        settings(tmp_path, "teacher.cache=none", "teacher.cache_dtype=float16")

@@ -38,6 +38,7 @@ from comit_bench.train.objectives.base import (
     weights_facts,
 )
 from comit_bench.train.optimizers import Together
+from comit_bench.train.sampling import flips
 from comit_bench.train.validation import float_psnr, perplexity
 
 Network = vq_grid.VqGrid | titok.Titok
@@ -201,7 +202,8 @@ class AutoencoderObjective(TrainObjective):
     def _shown(self, step: int, rows: slice) -> Tensor:
         """Pixels of some images of a step, mirrored where those of a COMiT run are."""
         samples = self.order.samples(self.order.places(step, self.config.batch)[rows])
-        return mirror(self.pixels[samples % self.order.count], self.config.seed, samples, self.config.flip)
+        pixels = self.pixels[samples % self.order.count]
+        return mirror(pixels, flips(self.config.seed, samples, self.config.flip))
 
     def build(self) -> None:
         self.network = make_network(self.config)

@@ -19,8 +19,14 @@ from comit_bench.train import validation
 from comit_bench.train.card import CURVES, PICTURE, RunFacts, render
 from comit_bench.train.config import TrainConfig
 from comit_bench.train.curves import save_curves
-from comit_bench.train.data import Broken, Steps, TrainBatch, open_images, read_all, to_pixels
-from comit_bench.train.features import FeatureStore, compute_features, images_digest, open_features
+from comit_bench.train.data import Broken, Images, Steps, TrainBatch, open_images, read_all, to_pixels
+from comit_bench.train.features import (
+    FeatureStore,
+    WithMirrored,
+    compute_features,
+    images_digest,
+    open_features,
+)
 from comit_bench.train.objectives.base import Process, TrainObjective, weights_facts
 from comit_bench.train.objectives.comit import TrainingModule
 from comit_bench.train.objectives.comit_card import about, training_data
@@ -82,10 +88,13 @@ class ComitObjective(TrainObjective):
             return
         digest = [images_digest(self.steps.source) if self.process.main else ""]
         broadcast_object_list(digest)
+        self.source: Images = self.steps.source
+        if config.data.flip:
+            self.source, digest = WithMirrored(self.source), [f"{digest[0]} with mirrored"]
         self.store = open_features(
             config.teacher,
             self.teacher,
-            self.steps.source,
+            self.source,
             tokens=(spec.max_input_size // spec.patch_size) ** 2 if config.objective.repa_weight else 0,
             data=digest[0],
             device=self.process.device,
@@ -98,7 +107,7 @@ class ComitObjective(TrainObjective):
         if self.store is None or self.teacher is None:
             return
         self.store.fill(
-            self.steps.source,
+            self.source,
             self.teacher,
             device=self.process.device,
             rank=self.process.rank,
