@@ -19,6 +19,7 @@ from pydantic import AfterValidator, Field, model_validator
 from comit_bench.errors import UsageError, did_you_mean, shown
 from comit_bench.files import check_relative, user_path
 from comit_bench.nn.teachers import ScenesTeacherSpec
+from comit_bench.nn.vae import DCT_ORDERS
 from comit_bench.recipes.kinds import SpecModel
 from comit_bench.recipes.reading import parse_yaml
 from comit_bench.recipes.specs import parse_mapping, validate_mapping
@@ -83,9 +84,16 @@ class ModelConfig(SpecModel):
         """A preset's spec with the settings given here; crops grow with the pixels of a latent."""
         checked = {"preset", "vocab_size", "image_size", "vae_path", "init"}
         changes = self.model_dump(exclude=checked, exclude_none=True)
+        if spec.vae != "dct" and {"in_channels", "vae_factor"} & changes.keys():
+            raise ValueError(f"in_channels and vae_factor are for the DCT, but {self.preset} has {spec.vae}")
         if self.in_channels is not None:
+            if self.in_channels not in DCT_ORDERS:
+                known = " or ".join(map(str, DCT_ORDERS))
+                raise ValueError(f"in_channels: expected {known} channels of the DCT, got {self.in_channels}")
             changes["out_channels"] = self.in_channels
         if self.vae_factor is not None:
+            if self.vae_factor < 3:
+                raise ValueError(f"vae_factor: expected 3 pixels a side or more, got {self.vae_factor}")
             crop, half = (
                 n * self.vae_factor // spec.vae_factor for n in (spec.geometry.crop, spec.geometry.half)
             )

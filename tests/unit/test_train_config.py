@@ -136,13 +136,18 @@ def test_crops_need_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_latents_may_have_other_channels_and_pixels() -> None:
-    spec = load(
-        "comit-nano", "model.vae_factor=8", "model.in_channels=22", "model.image_size=64"
-    ).model.spec()
+    changes = ("model.vae_factor=8", "model.in_channels=22", "model.image_size=64")
+    spec = load("comit-nano", *changes).model.spec()
     assert (spec.image_size, spec.in_channels, spec.out_channels, spec.max_input_size) == (64, 22, 22, 8)
     assert spec.geometry == CropGeometry(crop=24, half=32)
-    with pytest.raises(UsageError, match="image_size is 32, but comit-nano has 64"):
-        load_config("comit-nano", ("model.vae_factor=8",))
+    for name, change, words in (
+        ("comit-nano", "model.vae_factor=8", "image_size is 32, but comit-nano has 64"),
+        ("comit-nano", "model.in_channels=13", "12 or 22 or 35 channels of the DCT, got 13"),
+        ("comit-nano", "model.vae_factor=2", "3 pixels a side or more, got 2"),
+        ("comit-b", "model.vae_factor=4", r"for the DCT, but comit-b has sd-mse"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            load(name, change)
 
 
 def test_unknown_presets_are_named() -> None:
