@@ -116,13 +116,14 @@ def _messages(model: Comit, images: Tensor, ids: tuple[str, ...], network: FastP
 
 
 def read_out(vectors: Tensor, labels: Tensor) -> float:
-    """Accuracy of a ridge regression on one-hot classes, fitted on every other row and measured on the rest.
+    """Accuracy of a ridge regression on one-hot classes, fitted on a random half and measured on the other.
 
     Args:
         vectors: [n, D], n of 2 or more.
         labels: int64 [n].
     """
-    vectors = vectors.double()
+    order = torch.randperm(len(labels), generator=generator_for(0, "read-out"))
+    vectors, labels = vectors.double()[order], labels[order]
     known = vectors[::2]
     classes = labels.unique()
     mean, deviation = known.mean(dim=0), known.std(dim=0, unbiased=False).clamp_min(1e-6)

@@ -332,9 +332,11 @@ def test_the_read_out_is_a_ridge_regression() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(120) % 3
     vectors = torch.randn(120, 6, generator=generator) + 1.2 * torch.eye(3, 6)[labels]
-    x = (vectors - vectors[::2].mean(0)) / vectors[::2].std(0, unbiased=False)
-    ridge = Ridge(alpha=6.0).fit(x[::2].numpy(), torch.eye(3)[labels[::2]].numpy())
-    right = ridge.predict(x[1::2].numpy()).argmax(1) == labels[1::2].numpy()
+    order = torch.randperm(120, generator=generator_for(0, "read-out"))
+    fit, rest = order[::2], order[1::2]
+    x = (vectors - vectors[fit].mean(0)) / vectors[fit].std(0, unbiased=False)
+    ridge = Ridge(alpha=6.0).fit(x[fit].numpy(), torch.eye(3)[labels[fit]].numpy())
+    right = ridge.predict(x[rest].numpy()).argmax(1) == labels[rest].numpy()
     assert read_out(vectors, labels) == pytest.approx(right.mean())
     assert 0.6 < right.mean() < 1.0
     assert read_out(vectors, labels + 7) == pytest.approx(right.mean())
