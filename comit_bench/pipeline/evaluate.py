@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from comit_bench.errors import BenchError, UnsupportedOperation, UsageError
-from comit_bench.files import locked, remove_folder
+from comit_bench.files import locked, remove_folder, user_path
 from comit_bench.pipeline.failures import unexpected
 from comit_bench.pipeline.inputs import inputs_of, protocol_of
 from comit_bench.pipeline.jobs import Job, Reference, Settings
@@ -64,7 +64,7 @@ def evaluate(
         suite: ``scenes`` or ``paper``; None is ``paper`` when ``data_root`` is given, else ``scenes``.
         references: Also measure the reference rows.
         reporter: Progress hooks.
-        **settings: See :class:`comit_bench.pipeline.jobs.Settings`.
+        **settings: See :class:`comit_bench.pipeline.jobs.Settings`; paths may be text.
 
     Returns:
         One record per tokenizer and task, in order; each is on disk already.
@@ -73,7 +73,12 @@ def evaluate(
         UsageError, MissingError: Unknown names, wrong settings, absent data or weights: before any work.
         BenchError: A job failed. All others were done first, and their records are kept.
     """
-    chosen = Settings(**{"progress": False, **settings})
+    paths = {
+        name: user_path(value, name)
+        for name, value in settings.items()
+        if name in ("output", "data_root", "cache") and isinstance(value, str)
+    }
+    chosen = Settings(**{"progress": False, **settings, **paths})
     several = (
         [tokenizer] if isinstance(tokenizer, str) or not isinstance(tokenizer, Sequence) else [*tokenizer]
     )

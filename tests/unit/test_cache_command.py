@@ -64,6 +64,14 @@ def measure(tokenizer: Any, settings: dict[str, Any], **changes: Any) -> Any:
     return record
 
 
+def test_paths_may_be_text(settings: dict[str, Any], tmp_path: Path) -> None:
+    written = {name: str(settings[name]) for name in ("output", "data_root", "cache")}
+    record = measure(Counting(), settings, **written)
+    assert list((tmp_path / "out" / "records").rglob("*.json")) and record.metrics
+    with pytest.raises(UsageError, match="output ''"):
+        measure(Counting(), settings, output="")
+
+
 def test_overwrite_always_makes_tokens_anew(settings: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = Counting()
     first = measure(tokenizer, settings)
