@@ -425,7 +425,7 @@ def test_outcomes_can_be_compared(root: Path) -> None:
 
 def test_the_recipes() -> None:
     found = {name: recipe.spec for name, recipe in find_tasks().items() if recipe.spec.kind == "gather"}
-    assert set(found) >= {"gather-scenes", "gather-imagenet"}
+    assert set(found) >= {"gather-scenes", "gather-drawings", "gather-imagenet"}
     for spec in found.values():
         assert not spec.by_default and spec.main_metric == "gather_gain" and spec.task_kind.own_crops
     assert found["gather-imagenet"].gather.full and found["gather-imagenet"].gather.count == 5000
