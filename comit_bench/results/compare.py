@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -274,11 +275,16 @@ def _find(name: str, shelf: Sequence[Sequence[NamedRow]]) -> NamedRow:
     raise UsageError(f"no row is called {name!r}.{did_you_mean(name, known)}")
 
 
+@cache
+def _reported_first() -> dict[str, str]:
+    """Task -> what its recipe reports first; read once, since every comparison asks."""
+    return {name: recipe.spec.main_metric for name, recipe in find_tasks().items()}
+
+
 def main_metric(record: Record) -> str:
     """What the task's recipe reports first, else its kind, else the record."""
-    recipe = find_tasks().get(record.task.name)
     kind = kinds().get(record.task.kind)
-    told = [recipe.spec.main_metric if recipe else "", kind.main_metric if kind else ""]
+    told = [_reported_first().get(record.task.name, ""), kind.main_metric if kind else ""]
     return next((name for name in told if name in record.metrics), next(iter(record.metrics)))
 
 

@@ -6,6 +6,7 @@ import base64
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from comit_bench.data.images import load_from, mask_of
 from comit_bench.data.split import OpenData, Split
 from comit_bench.errors import BenchError
 from comit_bench.files import cache_root
-from comit_bench.recipes.specs import find_datasets, find_tasks
+from comit_bench.recipes.specs import Recipe, TaskSpec, find_datasets, find_tasks
 from comit_bench.results.notation import one_line
 from comit_bench.results.schema import Record
 
@@ -101,6 +102,10 @@ class Pictures:
         self.data_root, self.cache, self.progress = data_root, cache, progress
         self._opened: dict[str, OpenData | str] = {}
 
+    @cached_property
+    def _recipes(self) -> dict[str, Recipe[TaskSpec]]:
+        return find_tasks()
+
     def source(self, record: Record) -> Source | str:
         """The images that a record was reported on, or why they cannot be shown."""
         told = record.task.dataset
@@ -112,7 +117,7 @@ class Pictures:
             return data
         if told.fingerprint != data.fingerprint:
             return f"the images of {name} on this machine are not those that were measured"
-        recipe = find_tasks().get(record.task.name)
+        recipe = self._recipes.get(record.task.name)
         split = data.splits.get(recipe.spec.split.report if recipe else "val")
         if split is None:
             return f"{name} has no split that {one_line(record.task.name)} was reported on"

@@ -184,7 +184,10 @@
     if (event.target.matches("button.cell:focus-visible")) showTip(event.target);
   });
   scores.addEventListener("focusout", hideTip);
-  window.addEventListener("scroll", hideTip, { passive: true });
+  window.addEventListener("scroll", () => {
+    if (tipped && tipped === document.activeElement) showTip(tipped);
+    else hideTip();
+  }, { passive: true });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 
   const drawer = byId("drawer");

@@ -7,7 +7,7 @@ place: :func:`numbers` makes it, the cells of tables point at it by record and m
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from comit_bench.errors import BenchError
 from comit_bench.metrics.statistics import difference
-from comit_bench.recipes.specs import find_tasks
+from comit_bench.recipes.specs import Recipe, TaskSpec, find_tasks
 from comit_bench.results.compare import main_metric
 from comit_bench.results.notation import MARKS, format_number, one_line
 from comit_bench.results.paired import side_of
@@ -33,6 +33,7 @@ from comit_bench.results.table import Cell, Column, Group, Row, Table
 from comit_bench.results.trainings import ReadOutcomes
 
 Interval = tuple[float, float]
+Tasks = Mapping[str, Recipe[TaskSpec]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +211,8 @@ class Section:
 
 def sections(table: Table, known: Numbers) -> list[Section]:
     """A section per group of the table's columns: what is measured by default first, then in its order."""
-    found = [_section(table, group, number, known) for number, group in enumerate(table.groups)]
     recipes = find_tasks()
+    found = [_section(table, group, number, known, recipes) for number, group in enumerate(table.groups)]
 
     def place(section: Section) -> tuple[bool, bool]:
         recipe = recipes.get(section.task)
@@ -223,7 +224,7 @@ def sections(table: Table, known: Numbers) -> list[Section]:
     return sorted(found, key=place)
 
 
-def _section(table: Table, group: Group, number: int, known: Numbers) -> Section:
+def _section(table: Table, group: Group, number: int, known: Numbers, recipes: Tasks) -> Section:
     places = [i for i, column in enumerate(table.columns) if column.group == group]
     rows = [row for row in table.rows if any(row.cells[i] for i in places)]
     first = next(cell.record for row in rows for i in places if (cell := row.cells[i]))
@@ -239,7 +240,7 @@ def _section(table: Table, group: Group, number: int, known: Numbers) -> Section
         task=group.task,
         control=group.control or "",
         published=published,
-        facts=_facts(rows, places, published),
+        facts=_facts(rows, places, published, recipes),
         source=one_line(str(first.protocol.get("source", ""))) if published else "",
         heads=tuple(_head(column) for column in columns),
         lines=tuple(_line(row, places, columns, scale, known) for row in rows),
@@ -302,7 +303,7 @@ def _number(cell: Cell | None, column: Column, known: Numbers) -> Number:
     )
 
 
-def _facts(rows: Sequence[Row], places: Sequence[int], published: bool) -> str:
+def _facts(rows: Sequence[Row], places: Sequence[int], published: bool, recipes: Tasks) -> str:
     """How many images, from where, and how often probes were fitted."""
     cells = [cell for row in rows for i in places[:1] if (cell := row.cells[i])] or [
         cell for row in rows for i in places if (cell := row.cells[i])
@@ -313,7 +314,7 @@ def _facts(rows: Sequence[Row], places: Sequence[int], published: bool) -> str:
         return f"{data.name} v{data.version}; {record.protocol.get('published', '')}".strip("; ")
     images = sorted({cell.metric.n for cell in cells if cell.metric.n})
     seeds = sorted({len(cell.record.seeds) for cell in cells})
-    recipe = find_tasks().get(record.task.name)
+    recipe = recipes.get(record.task.name)
     fitted = recipe is not None and recipe.spec.task_kind.probed
     parts = [f"data {data.name} v{data.version}"]
     if images:
