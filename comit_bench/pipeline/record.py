@@ -121,9 +121,18 @@ def make_record(
         environment=Environment.collect(device=device_name(inputs.device), dtype=settings.dtype),
         timings=timings,
         notes=tuple(notes),
-        details=dict(result.details),
+        details=result.details | _fits(result.extra.get("fits")),
         unconverged=result.unconverged,
     )
+
+
+def _fits(found: Any) -> dict[str, Any]:
+    """Early-stop scores by epoch of every fit, for the details; parts of the data follow each other."""
+    parts = [one for one in (found if isinstance(found, list) else [found]) if one]
+    if not parts:
+        return {}
+    curves = [curve for one in parts for curve in one["early_stop"]]
+    return {"fits": {"score": parts[0]["score"], "early_stop": curves}}
 
 
 def _counts(inputs: Inputs, limit: int | None) -> Counts:

@@ -304,7 +304,8 @@ class Fitted:
     def details(self, score: str) -> dict[str, Any]:
         """How the fits went, one entry per seed; scores (in percent) are those of the best epoch.
 
-        The train score is a running mean over the epoch, so it lags behind the weights.
+        ``fits`` has the early-stop scores of every epoch. The train score is a running mean over the epoch, so
+        it lags behind the weights.
 
         Args:
             score: Name of the score the fits stopped by.
@@ -316,6 +317,12 @@ class Fitted:
             "seconds": [one.seconds for one in self.results],
             f"train_{score}": [100.0 * one.best.train_score for one in self.results],
             f"early_stop_{score}": [100.0 * one.best.stop_score for one in self.results],
+            "fits": {
+                "score": score,
+                "early_stop": [
+                    [round(100.0 * log.stop_score, 2) for log in one.history] for one in self.results
+                ],
+            },
         }
         if self.precision != "float32":
             found["probe_precision"] = self.precision

@@ -17,6 +17,7 @@ from comit_bench.errors import MissingError, UsageError
 from comit_bench.recipes.specs import recipe_root
 from comit_bench.results.outcomes import OutcomeFiles
 from comit_bench.results.records import load_records
+from comit_bench.results.render.report.charts import breakdowns, charts
 from comit_bench.results.render.report.page import build_report, content_policy, write_report
 from comit_bench.results.render.report.pictures import NoPictures, Pictures, Source
 from comit_bench.results.render.report.samples import TEXTS
@@ -201,3 +202,27 @@ def test_command(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.output.strip().endswith("x.html")
     assert (folder / "x.html").stat().st_size > 10_000
+
+
+def test_curves_come_from_details(tmp_path: Path) -> None:
+    fits = {"fits": {"score": "top1", "early_stop": [[10.0, 30.0, 20.0], [20.0, 50.0]]}}
+    used = {"rank_frequency": {"rank": [1, 2, 3], "count": [9, 3, 0]}, "entropy_by_position": [1.0, 2.0]}
+    put(tmp_path, "a", {"top1": right(0.9)}, record={"details": fits | used})
+    put(tmp_path, "b", {"top1": right(0.2)}, record={"details": {"fits": "nonsense", "by_predicate": 3}})
+    found = charts(load_records(tmp_path))
+    assert [one.title.partition(":")[0] for one in found] == [
+        "Fits of probes",
+        "How often ids are used",
+        "Bits at each position of the message",
+    ]
+    assert found[0].table[1:] == (("1", "15"), ("2", "40"), ("3", "20"))
+    assert [row[0] for row in found[1].table[1:]] == ["1", "2"], "a logarithm has no place for 0"
+    assert all(one.lines for one in breakdowns(load_records(tmp_path)))
+
+
+def test_a_reference_far_away_does_not_flatten_the_others(tmp_path: Path) -> None:
+    put(tmp_path, "a", {"top1": right(0.10)})
+    put(tmp_path, "b", {"top1": right(0.12)})
+    put(tmp_path, "oracle", {"top1": right(1.0)}, tokenizer={"kind": "reference"})
+    _, html = page_of(tmp_path)
+    assert html.count('<span class="fine">outside</span>') == 2

@@ -145,7 +145,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
     """Every curve that these records hold: fits, prefixes and sweeps, use of codebooks."""
     own = [record for record in records if record.origin != "paper" and record.control is None]
     labels = labels_of(own)
-    found = [*_fits(own, labels), *_sweeps(own), *_codebooks(own, labels)]
+    found = [*_fits(own, labels), *_gathers(own, labels), *_sweeps(own), *_codebooks(own, labels)]
     return [one for one in found if one is not None]
 
 
@@ -181,11 +181,31 @@ def _fits(records: Sequence[Record], labels: dict[tuple[str, ...], str]) -> Iter
         name = str(score.get("score", "score")) if isinstance(score, dict) else "score"
         yield chart(
             f"Fits of probes: {one_line(task.title)}",
-            "Score on the early-stop images after each epoch, mean over the probe seeds still being fitted. "
+            "Score on the early-stop images after each epoch, mean over the fits that are still going on. "
             "These images are held out of the training split; no reported number is from them.",
             ("epoch", f"{one_line(name)} %"),
             series,
         )
+
+
+def _gathers(records: Sequence[Record], labels: dict[tuple[str, ...], str]) -> Iterator[Chart | None]:
+    """What a message gains with each crop, and what it gains from crops of another image."""
+    for members in _by_task(records, "gather").values():
+        policies: dict[str, list[Series]] = defaultdict(list)
+        for record, said in members:
+            curves = said.get("by_crops") if isinstance(said, dict) else None
+            for policy, curve in curves.items() if isinstance(curves, dict) else ():
+                for key, words in (("psnr", ""), ("null_psnr", ", later crops of another image")):
+                    values = _numbers(curve.get(key)) if isinstance(curve, dict) else []
+                    points = tuple((k + 1.0, value) for k, value in enumerate(values))
+                    policies[policy].append(Series(labels[row_key(record)] + words, points))
+        for policy, series in policies.items():
+            yield chart(
+                f"{one_line(members[0][0].task.title)}: crops {one_line(policy)}",
+                "Quality of what the message draws after each crop, mean over images.",
+                ("crops", "PSNR dB"),
+                series,
+            )
 
 
 AXES = {

@@ -292,7 +292,7 @@ def _tokenizers(table: Table) -> list[tuple[str, str, list[str]]]:
                 for n in (told.parameters, told.message_length, told.vocab_size)
             ),
             f"{told.resolution} px" if told.resolution else "–",
-            side.get("policy", "–"),
+            side.get("policy", "–").replace("null", "–"),
             side.get("preprocessing", "–"),
             told.training_data,
             told.weights_licence,

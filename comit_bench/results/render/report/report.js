@@ -143,7 +143,7 @@
     if (metric.std !== null) facts.push(["spread over seeds", "± " + whole(metric.std) + unitOf(metric)]);
     if (metric.stderr !== null) facts.push(["standard error", whole(metric.stderr) + unitOf(metric)]);
     if (metric.per_seed.length > 1) facts.push(["by seed", metric.per_seed.map(whole).join(", ")]);
-    if (metric.n) facts.push(["scored", metric.n.toLocaleString("en") + " images, pairs or scenes"]);
+    if (metric.n) facts.push(["n", metric.n.toLocaleString("en")]);
     if (metric.chance !== null) facts.push(["chance", whole(metric.chance) + unitOf(metric)]);
     facts.push(["direction", metric.higher_is_better ? "higher is better" : "lower is better"]);
     if (metric.unranked) facts.push(["ranking", "rows must not be ranked by this metric"]);
@@ -156,7 +156,7 @@
     const [record, metric] = behind(cell);
     const lines = [whole(metric.value) + unitOf(metric) + (metric.std === null ? "" : " ± " + whole(metric.std) + " over " + metric.per_seed.length + " seeds")];
     if (metric.interval) lines.push("95 % interval " + metric.interval.map(whole).join(" to "));
-    lines.push((metric.n ? metric.n.toLocaleString("en") + " scored" : "published") + (metric.chance === null ? "" : ", chance " + whole(metric.chance)));
+    lines.push((metric.n ? "n = " + metric.n.toLocaleString("en") : "published") + (metric.chance === null ? "" : ", chance " + whole(metric.chance)));
     lines.push("protocol " + record.digest.slice(7, 15) + ", " + record.task);
     tip.replaceChildren(...lines.map((line) => make("div", { textContent: line })));
     tip.hidden = false;

@@ -33,6 +33,7 @@ from comit_bench.results.table import Cell, Column, Group, Row, Table
 from comit_bench.results.trainings import ReadOutcomes
 
 Interval = tuple[float, float]
+FAR = 2.5  # a reference this much further away than all others is not drawn
 Tasks = Mapping[str, Recipe[TaskSpec]]
 
 
@@ -262,13 +263,20 @@ def _head(column: Column, task: str = "", anchor: str = "", note: str = "") -> H
 
 def _scale(rows: Sequence[Row], place: int, column: Column, known: Numbers) -> tuple[Scale | None, str]:
     """The axis of the main metric, and where chance is on it."""
-    cells = [cell for row in rows if (cell := row.cells[place]) is not None]
-    values = [cell.metric.value for cell in cells]
-    for cell in cells:
-        values += known.intervals.get((known.place(cell.record), column.metric), ())
-    if len(cells) < 2:
+    there = [(row, cell) for row in rows if (cell := row.cells[place]) is not None]
+    if len(there) < 2:
         return None, ""
-    scale = scale_of(column, values + ([] if column.chance is None else [column.chance]))
+
+    def ends(cell: Cell) -> Sequence[float]:
+        return known.intervals.get((known.place(cell.record), column.metric), (cell.metric.value,))
+
+    values = [] if column.chance is None else [column.chance]
+    values += [value for row, cell in there if not is_reference(row) for value in ends(cell)]
+    outside = [value for row, cell in there if is_reference(row) for value in ends(cell)]
+    whole = values + outside
+    if len(values) < 2 or max(whole) - min(whole) < FAR * (max(values) - min(values)):
+        values = whole
+    scale = scale_of(column, values)
     return scale, "" if column.chance is None else scale.at(column.chance)
 
 
@@ -277,7 +285,7 @@ def _line(
 ) -> Line:
     cells = tuple(_number(row.cells[i], column, known) for i, column in zip(places, columns, strict=True))
     first, mark = row.cells[places[0]], None
-    if scale is not None and first is not None:
+    if scale is not None and first is not None and scale.low <= first.metric.value <= scale.high:
         interval = known.intervals.get((cells[0].record, cells[0].metric))
         ends = tuple(map(scale.at, interval)) if interval else ("", "")
         mark = Mark(scale.at(first.metric.value), *ends)
@@ -318,7 +326,7 @@ def _facts(rows: Sequence[Row], places: Sequence[int], published: bool, recipes:
     fitted = recipe is not None and recipe.spec.task_kind.probed
     parts = [f"data {data.name} v{data.version}"]
     if images:
-        parts.append(f"{' or '.join(f'{n:,}' for n in images)} images, pairs or scenes scored")
+        parts.append(f"n = {' or '.join(f'{n:,}' for n in images)}")
     if fitted:
         parts.append(f"probes fitted with {' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] != 1)}")
     elif seeds[-1] > 1:
