@@ -304,8 +304,8 @@ class Fitted:
     def details(self, score: str) -> dict[str, Any]:
         """How the fits went, one entry per seed; scores (in percent) are those of the best epoch.
 
-        ``fits`` has the early-stop scores of every epoch. The train score is a running mean over the epoch, so
-        it lags behind the weights.
+        ``fits`` has the early-stop scores of every epoch. The train score is a running mean over the epoch,
+        so it lags behind the weights.
 
         Args:
             score: Name of the score the fits stopped by.
