@@ -32,6 +32,7 @@ MARKS = {
     "manifests": ("*/*/manifest.parquet", True),
     "weights": ("*/source.json", True),
     "features": ("*/*/key.json", True),
+    "training-scenes": ("*/key.json", True),
     "references": ("*.npz", False),
     "text": ("*.safetensors", False),
     "negatives": ("*.safetensors", False),

@@ -49,12 +49,12 @@ def measure(
 ) -> dict[str, Any]:
     """One step, repeated."""
     from torch.utils.flop_counter import FlopCounterMode
-    from train_step import Step
+    from train_step import TrainStep
 
     from comit_bench.train.config import load_config
 
     config = load_config(name, (*OFF, f"global_batch={images}", *extra))
-    step = Step(config, day.device, crops=crops, half=day.on_gpu)
+    step = TrainStep(config, day.device, crops=crops, half=day.on_gpu)
     runner, step.module.runner = step.module.runner, None  # what is computed again is no work of the network
     with FlopCounterMode(display=False) as counter:
         step()

@@ -290,8 +290,8 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("line", "code", "first"),
     [
-        ("comit-bench ls tasks --names | head -1", 0, "codebook-imagenet100"),
-        ("comit-bench ls tasks --names 2>&-", 0, "codebook-imagenet100"),
+        ("comit-bench ls tasks --names | head -1", 0, "codebook-drawings"),
+        ("comit-bench ls tasks --names 2>&-", 0, "codebook-drawings"),
         ("comit-bench ls tasks --names >&-", 0, ""),
         ("comit-bench ls tasks --names <&- >&- 2>&-", 0, ""),
         ("comit-bench ls nothing 2>&-", 2, ""),

@@ -29,7 +29,7 @@ from comit_bench.data.scenes.sources import EDGE, FINE, Floats, Ints, Sources, l
 from comit_bench.errors import UsageError
 from comit_bench.recipes.specs import GeneratorSpec
 
-Split = Literal["train", "val"]
+SplitName = Literal["train", "val"]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (255, 60, 60),
@@ -433,7 +433,7 @@ def _boxes(masks: NDArray[np.bool_]) -> Ints:
     return np.stack([x, y, right - x, bottom - y], axis=-1).astype(np.int64)
 
 
-def paint(spec: GeneratorSpec, split: Split, indices: Sequence[int]) -> Scenes:
+def paint(spec: GeneratorSpec, split: SplitName, indices: Sequence[int]) -> Scenes:
     """Paint the images with these numbers; each depends on its own number only.
 
     Raises:

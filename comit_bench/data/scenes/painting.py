@@ -35,7 +35,7 @@ Floats = NDArray[np.float32]
 Floats64 = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-Split = Literal["train", "val"]
+SplitName = Literal["train", "val"]
 
 SIDES = (32, 96)  # image sides that can be painted: photographs are 115 pixels wide or more
 CELL = 64  # side of a drawing in the atlas
@@ -302,7 +302,7 @@ def pairs_of(split: str, seed: int) -> Ints:
     return np.concatenate(pairs)
 
 
-def paint(spec: GeneratorSpec, split: Split, indices: Sequence[int]) -> Scenes:
+def paint(spec: GeneratorSpec, split: SplitName, indices: Sequence[int]) -> Scenes:
     """Paint the images with these numbers; each depends on its own number only.
 
     Raises:
