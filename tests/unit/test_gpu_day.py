@@ -68,7 +68,9 @@ def test_every_part_on_a_pretended_gpu(day: Any, tmp_path: Path, monkeypatch: py
     assert {row["precision"] for row in rows if "precision" in row} == {"float32", "tf32", "bfloat16"}
     exact = [row["differ"] for row in rows if row.get("precision") == "float32"]
     assert exact and set(exact) == {0.0}
-    assert {row["dtype"] for row in rows if row["part"] == "probe"} == {"warm-up", "float32"}
+    probes = [row for row in rows if row["part"] == "probe"]
+    assert {row["dtype"] for row in probes if "dtype" in row} == {"warm-up", "float32", "bfloat16"}
+    assert {row["scores"] for row in probes if "scores" in row} == {"float32", "bfloat16"}
     assert {row["dtype"] for row in rows if row["part"] == "speed"} == {"bfloat16", "float32"}
 
 
