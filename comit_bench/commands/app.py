@@ -5,6 +5,7 @@ Only argument parsing happens here, and only typer is imported at the top: ``--h
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ from comit_bench.commands.run import run
 from comit_bench.commands.sweep import sweep
 from comit_bench.commands.train import train
 from comit_bench.commands.weights import app as weights_app
+from comit_bench.results.checkout import git_state
 
 app = command_group("What do the tokens of 1D discrete image tokenizers mean? From images to a table.")
 app.command(name="run")(run)
@@ -167,16 +169,26 @@ def push(
     typer.echo(hub.push(upload, private=private).url)
 
 
+def _say_version() -> None:
+    state = git_state()
+    typer.echo(f"{__version__} ({state})" if state else __version__)
+
+
 @app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, and in a checkout its commit.")
+    ] = False,
+) -> None:
     if version:
-        typer.echo(__version__)
+        _say_version()
         raise typer.Exit()
 
 
 def main() -> None:
     """Entry point of the console script."""
-    guarded(app)
+    # To build all commands takes longer than the version.
+    guarded(_say_version if sys.argv[1:] == ["--version"] else app)
 
 
 def main_run() -> None:

@@ -14,7 +14,6 @@ from comit_bench.commands.console import say, set_up_logging
 from comit_bench.commands.options import DataRoot, Include, Quiet, as_path, command_group
 from comit_bench.errors import UsageError, did_you_mean
 from comit_bench.files import cache_root, require_folder
-from comit_bench.recipes.specs import find_datasets, pick
 
 if TYPE_CHECKING:
     from comit_bench.recipes.specs import DatasetSpec, Recipe
@@ -25,6 +24,7 @@ Name = Annotated[str, typer.Argument(help="A data set; `comit-bench ls datasets`
 
 
 def _recipe(name: str, include: list[Path] | None) -> Recipe[DatasetSpec]:
+    from comit_bench.recipes.specs import find_datasets, pick
 
     set_up_logging()
     return pick(name, find_datasets(tuple(include or ())), "data set")

@@ -23,7 +23,6 @@ import math
 import platform
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -47,6 +46,7 @@ from pydantic import (
 from comit_bench import __version__
 from comit_bench.files import digest_json
 from comit_bench.recipes.kinds import Line
+from comit_bench.results.checkout import git_state
 
 if TYPE_CHECKING:
     from comit_bench.tokenizers.base import TokenizerInfo
@@ -276,7 +276,7 @@ class Environment(_Model):
             platform=platform.platform(),
             device=device,
             dtype=dtype,
-            git_commit=_git_commit(),
+            git_commit=state.commit if (state := git_state()) else None,
             argv=tuple(_without_home(a) for a in (_own_argv() if argv is None else argv)),
         )
 
@@ -417,24 +417,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout this package runs from; None when installed or without git."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _own_argv() -> list[str]:

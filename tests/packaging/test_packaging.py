@@ -151,6 +151,11 @@ def test_the_installed_package_is_the_wheel(installed: Path, tmp_path: Path) -> 
         assert installed.parent.resolve() in Path(place).resolve().parents
 
 
+def test_the_wheel_says_its_version_and_no_commit(installed: Path, tmp_path: Path) -> None:
+    said = run(installed / "comit-bench", "--version", cwd=tmp_path)
+    assert said == f"{comit_bench.__version__}\n"
+
+
 @pytest.mark.parametrize("what", ["tasks", "datasets", "tokenizers"])
 def test_the_wheel_lists_what_the_checkout_lists(installed: Path, tmp_path: Path, what: str) -> None:
     here = run(sys.executable, "-m", "comit_bench.commands.app", "ls", what, "--names", cwd=ROOT)
