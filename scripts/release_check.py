@@ -1,7 +1,7 @@
 """What a release must pass: ``python scripts/release_check.py [--tag vX.Y.Z] [--output DIR] [--borrow]``.
 
-Takes what is committed, not what lies in the folder. A check that fails stops only those that need what it makes;
-the exit status is 1 when one failed. RELEASING.md says what comes before and after.
+Takes what is committed, not what lies in the folder. A check that fails stops only those that need what it
+makes; the exit status is 1 when one failed. RELEASING.md says what comes before and after.
 """
 
 from __future__ import annotations

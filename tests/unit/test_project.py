@@ -149,7 +149,7 @@ def test_links_between_pages_lead_somewhere(script: Any) -> None:
 def test_dead_links_are_found(script: Any, tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(
         "# One & two\n## Twice\n## Twice\n"
-        "[a](b.md) [b](#one--two) [c](b.md#three) [d](#twice-1) [e](https://example.org/gone) `[f](gone.md)`\n"
+        "[a](b.md) [b](#one--two) [c](b.md#three) [d](#twice-1) [e](https://a.b/gone) `[f](gone.md)`\n"
         "```\n[g](gone.md)\n```\n"
         '[h](gone.md) [i](#gone) [j](b.md#gone) ![k](gone.png "title") <img src="gone.jpg">\n'
     )
