@@ -96,7 +96,7 @@ def check_clean(root: Path) -> None:
         raise Failed(f"commit or remove what is not committed, it would not be released:\n{changes}")
 
 
-def build(root: Path, work: Path, *, isolated: bool) -> list[Path]:
+def build(root: Path, work: Path, *, isolated: bool) -> tuple[Path, Path]:
     """The sdist, and the wheel made from it, of the last commit."""
     archive, source, dist = work / "source.tar", work / "source", work / "dist"
     run("git", "archive", "--format=tar", f"--output={archive}", "HEAD", cwd=root)
@@ -104,14 +104,8 @@ def build(root: Path, work: Path, *, isolated: bool) -> list[Path]:
         tar.extractall(source, filter="data")
     options = [] if isolated else ["--no-isolation"]
     run(sys.executable, "-m", "build", *options, "--outdir", dist, source, cwd=work)
-    return sorted(dist.iterdir())
-
-
-def check_files(files: list[Path]) -> None:
-    """One sdist and one wheel, with a description that a registry can show."""
-    if sorted(file.suffix for file in files) != [".gz", ".whl"]:
-        raise Failed(f"expected one .tar.gz and one .whl, got {[file.name for file in files]}")
-    run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=files[0].parent)
+    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    return sdist, wheel
 
 
 def check_wheel(wheel: Path, version: str, work: Path, *, borrow: bool) -> None:
@@ -172,9 +166,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         step("one version", lambda: check_versions(root, options.tag))
         files = step("sdist and wheel", lambda: build(root, work, isolated=not options.borrow))
         if files:
-            step("twine check", lambda: check_files(files))
+            twine = (sys.executable, "-m", "twine", "check", "--strict", *files)
+            step("twine check", lambda: run(*twine, cwd=work))
             version = str(versions(root)["comit_bench/__init__.py"])
-            step("the wheel works", lambda: check_wheel(files[-1], version, work, borrow=options.borrow))
+            step("the wheel works", lambda: check_wheel(files[1], version, work, borrow=options.borrow))
         if options.output and not failed and files:
             shutil.copytree(files[0].parent, options.output)
     return 1 if failed else 0
