@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -121,8 +120,8 @@ def check_wheel(wheel: Path, version: str, work: Path, *, borrow: bool) -> None:
         site = run(
             python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=elsewhere
         ).strip()
-        paths = sysconfig.get_paths()
-        Path(site, "borrowed.pth").write_text(f"{paths['purelib']}\n{paths['platlib']}\n", encoding="utf-8")
+        libraries = [place for place in sys.path if Path(place).name.endswith("-packages")]
+        Path(site, "borrowed.pth").write_text("\n".join(libraries) + "\n", encoding="utf-8")
     said = run(binaries / "comit-bench", "--version", cwd=elsewhere).strip()
     if said != version:
         raise Failed(f"comit-bench --version says {said!r}, expected {version!r}")
