@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # All that has to be seen on a GPU, in one go: the most valuable part first, every part with a time limit.
 #
-#   scripts/gpu_day.sh [OUT] [options]      OUT (default: gpu_day) gets gpu.md, results.jsonl and gpu_day.log
+#   scripts/gpu_day.sh [OUT] [options]      OUT (default: gpu_day) gets gpu.md, results.jsonl and gpu_day.log,
+#                                           and seed-<n>.tar with what the trainings export
 #
 #   --minutes N       time for everything together (default 9)
+#   --runs DIR        keep the trainings' checkpoints and logs there (or GPU_DAY_RUNS=DIR)
 #   --parts A,B,...   only these, in this order (default: all, see below)
 #   --limit PART=S    another limit for a part, in seconds
 #   --wheels DIR      install the wheels of DIR first, without a network (or GPU_DAY_WHEELS=DIR)
@@ -16,15 +18,19 @@
 #   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
 #     --platform manylinux_2_28_x86_64 -d DIR NAME==VERSION ...
 #
+# The trainings take all the time that the tests leave; the measurements after them get some when --minutes is
+# larger, when --limit trainings=S holds them back, or alone with
+#   --parts environment,ids,speed,training,probe,tasks
+#
 # Results are written as soon as they are there. A part that fails or is stopped does not stop the next one.
 # The exit status is 0 when every part came to its end.
 set -uo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
-# seconds; together with the start of Python less than nine minutes
-declare -A LIMIT=([environment]=45 [tests]=150 [ids]=70 [speed]=110 [training]=100 [probe]=50 [tasks]=60)
-PARTS=environment,tests,ids,speed,training,probe,tasks
+# seconds; without the trainings, which take what is left, together less than nine minutes
+declare -A LIMIT=([environment]=45 [tests]=150 [trainings]=900 [ids]=70 [speed]=110 [training]=100 [probe]=50 [tasks]=60)
+PARTS=environment,tests,trainings,ids,speed,training,probe,tasks
 OUT=gpu_day MINUTES=9 WHEELS=${GPU_DAY_WHEELS:-} PARITY=${GPU_DAY_PARITY:-} DEVICE=auto TINY=
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/gpu_day.sh >&2; exit "$1"; }
@@ -37,6 +43,7 @@ while [ $# -gt 0 ]; do
       if [ -z "${LIMIT[$name]:-}" ]; then echo "--limit $2: no part $name" >&2; exit 2; fi
       LIMIT[$name]=${2#*=}; shift 2 ;;
     --wheels) WHEELS=${2:?}; shift 2 ;;
+    --runs) export GPU_DAY_RUNS=${2:?}; shift 2 ;;
     --parity) PARITY=${2:?}; shift 2 ;;
     --device) DEVICE=${2:?}; shift 2 ;;
     --tiny) TINY=--tiny; shift ;;

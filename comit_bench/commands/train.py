@@ -37,7 +37,7 @@ def train(
 
     On several GPUs or nodes: `torchrun --nproc-per-node N -m comit_bench.train …` or `accelerate launch`.
     """
-    from comit_bench.train.config import TrainConfig, load_config
+    from comit_bench.train.config import AutoencoderRun, TrainConfig, load_config
 
     set_up_logging()
     if list_presets:
@@ -51,11 +51,13 @@ def train(
     check_folder(Path(settings.output))
     command = "python -m comit_bench.train --config " + shlex.join([config, *told])
     if not isinstance(settings, TrainConfig):
-        if device not in ("auto", "cpu"):
+        known = ("auto", "cpu", "cuda") if isinstance(settings, AutoencoderRun) else ("auto", "cpu")
+        if device not in known:
             raise UsageError(
-                f"--device {device!r:.40}: supported are auto and cpu; {config} is small, the CPU trains it"
+                f"--device {device!r:.40}: supported are {' and '.join(known)}; {config} is small, the CPU "
+                "trains it"
             )
-        device = "cpu"
+        device = "cuda" if device == "cuda" else "cpu"
     if dry_run:
         typer.echo(_plan(settings, device))
         return

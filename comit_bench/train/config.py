@@ -227,6 +227,8 @@ class DataConfig(SpecModel):
     flip: Share = 0.0  # probability that an image is mirrored left to right [N]
     max_broken: Share = 0.001
     workers: Annotated[int, Field(ge=0)] = 0
+    # scenes and drawings: all images lie on the device, and noise is drawn there (it rounds otherwise)
+    on_device: bool = False
 
     def contradiction(self) -> str | None:
         """What is wrong with the settings taken together, or None."""
@@ -243,6 +245,11 @@ class DataConfig(SpecModel):
                 self.kind, "DIR"
             )
             return f"data.kind {self.kind} needs data.source: give data.source={what}"
+        if self.on_device and (self.kind not in ("scenes", "drawings") or self.workers):
+            return (
+                "data.on_device is for images that are painted into memory and made by no other process: it "
+                f"needs data.kind scenes or drawings and data.workers 0, not {self.kind} and {self.workers}"
+            )
         wrong = [key for key, kinds in takes.items() if getattr(self, key) and self.kind not in kinds]
         if wrong:
             kinds = " or ".join(takes[wrong[0]])
@@ -292,6 +299,7 @@ FREE = frozenset(
     {
         "steps", "output", "device_batch", "log_every", "validate_every", "save_every",
         "keep_last", "max_bad_steps", "weights_licence", "group", "data.workers", "data.max_broken",
+        "data.on_device", "on_device",  # they change rounding
         "data.title", "data.source", "data.val_source", "model.vae_path", "teacher.path", "model.image_size",
         "model.vocab_size", "val_count",
         "activation_checkpointing", "compile", "sharding",  # the last two change rounding, as ranks do
@@ -454,6 +462,7 @@ class AutoencoderRun(SmallRun):
     count: Count = 50000
     val_count: Annotated[int, Field(ge=2)] = 500
     flip: Share = 0.0
+    on_device: bool = False  # all images lie there
     image_size: Count | None = None  # None: the preset's; else patches grow with the image
     codebook_weight: NotNegative = 1.0  # of the quantizer's losses, where it has any
     commitment: NotNegative = 0.25

@@ -212,8 +212,10 @@ def in_other_order(held: MemoryImages) -> MemoryImages:
 
 
 def mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Images [B, 3, S, S], those that are chosen [B] left to right."""
-    return torch.where(chosen[:, None, None, None], images.flip(-1), images) if bool(chosen.any()) else images
+    """Images [B, 3, S, S], those that are chosen [B, on the CPU] left to right."""
+    if not bool(chosen.any()):
+        return images
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def read_all(source: Images) -> MemoryImages:
@@ -298,11 +300,23 @@ class Steps:
 
     Images are read as they are or mirrored (``data.flip``), so what only depends on an image can be kept:
     ``features``, when set, gives the teacher's features, float32 on the CPU, of images by their numbers, and
-    of mirrored images by the numbers after these.
+    of mirrored images by the numbers after these. With ``device`` images in memory are moved there once, and
+    noise is drawn there.
     """
 
-    def __init__(self, config: TrainConfig, source: Images, *, rank: int = 0, ranks: int = 1) -> None:
-        self.config, self.source = config, source
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: Images,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config, self.source, self.device = config, source, device
+        self.pixels: Tensor | None = None
+        if isinstance(source, MemoryImages):
+            self.pixels = source.images if device is None else source.images.to(device)
         self.features: Callable[[Tensor], TeacherFeatures] | None = None
         self.order = Order(len(source.ids), config.seed)
         part = config.global_batch // ranks
@@ -326,8 +340,8 @@ class Steps:
     def _read(self, places: Tensor, broken: dict[str, str]) -> tuple[Tensor, Tensor]:
         """Numbers [B] and pixels [B, 3, S, S] of the images at some places, or of those after broken ones."""
         numbers = self.order.numbers(places)
-        if isinstance(self.source, MemoryImages):
-            return numbers, self.source.images[numbers]
+        if self.pixels is not None:
+            return numbers, self.pixels[numbers.to(self.pixels.device)]
         images = []
         for row, place in enumerate(places):
             numbers[row], image = self._read_one(place[None], broken)
@@ -352,7 +366,7 @@ class Steps:
             mirrored = flips(self.config.seed, samples, self.config.data.flip)
             images = mirror(images, mirrored)
             features = None if self.features is None else self.features(numbers + mirrored * self.order.count)
-            plan = plan_step(self.config, step=step, samples=samples)
+            plan = plan_step(self.config, step=step, samples=samples, device=self.device)
             return TrainBatch(step, tuple(self._ids(samples)), images, plan, broken, features)
         except BenchError as error:
             return error

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from comit_bench.data.scenes.atlas import load_drawings
 from comit_bench.data.scenes.painting import Scenes, paint
+from comit_bench.data.workers import read_ahead
 from comit_bench.errors import CorruptFileError, UsageError
 from comit_bench.files import atomic_path, cache_root, digest_json, locked, require_room
 from comit_bench.recipes.specs import GeneratorSpec
@@ -29,7 +30,7 @@ PROOF = 8  # scenes in the key
 
 
 def paint_drawings(
-    split: str, start: int, count: int, side: int, *, seed: int = 0, progress: bool = False
+    split: str, start: int, count: int, side: int, *, seed: int = 0, progress: bool = False, workers: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Images uint8 [count, 3, S, S] and concepts int64 [count], from the file where there is one.
 
@@ -40,6 +41,7 @@ def paint_drawings(
         side: Pixels, as the painter allows.
         seed: Of the world, not of a training: all trainings see the same scenes.
         progress: Show a bar while painting.
+        workers: Processes that paint; 0 is this one.
 
     Raises:
         UsageError: Another split, or a side that cannot be painted.
@@ -61,7 +63,7 @@ def paint_drawings(
     folder = cache_root() / "training-scenes" / digest_json(key).removeprefix("sha256:")
     with locked(folder.with_suffix(".lock"), "painting these scenes"):
         if not folder.is_dir():
-            _make(folder, spec, key, progress)
+            _make(folder, spec, key, progress, workers)
     try:
         images, concepts = (np.load(folder / name, mmap_mode="c") for name in ("images.npy", "concepts.npy"))
         if images.shape != (count, 3, side, side) or concepts.shape != (count,):
@@ -75,9 +77,23 @@ def _paint(spec: GeneratorSpec, split: Any, rows: range) -> Scenes:
     return paint(spec, split, rows)
 
 
-def _make(folder: Path, spec: GeneratorSpec, key: dict[str, Any], progress: bool) -> None:
+class _Parts:
+    """Parts of ``AT_ONCE`` scenes by their first number."""
+
+    def __init__(self, spec: GeneratorSpec, key: dict[str, Any]) -> None:
+        self.spec, self.key = spec, key
+
+    def __getitem__(self, first: int) -> tuple[int, Tensor, Tensor]:
+        start, last = self.key["start"], min(first + AT_ONCE, self.key["count"])
+        scenes = _paint(self.spec, self.key["split"], range(start + first, start + last))
+        alone = (scenes.boxes[..., 2] > 0).sum(axis=1) == 1
+        concepts = np.where(alone, scenes.concepts[:, 0], -1)
+        return first, torch.from_numpy(scenes.images.transpose(0, 3, 1, 2)), torch.from_numpy(concepts)
+
+
+def _make(folder: Path, spec: GeneratorSpec, key: dict[str, Any], progress: bool, workers: int) -> None:
     """Paint everything into the folder, which appears when it is whole."""
-    start, count, side = key["start"], key["count"], spec.image_size
+    count, side = key["count"], spec.image_size
     require_room(folder.parent, count * 3 * side**2, f"data.count={count}: the painted scenes need")
     with (
         atomic_path(folder, durable=False) as temporary,
@@ -87,13 +103,10 @@ def _make(folder: Path, spec: GeneratorSpec, key: dict[str, Any], progress: bool
         shape = (count, 3, side, side)
         images = np.lib.format.open_memmap(temporary / "images.npy", "w+", np.uint8, shape)
         concepts = np.full(count, -1, np.int64)
-        for first in range(0, count, AT_ONCE):
-            last = min(first + AT_ONCE, count)
-            scenes = _paint(spec, key["split"], range(start + first, start + last))
-            images[first:last] = scenes.images.transpose(0, 3, 1, 2)
-            alone = (scenes.boxes[..., 2] > 0).sum(axis=1) == 1
-            concepts[first:last] = np.where(alone, scenes.concepts[:, 0], -1)
-            bar.update(last - first)
+        for first, pixels, shown in read_ahead(_Parts(spec, key), range(0, count, AT_ONCE), workers):
+            rows = slice(first, first + len(shown))
+            images[rows], concepts[rows] = pixels.numpy(), shown.numpy()
+            bar.update(len(shown))
         images.flush()
         np.save(temporary / "concepts.npy", concepts)
         (temporary / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")

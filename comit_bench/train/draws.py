@@ -15,7 +15,9 @@ Shape legend: ``n`` samples, ``k`` numbers of each.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from comit_bench.seeding import seed_for
 
@@ -34,10 +36,15 @@ def _mixed(state: Words) -> Words:
     return state ^ (state >> _31)
 
 
+def _starts(seed: int, stream: str, samples: Numbers) -> Words:
+    """Where the generators of samples start: uint64 [n]."""
+    start = np.uint64(seed_for(seed, stream))
+    return _mixed(start + _GAMMA * (samples.astype(np.uint64) + np.uint64(1)))
+
+
 def words(seed: int, stream: str, samples: Numbers, count: int) -> Words:
     """The first ``count`` words of samples (numbers from 0 on, [n]) -> uint64 [n, count]."""
-    start = np.uint64(seed_for(seed, stream))
-    own = _mixed(start + _GAMMA * (samples.astype(np.uint64) + np.uint64(1)))
+    own = _starts(seed, stream, samples)
     return _mixed(own[:, None] + _GAMMA * np.arange(1, count + 1, dtype=np.uint64))
 
 
@@ -60,3 +67,30 @@ def normals(seed: int, stream: str, samples: Numbers, count: int) -> NDArray[np.
     out = np.empty((len(samples), drawn.shape[1], 2), np.float32)
     out[..., 0], out[..., 1] = radius * np.cos(angle), radius * np.sin(angle)
     return out.reshape(len(samples), -1)[:, :count]
+
+
+def normals_on(device: torch.device, seed: int, stream: str, samples: Numbers, count: int) -> Tensor:
+    """:func:`normals` of the same words, computed on a device: float32 [n, count], off by its rounding.
+
+    Words are int64 there, whose sums and products are modulo 2^64 too.
+    """
+    own = torch.from_numpy(_starts(seed, stream, samples).view(np.int64)).to(device)[:, None]
+    steps = torch.arange(1, (count + 1) // 2 + 1, device=device)
+    state = own + steps * _signed(_GAMMA)
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        state = (state ^ _shifted(state, shift)) * _signed(factor)
+    state = state ^ _shifted(state, 31)
+    first, second = _shifted(state, 32).float(), (state & int(_LOW)).float()
+    radius = ((first + 1) * 2.0**-32).log_().mul_(-2).sqrt_()
+    angle = second * (2 * np.pi / 2**32)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)[:, :count]
+
+
+def _signed(word: np.uint64) -> int:
+    """The int64 of the same bits."""
+    return int(word.astype(np.int64))
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """Bits of int64 words moved right, zeros put before them."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)

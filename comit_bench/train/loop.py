@@ -30,7 +30,7 @@ from comit_bench.train import checkpoint
 from comit_bench.train.board import TRAIN, VALIDATION, Board, check_tensorboard
 from comit_bench.train.card import RunFacts
 from comit_bench.train.checkpoint import Counters, TrainState, only_training
-from comit_bench.train.config import AnyRun, AutoencoderRun, TrainConfig
+from comit_bench.train.config import AnyRun, AutoencoderRun, DataConfig, TrainConfig
 from comit_bench.train.data import iterate_steps
 from comit_bench.train.ema import Ema
 from comit_bench.train.logs import CsvLog
@@ -343,8 +343,9 @@ class Trainer:
         """All remaining steps; False when asked to stop."""
         self.objective.fill_cache(lambda: stop.asked, progress=self.progress)
         config, start = self.config, self.counters.step
-        workers = config.data.workers if isinstance(config, TrainConfig) else 0
-        batches = iterate_steps(self.steps, start, workers=workers, pin=self.device.type == "cuda")
+        data = config.data if isinstance(config, TrainConfig) else DataConfig()
+        pin = self.device.type == "cuda" and not data.on_device
+        batches = iterate_steps(self.steps, start, workers=data.workers, pin=pin)
         broken: dict[str, str] = {}
         clock, images = time.monotonic(), 0
         with tqdm(

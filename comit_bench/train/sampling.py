@@ -22,7 +22,7 @@ from torch import Tensor
 from comit_bench.tokenizers.comit.crops import CELLS, GRID
 from comit_bench.tokenizers.comit.model import ComitSpec
 from comit_bench.train.config import MOST_CROPS, CropsConfig, TrainConfig
-from comit_bench.train.draws import Numbers, below, normals, uniforms, words
+from comit_bench.train.draws import Numbers, below, normals, normals_on, uniforms, words
 
 WHOLE = -1  # both corner values of the global crop
 ABSENT = -2  # and of a step before an image's first crop
@@ -162,7 +162,9 @@ def flips(seed: int, samples: Samples, share: float) -> Tensor:
     return torch.from_numpy(uniforms(words(seed, "train-flip", _numbers(samples), 1))[:, 0] < share)
 
 
-def plan_step(config: TrainConfig, *, step: int, samples: Samples) -> TrainPlan:
+def plan_step(
+    config: TrainConfig, *, step: int, samples: Samples, device: torch.device | None = None
+) -> TrainPlan:
     """Draw everything random about some samples of a step.
 
     By default the number of crops depends on (seed, step) only: all ranks run the same number of message
@@ -170,6 +172,7 @@ def plan_step(config: TrainConfig, *, step: int, samples: Samples) -> TrainPlan:
     changing a probability changes nothing else. Skipping and the kind of the first crop are independent.
     Corners are uniform over all positions inside the image or, with ``crops.places: grid``, over the cells
     of the inference grid; the cells of one sample are then all different, as those of ``random:N`` are.
+    With ``device`` noise is drawn there, from the same words and rounded as the device does.
     """
     spec, objective, seed = config.model.spec(), config.objective, config.seed
     numbers = _numbers(samples)
@@ -178,8 +181,10 @@ def plan_step(config: TrainConfig, *, step: int, samples: Samples) -> TrainPlan:
         return uniforms(words(seed, f"train-{kind}/{step}", numbers, 1))[:, 0]
 
     def normal(kind: str, *shape: int) -> Tensor:
-        drawn = normals(seed, f"train-{kind}/{step}", numbers, math.prod(shape))
-        return torch.from_numpy(drawn).view(len(numbers), *shape)
+        stream, count = f"train-{kind}/{step}", math.prod(shape)
+        if device is not None and count > 1:
+            return normals_on(device, seed, stream, numbers, count).view(len(numbers), *shape)
+        return torch.from_numpy(normals(seed, stream, numbers, count)).view(len(numbers), *shape)
 
     latent = spec.in_channels, spec.max_input_size, spec.max_input_size
     corners = _corners(config, spec, step, numbers)

@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]  # the tests' parity
 
 from common import Day  # noqa: E402
 
-PARTS = ("environment", "tests", "ids", "speed", "training", "probe", "tasks")
+PARTS = ("environment", "tests", "trainings", "ids", "speed", "training", "probe", "tasks")
 
 
 def main(arguments: list[str] | None = None) -> int:

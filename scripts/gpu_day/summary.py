@@ -159,6 +159,29 @@ def training(rows: list[Row]) -> str:
     return table(head, cells)
 
 
+def trainings(rows: list[Row]) -> str:
+    """What was trained, how fast, and what was not."""
+    own, text = of(rows, "trainings"), ""
+    trial = next((row for row in own if row.get("what") == "trial"), None)
+    if trial is not None:
+        rates = ", ".join(f"{arm} {rate:.3g}" for arm, rate in trial["rates"].items())
+        text = (
+            f"Side by side {trial['together']:.3g} images/s ({rates}); {trial['images']:,} images for each.\n"
+        )
+    head = ("training", "seed", "images", "images/s", "seconds", "")
+    cells = []
+    for row in own:
+        if "arm" not in row:
+            continue
+        told = (row["arm"], str(row["seed"]))
+        if "error" in row:
+            cells.append((*told, "", "", "", row["error"].replace("|", "/")))
+            continue
+        state = "whole" if row["whole"] else "stopped early, exported"
+        cells.append((*told, f"{row['images']:,}", number(row["images_per_s"]), str(row["seconds"]), state))
+    return text + "\n" + table(head, cells)
+
+
 def probe(rows: list[Row]) -> str:
     """Epochs of the probe."""
     head = ("type", "images timed", "images/s", "one epoch, s", "GiB")
@@ -195,6 +218,7 @@ def page(rows: list[Row]) -> str:
     """The whole page."""
     parts = {
         "Tests that need a GPU": outcomes(rows, "tests"),
+        "Trainings on drawings": trainings(rows) + left_out(rows, "trainings"),
         "Ids that differ": ids(rows),
         "Encoding and decoding, images per second (peak memory)": speed(rows) + left_out(rows, "speed"),
         "One training step": training(rows) + left_out(rows, "training"),

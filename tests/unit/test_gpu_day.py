@@ -10,17 +10,22 @@ import os
 import stat
 import subprocess
 import sys
+import tarfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pretend_cuda import pretend_cuda
+
+from comit_bench import load_tokenizer
+from comit_bench.train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_day.sh"
 PARTS = ("environment", "ids", "speed", "training", "probe")
-MODULES = ("common", "summary", *(f"part_{name}" for name in (*PARTS, "tests", "tasks")))
+MODULES = ("common", "summary", *(f"part_{name}" for name in (*PARTS, "tests", "tasks", "trainings")))
 
 
 @pytest.fixture
@@ -162,6 +167,122 @@ def test_missing_packages_are_named(day: Any, monkeypatch: pytest.MonkeyPatch) -
     assert "**Missing packages: ijson.**" in import_module("summary").page([row])
 
 
+TRAINER = """
+import os, pathlib, signal, sys, time
+told = dict(text.split("=", 1) for text in sys.argv[1:] if "=" in text)
+folder = pathlib.Path(told["output"], told["name"])
+steps = 99999 if "trial" in told["output"] else STEPS
+if told["name"] == "FAILS":
+    sys.exit("it fails")
+(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+log = folder / "log.csv"
+begun = log.exists()
+if not begun:
+    log.write_text("step,images,images_per_s\\n")
+(folder / "arguments.txt").open("a").write(" ".join(sys.argv[1:]) + "\\n")
+step = 0
+while not begun and step < steps and not asked:
+    time.sleep(SECONDS)
+    step += 1
+    with log.open("a") as stream:
+        stream.write(f"{step},{step * 100},RATE\\n")
+if begun or not asked:
+    (folder / "validation.csv").write_text("step\\n1\\n")
+    (folder / "export" / told["name"]).mkdir(parents=True)
+    (folder / "export" / told["name"] / "config.json").write_text("{}")
+else:
+    (folder / "checkpoints" / f"step-{step:08d}").mkdir()
+    (folder / "checkpoints" / f"step-{step:08d}" / "state.json").touch()
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def trainings(day: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the part with a stand-in for the trainer; returns its result and what it wrote."""
+    common, part = import_module("common"), import_module("part_trainings")
+    monkeypatch.setattr(part, "paint_drawings", lambda *_, **__: None)
+    monkeypatch.setenv("GPU_DAY_RUNS", str(tmp_path / "runs"))
+
+    def run(seconds: float, *, steps: int, step_s: float, rate: float, fails: str = "") -> Any:
+        text = TRAINER.replace("STEPS", str(steps)).replace("SECONDS", str(step_s))
+        (tmp_path / "trainer.py").write_text(text.replace("RATE", str(rate)).replace("FAILS", fails))
+        monkeypatch.setattr(part, "TRAIN", (sys.executable, "-I", "-S", str(tmp_path / "trainer.py")))
+        monkeypatch.setattr(part, "TRIAL_ROWS", 2)
+        monkeypatch.setattr(part, "END_S", 2.0)
+        start = common.Day("trainings", tmp_path, torch.device("cpu"), seconds, tiny=False)
+        code = part.run(start)
+        rows = import_module("summary").read(tmp_path)
+        return code, rows, import_module("summary").page(rows)
+
+    return run
+
+
+def test_all_seeds_are_trained_when_there_is_time(trainings: Any, tmp_path: Path) -> None:
+    code, rows, page = trainings(120, steps=3, step_s=0.02, rate=1e7)
+    assert code == 0 and "for want of time" not in page
+    done = [(row["seed"], row["arm"]) for row in rows if "arm" in row]
+    arms = import_module("part_trainings").ARMS
+    assert sorted(done) == sorted((seed, arm) for seed in (0, 1, 2) for arm in arms)
+    assert {seed for seed, _ in done[:5]} == {0}
+    assert all(row["whole"] and row["images"] == 300 for row in rows if "arm" in row)
+    trial = next(row for row in rows if row.get("what") == "trial")
+    assert trial["images"] == 5000 * 1024 and trial["shortened_to"] == 1 and set(trial["rates"]) == set(arms)
+    with tarfile.open(tmp_path / "seed-1.tar") as tar:
+        names = tar.getnames()
+    assert all(f"{arm}-seed1/export/config.json" in names for arm in arms)
+    assert not list(tmp_path.glob("*.new"))
+    told = (tmp_path / "runs" / "comit-nano-seed2" / "arguments.txt").read_text()
+    assert "group=comit-nano" in told and "seed=2" in told and " steps=" not in told
+
+
+def test_trainings_are_shortened_alike_and_what_does_not_fit_is_left_out(
+    trainings: Any, tmp_path: Path
+) -> None:
+    code, rows, page = trainings(22, steps=4, step_s=0.05, rate=2e5)  # 5.12 million images in 26 s
+    assert code == 0
+    trial = next(row for row in rows if row.get("what") == "trial")
+    assert 0.1 < trial["shortened_to"] < 0.9 and trial["images"] < 5000 * 1024
+    assert [row["seed"] for row in rows if "arm" in row] == [0] * 5
+    assert "Left out for want of time: comit-nano-seed1" in page and "vq-grid-nano-seed2" in page
+    told = (tmp_path / "runs" / "comit-nano" / "arguments.txt").read_text()
+    steps = round(5000 * trial["shortened_to"])
+    assert f"steps={steps}" in told and f"optim.cosine_steps={steps}" in told
+
+
+def test_the_end_of_the_time_exports_what_is_there(trainings: Any) -> None:
+    code, rows, page = trainings(14, steps=10**6, step_s=0.1, rate=1e7)
+    assert code == 0
+    done = [row for row in rows if "arm" in row]
+    assert len(done) == 5 and not any(row["whole"] for row in done) and page.count("stopped early") == 5
+
+
+def test_an_arm_that_fails_stops_no_other(trainings: Any) -> None:
+    code, rows, page = trainings(60, steps=2, step_s=0.02, rate=1e7, fails="titok-nano")
+    assert code == 1
+    failed = [row for row in rows if "error" in row]
+    assert [(row["arm"], row["error"]) for row in failed] == [("titok-nano", "it fails")]
+    assert len([row for row in rows if "whole" in row]) == 12 and "it fails" in page
+
+
+def test_too_little_time_is_said(trainings: Any) -> None:
+    code, _, page = trainings(6, steps=2, step_s=0.02, rate=100.0)
+    assert code == 1 and "Left out for want of time: all trainings" in page
+
+
+def test_shortened_trainings_keep_their_phases_apart(day: Any) -> None:
+    part = import_module("part_trainings")
+    path = str(SCRIPT.parent / "gpu_day" / "comit-nano.yaml")
+    config = load_config(path)
+    assert part.shortened(config, 1.0) == ()
+    short = load_config(path, part.shortened(config, 0.001))
+    assert short.steps == short.optim.cosine_steps == 5
+    assert [phase.until for phase in short.curriculum] == [1, 2, 4]
+    assert short.curriculum[1].unseen_weight == config.curriculum[1].unseen_weight
+
+
 def test_failed_tests_are_on_the_page(day: Any) -> None:
     rows = [
         {
@@ -183,7 +304,9 @@ def test_the_default_limits_fit_into_the_default_time() -> None:
     line = next(part for part in text.splitlines() if part.startswith("declare -A LIMIT"))
     limits = dict(pair.strip("[]").split("]=") for pair in line.split("(")[1].rstrip(")").split())
     assert list(limits) == text.split("\nPARTS=")[1].split("\n")[0].split(",")
-    most_valuable = sum(int(seconds) for name, seconds in limits.items() if name != "tasks")
+    most_valuable = sum(
+        int(seconds) for name, seconds in limits.items() if name not in ("tasks", "trainings")
+    )
     assert most_valuable <= 9 * 60 - 5
 
 
@@ -195,5 +318,17 @@ def test_the_whole_script_on_the_cpu(tmp_path: Path) -> None:
     rows = [
         json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines() if line
     ]
-    assert [row["state"] for row in rows if "state" in row] == ["done"] * 7
+    assert [row["state"] for row in rows if "state" in row] == ["done"] * 8
     assert "skipped." in page and "One training step" in page
+    assert page.count("| whole |") == 5 and "Side by side" in page
+    with tarfile.open(tmp_path / "out" / "seed-0.tar") as tar:
+        tar.extractall(tmp_path / "packed", filter="data")
+    for arm in (
+        "comit-nano",
+        "comit-nano-no-srepa",
+        "comit-nano-no-local-crops",
+        "titok-nano",
+        "vq-grid-nano",
+    ):
+        info = load_tokenizer(str(tmp_path / "packed" / arm / "export"), device="cpu").info
+        assert info.trained and info.group == arm

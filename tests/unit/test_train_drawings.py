@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretend_cuda import pretend_cuda
 from versions import needs_muon
 
 from comit_bench import load_tokenizer
@@ -15,7 +16,7 @@ from comit_bench.data.scenes.painting import paint
 from comit_bench.errors import CorruptFileError, UsageError
 from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.train import drawings
-from comit_bench.train.config import AutoencoderRun, load_config
+from comit_bench.train.config import AutoencoderRun, TrainConfig, load_config
 from comit_bench.train.data import MemoryImages, Steps, TrainBatch, open_images
 from comit_bench.train.drawings import paint_drawings
 from comit_bench.train.loop import Trainer
@@ -55,6 +56,58 @@ def test_scenes_are_the_painter_s_and_painted_once(tmp_path: Path, monkeypatch: 
     for other in (("val", 3, 20, 64), ("train", 4, 20, 64), ("train", 3, 21, 64)):
         paint_drawings(*other)
     assert len(folders(tmp_path)) == 4
+
+
+def test_several_processes_paint_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, concepts = (tensor.clone() for tensor in paint_drawings("train", 3, 20, 64))
+    monkeypatch.setenv("COMIT_BENCH_CACHE", str(tmp_path / "other"))
+    again, shown = paint_drawings("train", 3, 20, 64, workers=2)
+    assert torch.equal(again, images) and torch.equal(shown, concepts)
+
+
+def test_images_and_noise_on_the_device() -> None:
+    config = load_config("comit-nano", (*MODEL, *DATA, "global_batch=8", "data.flip=0.5"))
+    assert isinstance(config, TrainConfig)
+    source, _ = open_images(config)
+    here, there = Steps(config, source)[5], Steps(config, source, device=torch.device("cpu"))[5]
+    assert isinstance(here, TrainBatch) and isinstance(there, TrainBatch)
+    assert torch.equal(there.images, here.images) and there.ids == here.ids
+    assert torch.equal(there.plan.times, here.plan.times)
+    torch.testing.assert_close(there.plan.noise, here.plan.noise, rtol=1e-4, atol=1e-5)
+    with pretend_cuda():
+        batch = Steps(config, source, device=torch.device("cuda"))[5]
+        assert isinstance(batch, TrainBatch)
+        assert batch.images.device.type == batch.plan.noise.device.type == "cuda"
+        assert torch.equal(batch.images.cpu(), here.images)
+
+
+@needs_muon
+def test_a_training_with_its_images_on_the_device(tmp_path: Path) -> None:
+    often = ("global_batch=4", "steps=2", "data.on_device=true", "validation.steps=1", "curriculum=[]")
+    config = load_config("comit-nano", (*MODEL, *DATA, *often, f"output={tmp_path}"))
+    exported = Trainer(config, device="cpu", progress=False).fit()
+    assert exported is not None and load_tokenizer(str(exported), device="cpu").info.trained
+
+
+@pytest.mark.parametrize("wrong", ["data.workers=1", "data.kind=class-folders"])
+def test_what_cannot_lie_on_the_device(wrong: str) -> None:
+    with pytest.raises(UsageError, match=r"data.on_device is for images that are painted"):
+        load_config("comit-nano", ("data.source=x", "data.on_device=true", wrong))
+
+
+@pytest.mark.parametrize("name", ["vq-grid-nano", "titok-nano"])
+def test_autoencoders_find_their_images_on_the_device(name: str) -> None:
+    settings = ("data=drawings", "image_size=64", "count=24", "val_count=4", "batch=4", "flip=0.5")
+    config = load_config(name, (*settings, "on_device=true"))
+    assert isinstance(config, AutoencoderRun)
+    plain = AutoencoderObjective(config.model_copy(update={"on_device": False}), Process(torch.device("cpu")))
+    with pretend_cuda():
+        objective = AutoencoderObjective(config, Process(torch.device("cuda")))
+        objective.build()
+        (shown,) = objective.inputs(objective.steps[3], slice(None))
+        assert objective.pixels.device.type == shown.device.type == "cuda"
+        assert torch.equal(shown.cpu(), plain.inputs(plain.steps[3], slice(None))[0])
+        assert objective.validate(objective.network)[0]["psnr"] > 0
 
 
 def test_another_painter_does_not_meet_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from comit_bench.errors import UsageError
 from comit_bench.train.config import TrainConfig, load_config
-from comit_bench.train.draws import _GAMMA, _mixed, below, normals, uniforms, words
+from comit_bench.train.draws import _GAMMA, _mixed, below, normals, normals_on, uniforms, words
 from comit_bench.train.sampling import ABSENT, WHOLE, crop_counts, flips, plan_step
 
 MANY = np.arange(4096)
@@ -56,6 +56,13 @@ def test_integers_and_normals_have_their_distributions() -> None:
     assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
     pair = np.corrcoef(noise[:, 0], noise[:, 1])[0, 1], np.corrcoef(noise[:, 0] ** 2, noise[:, 1] ** 2)[0, 1]
     assert max(map(abs, pair)) < 5 / 64  # the two numbers of one word
+
+
+def test_a_device_draws_the_same_normals() -> None:
+    numbers = np.array([0, 5, 2**40], np.int64)
+    drawn = normals_on(torch.device("cpu"), 3, "n/7", numbers, 33)
+    assert drawn.shape == (3, 33) and drawn.dtype == torch.float32
+    torch.testing.assert_close(drawn, torch.from_numpy(normals(3, "n/7", numbers, 33)), rtol=1e-4, atol=1e-5)
 
 
 def test_numbers_depend_on_their_place_alone() -> None:

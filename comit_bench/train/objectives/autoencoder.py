@@ -150,6 +150,7 @@ def measure(network: Network, pixels: Tensor, *, batch: int = 64) -> dict[str, f
     Raises:
         BenchError: The network computes NaN or infinity.
     """
+    pixels = pixels.to(next(network.parameters()).device)
     with only_finite(type(network).__name__):
         ids = torch.cat([network.encode(part.float().div(255))[0] for part in pixels.split(batch)])
         table = network.quantizer if isinstance(network, vq_grid.VqGrid) else network.quantize
@@ -191,6 +192,8 @@ class AutoencoderObjective(TrainObjective):
         else:
             self.pixels = paint_scenes("train", 0, config.count, side).images
             self.held = paint_scenes("val", PROBE_VAL_SCENES, config.val_count, side).images
+        if config.on_device:
+            self.pixels = self.pixels.to(process.device)
         self.train_images, self.val_images = config.count, config.val_count
         self.order, self.broken = Order(config.count, config.seed), Broken(config.count, 0.0)
         self.steps = RowSteps(config.steps, self._rows)
@@ -202,7 +205,7 @@ class AutoencoderObjective(TrainObjective):
     def _shown(self, step: int, rows: slice) -> Tensor:
         """Pixels of some images of a step, mirrored where those of a COMiT run are."""
         samples = self.order.samples(self.order.places(step, self.config.batch)[rows])
-        pixels = self.pixels[samples % self.order.count]
+        pixels = self.pixels[(samples % self.order.count).to(self.pixels.device)]
         return mirror(pixels, flips(self.config.seed, samples, self.config.flip))
 
     def build(self) -> None:

@@ -58,7 +58,8 @@ class ComitObjective(TrainObjective):
         self.config, self.process = config, process
         train, held = open_images(config)
         self.data = digest_json(list(train.ids))
-        self.steps = Steps(config, train, rank=process.rank, ranks=process.ranks)
+        device = process.device if config.data.on_device else None
+        self.steps = Steps(config, train, rank=process.rank, ranks=process.ranks, device=device)
         self.held = read_all(held) if process.main else None
         self.broken = Broken(len(train.ids), config.data.max_broken)
         self.train_images = len(train.ids)
