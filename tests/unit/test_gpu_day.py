@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ if not begun:
 (folder / "arguments.txt").open("a").write(" ".join(sys.argv[1:]) + "\\n")
 step = 0
 while not begun and step < steps and not asked:
-    time.sleep(SECONDS)
+    time.sleep(0.02)
     step += 1
     with log.open("a") as stream:
         stream.write(f"{step},{step * 100},RATE\\n")
@@ -201,27 +202,30 @@ else:
 
 @pytest.fixture
 def trainings(day: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the part with a stand-in for the trainer; returns its result and what it wrote."""
+    """Runs something of the part with a stand-in for the trainer; returns its result and what it wrote."""
     common, part = import_module("common"), import_module("part_trainings")
     monkeypatch.setattr(part, "paint_drawings", lambda *_, **__: None)
     monkeypatch.setenv("GPU_DAY_RUNS", str(tmp_path / "runs"))
 
-    def run(seconds: float, *, steps: int, step_s: float, rate: float, fails: str = "") -> Any:
-        text = TRAINER.replace("STEPS", str(steps)).replace("SECONDS", str(step_s))
-        (tmp_path / "trainer.py").write_text(text.replace("RATE", str(rate)).replace("FAILS", fails))
+    def run(call: Any, *, seconds: float = 900, steps: int = 3, rate: float = 1e7, fails: str = "") -> Any:
+        text = TRAINER.replace("STEPS", str(steps)).replace("RATE", str(rate)).replace("FAILS", fails)
+        (tmp_path / "trainer.py").write_text(text)
         monkeypatch.setattr(part, "TRAIN", (sys.executable, "-I", "-S", str(tmp_path / "trainer.py")))
         monkeypatch.setattr(part, "TRIAL_ROWS", 2)
-        monkeypatch.setattr(part, "END_S", 2.0)
         start = common.Day("trainings", tmp_path, torch.device("cpu"), seconds, tiny=False)
-        code = part.run(start)
+        result = call(part, start)
         rows = import_module("summary").read(tmp_path)
-        return code, rows, import_module("summary").page(rows)
+        return result, rows, import_module("summary").page(rows)
 
     return run
 
 
+def whole_part(part: Any, day: Any) -> int:
+    return int(part.run(day))
+
+
 def test_all_seeds_are_trained_when_there_is_time(trainings: Any, tmp_path: Path) -> None:
-    code, rows, page = trainings(120, steps=3, step_s=0.02, rate=1e7)
+    code, rows, page = trainings(whole_part)
     assert code == 0 and "for want of time" not in page
     done = [(row["seed"], row["arm"]) for row in rows if "arm" in row]
     arms = import_module("part_trainings").ARMS
@@ -238,29 +242,59 @@ def test_all_seeds_are_trained_when_there_is_time(trainings: Any, tmp_path: Path
     assert "group=comit-nano" in told and "seed=2" in told and " steps=" not in told
 
 
-def test_trainings_are_shortened_alike_and_what_does_not_fit_is_left_out(
-    trainings: Any, tmp_path: Path
-) -> None:
-    code, rows, page = trainings(22, steps=4, step_s=0.05, rate=2e5)  # 5.12 million images in 26 s
-    assert code == 0
-    trial = next(row for row in rows if row.get("what") == "trial")
-    assert 0.1 < trial["shortened_to"] < 0.9 and trial["images"] < 5000 * 1024
-    assert [row["seed"] for row in rows if "arm" in row] == [0] * 5
-    assert "Left out for want of time: comit-nano-seed1" in page and "vq-grid-nano-seed2" in page
-    told = (tmp_path / "runs" / "comit-nano" / "arguments.txt").read_text()
-    steps = round(5000 * trial["shortened_to"])
-    assert f"steps={steps}" in told and f"optim.cosine_steps={steps}" in told
+def test_trainings_are_shortened_alike(trainings: Any, tmp_path: Path) -> None:
+    """5.12 million images of each; the slowest arm decides."""
+
+    def plan(part: Any, day: Any) -> Any:
+        return part.Trainings(day, tmp_path)._plan(dict.fromkeys(part.ARMS, 9e4) | {"titok-nano": 1e4}, 20.0)
+
+    made, rows, _ = trainings(plan, seconds=400)  # (400 - 3 - 2 x 20 - 10) s at 10,000 images/s, less a tenth
+    assert made.images == pytest.approx(0.9 * 3.47e6, rel=0.01) and rows[0]["images"] == made.images
+    steps = made.images // 1024
+    for changes in made.changes.values():
+        assert f"steps={steps}" in changes and f"optim.cosine_steps={steps}" in changes
 
 
-def test_the_end_of_the_time_exports_what_is_there(trainings: Any) -> None:
-    code, rows, page = trainings(14, steps=10**6, step_s=0.1, rate=1e7)
+def test_what_does_not_fit_is_left_out(trainings: Any, tmp_path: Path) -> None:
+    def run(part: Any, day: Any) -> int:
+        rates = dict.fromkeys(part.ARMS, 1e3) | {"vq-grid-nano": 1e7}
+        plan = part.Plan(10**6, dict.fromkeys(part.ARMS, ("steps=7",)), rates, 1.0)
+        return int(part.Trainings(day, tmp_path / "runs").run(plan))
+
+    code, rows, page = trainings(run)
     assert code == 0
-    done = [row for row in rows if "arm" in row]
-    assert len(done) == 5 and not any(row["whole"] for row in done) and page.count("stopped early") == 5
+    done = [(row["arm"], row["seed"]) for row in rows if "arm" in row]
+    assert len(done) == 7 and done[-1][0] == "vq-grid-nano" and {seed for _, seed in done[:5]} == {0}
+    assert (
+        "Left out for want of time: comit-nano-seed1 (1011 s), " in page and "vq-grid-nano-seed" not in page
+    )
+    assert " steps=7" in (tmp_path / "runs" / "comit-nano" / "arguments.txt").read_text()
+
+
+def test_the_end_of_the_time_exports_what_is_there(trainings: Any, tmp_path: Path) -> None:
+    def run(part: Any, day: Any) -> list[bool]:
+        own = part.Trainings(day, tmp_path / "runs")
+        running = [own.of(arm, 0) for arm in ("comit-nano", "titok-nano")]
+        for training in running:
+            training.start()
+        while not all(training.rows() for training in running):
+            time.sleep(0.05)
+        own._end_early(running, part.Plan(1, {t.arm: ("clip=1", "steps=9") for t in running}, {}, 1.0))
+        for training in running:
+            training.process.wait()
+        return [own._finished(training) for training in running]
+
+    finished, rows, page = trainings(run, steps=10**6)
+    assert finished == [True, True] and not any(row["whole"] for row in rows)
+    assert page.count("stopped early, exported") == 2
+    first, second = (tmp_path / "runs" / "comit-nano" / "arguments.txt").read_text().splitlines()
+    assert second.startswith(first + " clip=1 steps=9 steps=")
+    with tarfile.open(tmp_path / "seed-0.tar") as tar:
+        assert {"comit-nano/export/config.json", "titok-nano/log.csv"} <= set(tar.getnames())
 
 
 def test_an_arm_that_fails_stops_no_other(trainings: Any) -> None:
-    code, rows, page = trainings(60, steps=2, step_s=0.02, rate=1e7, fails="titok-nano")
+    code, rows, page = trainings(whole_part, fails="titok-nano")
     assert code == 1
     failed = [row for row in rows if "error" in row]
     assert [(row["arm"], row["error"]) for row in failed] == [("titok-nano", "it fails")]
@@ -268,7 +302,7 @@ def test_an_arm_that_fails_stops_no_other(trainings: Any) -> None:
 
 
 def test_too_little_time_is_said(trainings: Any) -> None:
-    code, _, page = trainings(6, steps=2, step_s=0.02, rate=100.0)
+    code, _, page = trainings(whole_part, seconds=60, rate=100.0)
     assert code == 1 and "Left out for want of time: all trainings" in page
 
 
