@@ -33,6 +33,7 @@ LEAST_COLUMN = 16  # of the last column of a listing
 EXTRAS = {  # optional parts of the installation, and what each is for
     "hf": "training from Hugging Face data sets",
     "metrics": "rFID and LPIPS",
+    "teacher": "training of drawings-teacher",
     "track": "training curves in TensorBoard",
 }
 ALL = "all"

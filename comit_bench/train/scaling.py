@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from comit_bench.nn.teachers import DinoTeacher, ScenesTeacher
+from comit_bench.nn.teachers import DinoTeacher, EfficientNetTeacher, ScenesTeacher
 from comit_bench.nn.vae import KLVae
 from comit_bench.tokenizers.comit.fast import BlockRunner, BlockState, run_block
 from comit_bench.tokenizers.comit.model import Block, Comit
@@ -76,7 +76,7 @@ def compile_frozen(model: Comit, teacher: object, backend: Any = "inductor") -> 
     """
     if isinstance(model.vae, KLVae):
         model.vae.vae.encoder.compile(backend=backend)
-    if isinstance(teacher, ScenesTeacher):
+    if isinstance(teacher, (ScenesTeacher, EfficientNetTeacher)):
         teacher.network.compile(backend=backend)
     elif isinstance(teacher, DinoTeacher):
         forward: Any = torch.compile(teacher.network.forward_features, backend=backend)

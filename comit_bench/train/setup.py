@@ -48,11 +48,11 @@ def divide(config: AnyRun, ranks: int) -> Work:
 
 
 def make_teacher(config: TrainConfig, device: torch.device) -> Teacher | None:
-    """The frozen teacher, None without one; a scenes-teacher without a path is the one that ships."""
+    """The frozen teacher, None without one; one of our own without a path is the one that ships."""
     spec, teacher = config.model.spec(), config.teacher
     path = teacher.path
-    if path is None and teacher.name == "scenes-teacher":
-        path = shipped_weights("scenes-teacher")
+    if path is None and teacher.name in ("scenes-teacher", "drawings-teacher"):
+        path = shipped_weights(teacher.name)
     grid = spec.max_input_size // spec.patch_size
     return load_teacher(teacher.name, path=path, grid=grid, device=device)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from comit_bench.errors import UsageError
 from comit_bench.train.card import RunFacts
-from comit_bench.train.config import AnyRun, AutoencoderRun, TeacherRun
+from comit_bench.train.config import AnyRun, AutoencoderRun, DistillationRun, TeacherRun
 from comit_bench.train.data import Broken, StepSource
 from comit_bench.train.optimizers import Together
 from comit_bench.train.pictures import Sheet
@@ -143,7 +143,7 @@ class RowSteps:
         return [f"scene {row}" for row in self.rows(step).tolist()]
 
 
-def only_process(run: AutoencoderRun | TeacherRun, process: Process) -> None:
+def only_process(run: AutoencoderRun | TeacherRun | DistillationRun, process: Process) -> None:
     """Refuse what small trainings do not do."""
     if process.ranks > 1:
         raise UsageError(
