@@ -149,7 +149,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                  "negatives/a.safetensors", "digests/a.npz", "reports/a.json",
                  "unfinished/a/decoding-0.npz", "datasets/scenes/scenes.json", "datasets/scenes/val/0.png",
                  "manifests/coco2017/0123/manifest.parquet", "weights/alit-small/source.json",
-                 "weights/alit-small/model.safetensors"):  # fmt: skip
+                 "weights/alit-small/model.safetensors", "training-scenes/0123/key.json",
+                 "training-scenes/0123/images.npy"):  # fmt: skip
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(b"{}" + b"." * 1500)
     key: dict[str, object] = {"teacher": {"kind": "scenes-teacher"}, "data": "sha256:12"}
