@@ -13,6 +13,8 @@ from comit_bench.commands.console import say, set_up_logging
 from comit_bench.commands.options import DataRoot, Quiet, as_path
 from comit_bench.files import require_folder
 
+REPORT_FILE = "report.html"
+
 
 def report(
     results: Annotated[
@@ -41,7 +43,7 @@ def report(
     """Write a page to browse: who is better and how sure that is, tables, samples, protocols, citations."""
     set_up_logging()
     folders = results or [Path("results")]
-    path = output or folders[0] / "report.html"
+    path = output or folders[0] / REPORT_FILE
     make_report(
         folders,
         path,

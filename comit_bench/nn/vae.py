@@ -246,6 +246,7 @@ def build_vae(kind: str, factor: int = 8, channels: int = 12) -> IdentityVae | D
     if kind == "none":
         return IdentityVae()
     if kind == "dct":
+        # the photographs behind digits (4 px blocks) are darker than those behind drawings
         return DctVae(factor, channels, mean=-0.6 if factor == 4 else -0.3)
     if kind == "stand-in":
         return StandInVae(factor)

@@ -419,7 +419,7 @@ class SmallRun(RunConfig):
 
 
 class FeaturesRun(SmallRun):
-    """A run that trains a small network of features; Adam's rate falls along a cosine of its own."""
+    """A run that trains a small network of features; Adam's rate falls along a cosine over all steps."""
 
     free: ClassVar[frozenset[str]] = FREE - {"steps"}  # the cosine ends there
 
@@ -434,7 +434,9 @@ class FeaturesRun(SmallRun):
 
     @property
     def optim(self) -> OptimConfig:
-        return OptimConfig(learning_rate=self.learning_rate, warmup_steps=self.warmup_steps)
+        return OptimConfig(
+            learning_rate=self.learning_rate, warmup_steps=self.warmup_steps, cosine_steps=self.steps
+        )
 
     def sizes(self, spec: type[Any]) -> Any:
         """The network's sizes."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from comit_bench.errors import UsageError
+from comit_bench.files import atomic_path
+from comit_bench.nn.teachers import WEIGHTS, DrawingsTeacherNet, ScenesTeacherNet
+from comit_bench.tokenizers.checkpoints import write_tensors
 from comit_bench.train.card import RunFacts
 from comit_bench.train.config import AnyRun, AutoencoderRun, DistillationRun, TeacherRun
 from comit_bench.train.data import Broken, StepSource
@@ -149,6 +153,15 @@ def only_process(run: AutoencoderRun | TeacherRun | DistillationRun, process: Pr
         raise UsageError(
             f"{run.name} is small and trains in one process: start it without torchrun or accelerate launch"
         )
+
+
+def write_teacher(target: Path, network: ScenesTeacherNet | DrawingsTeacherNet, card: str) -> None:
+    """Write the folder of a network of features, rounded to float16, whole or not at all."""
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / WEIGHTS, {k: v.half() for k, v in network.state_dict().items()})
+        (temporary / "config.json").write_text(json.dumps(asdict(network.spec), indent=1) + "\n")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def weights_facts(config: AnyRun, facts: RunFacts, data: str) -> dict[str, Any]:

@@ -69,7 +69,10 @@ def _phase(config: TrainConfig, crops: CropsConfig) -> str:
         number = "1 + Poisson(exp(u))"
         limit = f"u of mean ln {crops.mean:g} - sigma²/2 and sigma {crops.sigma:g}, {limit}"
     where = "uniformly random places" if crops.places == "uniform" else "different cells of the 3 x 3 grid"
-    return f"{number} per {drawn}, {limit}, {side} px at {where}, the first one the whole image {share}"
+    told = f"{number} per {drawn}, {limit}, {side} px at {where}, the first one the whole image {share}"
+    if crops.unseen_weight < 1:
+        told += f"; where none has looked the flow's loss weighs {crops.unseen_weight:g}"
+    return told
 
 
 def _images(config: TrainConfig) -> str:

@@ -13,10 +13,9 @@ its labels, so the features carry what those say about photographs of things.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -28,17 +27,22 @@ from torch.nn import functional as F
 from comit_bench.data.scenes.atlas import load_drawings
 from comit_bench.data.scenes.painting import paint
 from comit_bench.errors import UsageError
-from comit_bench.files import atomic_path
-from comit_bench.nn.teachers import WEIGHTS, DrawingsTeacherNet, Teacher, TeacherFeatures, load_teacher
+from comit_bench.nn.teachers import DrawingsTeacherNet, Teacher, TeacherFeatures, load_teacher
 from comit_bench.recipes.specs import GeneratorSpec
 from comit_bench.seeding import generator_for
-from comit_bench.tokenizers.checkpoints import write_tensors
 from comit_bench.train.card import USE_TEACHER, CardText, RunFacts, render
 from comit_bench.train.config import DistillationRun
 from comit_bench.train.data import Broken, channels_first, painted_drawings, to_pixels
 from comit_bench.train.features import FeatureStore, images_digest, open_features
 from comit_bench.train.logs import read_rows
-from comit_bench.train.objectives.base import Process, RowBatch, RowSteps, TrainObjective, only_process
+from comit_bench.train.objectives.base import (
+    Process,
+    RowBatch,
+    RowSteps,
+    TrainObjective,
+    only_process,
+    write_teacher,
+)
 
 SAMPLE = 4000  # scenes that the components are found on, at most
 PROBE_SCENES = 10_000  # scenes of the recognition recipe end before this number
@@ -210,12 +214,6 @@ class DistillationObjective(TrainObjective):
         targets = self._targets(self.store.take(chosen)).to(device)
         return to_pixels(self.source.images[chosen], device), targets.cls, targets.patches
 
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero."""
-        run = self.config
-        warm = min(1.0, (step + 1) / run.warmup_steps)
-        return run.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / run.steps))
-
     def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
         """Measure what the features know of new vendors' drawings, write the folder."""
         run, network = self.config, cast(DrawingsTeacherNet, network)
@@ -226,12 +224,8 @@ class DistillationObjective(TrainObjective):
         measured = {"small": self._of(network), "random": self._of(fresh), "large": self._of_large}
         for name, vectors in measured.items():
             metrics[name] = across_vendors(vectors, run.val_count, run.image_size)
-        with atomic_path(target) as temporary:
-            temporary.mkdir()
-            write_tensors(temporary / WEIGHTS, {k: v.half() for k, v in network.state_dict().items()})
-            (temporary / "config.json").write_text(json.dumps(asdict(network.spec), indent=1) + "\n")
-            text = render(run, replace(facts, metrics=metrics), about(run, network))
-            (temporary / "README.md").write_text(text, encoding="utf-8")
+        text = render(run, replace(facts, metrics=metrics), about(run, network))
+        write_teacher(target, network, text)
 
     def _of(self, network: DrawingsTeacherNet) -> Callable[[Tensor], Tensor]:
         @torch.inference_mode()

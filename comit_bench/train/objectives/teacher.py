@@ -14,9 +14,8 @@ standardised over training scenes, so that a cosine compares what differs betwee
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,15 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from comit_bench.files import atomic_path
-from comit_bench.nn.teachers import WEIGHTS, ScenesTeacherNet
+from comit_bench.nn.teachers import ScenesTeacherNet
 from comit_bench.seeding import generator_for
-from comit_bench.tokenizers.checkpoints import write_tensors
 from comit_bench.train.card import USE_TEACHER, CardText, RunFacts, render
 from comit_bench.train.config import TeacherRun
 from comit_bench.train.data import Broken, channels_first, painted
 from comit_bench.train.logs import read_rows
-from comit_bench.train.objectives.base import Process, RowBatch, RowSteps, TrainObjective, only_process
+from comit_bench.train.objectives.base import (
+    Process,
+    RowBatch,
+    RowSteps,
+    TrainObjective,
+    only_process,
+    write_teacher,
+)
 
 PROBE_SCENES = 4000  # the recipes' train splits end before this number
 PROBE_VAL = 1000  # and their val splits before this one
@@ -157,12 +161,6 @@ class TeacherObjective(TrainObjective):
         chosen = batch.rows[rows]
         return self.pixels[chosen].to(self.process.device), self.covers[chosen].to(self.process.device)
 
-    def rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero."""
-        run = self.config
-        warm = min(1.0, (step + 1) / run.warmup_steps)
-        return run.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / run.steps))
-
     def export(self, network: nn.Module, facts: RunFacts, target: Path, picture: Path) -> None:
         """Standardise the features, measure what can be read off them, write the folder."""
         run, network = self.config, cast(ScenesTeacherNet, network)
@@ -172,12 +170,8 @@ class TeacherObjective(TrainObjective):
         found = read_out(network, 4000, run.val_count, run.image_size)
         metrics = {"loss": float(read_rows(target.parent.parent / "log.csv")[-1]["loss"]), **found}
         metrics |= {f"random_{name}": value for name, value in random.items()}
-        with atomic_path(target) as temporary:
-            temporary.mkdir()
-            write_tensors(temporary / WEIGHTS, {k: v.half() for k, v in network.state_dict().items()})
-            (temporary / "config.json").write_text(json.dumps(asdict(network.spec), indent=1) + "\n")
-            text = render(run, replace(facts, metrics=metrics), about(run, network))
-            (temporary / "README.md").write_text(text, encoding="utf-8")
+        text = render(run, replace(facts, metrics=metrics), about(run, network))
+        write_teacher(target, network, text)
 
 
 def about(run: TeacherRun, network: ScenesTeacherNet) -> CardText:

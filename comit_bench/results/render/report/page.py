@@ -26,11 +26,9 @@ from comit_bench.results.outcomes import OutcomeFiles
 from comit_bench.results.records import load_records, published_records
 from comit_bench.results.render.report.charts import breakdowns, charts
 from comit_bench.results.render.report.citations import citations, cited
-from comit_bench.results.render.report.pictures import NoPictures, Pictures
+from comit_bench.results.render.report.pictures import Pictures
 from comit_bench.results.render.report.samples import TEXTS, Shown, viewer
 from comit_bench.results.render.report.views import (
-    Numbers,
-    Section,
     command_of,
     distinct,
     numbers,
@@ -44,7 +42,6 @@ from comit_bench.results.schema import Record
 from comit_bench.results.table import Table, build_table
 from comit_bench.results.trainings import ReadOutcomes
 
-REPORT_FILE = "report.html"
 HERE = Path(__file__).parent
 SAMPLES = 100  # images per task
 MEGABYTES = 15.0
@@ -326,6 +323,3 @@ def _commands(records: Sequence[Record]) -> list[tuple[str, str, str]]:
         )
         for command, several in made.items()
     ]
-
-
-__all__ = ["REPORT_FILE", "NoPictures", "Numbers", "Report", "Section", "build_report", "write_report"]
