@@ -123,7 +123,7 @@ def test_resizing_leaves_a_fitting_image_alone_and_keeps_colours() -> None:
 
 def test_none_is_no_teacher_and_unknown_names_are_refused() -> None:
     assert load_teacher("none", path=None, grid=8) is None
-    with pytest.raises(ValueError, match="expected none, .*efficientnet-lite0, scenes-teacher"):
+    with pytest.raises(ValueError, match=r"expected none, .*efficientnet-lite0, scenes-teacher"):
         load_teacher("dino", path=None, grid=8)
     with pytest.raises(ValueError, match="at least one row"):
         DinoTeacher(tiny_dino(), grid=0)

@@ -386,6 +386,8 @@ def test_cards_name_the_choices(sd: None) -> None:
     plain = card()
     for says in ("as they are", "the mode of the autoencoder's posterior", "per step", "at most 4,"):
         assert says in plain
+    assert "where none has looked" not in plain
+    assert "where none has looked the flow's loss weighs 0.2" in card("crops.unseen_weight=0.2")
     every = card("objective.posterior=sample", *EVERYTHING)
     for says in (
         "mirrored with probability 0.5", "samples of the autoencoder's posterior", "per image",
