@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -132,8 +132,6 @@ def table_vectors(texts: Sequence[str]) -> Tensor:
         UsageError: A text is not in the table.
         CorruptFileError: The file of the table cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(TABLE_FILE, framework="pt") as file:
             place = {text: row for row, text in enumerate(json.loads(file.metadata()["texts"]))}
