@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawing_specs import LAYOUTS, SIDE, spec_of
 
 from comit_bench.data.scenes.atlas import load_drawings
 from comit_bench.data.scenes.formats import painter, relations_between
@@ -30,16 +31,6 @@ from comit_bench.errors import UsageError
 from comit_bench.recipes.specs import (
     GeneratorSpec,
 )
-
-LAYOUTS = ("recognition", "pairs", "relations", "objectness", "counterfactual")
-SIDE = 64
-
-
-def spec_of(layout: str, **settings: Any) -> GeneratorSpec:
-    one_split = layout in ("objectness", "counterfactual")
-    counts = {"train": 0 if one_split else 12, "val": len(EDITS) if layout == "counterfactual" else 12}
-    content = {"name": "drawings", "layout": layout, "image_size": SIDE, **counts, **settings}
-    return GeneratorSpec.model_validate(content)
 
 
 def fields(scenes: Scenes) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawing_specs import LAYOUTS, spec_of
 from PIL import Image
 
 from comit_bench.data.datasets import open_dataset
@@ -18,23 +19,11 @@ from comit_bench.data.scenes.painting import EDITS, HUE_NAMES, PLACES, paint
 from comit_bench.errors import CorruptFileError
 from comit_bench.recipes.specs import (
     DatasetSpec,
-    GeneratorSpec,
     find_datasets,
     find_tasks,
     parse_recipe,
     recipe_root,
 )
-
-LAYOUTS = ("recognition", "pairs", "relations", "objectness", "counterfactual")
-SIDE = 64
-
-
-def spec_of(layout: str, **settings: Any) -> GeneratorSpec:
-    one_split = layout in ("objectness", "counterfactual")
-    counts = {"train": 0 if one_split else 12, "val": len(EDITS) if layout == "counterfactual" else 12}
-    content = {"name": "drawings", "layout": layout, "image_size": SIDE, **counts, **settings}
-    return GeneratorSpec.model_validate(content)
-
 
 # --- on disk, through the official readers ----------------------------------------------------------
 
