@@ -2,7 +2,7 @@
 
 SETS is a folder with the unpacked npm packages ``@iconify-json/<set>`` (any folder below it that holds
 icons.json, info.json and package.json), PICTURES the folder ``skimage/data`` of scikit-image 0.26.0.
-Needs PyPI resvg-py (0.5.0 made the shipped files) and pyoxipng (9.1.1; it changes the size of the files,
+Needs resvg-py (0.5.0 made the shipped files) and pyoxipng (9.1.1; it changes the size of the files,
 never their pixels). Everything is rendered large, cropped tight, shrunk with an averaging filter on
 premultiplied values and centred in its cell; the same inputs and versions give the same bytes.
 """
