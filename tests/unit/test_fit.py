@@ -385,6 +385,7 @@ def test_ctrl_c_while_workers_start_leaves_one_message_and_no_children(tmp_path:
             import os, time
             from processes import children
             from comit_bench.probing.pool import ProbePool
+            pool = ProbePool(2)  # the signal may come before the first one below has a name
             print("ready", flush=True)
             try:
                 while True:
